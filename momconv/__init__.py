@@ -1,0 +1,54 @@
+"""momconv: fine-tune pretrained residual networks in less memory, with invertible momentum blocks.
+
+The public names are imported when they are first used, so that ``momconv --help`` need not wait
+for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from momconv._version import __version__
+
+if TYPE_CHECKING:
+    from momconv.evaluation import evaluate
+    from momconv.files.model_file import load, save
+    from momconv.momentum.sequential import MomentumSequential, set_strategy
+    from momconv.surgery.calibration import calibrate
+    from momconv.surgery.conversion import convert
+    from momconv.training.finetuning import finetune
+    from momconv.zoo.weights import load_network
+
+__all__ = [
+    "MomentumSequential",
+    "__version__",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "finetune",
+    "load",
+    "load_network",
+    "save",
+    "set_strategy",
+]
+
+_HOMES = {
+    "MomentumSequential": "momentum.sequential",
+    "calibrate": "surgery.calibration",
+    "convert": "surgery.conversion",
+    "evaluate": "evaluation",
+    "finetune": "training.finetuning",
+    "load": "files.model_file",
+    "load_network": "zoo.weights",
+    "save": "files.model_file",
+    "set_strategy": "momentum.sequential",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'momconv' has no attribute {name!r}")
+    return getattr(import_module(f"momconv.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,58 @@
+"""Bytes and durations, as people write and read them."""
+
+import re
+
+from momconv.errors import UsageError
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{p}iB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)}
+_UNITS |= {f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 1)}
+_UNITS |= {p: 2 ** (10 * n) for n, p in enumerate("KMGT", 1)}
+_BY_LOWER_CASE = {unit.lower(): factor for unit, factor in _UNITS.items()}
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes in ``text``.
+
+    >>> parse_bytes("3GiB"), parse_bytes("1.5 GB"), parse_bytes("512M"), parse_bytes("7")
+    (3221225472, 1500000000, 536870912, 7)
+
+    Raises:
+        UsageError: ``text`` is not a positive amount of memory.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    factor = _BY_LOWER_CASE.get(match[2].lower()) if match else None
+    if not match or factor is None or float(match[1]) <= 0:
+        raise UsageError(
+            f"{text!r} is not an amount of memory",
+            kind="usage.bad_value",
+            fix="write it as 3GiB, 800MiB or 2.5GB",
+        )
+    return int(float(match[1]) * factor)
+
+
+def format_bytes(count: float) -> str:
+    """``count`` bytes in the largest binary unit that leaves a number of at least 1.
+
+    >>> format_bytes(3 * 2**30), format_bytes(1536), format_bytes(12)
+    ('3.0 GiB', '1.5 KiB', '12 B')
+    """
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(count) >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count:.0f} B"
+
+
+def format_duration(seconds: float) -> str:
+    """``seconds`` in at most two units.
+
+    >>> format_duration(0.42), format_duration(75), format_duration(7260)
+    ('0.4 s', '1 min 15 s', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
