@@ -1,0 +1,1 @@
+"""The invertible core: the momentum rule, its exact inverse, and autograd around them."""

@@ -1,0 +1,105 @@
+"""A run of blocks as a differentiable function, for each way of giving backward its activations.
+
+The graph is the same whatever the strategy: the blocks' own graphs, joined by one ``_Step`` each.
+So are its values, bit for bit. A strategy only decides where the tensors come from that the blocks
+need in backward:
+
+* store: autograd keeps them;
+* checkpoint: x[n] is kept, and the block runs again;
+* momentum: x[n] is reconstructed from x[n+1] and v[n+1], and the block runs again.
+
+The adjoint of a step: with g = ∂L/∂x[n+1] + ∂L/∂v[n+1] (v[n+1] feeds x[n+1] and the next step)
+and u = c g, the block receives u, x[n] receives ∂L/∂x[n+1] − u directly, and ∂L/∂v[n] = γ g. The
+last is passed on as u, which exists already, and scaled by γ/c where it is used. Rounding to the
+grid counts as the identity.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from momconv.momentum.equations import Rule
+from momconv.momentum.replay import Replay, before_backward, checkpoint, evaluate
+from momconv.momentum.trajectory import Trajectory
+
+Strategy = Literal["store", "checkpoint", "momentum"]
+
+
+def run(
+    blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...], rule: Rule, strategy: Strategy
+) -> Tensor:
+    """Return x after all steps, in x's type; the blocks are called with it and ``args``.
+
+    The state is kept in single precision at least, also where x and the blocks are narrower.
+    """
+    dtype = x.dtype
+    x = _ToGrid.apply(x, rule.ulp)
+    trajectory = Trajectory(x.detach(), rule)
+    v = trajectory.v.detach()
+    for n, block in enumerate(blocks):
+        if strategy == "store" or not torch.is_grad_enabled():
+            y = evaluate(block, x.to(dtype), *args)
+        elif strategy == "checkpoint":
+            y = checkpoint(block, x.to(dtype), *args)
+        else:
+            y = _reconstruct(block, x.to(dtype), args, trajectory, n)
+        x, v = _Step.apply(x, v, y, trajectory)
+    return x.to(dtype)
+
+
+def _reconstruct(
+    block: nn.Module, x: Tensor, args: tuple[Tensor, ...], trajectory: Trajectory, n: int
+) -> Tensor:
+    """block(x, *args), for which backward walks the trajectory back from n+1 to n."""
+    dtype = x.dtype
+    replay = Replay(block)
+    y = replay.first(x, *args)
+    if y.requires_grad and not trajectory.has_origin:
+        trajectory.mark_origin()
+
+    def restore() -> None:
+        x = trajectory.retreat(n)
+        trajectory.undo(replay.repeat(x.to(dtype)))
+
+    return before_backward(y, restore)
+
+
+class _ToGrid(torch.autograd.Function):
+    """x rounded to multiples of ulp, in single precision at least, without negative zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ulp: float) -> Tensor:
+        ctx.dtype = x.dtype
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return wide.mul(1 / ulp).round_().mul_(ulp).add_(0.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
+
+
+class _Step(torch.autograd.Function):
+    """One step of (2). It saves nothing: its adjoint is linear with known constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, v: Tensor, y: Tensor, trajectory: Trajectory
+    ) -> tuple[Tensor, Tensor]:
+        ctx.rule, ctx.n = trajectory.rule, trajectory.n
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(v)  # v is the trajectory's own memory, which the step overwrites
+        return trajectory.advance(y), v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gx: Tensor, u_next: Tensor | None) -> tuple[Tensor | None, ...]:
+        c = ctx.rule.coefficients[ctx.n]
+        if u_next is None:  # the last v is not used
+            u = gx * c
+        else:
+            u = torch.add(gx, u_next, alpha=ctx.rule.gamma / ctx.rule.coefficients[ctx.n + 1])
+            u.mul_(c)
+        return gx - u, u, u, None

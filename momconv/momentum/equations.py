@@ -1,0 +1,154 @@
+"""The momentum rule and its exact inverse, side by side.
+
+Sander, Ablin, Blondel, Peyré, *Momentum Residual Neural Networks*, ICML 2021:
+
+    v[n+1] = γ v[n] + (1 − γ) f(x[n])      x[n+1] = x[n] + v[n+1]                          (2)
+    x[n]   = x[n+1] − v[n+1]               v[n]   = (v[n+1] − (1 − γ) f(x[n])) / γ         (3)
+
+The residual of a block is f(x) = block(x) − x. A step multiplies it by a coefficient, which is
+(1 − γ) unless the block carries a gain: see :func:`coefficients`.
+
+In floating point (3) does not undo (2): the rounding error grows like γ^−k over k blocks. So x and
+v live on a grid of spacing ulp = 2^−s. x keeps its scale, as floats that are multiples of ulp, so
+the next convolution reads it as it is; v is counted in ulps. Such sums are exact below 2^24 ulps
+(2^53 in double precision). What multiplication by γ would round away stays in r, an integer that
+starts at 0. Each line of ``step`` changes one of x, v, r by a rounded function of the others, so
+``unstep``, the same lines upside down, undoes it exactly, whatever the rounding does.
+
+x, v, r and y = block(x) share one shape. The functions here say what a network computes;
+kernels.py computes the same numbers in place.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Block = Callable[[Tensor], Tensor]
+State = tuple[Tensor, Tensor, Tensor]
+Velocity = Literal["zero", "residual"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The constants of a run: γ, the coefficient of each block, the spacing of the grid."""
+
+    gamma: float
+    coefficients: tuple[float, ...]
+    ulp: float
+
+
+def integrate(
+    x: Tensor, blocks: Sequence[Block], rule: Rule
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The loop over (2), from x on the grid and v = 0 to x, v and the remainders."""
+    v, remainders = torch.zeros_like(x), [torch.zeros_like(x)]
+    for n, (is_full, _) in enumerate(remainder_bounds(rule.gamma, len(blocks))):
+        if is_full:
+            remainders.append(torch.zeros_like(x))
+        x, v, remainders[-1] = step(x, v, remainders[-1], blocks[n], rule, n)
+    return x, v, remainders
+
+
+def reverse(
+    x: Tensor, v: Tensor, remainders: Sequence[Tensor], blocks: Sequence[Block], rule: Rule
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The loop over (3): the inverse of :func:`integrate`. Of v and r it leaves zeros."""
+    remainders, emptied = list(remainders), []
+    for n, (is_full, _) in reversed([*enumerate(remainder_bounds(rule.gamma, len(blocks)))]):
+        x, v, remainders[-1] = unstep(x, v, remainders[-1], blocks[n], rule, n)
+        if is_full:
+            emptied.append(remainders.pop())
+    return x, v, [*remainders, *emptied]
+
+
+def step(x: Tensor, v: Tensor, r: Tensor, block: Block, rule: Rule, n: int) -> State:
+    """Step n of (2)."""
+    v, r = multiply(v, r, rule.gamma)
+    v = v + torch.round((block(x) - x) * (rule.coefficients[n] / rule.ulp))
+    x = x + v * rule.ulp
+    return x, v, r
+
+
+def unstep(x: Tensor, v: Tensor, r: Tensor, block: Block, rule: Rule, n: int) -> State:
+    """Step n of (3): the lines of :func:`step`, read upwards."""
+    x = x - v * rule.ulp
+    v = v - torch.round((block(x) - x) * (rule.coefficients[n] / rule.ulp))
+    v, r = divide(v, r, rule.gamma)
+    return x, v, r
+
+
+def multiply(v: Tensor, r: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """(v, r) ← (γ v, −r/γ): v to within about (1 + γ)/2 ulp, and nothing lost.
+
+    diag(γ, −1/γ) is three shears and a swap ("lifting", Daubechies and Sweldens 1998). Rounded
+    shears are still bijections of the integers.
+    """
+    if gamma == 1:
+        return v, r
+    v = v + torch.round(r * (-1 / gamma))
+    r = r + torch.round(v * gamma)
+    v = v + torch.round(r * (-1 / gamma))
+    return r, v
+
+
+def divide(v: Tensor, r: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`multiply`: its lines, read upwards."""
+    if gamma == 1:
+        return v, r
+    r, v = v, r
+    v = v - torch.round(r * (-1 / gamma))
+    r = r - torch.round(v * gamma)
+    v = v - torch.round(r * (-1 / gamma))
+    return v, r
+
+
+def coefficients(gamma: float, gains: Sequence[float], velocity: Velocity) -> tuple[float, ...]:
+    """What each step multiplies its residual by: (1 − γ) · gain.
+
+    At γ = 1 the factor (1 − γ) is left out, as in the paper. Starting from v[0] = f(x[0]) is the
+    same as starting from 0 with γ + (1 − γ) in the first step, so ``velocity="residual"`` costs
+    neither an evaluation nor the exactness of the inverse.
+    """
+    rate = 1 - gamma if gamma < 1 else 1.0
+    head = gamma + rate if velocity == "residual" else rate
+    return tuple(gain * (head if n == 0 else rate) for n, gain in enumerate(gains))
+
+
+def weights(gamma: float, steps: Sequence[float]) -> list[float]:
+    """How much of each residual the last x contains: x[k] = x[0] + Σ weights[j] f(x[j])."""
+    total, result = 0.0, []
+    for c in reversed(steps):  # the sum over m of γ^m, m = 0 … k - 1 - j
+        total = 1 + gamma * total
+        result.append(c * total)
+    return result[::-1]
+
+
+FULL = (
+    2**15 - 1
+)  # int16: the most bits of remainder for a byte (log2(1/γ) a block, plus a constant)
+
+
+def remainder_bounds(gamma: float, steps: int) -> Iterator[tuple[bool, float]]:
+    """For each step: is the remainder full before it, and how large may it be afterwards.
+
+    A full remainder is put aside and a new one begun at 0. |r| grows to |r|/γ plus the errors of
+    two rounded products, each at most 1 while |x| stays in :func:`largest_magnitude`.
+    """
+    bound = 0.0
+    for _ in range(steps):
+        grown = 0.0 if gamma == 1 else (bound + 1) / gamma + 1
+        is_full = bound > 0 and grown > FULL
+        bound = 1 / gamma + 1 if is_full else grown
+        yield is_full, bound
+
+
+def largest_magnitude(ulp: float, dtype: torch.dtype) -> float:
+    """The bound on |x| below which every sum of a step is exact.
+
+    A quarter of the last exactly representable grid point (2^24 ulps in single precision): |v| is
+    at most twice |x|, and the shears of :func:`multiply` need the other half.
+    """
+    return ulp / torch.finfo(dtype).eps / 2

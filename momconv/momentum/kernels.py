@@ -1,0 +1,79 @@
+"""The steps of equations.py computed in place, a cache-sized piece at a time.
+
+These functions define nothing: for every input they give the same bits as ``step`` and ``unstep``.
+x, v, r and y have one shape and, in memory, one layout without gaps.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from momconv.momentum.equations import Rule
+
+PIECE = 2**16  # elements: the pieces of x, v, r, y and their scratch stay within a 2 MiB cache
+
+
+def advance(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) -> Tensor:
+    """Return x[n+1], and take v and r from n to n+1 in place. γ = 1 has no r."""
+    x_next = torch.empty_like(x)
+    scale = rule.coefficients[n] / rule.ulp
+    for x_, v_, r_, y_, out in _pieces(x, v, r, y, x_next):
+        v_scaled = v_ if r_ is None else _multiply(v_, r_, rule.gamma)
+        torch.add(v_scaled, (y_ - x_).mul_(scale).round_(), out=v_)
+        torch.add(x_, v_, alpha=rule.ulp, out=out)
+    return x_next
+
+
+def retreat(x: Tensor, v: Tensor, rule: Rule) -> Tensor:
+    """x[n] from x[n+1] and v[n+1]."""
+    return torch.sub(x, v, alpha=rule.ulp)
+
+
+def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) -> None:
+    """Take v and r from n+1 to n in place, where x is x[n] and y = block(x[n])."""
+    scale = rule.coefficients[n] / rule.ulp
+    for x_, v_, r_, y_ in _pieces(x, v, r, y):
+        v_.sub_((y_ - x_).mul_(scale).round_())
+        if r_ is not None:
+            _divide(v_, r_, rule.gamma)
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """The largest |x|, a scalar on x's device; not finite if anything in x is not."""
+    extremes = [torch.stack(torch.aminmax(piece)) for (piece,) in _pieces(x)]
+    return torch.stack(extremes).abs().max()
+
+
+def checksum(x: Tensor) -> Tensor:
+    """The sum of x's bit patterns, an int64 scalar on x's device."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return torch.stack([piece.view(bits).sum() for (piece,) in _pieces(x)]).sum()
+
+
+def _multiply(v: Tensor, r: Tensor, gamma: float) -> Tensor:
+    """γ v, with −r/γ left in r. Uses v up."""
+    scaled = r.to(v.dtype)
+    v.add_(scaled.mul(-1 / gamma).round_())
+    scaled.add_(v.mul(gamma).round_())
+    r.copy_(v.add_(scaled.mul(-1 / gamma).round_()))
+    return scaled
+
+
+def _divide(v: Tensor, r: Tensor, gamma: float) -> None:
+    """Undo :func:`_multiply`, in place."""
+    remainder = r.to(v.dtype)
+    remainder.sub_(v.mul(-1 / gamma).round_())
+    v.sub_(remainder.mul(gamma).round_())
+    remainder.sub_(v.mul(-1 / gamma).round_())
+    r.copy_(v)
+    v.copy_(remainder)
+
+
+def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The tensors' memory in slices of ``PIECE`` elements; a missing tensor stays missing."""
+    flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
+    size = next(t.numel() for t in tensors if t is not None)
+    for start in range(0, size, PIECE):
+        yield tuple(None if t is None else t[start : start + PIECE] for t in flat)

@@ -1,0 +1,165 @@
+"""``MomentumSequential``: an ``nn.Sequential`` whose runs of residual blocks follow (2)."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from momconv.errors import UsageError
+from momconv.momentum.autograd import Strategy, run
+from momconv.momentum.equations import Rule, Velocity, coefficients, weights
+from momconv.momentum.replay import checkpoint
+from momconv.momentum.runs import find_runs
+
+SMALLEST_GAMMA = 1e-6  # below it one step's remainder would not fit an exact float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Blocks ``start`` to ``stop`` (exclusive) of a Sequential, with a gain for each."""
+
+    start: int
+    stop: int
+    gains: tuple[float, ...]
+
+
+class MomentumSequential(nn.Sequential):
+    """An ``nn.Sequential`` that replaces its residual updates by momentum, and can be inverted.
+
+    Two or more consecutive blocks of one class that keep the shape of their input are a run, and
+    follow equation (2) of Sander et al. 2021; the other blocks stay as they are. State-dict keys
+    are those of the ``nn.Sequential``. Backward under ``strategy="momentum"`` needs, for each run,
+    x, v and log2(1/γ) bits a block instead of the blocks' activations, and gives the gradients of
+    ``strategy="store"`` bit for bit.
+
+    Attributes:
+        gamma: γ in (0, 1]; 0 makes it the plain network.
+        velocity: v[0] is 0 ("zero") or f(x[0]) ("residual").
+        strategy: how backward gets its activations; see momconv.momentum.autograd.
+        fraction_bits: the grid is 2^-fraction_bits in single precision, which leaves activations a
+            range of ±2^(22 - fraction_bits). Double precision has 29 more.
+        runs: found on the first forward pass, unless given.
+
+    >>> net = MomentumSequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
+    >>> net(torch.ones(1, 4)).shape, net.runs
+    (torch.Size([1, 4]), (Run(start=0, stop=3, gains=(1.0, 1.0, 1.0)),))
+    """
+
+    gamma: float
+    velocity: Velocity
+    strategy: Strategy
+    fraction_bits: int
+    runs: tuple[Run, ...] | None
+
+    def __init__(
+        self,
+        *blocks: Any,
+        gamma: float = 0.9,
+        velocity: Velocity = "zero",
+        strategy: Strategy = "momentum",
+        fraction_bits: int = 14,
+        runs: Sequence[Run] | None = None,
+    ) -> None:
+        if gamma != 0 and not SMALLEST_GAMMA <= gamma <= 1:
+            raise UsageError(
+                f"gamma is {gamma}, which is neither 0 (the plain network) nor in"
+                f" [{SMALLEST_GAMMA}, 1]",
+                kind="usage.gamma",
+                fix="--gamma 0.9",
+            )
+        super().__init__(*blocks)
+        self.gamma = float(gamma)
+        self.velocity = velocity
+        self.strategy = "store" if gamma == 0 and strategy == "momentum" else strategy
+        self.fraction_bits = fraction_bits
+        self.runs = None if runs is None else tuple(runs)
+
+    def forward(self, x: Tensor, *args: Tensor) -> Tensor:
+        """The blocks in turn, each called with x and ``args``, which may require gradients."""
+        blocks, position = list(self), 0
+        runs = self.find_runs(x, *args)
+        for part in runs if self.gamma else ():
+            x = self._plain(blocks[position : part.start], x, args)
+            x = self._momentum(blocks[part.start : part.stop], part, x, args)
+            position = part.stop
+        return self._plain(blocks[position:], x, args)
+
+    def find_runs(self, x: Tensor, *args: Tensor) -> tuple[Run, ...]:
+        """The runs, which are found by tracing shapes from x if they are not known yet."""
+        if self.runs is None:
+            found = find_runs(list(self), x, args)
+            self.runs = tuple(Run(run.start, run.stop, (1.0,) * len(run)) for run in found)
+        return self.runs
+
+    def __getitem__(self, index: Any) -> Any:
+        """A block or, for a slice, a plain ``nn.Sequential``: momentum belongs to whole runs."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict([*self.named_children()][index]))
+        return super().__getitem__(index)
+
+    def extra_repr(self) -> str:
+        """γ, the strategy and the runs, for ``print(model)``."""
+        spans = ", ".join(f"{run.start}-{run.stop - 1}" for run in self.runs or ())
+        return f"gamma={self.gamma}, strategy={self.strategy}, momentum blocks: {spans or 'none'}"
+
+    def _plain(self, blocks: list[nn.Module], x: Tensor, args: tuple[Tensor, ...]) -> Tensor:
+        """Blocks outside the runs; unless all is stored, each is recomputed from its input."""
+        for block in blocks:
+            if self.strategy == "store" or not torch.is_grad_enabled():
+                x = block(x, *args)
+            else:
+                x = checkpoint(block, x, *args)
+        return x
+
+    def _momentum(
+        self, blocks: list[nn.Module], part: Run, x: Tensor, args: tuple[Tensor, ...]
+    ) -> Tensor:
+        steps = coefficients(self.gamma, part.gains, self.velocity)
+        # Where blocks count more than once (γ = 1 without gains: up to k times), x grows with it.
+        growth = math.ceil(math.log2(max(1.0, *map(abs, weights(self.gamma, steps)))))
+        bits = self.fraction_bits - growth + (29 if x.dtype == torch.float64 else 0)
+        return run(blocks, x, args, Rule(self.gamma, steps, 2.0**-bits), self.strategy)
+
+
+def momentum_stages(model: nn.Module) -> dict[str, MomentumSequential]:
+    """The MomentumSequentials of a model by name, in the order of the model."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, MomentumSequential)
+    }
+
+
+def set_strategy(model: nn.Module, strategy: Strategy) -> None:
+    """Choose how backward gets its activations in every MomentumSequential of ``model``.
+
+    Values and gradients stay the same, bit for bit; memory and time change.
+
+    Raises:
+        UsageError: an unknown strategy; a model without momentum stages; "momentum" for γ = 0.
+    """
+    if strategy not in get_args(Strategy):
+        raise UsageError(
+            f"unknown strategy {strategy!r}",
+            kind="usage.bad_value",
+            fix=f"one of {', '.join(get_args(Strategy))}",
+        )
+    stages = momentum_stages(model)
+    if not stages:
+        raise UsageError(
+            f"this {type(model).__name__} has no momentum stages",
+            kind="usage.not_converted",
+            fix="model = momconv.convert(model)",
+        )
+    if strategy == "momentum" and all(stage.gamma == 0 for stage in stages.values()):
+        raise UsageError(
+            "gamma is 0, the plain network, which cannot be inverted",
+            kind="usage.gamma",
+            fix='set_strategy(model, "checkpoint"), or convert with gamma > 0',
+        )
+    for stage in stages.values():
+        stage.strategy = strategy

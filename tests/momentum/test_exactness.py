@@ -1,0 +1,307 @@
+"""The promise: every strategy gives the values, gradients and buffers of "store", bit for bit."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from networks import Dropping, aftermath, differences, gradient_of, images, square, stack
+from torch import Tensor, nn
+
+from momconv import MomentumSequential, set_strategy
+from momconv.momentum.autograd import Strategy
+from momconv.momentum.trajectory import Trajectory
+
+GAMMAS = [0.1, 0.5, 0.9, 0.99, 1.0]
+RECOMPUTING: list[Strategy] = ["checkpoint", "momentum"]
+
+recomputing = pytest.mark.parametrize("strategy", RECOMPUTING)
+
+
+@recomputing
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("depth", [3, 12])
+@pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck"])
+def test_gradients_and_buffers_are_those_of_storing_everything(
+    kind: str, depth: int, gamma: float, training: bool, strategy: Strategy
+) -> None:
+    net = stack(depth, kind=kind, gamma=gamma).train(training)
+
+    stored, ours = (aftermath(net, images(), how) for how in ("store", strategy))
+
+    assert differences(ours, stored) == []
+    assert len(stored) == 2 * len(list(net.parameters())) + 3  # nothing was left out
+
+
+@recomputing
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_exact_at_depth_200(gamma: float, strategy: Strategy) -> None:
+    net = stack(200, channels=4, gamma=gamma)
+    x = images(channels=4, side=3)
+
+    assert differences(aftermath(net, x, strategy), aftermath(net, x, "store")) == []
+
+
+def test_exact_at_depth_1000_with_a_bit_of_side_information_a_block() -> None:
+    torch.manual_seed(0)
+    net = MomentumSequential(*(Scaled() for _ in range(1000)), gamma=0.5)
+
+    assert (
+        differences(aftermath(net, images(), "momentum"), aftermath(net, images(), "store")) == []
+    )
+
+
+class Scaled(nn.Module):
+    """The smallest residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(x * self.scale)
+
+
+@recomputing
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_exact_when_the_velocity_starts_as_the_residual(gamma: float, strategy: Strategy) -> None:
+    net = stack(6, gamma=gamma, velocity="residual")
+
+    assert differences(aftermath(net, images(), strategy), aftermath(net, images(), "store")) == []
+
+
+def accumulate(net: nn.Module, x: Tensor) -> Tensor:
+    square(net(x)).backward()
+    return square(net(x * 2))
+
+
+def two_forwards_then_backward(net: nn.Module, x: Tensor) -> Tensor:
+    first, second = net(x), net(x + 1)
+    return square(first) + square(second)
+
+
+def twice_in_one_graph(net: nn.Module, x: Tensor) -> Tensor:
+    return square(net(net(x)))
+
+
+def under_bf16_autocast(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return square(net(x))
+
+
+def in_bf16_altogether(net: nn.Module, x: Tensor) -> Tensor:
+    return square(net.to(torch.bfloat16)(x.to(torch.bfloat16)))
+
+
+def with_part_of_the_output(net: nn.Module, x: Tensor) -> Tensor:
+    return square(net(x)[:, :1])
+
+
+@recomputing
+@pytest.mark.parametrize("gamma", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize(
+    "step",
+    [
+        accumulate,
+        two_forwards_then_backward,
+        twice_in_one_graph,
+        under_bf16_autocast,
+        in_bf16_altogether,
+        with_part_of_the_output,
+    ],
+)
+def test_exact_however_the_network_is_used(
+    step: Callable[[nn.Module, Tensor], Tensor], gamma: float, strategy: Strategy
+) -> None:
+    net = stack(5, kind="Bottleneck", gamma=gamma)
+
+    stored, ours = (aftermath(net, images(), how, step) for how in ("store", strategy))
+
+    assert differences(ours, stored) == []
+
+
+@recomputing
+def test_exact_in_channels_last(strategy: Strategy) -> None:
+    net = stack(5, kind="Bottleneck").to(memory_format=torch.channels_last)
+    x = images(side=6).to(memory_format=torch.channels_last)
+
+    stored, ours = (aftermath(net, x, how) for how in ("store", strategy))
+
+    assert differences(ours, stored) == []
+    assert net(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@recomputing
+def test_exact_for_an_input_with_gaps_in_memory(strategy: Strategy) -> None:
+    net = stack(3)
+    x = images(side=8)[:, :, ::2, 1:6]
+
+    assert differences(aftermath(net, x, strategy), aftermath(net, x, "store")) == []
+
+
+@recomputing
+def test_dropout_draws_the_same_numbers_again(strategy: Strategy) -> None:
+    torch.manual_seed(0)
+    net = MomentumSequential(*(Dropping() for _ in range(6)))
+
+    stored, ours = (aftermath(net, images(), how) for how in ("store", strategy))
+
+    assert differences(ours, stored) == []  # among them the state of the generator afterwards
+    assert not torch.equal(net(images()), net(images()))  # it does drop
+
+
+def freeze(net: nn.Module, blocks: range) -> None:
+    for n in blocks:
+        for parameter in net.get_submodule(str(n)).parameters():
+            parameter.requires_grad_(False)
+
+
+@recomputing
+@pytest.mark.parametrize("blocks", [range(6), range(3), range(3, 6), range(2, 4)], ids=str)
+@pytest.mark.parametrize("input_needs_gradient", [True, False])
+def test_exact_with_frozen_blocks(
+    blocks: range, input_needs_gradient: bool, strategy: Strategy
+) -> None:
+    net = stack(6)
+    freeze(net, blocks)
+
+    def step(net: nn.Module, x: Tensor) -> Tensor:
+        return square(net(x if input_needs_gradient else x.detach()))
+
+    stored, ours = (aftermath(net, images(), how, step) for how in ("store", strategy))
+
+    assert differences(ours, stored) == []
+    assert ("grad x" in ours) == input_needs_gradient
+
+
+@recomputing
+def test_exact_with_single_frozen_parameters(strategy: Strategy) -> None:
+    net = stack(4, kind="Bottleneck")
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("conv2" in name or "bn3.bias" in name)
+
+    assert differences(aftermath(net, images(), strategy), aftermath(net, images(), "store")) == []
+
+
+class Conditioned(nn.Module):
+    """A residual block with an extra input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return x + torch.tanh(self.conv(x) * condition)
+
+
+@recomputing
+def test_extra_inputs_of_the_blocks_get_their_gradients(strategy: Strategy) -> None:
+    torch.manual_seed(0)
+    net = MomentumSequential(*(Conditioned() for _ in range(4)))
+    gradients = {}
+    for how in ("store", strategy):
+        set_strategy(net, how)
+        condition = images(seed=3).requires_grad_()
+        square(net(images(), condition)).backward()
+        gradients[how] = gradient_of(condition)
+
+    assert gradients["store"].any()
+    assert torch.equal(gradients[strategy], gradients["store"])
+
+
+@recomputing
+def test_parameters_put_in_place_by_functional_call_are_the_ones_differentiated(
+    strategy: Strategy,
+) -> None:
+    def step(net: nn.Module, x: Tensor) -> Tensor:
+        doubled = {name: 2 * parameter for name, parameter in net.named_parameters()}
+        return square(torch.func.functional_call(net, doubled, (x,)))
+
+    net = stack(4)
+
+    stored, ours = (aftermath(net, images(), how, step) for how in ("store", strategy))
+
+    assert differences(ours, stored) == []
+    assert differences(ours, aftermath(net, images(), strategy))
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_the_output_is_the_same_with_and_without_gradients(gamma: float) -> None:
+    net = stack(8, gamma=gamma).eval()
+    with torch.no_grad():
+        expected = net(images())
+
+    for strategy in ("store", *RECOMPUTING):
+        set_strategy(net, strategy)
+        assert torch.equal(net(images()), expected)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_the_blocks_see_the_same_activations_again_in_reverse(gamma: float) -> None:
+    net = stack(9, gamma=gamma)
+    net.find_runs(images())  # by tracing the blocks, which would be seen too
+    seen: list[Tensor] = []
+    for block in net:
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+
+    square(net(images())).backward()
+
+    assert len(seen) == 18
+    assert all(map(torch.equal, seen[9:], reversed(seen[:9])))
+
+
+@recomputing
+def test_batch_norm_counts_a_batch_once(strategy: Strategy) -> None:
+    net = stack(3)
+
+    left = aftermath(net, images(), strategy)
+
+    assert {left[name].item() for name in left if name.endswith("num_batches_tracked")} == {1}
+
+
+def test_the_gradient_is_that_of_the_equations_in_floating_point() -> None:
+    # On a grid of 2^-43, against autograd through (2) as it stands in the paper.
+    net = stack(5, gamma=0.8, runs=None).double()
+    x = images().double().requires_grad_()
+    y, v = x, torch.zeros_like(x)
+    blocks = list(copy.deepcopy(net))
+    for block in blocks:
+        v = 0.8 * v + (1 - 0.8) * (block(y) - y)
+        y = y + v
+    square(y).backward()
+    expected = [x.grad, *(p.grad for block in blocks for p in block.parameters())]
+
+    x.grad = None
+    square(net(x)).backward()
+
+    ours = [x.grad, *(p.grad for p in net.parameters())]
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def without_bn_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "clone", lambda tensor, **_: tensor)
+
+
+def with_a_remainder_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    undo = Trajectory.undo
+
+    def forgetful(self: Trajectory, y: Tensor) -> None:
+        for r in self._remainders:
+            if r is not None:
+                r.zero_()
+        undo(self, y)
+
+    monkeypatch.setattr(Trajectory, "undo", forgetful)
+
+
+@pytest.mark.parametrize("mutate", [without_bn_copies, with_a_remainder_forgotten])
+def test_these_tests_notice_a_broken_backward(
+    mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = stack(6)
+    stored = aftermath(net, images(), "store")
+    monkeypatch.setattr(Trajectory, "verify", lambda self: None)
+    mutate(monkeypatch)
+
+    assert differences(aftermath(net, images(), "momentum"), stored)

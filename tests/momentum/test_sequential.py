@@ -1,0 +1,276 @@
+"""MomentumSequential as a module, and the errors of its backward pass."""
+
+import copy
+import pickle
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+from networks import Dropping, gradient_of, images, square, stack
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from momconv import MomentumSequential, set_strategy
+from momconv.errors import InversionError, NotReproducible, RangeOverflow, UsageError
+from momconv.momentum.autograd import Strategy
+from momconv.momentum.sequential import Run
+
+
+def spans(net: MomentumSequential) -> list[tuple[int, int]]:
+    return [(run.start, run.stop) for run in net.runs or ()]
+
+
+def test_state_dict_keys_are_those_of_a_sequential() -> None:
+    blocks = [BasicBlock(8, 8) for _ in range(3)]
+
+    assert (
+        MomentumSequential(*blocks).state_dict().keys()
+        == nn.Sequential(*blocks).state_dict().keys()
+    )
+
+
+def test_names_of_an_ordered_dict_are_kept() -> None:
+    net = MomentumSequential(OrderedDict(first=BasicBlock(8, 8), second=BasicBlock(8, 8)))
+
+    assert [name for name, _ in net.named_children()] == ["first", "second"]
+    assert isinstance(net[:1], nn.Sequential)
+    assert [name for name, _ in net[:1].named_children()] == ["first"]
+
+
+def test_runs_are_consecutive_blocks_of_one_class_that_keep_the_shape() -> None:
+    net = MomentumSequential(
+        nn.Conv2d(8, 16, 1),
+        BasicBlock(16, 16),
+        BasicBlock(16, 16),
+        Bottleneck(16, 4),
+        BasicBlock(16, 16, stride=2, downsample=nn.Conv2d(16, 16, 1, 2)),
+        Bottleneck(16, 4),
+        Bottleneck(16, 4),
+        Bottleneck(16, 4),
+        nn.ReLU(),
+    )
+
+    net(images())
+
+    assert spans(net) == [(1, 3), (5, 8)]
+
+
+def test_finding_runs_leaves_no_trace() -> None:
+    net = MomentumSequential(*(Dropping() for _ in range(3)), BasicBlock(8, 8), BasicBlock(8, 8))
+    before = copy.deepcopy(net.state_dict())
+    torch.manual_seed(0)
+    random = torch.get_rng_state()
+
+    net.find_runs(images())
+
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_gamma_0_is_the_plain_network() -> None:
+    net = stack(4, gamma=0)
+    plain = nn.Sequential(*copy.deepcopy(list(net)))
+
+    assert torch.equal(net(images()), plain(images()))
+
+
+def test_one_step_follows_the_equation() -> None:
+    net = stack(2, gamma=0.9).eval()
+    x = images()
+    first, second = net
+    v1 = 0.1 * (first(x) - x)
+    x1 = x + v1
+    x2 = x1 + 0.9 * v1 + 0.1 * (second(x1) - x1)
+
+    torch.testing.assert_close(net(x), x2, rtol=0, atol=20 * 2**-14)
+
+
+def test_gains_scale_the_residuals() -> None:
+    net = stack(2, gamma=0.9).eval()
+    net.runs = (Run(0, 2, (3.0, 5.0)),)
+    x = images()
+    first, second = net
+    v1 = 0.3 * (first(x) - x)
+    x1 = x + v1
+
+    expected = x1 + 0.9 * v1 + 0.5 * (second(x1) - x1)
+
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=20 * 2**-14)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_copy_computes_the_same(clone: Any) -> None:
+    net = stack(3, gamma=0.7, velocity="residual").eval()
+    net(images())
+
+    other = clone(net)
+
+    assert torch.equal(other(images()), net(images()))
+    assert other.extra_repr() == net.extra_repr()
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.1, 1e-9, float("nan")])
+def test_an_impossible_gamma_is_refused(gamma: float) -> None:
+    with pytest.raises(UsageError, match=str(gamma)) as caught:
+        stack(2, gamma=gamma)
+    assert caught.value.fix
+
+
+def test_strategies_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UsageError, match="'fastest'"):
+        set_strategy(stack(2), "fastest")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no momentum stages"):
+        set_strategy(nn.Sequential(nn.ReLU()), "store")
+    with pytest.raises(UsageError, match="gamma is 0"):
+        set_strategy(stack(2, gamma=0), "momentum")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("strategy", ["store", "checkpoint", "momentum"])
+def test_a_non_finite_activation_comes_out_non_finite(value: float, strategy: Any) -> None:
+    net = stack(4).eval()
+    set_strategy(net, strategy)
+    x = images()
+    x[1, 2, 3, 4] = value
+    x.requires_grad_()
+
+    y = net(x)
+    square(y).backward()
+
+    assert not y[1].isfinite().all()
+    assert y[0].isfinite().all()
+    assert not gradient_of(x).isfinite().all()
+
+
+def test_a_range_overflow_is_named() -> None:
+    net = stack(4).eval()
+
+    with pytest.raises(RangeOverflow, match="14 fraction bits") as caught:
+        square(net(images() * 1000)).backward()
+
+    assert caught.value.kind == "inversion.range_overflow"
+    net.fraction_bits = 8
+    square(net(images() * 1000)).backward()
+
+
+def test_the_range_does_not_matter_where_nothing_is_inverted() -> None:
+    net = stack(4).eval()
+    set_strategy(net, "store")
+
+    square(net(images() * 1000)).backward()
+
+
+class Fickle(nn.Module):
+    """A block that computes something else each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + torch.sin(x * self.scale + self.calls)
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+def test_a_block_that_is_not_reproducible_is_named(needs_gradient: bool) -> None:
+    net = MomentumSequential(*(Fickle() for _ in range(4)))
+    x = images().requires_grad_(needs_gradient)
+
+    with pytest.raises(NotReproducible, match="something else"):
+        square(net(x)).backward()
+
+
+def test_a_block_that_saves_other_tensors_the_second_time_is_named() -> None:
+    class Changing(Fickle):
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x + (x * self.scale if self.calls < 3 else torch.sin(torch.exp(x)))
+
+    net = MomentumSequential(Changing(), Changing())
+
+    with pytest.raises(NotReproducible, match="a Changing saved"):
+        square(net(images())).backward()
+
+
+def test_a_second_backward_is_possible_where_inputs_are_kept() -> None:
+    net = stack(3)
+    set_strategy(net, "checkpoint")
+    loss = square(net(images()))
+    loss.backward(retain_graph=True)
+    once = [gradient_of(parameter).clone() for parameter in net.parameters()]
+
+    loss.backward()
+
+    twice = [gradient_of(parameter) for parameter in net.parameters()]
+    assert all(torch.equal(b, a + a) for a, b in zip(once, twice, strict=True))
+
+
+def test_a_second_backward_over_a_momentum_run_explains_itself() -> None:
+    loss = square(stack(3)(images()))
+    loss.backward(retain_graph=True)
+
+    with pytest.raises(InversionError) as caught:
+        loss.backward()
+
+    assert "store" in (caught.value.fix or "")
+
+
+def test_writing_into_the_output_is_named() -> None:
+    net = stack(3)
+    y = net(images())
+    y.mul_(2)
+
+    with pytest.raises(InversionError, match="modified in place"):
+        square(y).backward()
+
+
+def test_the_output_survives_backward() -> None:
+    net = stack(5)
+    y = net(images())
+    before = y.detach().clone()
+
+    square(y).backward()
+
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("strategy", ["store", "checkpoint", "momentum"])
+def test_a_block_that_writes_into_its_input_is_named(strategy: Any) -> None:
+    class Writing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.relu_()
+
+    net = MomentumSequential(Writing(), Writing())
+    net.strategy = strategy
+
+    with pytest.raises(UsageError, match="a Writing modifies its input"):
+        net(images())
+
+
+def test_gradients_of_the_last_blocks_alone_can_be_asked_for() -> None:
+    gradients = []
+    strategies: list[Strategy] = ["store", "momentum"]
+    for strategy in strategies:
+        net = stack(6)
+        net.strategy = strategy
+        gradients.append(torch.autograd.grad(square(net(images())), list(net[4].parameters())))
+
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("strategy", ["store", "checkpoint", "momentum"])
+def test_gradients_arrive_block_by_block_during_backward(strategy: Any) -> None:
+    # So that an optimiser step inside backward can use and free them.
+    net = stack(4)
+    set_strategy(net, strategy)
+    order: list[int] = []
+    for n in range(4):
+        weight = net.get_parameter(f"{n}.conv1.weight")
+        weight.register_post_accumulate_grad_hook(lambda _, n=n: order.append(n))
+
+    square(net(images())).backward()
+
+    assert order == [3, 2, 1, 0]
