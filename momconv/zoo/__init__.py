@@ -1,0 +1,1 @@
+"""Names to networks: torchvision's residual networks and the CIFAR family, with their weights."""

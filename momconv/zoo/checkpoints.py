@@ -1,0 +1,234 @@
+"""Reading the tensors of a file without running anything that is in it.
+
+A safetensors file is eight bytes with the length of a JSON header, that header, and the tensors.
+Everything else is taken for a PyTorch checkpoint and read with ``weights_only=True``.
+"""
+
+import difflib
+import hashlib
+import os
+import pickle
+import re
+import shlex
+import struct
+import warnings
+from io import BufferedReader
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from momconv.errors import ModelFileError
+from momconv.zoo.networks import build, head_name, names
+
+State = dict[str, Tensor]
+
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
+
+# What torch.load raises on damaged bytes, beside UnpicklingError.
+_DAMAGE = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
+
+class _Entry(BaseModel):
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, _Entry]
+
+    metadata: dict[str, str] = Field(alias="__metadata__", default_factory=dict)
+
+
+def read_state(path: Path) -> State:
+    """The tensors in ``path`` by name, without the wrappers that training scripts put around.
+
+    Raises:
+        ModelFileError: The file is missing or damaged, or holds something else.
+    """
+    if is_safetensors(path):
+        read_metadata(path)  # explains a truncated file
+        return _read_safetensors(path)
+    content = _unwrap(_read_checkpoint(path))
+    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if not state or len(state) < len(content):
+        raise ModelFileError(
+            f"{path} holds no state dict\nexpected a dictionary of tensors, or one under "
+            "'state_dict' or 'model'",
+            kind="model_file.no_state_dict",
+        )
+    return {_WRAPPERS.sub("", key): value for key, value in state.items()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of the safetensors file ``path``, which is checked for completeness.
+
+    Raises:
+        ModelFileError: The file is truncated or its header is damaged.
+    """
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        header_size = int.from_bytes(file.read(8), "little")
+        # Never more than the file has: the length itself may be damaged.
+        text = file.read(min(header_size, size))
+    promised = 8 + header_size
+    if promised <= size:
+        header = _parse_header(text, path)
+        ends = [entry.data_offsets[1] for entry in header.__pydantic_extra__.values()]
+        promised += max(ends, default=0)
+    if promised > size:
+        raise ModelFileError(
+            f"{path} is truncated: header promises {promised:,} bytes, file has {size:,}",
+            kind="model_file.truncated",
+        )
+    return header.metadata
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether ``path`` begins as a safetensors file does.
+
+    Raises:
+        ModelFileError: There is no such file, or it cannot be read.
+    """
+    with _open(path) as file:
+        return file.read(9)[8:] == b"{"
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of the file's bytes, in hexadecimal.
+
+    Raises:
+        ModelFileError: There is no such file, or it cannot be read.
+    """
+    with _open(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def difference(network: nn.Module, state: State) -> str | None:
+    """How ``state`` differs from what ``network`` needs, in one line; ``None`` if it fits."""
+    expected = network.state_dict()
+    # Checkpoints older than PyTorch 0.4.1 lack the counters, which load_state_dict then sets to 0.
+    missing = [
+        key for key in expected if key not in state and not key.endswith("num_batches_tracked")
+    ]
+    unexpected = [key for key in state if key not in expected]
+    misshapen = [
+        f"{key} {_shape(state[key])} instead of {_shape(expected[key])}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    found = [("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)]
+    return "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in found if keys) or None
+
+
+def recognise(state: State) -> str | None:
+    """The network in ``names()`` that ``state`` fits, if any."""
+    for name in names():
+        num_classes = classes_in(state, name)
+        if num_classes is None:
+            continue
+        with torch.device("meta"):
+            candidate = build(name, num_classes)
+        if difference(candidate, state) is None:
+            return name
+    return None
+
+
+def classes_in(state: State, architecture: str) -> int | None:
+    """How many classes the final layer in ``state`` has; ``None`` without such a layer."""
+    weight = state.get(f"{head_name(architecture)}.weight")
+    return weight.shape[0] if weight is not None and weight.dim() == 2 and len(weight) else None
+
+
+def convert_command(architecture: str | None, path: Path) -> str:
+    """The command that converts ``path``."""
+    return f"momconv convert {architecture or 'MODEL'} --weights {shlex.quote(str(path))}"
+
+
+def _open(path: Path) -> BufferedReader:
+    if not path.is_file():
+        raise _missing(path)
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ModelFileError(
+            f"cannot read {path}: {error.strerror}", kind="model_file.unreadable"
+        ) from error
+
+
+def _read_safetensors(path: Path) -> State:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _read_checkpoint(path: Path) -> object:
+    # Warnings are about pickle protocols, just before it fails. An open file instead of its path
+    # keeps torch.load from going by the suffix.
+    try:
+        with _open(path) as file, warnings.catch_warnings(action="ignore"):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelFileError(
+            f"{path} is no plain checkpoint: it is damaged, or holds Python objects beside tensors"
+            "\nmomconv runs no code from a file, so it does not open this one",
+            kind="model_file.unsafe",
+            fix="where the file was made: torch.save(model.state_dict(), 'weights.pth')",
+        ) from error
+    except _DAMAGE as error:
+        first_line = str(error).partition("\n")[0]
+        raise _damaged(path, f"{type(error).__name__}: {first_line}") from error
+
+
+def _unwrap(content: object) -> dict[object, object]:
+    for key in ("state_dict", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    return content if isinstance(content, dict) else {}
+
+
+def _parse_header(text: bytes, path: Path) -> _Header:
+    try:
+        return _Header.model_validate_json(text)
+    except ValidationError as error:
+        raise _damaged(path, f"its header: {error.errors()[0]['msg']}") from error
+
+
+def _damaged(path: Path, reason: str) -> ModelFileError:
+    return ModelFileError(
+        f"{path} is damaged, or no model file at all\n{reason}", kind="model_file.damaged"
+    )
+
+
+def _missing(path: Path) -> ModelFileError:
+    if path.is_dir():
+        return ModelFileError(f"{path} is a folder, not a file", kind="model_file.is_folder")
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return ModelFileError(
+        f"file does not exist: {path}",
+        kind="model_file.missing",
+        fix=f"closest existing file is {path.parent / close[0]}" if close else None,
+    )
+
+
+def _first(keys: list[str], count: int = 3) -> str:
+    return ", ".join(keys[:count]) + (", …" if len(keys) > count else "")
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "scalar"

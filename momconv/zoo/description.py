@@ -1,0 +1,91 @@
+"""What a model file must know to rebuild a network and feed it: plain data, checked when read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt
+from torch import nn
+
+from momconv.errors import UsageError
+
+Pixels = Annotated[int, Field(gt=0, le=2**14)]
+PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
+Interpolation = Literal[
+    "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How an image becomes the network's input.
+
+    Attributes:
+        resolution: Side of the square that the network sees, in pixels.
+        resize: Shorter side before the centre crop, in pixels.
+        mean: Subtracted from each of red, green and blue in [0, 1].
+        std: What each channel is divided by afterwards.
+        interpolation: A value of torchvision's ``InterpolationMode``.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    resolution: Pixels
+    resize: Pixels
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    interpolation: Interpolation = "bilinear"
+
+    def at(self, resolution: int) -> Preprocessing:
+        """The same for another ``resolution``, with ``resize`` scaled in proportion."""
+        resize = round(self.resize * resolution / self.resolution)
+        return replace(self, resolution=resolution, resize=resize)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Which network this is, what goes in, and what the outputs mean.
+
+    Attributes:
+        architecture: A name that ``zoo.networks.build`` knows, such as ``resnet50``.
+        num_classes: Outputs of the final layer.
+        preprocessing: How an image becomes the input.
+        classes: The outputs' names in order; ``None`` when unknown.
+        source: Where the weights came from: torchvision's name for them, a file name, or ``none``.
+        source_sha256: SHA-256 of the file that the weights came from.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    architecture: str
+    num_classes: PositiveInt
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None = None
+    source: str = "none"
+    source_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.classes is not None and len(self.classes) != self.num_classes:
+            raise ValueError(f"{len(self.classes)} class names for {self.num_classes} outputs")
+
+
+def attach(model: nn.Module, description: Description) -> None:
+    """Make ``description`` travel with ``model``, through copies too."""
+    model.description = description  # type: ignore[assignment]  # a module takes any attribute
+
+
+def describe(model: nn.Module) -> Description:
+    """The description that travels with ``model``.
+
+    Raises:
+        UsageError: The model was not made by momconv and has none.
+    """
+    description = getattr(model, "description", None)
+    if not isinstance(description, Description):
+        raise UsageError(
+            f"this {type(model).__name__} has no description of its architecture and input",
+            kind="usage.no_description",
+            fix="momconv.zoo.description.attach(model, Description(architecture=…, …))",
+        )
+    return description

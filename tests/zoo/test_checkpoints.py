@@ -1,0 +1,135 @@
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from momconv.errors import ModelFileError
+from momconv.zoo.checkpoints import difference, read_metadata, read_state, recognise
+from momconv.zoo.networks import build
+
+TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TENSORS,
+        {"state_dict": TENSORS, "epoch": 3},
+        {"model": TENSORS, "args": None},
+        {"state_dict": {f"module.{key}": value for key, value in TENSORS.items()}},
+        {f"_orig_mod.module.{key}": value for key, value in TENSORS.items()},
+    ],
+    ids=["plain", "state_dict", "model", "parallel", "compiled"],
+)
+def test_wrappings_of_training_scripts_are_taken_off(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "file.pth")
+    state = read_state(tmp_path / "file.pth")
+    assert list(state) == list(TENSORS)
+    assert all(torch.equal(state[key], TENSORS[key]) for key in TENSORS)
+
+
+def test_safetensors_are_recognised_by_their_content(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "file.pth", metadata={"format": "pt"})
+    assert torch.equal(read_state(tmp_path / "file.pth")["a.bias"], TENSORS["a.bias"])
+    assert read_metadata(tmp_path / "file.pth") == {"format": "pt"}
+
+
+def _saved(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return pytest.fail, ("code from the file was run",)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "damaged"),
+        (b"12345678{not a header}", "truncated"),
+        ((4).to_bytes(8, "little") + b"{no}", "damaged"),
+        ((9).to_bytes(8, "little") + b'{"a": 12}', "damaged"),
+        (_saved(TENSORS)[:700], "damaged"),
+        (pickle.dumps(_Evil()), "unsafe"),
+        (_saved(_Evil()), "unsafe"),
+        (_saved(nn.Linear(1, 1)), "unsafe"),
+        (_saved({"epoch": 3}), "no_state_dict"),
+        (_saved({}), "no_state_dict"),
+        (_saved([1, 2]), "no_state_dict"),
+    ],
+    ids=[
+        "empty", "not-a-header", "not-json", "not-tensors", "cut", "pickled-code", "saved-code",
+        "whole-module", "no-tensors", "nothing", "a-list",
+    ],
+)  # fmt: skip
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, kind: str) -> None:
+    path = tmp_path / "file.pth"
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError) as caught:
+        read_state(path)
+    assert str(path) in caught.value.message
+    assert caught.value.kind == f"model_file.{kind}"
+
+
+def test_a_truncated_file_is_told_with_both_sizes(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"x": torch.zeros(1000)}, path)
+    whole = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:2000])
+    promise = rf"is truncated: header promises {whole:,} bytes, file has 2,000$"
+    with pytest.raises(ModelFileError, match=promise):
+        read_state(path)
+
+
+def test_a_damaged_length_reads_no_more_than_the_file_has(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\xff" * 8 + b"{}")
+    with pytest.raises(ModelFileError, match="file has 10"):
+        read_state(path)
+
+
+def test_a_missing_file_is_answered_with_the_closest_one(tmp_path: Path) -> None:
+    (tmp_path / "resnet20.pth").touch()
+    with pytest.raises(ModelFileError, match="file does not exist") as caught:
+        read_state(tmp_path / "resnet2O.pth")
+    assert caught.value.fix == f"closest existing file is {tmp_path / 'resnet20.pth'}"
+
+
+def test_a_missing_folder_and_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="does not exist"):
+        read_state(tmp_path / "nowhere" / "file.pth")
+    with pytest.raises(ModelFileError, match="is a folder"):
+        read_state(tmp_path)
+
+
+def test_the_difference_names_the_tensors() -> None:
+    state = nn.Linear(3, 2).state_dict() | {"extra": torch.zeros(())}
+    assert difference(nn.Linear(4, 2), state) == (
+        "1 unexpected: extra; 1 of another shape: weight 2×3 instead of 2×4"
+    )
+    assert difference(nn.Linear(3, 2), {}) == "2 missing: weight, bias"
+    assert difference(nn.Linear(3, 2), nn.Linear(3, 2).state_dict()) is None
+
+
+def test_old_files_without_batch_counters_fit() -> None:
+    network = nn.BatchNorm1d(2)
+    state = {k: v for k, v in network.state_dict().items() if k != "num_batches_tracked"}
+    assert difference(network, state) is None
+
+
+@pytest.mark.parametrize("name", ["resnet18", "cifar_resnet44", "wide_resnet50_2"])
+def test_a_network_is_recognised_whatever_its_classes(name: str) -> None:
+    with torch.device("meta"):
+        assert recognise(build(name, 3).state_dict()) == name
+
+
+def test_unknown_tensors_are_not_recognised() -> None:
+    assert recognise(TENSORS) is None
+    assert recognise({"fc.weight": torch.zeros(3, 512)}) is None
