@@ -1,0 +1,172 @@
+"""A converted network in one safetensors file: its tensors, and what is needed to rebuild it.
+
+The metadata are text: ``momconv.schema`` is the number of this format, ``momconv.description``
+and ``momconv.stages`` are JSON (what the network is, and where it is inverted and how), and so is
+every other value that a caller adds. Nothing that is read from a file is run.
+"""
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torchvision
+from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
+from pydantic_core import to_json
+from torch import Tensor, nn
+
+from momconv._version import __version__
+from momconv.errors import ModelFileError, UsageError
+from momconv.files.atomic import write_atomically
+from momconv.surgery.conversion import apply_schemes, read_schemes
+from momconv.zoo import checkpoints
+from momconv.zoo.description import Description, attach, describe
+from momconv.zoo.networks import build
+
+SCHEMA = 1
+_PREFIX = "momconv."
+_Bytes = bytes | memoryview
+
+
+class _Metadata(BaseModel):
+    """What a file says about itself; further values are any JSON."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Json[Any]]
+
+    schema_number: Json[int] = Field(alias="schema")
+    version: str
+    description: Json[Description]
+    stages: Json[dict[str, dict[str, Any]]]
+    torch: str
+    torchvision: str
+    created: str
+
+
+def save(model: nn.Module, path: str | Path, extra: Mapping[str, object] | None = None) -> None:
+    """Write ``model`` to ``path``, all or nothing.
+
+    Two calls write the same bytes, but for the time.
+
+    Args:
+        model: A network with a description, converted or not, on any device.
+        path: The file to write; its folder must exist.
+        extra: JSON values to keep in the file, such as metrics. The file's own names win.
+
+    Raises:
+        UsageError: The model has no description.
+        ResourceError: The file cannot be written.
+    """
+    metadata = _compose(model, extra or {})
+    # A copy for channels_last weights, which safetensors refuses; the others are passed through.
+    tensors = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
+    write_atomically(Path(path), lambda target: _write(target, _serialise(tensors, metadata)))
+
+
+def load(path: str | Path) -> nn.Module:
+    """The network that ``save`` wrote, in eval mode.
+
+    Raises:
+        ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
+    """
+    path = Path(path)
+    metadata = _read(path)
+    state = checkpoints.read_state(path)
+    description = metadata.description
+    if checkpoints.classes_in(state, description.architecture) != description.num_classes:
+        raise _inconsistent(path, f"there is no head of {description.num_classes} classes")
+    model = _build(metadata, path)
+    if difference := checkpoints.difference(model, state):
+        raise _inconsistent(path, f"tensors {difference}")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What the file says about itself, as values that JSON knows, without reading the tensors.
+
+    Raises:
+        ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
+    """
+    return _read(Path(path)).model_dump(mode="json", by_alias=True)
+
+
+def _compose(model: nn.Module, extra: Mapping[str, object]) -> dict[str, str]:
+    own = {
+        "schema": str(SCHEMA),
+        "version": __version__,
+        "description": to_json(describe(model)).decode(),
+        "stages": json.dumps(read_schemes(model)),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    added = {key: json.dumps(value) for key, value in extra.items()}
+    return {"format": "pt"} | {_PREFIX + key: value for key, value in (added | own).items()}
+
+
+def _read(path: Path) -> _Metadata:
+    """The validated metadata of ``path``."""
+    found = checkpoints.read_metadata(path) if checkpoints.is_safetensors(path) else {}
+    values = {k.removeprefix(_PREFIX): v for k, v in found.items() if k.startswith(_PREFIX)}
+    if "schema" not in values:
+        raise _unconverted(path)
+    if values["schema"] != str(SCHEMA):
+        raise ModelFileError(
+            f"{path} was written by a newer momconv: its format is {values['schema']}, and "
+            f"momconv {__version__} reads {SCHEMA}",
+            kind="model_file.newer_schema",
+            fix="pip install --upgrade momconv",
+        )
+    try:
+        return _Metadata.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _inconsistent(path, f"{_PREFIX}{where}: {first['msg']}") from error
+
+
+def _build(metadata: _Metadata, path: Path) -> nn.Module:
+    """The network that ``metadata`` describe, with random weights."""
+    description = metadata.description
+    try:
+        model = build(description.architecture, description.num_classes)
+        apply_schemes(model, metadata.stages)
+    except (UsageError, ModelFileError) as error:
+        raise _inconsistent(path, error.message) from error
+    attach(model, description)
+    return model
+
+
+def _unconverted(path: Path) -> ModelFileError:
+    guess = checkpoints.recognise(checkpoints.read_state(path))
+    return ModelFileError(
+        f"{path} is an unconverted {guess or 'checkpoint'}; run momconv convert first",
+        kind="model_file.unconverted",
+        fix=checkpoints.convert_command(guess, path),
+    )
+
+
+def _inconsistent(path: Path, reason: str) -> ModelFileError:
+    return ModelFileError(
+        f"{path} contradicts itself, so it was damaged or edited\n{reason}",
+        kind="model_file.inconsistent",
+    )
+
+
+def _serialise(tensors: dict[str, Tensor], metadata: dict[str, str]) -> list[_Bytes]:
+    """The file's bytes; safetensors itself writes the metadata in a random order."""
+    plain = memoryview(safetensors.torch.save(tensors))
+    start = 8 + int.from_bytes(plain[:8], "little")
+    header = {"__metadata__": metadata} | json.loads(bytes(plain[8:start]))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return [len(text).to_bytes(8, "little"), text, plain[start:]]
+
+
+def _write(path: Path, pieces: list[_Bytes]) -> None:
+    with path.open("wb") as file:
+        file.writelines(pieces)

@@ -1,0 +1,1 @@
+"""From plain networks to momentum networks."""

@@ -1,0 +1,227 @@
+"""From a plain residual network to a momentum network with the same parameters and keys."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from momconv.errors import ModelFileError, UsageError
+from momconv.momentum.equations import Velocity, coefficients, weights
+from momconv.momentum.runs import call_on_fakes
+from momconv.momentum.sequential import MomentumSequential, Run, momentum_stages
+from momconv.zoo.description import Description
+
+
+def convert(
+    model: nn.Module,
+    gamma: float = 0.9,
+    stages: Literal["auto"] | Sequence[str] = "auto",
+    velocity: Velocity = "zero",
+    *,
+    gain: bool = True,
+) -> nn.Module:
+    """A copy of ``model`` in which runs of residual blocks follow the momentum rule.
+
+    Every ``nn.Sequential`` with a run becomes a MomentumSequential of the same blocks, so the
+    state-dict keys stay as they are. Swapping the rule changes what the network computes: after k
+    blocks, block j has contributed only 1 − γ^(k−j) of its residual. A gain on each block makes up
+    for that.
+
+    Args:
+        model: A network for RGB images, plain or converted before. It stays as it is.
+        gamma: γ in (0, 1]; 0 keeps the plain network.
+        stages: Names of Sequentials such as "layer3", or "auto" for all that have a run.
+        velocity: v[0] is 0 ("zero") or f(x[0]) ("residual").
+        gain: Whether blocks get the gain that restores their weight in the sum.
+
+    Raises:
+        UsageError: γ is out of range, or a stage does not exist or has no run.
+    """
+    model = copy.deepcopy(model)
+    names = _sequentials(model) if stages == "auto" else [*stages]
+    for name in names:
+        plain = _sequential(model, name)
+        wrapped = MomentumSequential(_children(plain), gamma=gamma, velocity=velocity)
+        _replace(model, name, wrapped.train(plain.training))
+    _find_runs(model)
+    for name in names:
+        stage = model.get_submodule(name)
+        assert isinstance(stage, MomentumSequential)
+        if stage.runs:
+            stage.runs = (
+                tuple(_with_gains(run, stage) for run in stage.runs) if gain else stage.runs
+            )
+        else:
+            _replace(model, name, nn.Sequential(_children(stage)).train(stage.training))
+    without = [name for name in names if name not in momentum_stages(model)]
+    if without and (stages != "auto" or without == names):
+        raise UsageError(
+            f"no two consecutive residual blocks of one shape in {', '.join(without) or 'it'}:"
+            " nothing to convert",
+            kind="usage.nothing_to_convert",
+            fix="--stages auto",
+        )
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a report says about one stage.
+
+    Attributes:
+        name: Its name in the model, such as ``layer3``.
+        blocks: How many blocks it has.
+        momentum: Which of them follow the momentum rule, counted from 0.
+        parameters: How many numbers it learns.
+        gamma: Its γ, 0 where no block follows the rule.
+    """
+
+    name: str
+    blocks: int
+    momentum: tuple[int, ...]
+    parameters: int
+    gamma: float
+
+
+def summarise(model: nn.Module) -> list[Stage]:
+    """The stages of a model, converted or not, in its order: Sequentials that are in no other."""
+    stages: dict[str, nn.Sequential] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in stages)
+        if isinstance(module, nn.Sequential) and not inside:
+            stages[name] = module
+    return [_summarise(name, stage) for name, stage in stages.items()]
+
+
+def _summarise(name: str, stage: nn.Sequential) -> Stage:
+    gamma = stage.gamma if isinstance(stage, MomentumSequential) else 0.0
+    runs = (stage.runs or ()) if isinstance(stage, MomentumSequential) and gamma else ()
+    momentum = tuple(n for run in runs for n in range(run.start, run.stop))
+    parameters = sum(parameter.numel() for parameter in stage.parameters())
+    return Stage(name, len(stage), momentum, parameters, gamma)
+
+
+def read_schemes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What :func:`apply_schemes` needs to convert the plain network again, as JSON values."""
+    return {
+        name: {
+            "gamma": stage.gamma,
+            "velocity": stage.velocity,
+            "fraction_bits": stage.fraction_bits,
+            "runs": [asdict(run) for run in stage.runs or ()],
+        }
+        for name, stage in momentum_stages(model).items()
+    }
+
+
+def apply_schemes(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]]) -> None:
+    """Convert ``model`` in place as ``schemes``, which may come from a stranger's file, say.
+
+    Raises:
+        ModelFileError: They do not fit the model.
+    """
+    for name, values in schemes.items():
+        try:
+            scheme = _Scheme.model_validate(values)
+            plain = _sequential(model, name)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _unfitting(f"{name}.{first['loc']}: {first['msg']}") from error
+        except UsageError as error:
+            raise _unfitting(error.message) from error
+        runs = [Run(run.start, run.stop, run.gains) for run in scheme.runs]
+        _check_runs(name, runs, len(plain))
+        stage = MomentumSequential(
+            _children(plain),
+            gamma=scheme.gamma,
+            velocity=scheme.velocity,
+            fraction_bits=scheme.fraction_bits,
+            runs=runs,
+        )
+        _replace(model, name, stage.train(plain.training))
+
+
+class _SchemeRun(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    start: int
+    stop: int
+    gains: tuple[FiniteFloat, ...]
+
+
+class _Scheme(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    gamma: Annotated[float, Field(ge=0, le=1)]
+    velocity: Velocity
+    fraction_bits: Annotated[int, Field(ge=0, le=22)]
+    runs: list[_SchemeRun]
+
+
+def _check_runs(name: str, runs: list[Run], blocks: int) -> None:
+    position = 0
+    for run in runs:
+        fits = position <= run.start < run.stop <= blocks and len(run.gains) == run.stop - run.start
+        if not fits or 0 in run.gains:
+            raise _unfitting(f"{name} has {blocks} blocks, and no run {run}")
+        position = run.stop
+
+
+def _unfitting(reason: str) -> ModelFileError:
+    return ModelFileError(
+        f"the description of the momentum stages does not fit the network: {reason}",
+        kind="model_file.inconsistent",
+    )
+
+
+def _with_gains(run: Run, stage: MomentumSequential) -> Run:
+    """The run with gains by which every residual ends up in x with weight 1, as in the ResNet."""
+    if stage.gamma == 0:
+        return run
+    ones = (1.0,) * len(run.gains)
+    lost = weights(stage.gamma, coefficients(stage.gamma, ones, stage.velocity))
+    return replace(run, gains=tuple(1 / weight for weight in lost))
+
+
+def _find_runs(model: nn.Module) -> None:
+    """Let every MomentumSequential find its runs, by a forward pass on fake tensors."""
+    description = getattr(model, "description", None)
+    side = description.preprocessing.resolution if isinstance(description, Description) else 224
+    parameter = next(model.parameters())
+    with FakeTensorMode() as mode:
+        # Two images: BatchNorm in training mode refuses one value per channel.
+        images = torch.empty(2, 3, side, side, device=parameter.device, dtype=parameter.dtype)
+    call_on_fakes(model, [images], mode)
+
+
+def _sequentials(model: nn.Module) -> list[str]:
+    """Names of what may contain runs. Exact types: a subclass has a forward of its own."""
+    kinds = (nn.Sequential, MomentumSequential)
+    return [name for name, module in model.named_modules() if type(module) in kinds and name]
+
+
+def _sequential(model: nn.Module, name: str) -> nn.Sequential:
+    if name not in _sequentials(model):
+        raise UsageError(
+            f"this {type(model).__name__} has no stage {name!r}",
+            kind="usage.unknown_stage",
+            fix=f"--stages with some of {', '.join(_sequentials(model))}",
+        )
+    stage = model.get_submodule(name)
+    assert isinstance(stage, nn.Sequential)
+    return stage
+
+
+def _children(stage: nn.Sequential) -> OrderedDict[str, nn.Module]:
+    return OrderedDict(stage.named_children())
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)

@@ -1,0 +1,69 @@
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from momconv.errors import ResourceError
+from momconv.files.atomic import write_atomically, write_text
+
+
+def test_the_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("before")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("aft")
+        assert temporary.parent == tmp_path
+        assert path.read_text() == "before"
+        temporary.write_text("after")
+
+    write_atomically(path, write)
+    assert path.read_text() == "after"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_a_failure_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("before")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise error
+
+    with pytest.raises(error):
+        write_atomically(path, write)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    def write(temporary: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ResourceError, match=r"cannot write .*/a.txt: No space left on device"):
+        write_atomically(tmp_path / "a.txt", write)
+
+
+def test_a_missing_folder_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="folder does not exist") as caught:
+        write_text(tmp_path / "my runs" / "a.txt", "text")
+    assert caught.value.fix == f"mkdir -p '{tmp_path / 'my runs'}'"
+
+
+def test_a_folder_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ResourceError, match="cannot write"):
+        write_text(tmp_path / "a", "text")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_text_is_utf8_with_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "γ × σ\n")
+    assert (tmp_path / "a.txt").read_bytes() == "γ × σ\n".encode()
+    (tmp_path / "other").touch()
+    modes = {stat.S_IMODE(os.stat(p).st_mode) for p in tmp_path.iterdir()}
+    assert len(modes) == 1
