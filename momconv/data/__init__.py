@@ -1,0 +1,1 @@
+"""Images: the folders they lie in, the splits, decoding, transforms and datasets."""

@@ -1,0 +1,117 @@
+"""Image files as datasets for a DataLoader.
+
+A worker process cannot hand over a DataError: PyTorch turns it into a RuntimeError with the text of
+a traceback. The datasets therefore remember, in memory that all processes share, which file failed,
+and ``read_batches`` raises the error that names it.
+"""
+
+import hashlib
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from momconv.data.decoding import decode
+from momconv.data.folder import ImageSet
+from momconv.errors import DataError
+
+Transform = Callable[[Image.Image], Tensor]
+_NONE = -1
+
+
+class _ImageFiles:
+    """Files that become tensors."""
+
+    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
+        self.paths = paths
+        self.transform = transform
+        self._failed = _shared(_NONE)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _decode(self, index: int) -> Image.Image:
+        try:
+            return decode(self.paths[index])
+        except DataError:
+            self._failed.fill_(index)
+            raise
+
+    def raise_failure(self) -> None:
+        """Raise the error of the file that a worker could not decode, if there is one.
+
+        Raises:
+            DataError: the file is still unreadable.
+        """
+        index = int(self._failed)
+        if index != _NONE:
+            decode(self.paths[index])
+
+
+class LabelledImages(_ImageFiles, Dataset[tuple[Tensor, int]]):
+    """The transformed images of an ``ImageSet`` with their labels.
+
+    With a ``seed``, a random transform of an image depends only on (seed, epoch, index): neither on
+    the number of workers nor on the order, and the global random state stays as it was. Without,
+    transforms draw from the global random state.
+    """
+
+    def __init__(self, image_set: ImageSet, transform: Transform, *, seed: int | None) -> None:
+        super().__init__([sample.path for sample in image_set.samples], transform)
+        self.labels = image_set.labels
+        self.seed = seed
+        self._epoch = _shared(0)  # so that persistent workers see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on, draw the random transforms of ``epoch``."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self._decode(index)
+        if self.seed is None:
+            return self.transform(image), self.labels[index]
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would also seed the GPUs, whose state is not restored here.
+            torch.default_generator.manual_seed(_mix(self.seed, int(self._epoch), index))
+            return self.transform(image), self.labels[index]
+
+
+class UnlabelledImages(_ImageFiles, Dataset[Tensor]):
+    """The transformed images of ``paths``, without labels."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(self._decode(index))
+
+
+def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
+    """The batches of a loader of ``LabelledImages`` or ``UnlabelledImages``.
+
+    Raises:
+        DataError: a file cannot be decoded, whichever process found out.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        # The traceback holds the loader's iterator. Without it the workers stop at once; as cyclic
+        # garbage they would wait for a message that never comes.
+        traceback.clear_frames(error.__traceback__)
+        dataset = loader.dataset
+        if isinstance(dataset, _ImageFiles):
+            dataset.raise_failure()
+        raise
+
+
+def _shared(number: int) -> Tensor:
+    """A number that worker processes and their parent see and set."""
+    return torch.tensor(number).share_memory_()
+
+
+def _mix(*numbers: int) -> int:
+    """A seed that differs for all different ``numbers`` and is the same on every machine."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return int.from_bytes(digest[:8], "little")

@@ -1,0 +1,168 @@
+"""One way from an image file to pixels, for training, evaluation and prediction alike.
+
+Pillow's plain ``convert("RGB")`` turns 16-bit pictures white, transparent ones arbitrary and leaves
+photographs lying on their side; ``decode`` does not.
+"""
+
+import io
+import struct
+import threading
+import warnings
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from momconv.data.folder import FORMATS, printable
+from momconv.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# What Pillow's readers raise when the bytes are not what they should be.
+_DAMAGE = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+
+
+def decode(path: Path) -> Image.Image:
+    """The picture in ``path`` as 8-bit RGB, upright, on white, the first frame if it moves.
+
+    Raises:
+        DataError: the file cannot be read, is empty, truncated, too large or not an image.
+    """
+    image, _ = decode_and_explain(path)
+    return image
+
+
+def decode_and_explain(path: Path) -> tuple[Image.Image, tuple[str, ...]]:
+    """As ``decode``, with what had to be converted on the way.
+
+    Raises:
+        DataError: as ``decode``.
+    """
+    with _quiet:
+        try:
+            file = _File(path.read_bytes())
+        except OSError as error:
+            raise _unreadable(path, error.strerror or "cannot be read") from error
+        try:
+            image = Image.open(file, formats=FORMATS)
+            image.load()
+            return _to_rgb(image)
+        except UnidentifiedImageError as error:
+            raise _unreadable(path, "not an image" if file.getvalue() else "empty file") from error
+        except Image.DecompressionBombError as error:
+            raise _unreadable(path, "image too large") from error
+        except _DAMAGE as error:
+            reason = "truncated image" if file.overrun else "unreadable image"
+            raise _unreadable(path, reason) from error
+
+
+class _File(io.BytesIO):
+    """The bytes of a file, which remember whether a reader wanted more of them than there are."""
+
+    overrun = False
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        self.overrun |= not data and size != 0
+        return data
+
+
+class _Quiet:
+    """Silences Pillow's warnings while any thread is inside.
+
+    ``catch_warnings`` swaps the filters of the whole process, so threads that overlap would restore
+    them in the wrong order; here the first one in opens it and the last one out closes it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._caught.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+
+
+def _unreadable(path: Path, reason: str) -> DataError:
+    return DataError(
+        f"{printable(path)}: {reason}",
+        kind="data.unreadable_image",
+        fix="replace the file or take it out of the data folder",
+    )
+
+
+def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    converted = []
+    if _turn_upright(image):
+        converted.append("turned upright by EXIF")
+    if image.mode.startswith("I") or image.mode == "F":
+        depth = "16-bit" if image.mode.startswith("I;16") else "32-bit"
+        converted.append(f"{depth} grey, rescaled to 0-255")
+        image = _to_eight_bits(image)
+    if image.mode == "CMYK":
+        converted.append("CMYK")
+    if image.mode in {"RGBA", "RGBa", "LA", "PA"} or "transparency" in image.info:
+        converted.append("transparent, put on white")
+        image = _on_white(image)
+    return image.convert("RGB"), tuple(converted)
+
+
+def _turn_upright(image: Image.Image) -> bool:
+    """Turn ``image`` as its EXIF says, and tell whether it says so; broken EXIF says nothing."""
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+        ImageOps.exif_transpose(image, in_place=True)
+    except _DAMAGE:
+        return False
+    return turned
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """The grey values on 0…255, from the range that they were recorded in."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        values = np.asarray(image, dtype=np.float64)
+    low, high = _recorded_range(values[np.isfinite(values)], image.mode)
+    scaled = (values.clip(low, high) - low) / ((high - low) or 1) * 255
+    return Image.fromarray(np.nan_to_num(scaled).round().astype(np.uint8))
+
+
+def _recorded_range(values: "NDArray[np.float64]", mode: str) -> tuple[float, float]:
+    """The usual range that holds all ``values``; where none does, the values' own."""
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    # Pillow gives 16-bit values as "I" too, depending on the format and on its version.
+    usual = (1.0, 255.0) if mode == "F" else (65535.0,)
+    top = next((top for top in usual if low >= 0 and high <= top), None)
+    return (low, high) if top is None else (0.0, top)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

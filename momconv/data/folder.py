@@ -1,0 +1,369 @@
+"""Folders of images: which files count, which class each belongs to, and which split.
+
+    data/<class>/…                              one folder of classes; a part of it is held out
+    data/train/<class>/… and data/val/<class>/…     two splits; val may be valid, validation or dev
+
+A class is a folder of the first level, and everything below it belongs to it. Classes are numbered
+in the order of their names in the training folder; other folders are matched to them by name. What
+was left out or decided is told in notes. Nothing is ever written into a data folder.
+"""
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+from PIL import Image
+
+from momconv.data.splits import hold_out
+from momconv.errors import DataError
+
+Image.init()
+# Formats that Pillow names but that hold no pixels it can read by itself. (EPS starts Ghostscript.)
+_NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+FORMATS = tuple(name for name in Image.ID if name not in _NOT_PICTURES)
+SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name not in _NOT_PICTURES
+)
+
+_LEFT_BY_PROGRAMS = {"__MACOSX", "__pycache__"}  # .ipynb_checkpoints is hidden anyway
+_TRAIN = ("train", "training")
+_VAL = ("val", "valid", "validation", "dev")
+_SPLITS = {*_TRAIN, *_VAL, "test"}
+_FEW = 5  # images of a class, below which a warning is due
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image file and the number of its class."""
+
+    path: Path
+    label: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSet:
+    """Image files below ``root`` with their classes; ``notes`` say what was left out, and why."""
+
+    root: Path
+    classes: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> list[int]:
+        """The class number of every sample."""
+        return [sample.label for sample in self.samples]
+
+    def counts(self) -> dict[str, int]:
+        """The number of samples of every class, in the order of the classes."""
+        count = Counter(self.labels)
+        return {name: count[label] for label, name in enumerate(self.classes)}
+
+    def select(self, indices: Iterable[int]) -> "ImageSet":
+        """The same classes with only the samples at ``indices``."""
+        return replace(self, samples=tuple(self.samples[index] for index in indices))
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """What to train on and what to validate on; both have the same classes."""
+
+    train: ImageSet
+    val: ImageSet
+    notes: tuple[str, ...]
+
+
+def find_splits(root: Path, *, val_frac: float = 0.2, seed: int = 0) -> Splits:
+    """The training and the validation images below ``root``.
+
+    Without a validation folder, ``val_frac`` of each class is held out (see ``hold_out``). A test
+    folder is never validated on.
+
+    Raises:
+        DataError: ``root`` is missing or not laid out as above, has fewer than two classes, or
+            validation has a class that training does not.
+    """
+    folders = _split_folders(root)
+    train_folder = _first(_TRAIN, folders) if folders else root
+    if train_folder is None:
+        raise DataError(
+            f"no folder of training images in {printable(root)}\nfound: {_listed(folders)}",
+            kind="data.no_train_split",
+            fix=f"put training images into {printable(root / 'train')}/<class>/",
+        )
+    train = read_classes_folder(train_folder)
+    _require_two_classes(train)
+    val_folder = _first(_VAL, folders)
+    if val_folder is None:
+        return _hold_out(train, val_frac, seed)
+    val = read_classes_folder(val_folder, train.classes, owner=train_folder.name)
+    chosen = f"note: training on {_described(train)}, validating on {_described(val)}"
+    return Splits(train, val, (chosen, *train.notes, *val.notes, *_warn_of_few(train)))
+
+
+def find_evaluation_set(root: Path, classes: Sequence[str] | None = None) -> ImageSet:
+    """The images to evaluate on: the validation split of ``root`` if it has splits, else ``root``.
+
+    Raises:
+        DataError: as ``read_classes_folder``, or ``root`` has splits but none for validation.
+    """
+    folders = _split_folders(root)
+    if not folders:
+        return read_classes_folder(root, classes)
+    folder = _first(_VAL, folders)
+    if folder is None:
+        raise DataError(
+            f"no folder of validation images in {printable(root)}\nfound: {_listed(folders)}",
+            kind="data.no_val_split",
+            fix=f"name one of them, as in {printable(min(folders.values()))}",
+        )
+    return read_classes_folder(folder, classes)
+
+
+def read_classes_folder(
+    root: Path, classes: Sequence[str] | None = None, *, owner: str = "the model"
+) -> ImageSet:
+    """The images of a folder that has one folder for each class.
+
+    ``classes`` fixes the numbers: folders are matched to it by name. ``owner`` is who knows those
+    classes, for messages.
+
+    Raises:
+        DataError: ``root`` is missing, is no such folder, has no images, or has a class that is
+            not in ``classes``.
+    """
+    found, notes = _read_class_folders(root)
+    if all(name.lower() in _SPLITS and name not in (classes or ()) for name in found):
+        raise DataError(
+            f"{printable(root)} holds splits, not classes: {_listed(found)}",
+            kind="data.wrong_level",
+            fix=f"name one of them, as in {printable(root / min(found))}",
+        )
+    names = tuple(found) if classes is None else tuple(classes)
+    _refuse_unknown(root, {name: found[name] for name in found if name not in names}, owner)
+    missing = [name for name in names if name not in found]
+    if missing:
+        which = f"{plural(len(missing), 'class')}: {_listed(missing)}"
+        notes += (f"warning: {printable(root)} has no images of {which}",)
+    number = {name: label for label, name in enumerate(names)}
+    samples = (Sample(path, number[name]) for name, paths in found.items() for path in paths)
+    return ImageSet(root, names, tuple(samples), notes)
+
+
+def list_images(root: Path) -> list[Path]:
+    """Every image below ``root``, whatever the folders between, sorted by path.
+
+    Raises:
+        DataError: ``root`` is missing, is not a folder or holds no image.
+    """
+    _require_folder(root)
+    return sorted(_images(root)) or _refuse_empty(root)
+
+
+def printable(name: str | Path) -> str:
+    r"""``name`` on one line, with what a terminal would obey or could not show written out.
+
+    >>> print(printable("two\nlines\x1b[31m"))
+    two\nlines\x1b[31m
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(name)
+    )
+
+
+def plural(count: int, noun: str) -> str:
+    """A number of things.
+
+    >>> plural(1, "class"), plural(2, "class"), plural(0, "image")
+    ('1 class', '2 classes', '0 images')
+    """
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count} {noun}{ending}"
+
+
+def _walk(root: Path, *above: Path) -> Iterator[Path]:
+    """Every visible file below ``root``. Each folder is entered once, the folders ``above`` never.
+
+    Both matter only where links lead back to a folder.
+    """
+    seen = {os.path.realpath(folder) for folder in above}
+    for parent, folders, files in os.walk(root, onerror=_refuse_unreadable, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = _visible(folders)
+        # A dead link is kept, to be reported as unreadable; a pipe would block its reader.
+        paths = [os.path.join(parent, name) for name in _visible(files)]
+        yield from (Path(p) for p in paths if os.path.isfile(p) or not os.path.exists(p))
+
+
+def _images(root: Path) -> Iterator[Path]:
+    return filter(_is_image, _walk(root))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _visible(names: Iterable[str]) -> list[str]:
+    return sorted(n for n in names if not n.startswith(".") and n not in _LEFT_BY_PROGRAMS)
+
+
+def _subfolders(root: Path) -> list[Path]:
+    try:
+        names = _visible(os.listdir(root))
+    except OSError as error:
+        _refuse_unreadable(error)
+    return [root / name for name in names if (root / name).is_dir()]
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders of the splits by their lower-case names, empty where ``root`` has no splits.
+
+    A class may be called "train" too (beside "bus" and "car"), so one such name is not enough.
+    """
+    _require_folder(root)
+    folders = {f.name.lower(): f for f in _subfolders(root) if any(True for _ in _images(f))}
+    divided = folders.keys() <= _SPLITS or (_first(_TRAIN, folders) and _first(_VAL, folders))
+    return folders if divided else {}
+
+
+def _first(names: Sequence[str], folders: Mapping[str, Path]) -> Path | None:
+    return next((folders[name] for name in names if name in folders), None)
+
+
+def _read_class_folders(root: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+    """The images of every class folder that has any, and notes on what was passed over."""
+    _require_folder(root)
+    files = {folder.name: list(_walk(folder, root)) for folder in _subfolders(root)}
+    found = {name: list(filter(_is_image, paths)) for name, paths in files.items()}
+    if not any(found.values()):
+        _refuse_empty(root)
+    empty = [name for name, paths in found.items() if not paths]
+    others = Counter(
+        path.suffix.lower() for paths in files.values() for path in paths if not _is_image(path)
+    )
+    loose = sum(_is_image(root / name) for name in _visible(os.listdir(root)) if name not in files)
+    return {n: paths for n, paths in found.items() if paths}, _notes(root, empty, others, loose)
+
+
+def _notes(root: Path, empty: list[str], others: Counter[str], loose: int) -> tuple[str, ...]:
+    notes = []
+    if empty:
+        count = plural(len(empty), "folder")
+        notes.append(f"warning: ignoring {count} with no images: {_listed(empty)}")
+    if others:
+        kinds = ", ".join(f"{printable(end) or 'no suffix'} ({n})" for end, n in others.items())
+        count = plural(others.total(), "file")
+        notes.append(f"note: ignoring {count} in {printable(root)} that are not images: {kinds}")
+    if loose:
+        count = plural(loose, "image")
+        notes.append(f"warning: ignoring {count} directly in {printable(root)}, in no class folder")
+    return tuple(notes)
+
+
+def _hold_out(whole: ImageSet, val_frac: float, seed: int) -> Splits:
+    train, val = (whole.select(part) for part in hold_out(whole.labels, val_frac, seed))
+    how = f"holding out {val_frac:.0%} per class (seed {seed})" if val_frac else "none held out"
+    note = (
+        f"note: no val/ folder; {how}: {len(train.samples)} train / {len(val.samples)} val. "
+        "Change it with data.val_frac or add a val/ folder."
+    )
+    return Splits(train, val, (note, *whole.notes, *_warn_of_few(train)))
+
+
+def _warn_of_few(train: ImageSet) -> tuple[str, ...]:
+    few = [f"{printable(name)} ({n})" for name, n in train.counts().items() if n < _FEW]
+    if not few:
+        return ()
+    what = f"fewer than {_FEW} training images"
+    return (f"warning: {plural(len(few), 'class')} with {what}: {', '.join(few)}",)
+
+
+def _described(images: ImageSet) -> str:
+    return f"{printable(images.root)} ({plural(len(images.samples), 'image')})"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(printable(name) for name in names)
+
+
+def _require_folder(path: Path) -> None:
+    if os.path.isdir(path):
+        return
+    if os.path.exists(path):
+        raise DataError(
+            f"data folder is a file: {printable(path)}",
+            kind="data.not_a_folder",
+            fix="name the folder of class folders; unpack an archive first",
+        )
+    raise DataError(
+        f"data folder does not exist: {printable(path)}",
+        kind="data.missing_folder",
+        fix=f"closest existing folder is {printable(_closest(path))}",
+    )
+
+
+def _closest(path: Path) -> Path:
+    path = path.absolute()
+    parent = next(p for p in path.parents if os.path.isdir(p))
+    wanted = path.relative_to(parent).parts[0]
+    names = [folder.name for folder in _subfolders(parent)]
+    return parent.joinpath(*difflib.get_close_matches(wanted, names, n=1))
+
+
+def _require_two_classes(train: ImageSet) -> None:
+    if len(train.classes) >= 2:
+        return
+    (name,) = train.classes
+    below = [folder.name for folder in _subfolders(train.root / name)]
+    one_level_down = f"the classes may lie one level down: {printable(train.root / name)}"
+    raise DataError(
+        f"found 1 class in {printable(train.root)}: {printable(name)} "
+        f"({plural(len(train.samples), 'image')})\ntraining needs at least 2",
+        kind="data.too_few_classes",
+        fix=one_level_down if below else f"add {printable(train.root)}/<other class>/",
+    )
+
+
+def _refuse_unknown(root: Path, unknown: Mapping[str, list[Path]], owner: str) -> None:
+    if not unknown:
+        return
+    counted = (f"{printable(n)} ({plural(len(paths), 'image')})" for n, paths in unknown.items())
+    which = f"{plural(len(unknown), 'class')} that {owner} does not: {', '.join(counted)}"
+    raise DataError(
+        f"{printable(root.name or root)} has {which}\nin {printable(root)}",
+        kind="data.unknown_class",
+        fix=f"train on {_listed(unknown)} too, or move {printable(root / min(unknown))} elsewhere",
+    )
+
+
+def _refuse_empty(root: Path) -> NoReturn:
+    loose = sum(1 for _ in _images(root))
+    here = f"{printable(root)}/"
+    expected = f"expected: {here}<class>/*.jpg or {here}train/<class>/*.jpg (and val/)"
+    if loose:
+        raise DataError(
+            f"found {plural(loose, 'image')} directly in {here} but no class folders\n{expected}",
+            kind="data.no_class_folders",
+            fix=f"move the images into one folder for each class: {here}<class>/",
+        )
+    raise DataError(
+        f"no images in {here}\n{expected}",
+        kind="data.no_images",
+        fix=f"name another folder, or put images into {here}<class>/",
+    )
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise DataError(
+        f"cannot read folder {printable(error.filename)}: {error.strerror}",
+        kind="data.unreadable_folder",
+        fix="check its permissions",
+    ) from error

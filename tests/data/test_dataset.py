@@ -1,0 +1,147 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import fingerprint, save_classes
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from momconv.data.dataset import LabelledImages, UnlabelledImages, read_batches
+from momconv.data.folder import ImageSet, find_evaluation_set, find_splits, list_images
+from momconv.data.inspection import check_images
+from momconv.data.transforms import evaluation_transform, training_transform
+from momconv.errors import DataError
+from momconv.zoo.description import Preprocessing
+
+TINY = Preprocessing(resolution=8, resize=8, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+
+# Python 3.12 warns of any fork; a machine with one core is warned of two workers.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageSet:
+    return find_evaluation_set(save_classes(tmp_path, ant=5, bee=6))
+
+
+def read_all(dataset: LabelledImages, workers: int = 0) -> tuple[Tensor, Tensor]:
+    loader = DataLoader(dataset, batch_size=3, num_workers=workers)
+    tensors, labels = zip(*read_batches(loader), strict=True)
+    return torch.cat(tensors), torch.cat(labels)
+
+
+def test_images_come_with_their_labels(images: ImageSet) -> None:
+    dataset = LabelledImages(images, evaluation_transform(TINY), seed=None)
+    tensors, labels = read_all(dataset)
+    assert len(dataset) == 11
+    assert labels.tolist() == [0] * 5 + [1] * 6
+    assert tensors.shape == (11, 3, 8, 8)
+
+
+def test_the_number_of_workers_changes_nothing(images: ImageSet) -> None:
+    dataset = LabelledImages(images, training_transform(TINY), seed=3)
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        alone, helped = read_all(dataset), read_all(dataset, workers=2)
+        assert torch.equal(alone[0], helped[0])
+        assert torch.equal(alone[1], helped[1])
+
+
+def test_the_order_of_reading_changes_nothing(images: ImageSet) -> None:
+    dataset = LabelledImages(images, training_transform(TINY), seed=3)
+    forwards = [dataset[i][0] for i in range(11)]
+    backwards = [dataset[i][0] for i in reversed(range(11))]
+    assert all(map(torch.equal, forwards, reversed(backwards)))
+
+
+@pytest.mark.parametrize("change", ["seed", "epoch", "index"])
+def test_seed_epoch_and_index_each_change_the_augmentation(images: ImageSet, change: str) -> None:
+    def draw(*, seed: int = 0, epoch: int = 0, index: int = 0) -> float:
+        dataset = LabelledImages(images, lambda image: torch.rand(()), seed=seed)
+        dataset.set_epoch(epoch)
+        return float(dataset[index][0])
+
+    assert len({draw(**{change: value}) for value in range(8)}) == 8
+
+
+def test_persistent_workers_hear_of_a_new_epoch(images: ImageSet) -> None:
+    dataset = LabelledImages(images, training_transform(TINY), seed=3)
+    loader = DataLoader(dataset, batch_size=11, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1, 2):
+        dataset.set_epoch(epoch)
+        ((tensors, _),) = read_batches(loader)
+        assert torch.equal(tensors, read_all(dataset)[0])
+
+
+def test_a_seeded_dataset_leaves_the_global_random_state_alone(images: ImageSet) -> None:
+    dataset = LabelledImages(images, training_transform(TINY), seed=3)
+    before = torch.get_rng_state()
+    assert not torch.equal(dataset[0][0], dataset[1][0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_a_seed_the_global_random_state_decides(images: ImageSet) -> None:
+    dataset = LabelledImages(images, lambda image: torch.rand(()), seed=None)
+    torch.manual_seed(5)
+    expected = torch.rand(())
+    torch.manual_seed(5)
+    assert torch.equal(dataset[0][0], expected)
+
+
+def test_images_without_labels_come_alone(images: ImageSet) -> None:
+    paths = [sample.path for sample in images.samples]
+    dataset = UnlabelledImages(paths, evaluation_transform(TINY))
+    assert dataset[0].shape == (3, 8, 8)
+    assert [len(batch) for batch in read_batches(DataLoader(dataset, batch_size=6))] == [6, 5]
+
+
+def _labelled(images: ImageSet) -> LabelledImages:
+    return LabelledImages(images, evaluation_transform(TINY), seed=0)
+
+
+def _unlabelled(images: ImageSet) -> UnlabelledImages:
+    return UnlabelledImages([s.path for s in images.samples], evaluation_transform(TINY))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("make", [_labelled, _unlabelled])
+def test_a_file_that_breaks_in_the_middle_is_named(
+    images: ImageSet,
+    make: Callable[[ImageSet], LabelledImages | UnlabelledImages],
+    workers: int,
+) -> None:
+    broken = images.samples[7].path
+    broken.write_bytes(broken.read_bytes()[:60])
+    loader = DataLoader(make(images), batch_size=3, num_workers=workers)
+    with pytest.raises(DataError) as caught:
+        list(read_batches(loader))
+    assert caught.value.message == f"{broken}: truncated image"
+    assert caught.value.kind == "data.unreadable_image"
+
+
+def test_other_failures_in_a_worker_are_not_hidden(images: ImageSet) -> None:
+    def fail(image: object) -> Tensor:
+        raise RuntimeError("not the file's fault")
+
+    loader = DataLoader(LabelledImages(images, fail, seed=0), num_workers=1)
+    with pytest.raises(RuntimeError, match="not the file's fault"):
+        list(read_batches(loader))
+
+
+def test_nothing_is_written_into_the_data(tmp_path: Path) -> None:
+    save_classes(tmp_path / "train", ant=5, bee=6)
+    save_classes(tmp_path / "val", ant=2, bee=2)
+    before = fingerprint(tmp_path)
+    splits = find_splits(tmp_path)
+    find_splits(tmp_path / "train")
+    find_evaluation_set(tmp_path)
+    list_images(tmp_path)
+    train, _ = check_images(splits.train)
+    read_all(LabelledImages(train, training_transform(TINY), seed=0), workers=1)
+    read_all(LabelledImages(splits.val, evaluation_transform(TINY), seed=None))
+    assert len(before) == 21
+    assert fingerprint(tmp_path) == before
