@@ -1,0 +1,1 @@
+"""What fits: measured memory, and the micro-batch chosen from it."""
