@@ -1,0 +1,306 @@
+"""What a run does, from network to optimiser: a YAML file plus ``key.sub=value`` overrides.
+
+YAML 1.1 reads ``1e-3`` as text and ``no`` as false. Here every scalar but null stays text until
+pydantic, which knows the type of the key it belongs to, reads it: ``lr: 1e-3`` is a number and
+``name: no`` a name.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from momconv.errors import UsageError
+from momconv.units import parse_bytes
+
+
+def _readable_by_parse_bytes(text: str) -> str:
+    try:
+        parse_bytes(text)
+    except UsageError as error:
+        raise ValueError(error.message) from None
+    return text
+
+
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Memory = Annotated[
+    str,
+    AfterValidator(_readable_by_parse_bytes),
+    WithJsonSchema({"description": "an amount of memory like 3GiB"}),
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelRecipe(_Section):
+    """The network to start from."""
+
+    name: str = "resnet152"
+    weights: str = "DEFAULT"
+    from_file: Path | None = None
+
+
+class MomentumRecipe(_Section):
+    """How its blocks become momentum blocks, and where the backward pass gets its activations."""
+
+    gamma: UnitInterval = 0.9
+    stages: Literal["auto"] | list[str] = "auto"
+    velocity: Literal["zero", "residual"] = "zero"
+    gain: bool = True
+    strategy: Literal["store", "checkpoint", "momentum"] = "momentum"
+
+
+class DataRecipe(_Section):
+    """The images. A relative path starts at the working directory."""
+
+    path: Path | None = None
+    resolution: Annotated[int, Field(ge=16)] | None = None  # None: what the weights were made for
+    val_frac: BelowOne = 0.2
+    split_seed: Seed = 0
+    max_bad_fraction: UnitInterval = 0.05
+    workers: NonNegativeInt | Literal["auto"] = "auto"
+    flip: bool = True
+
+
+class TrainRecipe(_Section):
+    """The optimisation. Memory decides the micro-batch, never the batch."""
+
+    epochs: Count = 10
+    batch_size: Count = 32
+    micro_batch: Count | Literal["auto"] = "auto"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat | None = None  # None: see resolved_lr
+    momentum: BelowOne = 0.9
+    weight_decay: NonNegativeFloat = 1e-4
+    warmup_epochs: NonNegativeFloat = 1
+    label_smoothing: BelowOne = 0.1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: Seed = 0
+    memory: Memory | None = None
+    device: str = "auto"
+
+    @property
+    def resolved_lr(self) -> float:
+        """``lr``, or its default: in proportion to the batch for SGD, constant for AdamW."""
+        if self.lr is not None:
+            return self.lr
+        return 0.01 * self.batch_size / 32 if self.optimizer == "sgd" else 1e-4
+
+
+class Recipe(_Section):
+    """All that a run depends on besides the images and the weights themselves."""
+
+    model: ModelRecipe = ModelRecipe()
+    momentum: MomentumRecipe = MomentumRecipe()
+    data: DataRecipe = DataRecipe()
+    train: TrainRecipe = TrainRecipe()
+
+
+SECTIONS: dict[str, type[_Section]] = {name: type(section) for name, section in Recipe()}
+KEYS = [f"{section}.{name}" for section, cls in SECTIONS.items() for name in cls.model_fields]
+
+
+def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the YAML file ``path`` (or the defaults), changed by ``overrides``.
+
+    >>> load_recipe(None, ["train.lr=1e-3", "momentum.stages=[layer3]"]).train.lr
+    0.001
+
+    Raises:
+        UsageError: the file is missing or is not YAML; a key is unknown; a value is not allowed.
+    """
+    settings = {} if path is None else _read_file(path)
+    for override in overrides:
+        settings |= _read_override(override)
+    sections: dict[str, dict[str, object]] = {}
+    for setting in settings.values():
+        _check_key(setting)
+        section, _, name = setting.key.partition(".")
+        sections.setdefault(section, {})[name] = setting.value
+    try:
+        return Recipe.model_validate(sections)
+    except ValidationError as error:
+        section, name = map(str, error.errors()[0]["loc"][:2])
+        raise _bad_value(settings[f"{section}.{name}"]) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """``recipe`` as YAML, with every default written out; ``load_recipe`` reads it back equal."""
+    document = recipe.model_dump(mode="json")
+    return yaml.safe_dump(document, sort_keys=False)  # in ASCII: PyYAML leaves a raw NEL unquoted
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    key: str  # "train.epochs"
+    value: object
+    where: str  # "recipe.yaml:3: ", or nothing for an override
+
+
+_NULL, _STR, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "str", "map"))
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Resolves null and nothing else: see the head of this module."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the name and the type are PyYAML's)
+        first: [resolver for resolver in resolvers if resolver[0] == _NULL]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _read_file(path: Path) -> dict[str, _Setting]:
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _missing(path) from None
+    except OSError as error:
+        problem = f"cannot read recipe {path}: {error.strerror}"
+        raise UsageError(problem, kind="usage.unreadable_recipe") from None
+    settings: dict[str, _Setting] = {}
+    for setting in _parse(text, source=str(path)):
+        if setting.key in settings:
+            raise UsageError(
+                f"{setting.where}{setting.key} is given twice", kind="usage.duplicate_key"
+            )
+        settings[setting.key] = setting
+    return settings
+
+
+def _read_override(override: str) -> dict[str, _Setting]:
+    key, equals, text = override.partition("=")
+    if not (key and equals):
+        raise UsageError(
+            f"{override!r} does not set anything",
+            kind="usage.bad_override",
+            fix="write it as key=value, for example train.epochs=5",
+        )
+    return {setting.key: setting for setting in _parse(text, source="", key=key)}
+
+
+def _parse(text: bytes | str, source: str, key: str = "") -> Iterator[_Setting]:
+    """The settings in the YAML document ``text``, or in the value that it gives to ``key``."""
+    try:
+        loader = _TextLoader(text)
+        root = loader.get_single_node()
+        if key:
+            value = root or yaml.ScalarNode(_NULL, "")
+            root = yaml.MappingNode(_MAP, [(yaml.ScalarNode(_STR, key), value)])
+        if isinstance(root, yaml.MappingNode):
+            yield from _walk(loader, root, source)
+        elif root is not None and root.tag != _NULL:
+            problem = f"{source} is not a recipe: it has none of {', '.join(SECTIONS)}"
+            raise UsageError(problem, kind="usage.bad_recipe")
+    except yaml.YAMLError as error:
+        raise _not_yaml(error, source, key) from None
+
+
+def _walk(
+    loader: _TextLoader, mapping: yaml.MappingNode, source: str, section: str = ""
+) -> Iterator[_Setting]:
+    for key_node, value in mapping.value:
+        key = f"{section}{loader.construct_object(key_node, deep=True)}"
+        if isinstance(value, yaml.MappingNode) and "." not in key:
+            yield from _walk(loader, value, source, f"{key}.")
+        elif not (key in SECTIONS and value.tag == _NULL):  # a section may be empty
+            where = f"{source}:{key_node.start_mark.line + 1}: " if source else ""
+            yield _Setting(key, loader.construct_object(value, deep=True), where)
+
+
+def _check_key(setting: _Setting) -> None:
+    if setting.key in KEYS:
+        return
+    if setting.key in SECTIONS:
+        problem = f"{setting.where}{setting.key} is a section, not a value"
+        hint = f"\nits keys: {', '.join(SECTIONS[setting.key].model_fields)}"
+    else:
+        problem = f"{setting.where}unknown key {setting.key}"
+        nearest = _nearest_key(setting.key)
+        hint = f" — did you mean {nearest}?" if nearest else f"\nsections: {', '.join(SECTIONS)}"
+    raise UsageError(problem + hint, kind="usage.unknown_key")
+
+
+def _nearest_key(key: str) -> str | None:
+    """The known key most like ``key``, or like it in the part behind the section."""
+    nearest = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
+    if nearest:
+        return nearest[0]
+    by_name = {known.partition(".")[2]: known for known in KEYS}
+    names = difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1)
+    return by_name[names[0]] if names else None
+
+
+def _bad_value(setting: _Setting) -> UsageError:
+    section, _, name = setting.key.partition(".")
+    value = "null" if setting.value is None else repr(setting.value)
+    field = SECTIONS[section].model_json_schema()["properties"][name]
+    problem = f"{setting.where}{setting.key}: {value} is not {_allowed(field)}"
+    return UsageError(problem, kind="usage.bad_value")
+
+
+_BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+_NOUNS = {
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "text",
+    "path": "a path",
+    "array": "a list of names",
+    "null": "null",
+}
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """What a JSON schema allows, in words.
+
+    >>> _allowed({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]})
+    'an integer ≥ 1 or auto'
+    """
+    if "anyOf" in schema:
+        return " or ".join(map(_allowed, schema["anyOf"]))
+    if "enum" in schema:
+        return " or ".join(schema["enum"])
+    noun = schema.get("description") or schema.get("const")
+    noun = noun or _NOUNS[schema.get("format", schema["type"])]
+    bounds = [f"{sign} {schema[name]:.10g}" for name, sign in _BOUNDS.items() if name in schema]
+    return " ".join([noun, " and ".join(bounds)]).rstrip()
+
+
+def _not_yaml(error: yaml.YAMLError, source: str, key: str) -> UsageError:
+    problem, line = str(error).partition("\n")[0], ""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        problem, line = error.problem or problem, f":{error.problem_mark.line + 1}"
+    where = f"{source}{line}" if source else key
+    return UsageError(f"{where}: not valid YAML: {problem}", kind="usage.bad_yaml")
+
+
+def _missing(path: Path) -> UsageError:
+    """The error for a recipe that does not exist, with the file or folder most like it."""
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    name = path.relative_to(folder).parts[0]
+    names = [found.name for found in folder.glob("*") if found.exists()]
+    nearest = difflib.get_close_matches(name, names, n=1)
+    return UsageError(
+        f"recipe does not exist: {path}",
+        kind="usage.no_recipe",
+        fix=f"closest existing path is {folder / nearest[0]}" if nearest else None,
+    )
