@@ -63,10 +63,10 @@ class MomentumRecipe(_Section):
     """How its blocks become momentum blocks, and where the backward pass gets its activations."""
 
     gamma: UnitInterval = 0.9
-    stages: Literal["auto"] | list[str] = "auto"
+    stages: Literal["auto", "all"] | list[str] = "auto"
     velocity: Literal["zero", "residual"] = "zero"
     gain: bool = True
-    strategy: Literal["store", "checkpoint", "momentum"] = "momentum"
+    strategy: Literal["auto", "store", "checkpoint", "momentum"] = "auto"
 
 
 class DataRecipe(_Section):

@@ -6,6 +6,7 @@ need in backward:
 
 * store: autograd keeps them;
 * checkpoint: x[n] is kept, and the block runs again;
+* segment: only the input of a whole stage is kept; the stage runs again, with checkpoints;
 * momentum: x[n] is reconstructed from x[n+1] and v[n+1], and the block runs again.
 
 The adjoint of a step: with g = ∂L/∂x[n+1] + ∂L/∂v[n+1] (v[n+1] feeds x[n+1] and the next step)
@@ -25,7 +26,7 @@ from momconv.momentum.equations import Rule
 from momconv.momentum.replay import Replay, before_backward, checkpoint, evaluate
 from momconv.momentum.trajectory import Trajectory
 
-Strategy = Literal["store", "checkpoint", "momentum"]
+Strategy = Literal["store", "checkpoint", "segment", "momentum"]
 
 
 def run(
@@ -42,10 +43,10 @@ def run(
     for n, block in enumerate(blocks):
         if strategy == "store" or not torch.is_grad_enabled():
             y = evaluate(block, x.to(dtype), *args)
-        elif strategy == "checkpoint":
-            y = checkpoint(block, x.to(dtype), *args)
-        else:
+        elif strategy == "momentum":
             y = _reconstruct(block, x.to(dtype), args, trajectory, n)
+        else:
+            y = checkpoint(block, x.to(dtype), *args)
         x, v = _Step.apply(x, v, y, trajectory)
     return x.to(dtype)
 

@@ -112,30 +112,31 @@ class _Before(torch.autograd.Function):
     """The identity, which calls ``action`` in backward before the gradient passes."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, action: Callable[[], object]) -> Tensor:
+    def forward(ctx: Any, y: Tensor, action: Callable[..., object], *kept: Tensor) -> Tensor:
         ctx.action = action
+        ctx.save_for_backward(*kept)  # so that autograd lets go of them when it is done
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.action()
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.action(*ctx.saved_tensors)
+        return gradient, *(None for _ in ctx.needs_input_grad[1:])
 
 
-def before_backward(y: Tensor, action: Callable[[], object]) -> Tensor:
-    """Y, such that backward calls ``action`` before it enters the graph that made y.
+def before_backward(y: Tensor, action: Callable[..., object], *kept: Tensor) -> Tensor:
+    """Y, such that backward calls ``action(*kept)`` before it enters the graph that made y.
 
     A node of its own, so that nothing of the previous node's work is alive during the action.
     """
-    return _Before.apply(y, action) if y.requires_grad else y
+    return _Before.apply(y, action, *kept) if y.requires_grad else y
 
 
 def checkpoint(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
     """block(x, *args), keeping only x and args, and computing the block again in backward."""
+    if not torch.is_grad_enabled():
+        return evaluate(block, x, *args)
     replay = Replay(block)
-    y = replay.first(x, *args)
-    kept = x.detach()
-    return before_backward(y, lambda: replay.repeat(kept))
+    return before_backward(replay.first(x, *args), replay.repeat, x.detach())
 
 
 def autocast_settings(device_type: str) -> dict[str, Any]:

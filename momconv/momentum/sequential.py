@@ -4,7 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ class Run:
     start: int
     stop: int
     gains: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
 class MomentumSequential(nn.Sequential):
@@ -80,13 +83,19 @@ class MomentumSequential(nn.Sequential):
 
     def forward(self, x: Tensor, *args: Tensor) -> Tensor:
         """The blocks in turn, each called with x and ``args``, which may require gradients."""
+        if self.strategy == "segment":
+            return checkpoint(_Segment(self), x, *args)
+        return self.walk(x, args, self.strategy)
+
+    def walk(self, x: Tensor, args: tuple[Tensor, ...], strategy: Strategy) -> Tensor:
+        """:meth:`forward` under a given strategy."""
         blocks, position = list(self), 0
         runs = self.find_runs(x, *args)
         for part in runs if self.gamma else ():
-            x = self._plain(blocks[position : part.start], x, args)
-            x = self._momentum(blocks[part.start : part.stop], part, x, args)
+            x = _plain(blocks[position : part.start], x, args, strategy)
+            x = run(blocks[part.start : part.stop], x, args, self._rule(part, x), strategy)
             position = part.stop
-        return self._plain(blocks[position:], x, args)
+        return _plain(blocks[position:], x, args, strategy)
 
     def find_runs(self, x: Tensor, *args: Tensor) -> tuple[Run, ...]:
         """The runs, which are found by tracing shapes from x if they are not known yet."""
@@ -106,23 +115,32 @@ class MomentumSequential(nn.Sequential):
         spans = ", ".join(f"{run.start}-{run.stop - 1}" for run in self.runs or ())
         return f"gamma={self.gamma}, strategy={self.strategy}, momentum blocks: {spans or 'none'}"
 
-    def _plain(self, blocks: list[nn.Module], x: Tensor, args: tuple[Tensor, ...]) -> Tensor:
-        """Blocks outside the runs; unless all is stored, each is recomputed from its input."""
-        for block in blocks:
-            if self.strategy == "store" or not torch.is_grad_enabled():
-                x = block(x, *args)
-            else:
-                x = checkpoint(block, x, *args)
-        return x
-
-    def _momentum(
-        self, blocks: list[nn.Module], part: Run, x: Tensor, args: tuple[Tensor, ...]
-    ) -> Tensor:
+    def _rule(self, part: Run, x: Tensor) -> Rule:
         steps = coefficients(self.gamma, part.gains, self.velocity)
         # Where blocks count more than once (γ = 1 without gains: up to k times), x grows with it.
         growth = math.ceil(math.log2(max(1.0, *map(abs, weights(self.gamma, steps)))))
         bits = self.fraction_bits - growth + (29 if x.dtype == torch.float64 else 0)
-        return run(blocks, x, args, Rule(self.gamma, steps, 2.0**-bits), self.strategy)
+        return Rule(self.gamma, steps, 2.0**-bits)
+
+
+class _Segment(nn.Module):
+    """A stage as one block; when it is computed again, its own blocks are checkpointed."""
+
+    def __init__(self, stage: MomentumSequential) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x: Tensor, *args: Tensor) -> Tensor:
+        return self.stage.walk(x, args, "checkpoint")
+
+
+def _plain(
+    blocks: list[nn.Module], x: Tensor, args: tuple[Tensor, ...], strategy: Strategy
+) -> Tensor:
+    """Blocks outside the runs; unless all is stored, each is recomputed from its input."""
+    for block in blocks:
+        x = block(x, *args) if strategy == "store" else checkpoint(block, x, *args)
+    return x
 
 
 def momentum_stages(model: nn.Module) -> dict[str, MomentumSequential]:
@@ -134,32 +152,40 @@ def momentum_stages(model: nn.Module) -> dict[str, MomentumSequential]:
     }
 
 
-def set_strategy(model: nn.Module, strategy: Strategy) -> None:
+def set_strategy(model: nn.Module, strategy: Strategy | Literal["auto"]) -> None:
     """Choose how backward gets its activations in every MomentumSequential of ``model``.
 
-    Values and gradients stay the same, bit for bit; memory and time change.
+    Values and gradients stay the same, bit for bit; memory and time change. "auto" is momentum
+    where a stage has runs and checkpoints elsewhere; of a first stage without runs, whose
+    activations are the largest, it keeps the input alone.
 
     Raises:
         UsageError: an unknown strategy; a model without momentum stages; "momentum" for γ = 0.
     """
-    if strategy not in get_args(Strategy):
+    known = [*get_args(Strategy), "auto"]
+    if strategy not in known:
         raise UsageError(
             f"unknown strategy {strategy!r}",
             kind="usage.bad_value",
-            fix=f"one of {', '.join(get_args(Strategy))}",
+            fix=f"one of {', '.join(known)}",
         )
-    stages = momentum_stages(model)
+    stages = list(momentum_stages(model).values())
     if not stages:
         raise UsageError(
             f"this {type(model).__name__} has no momentum stages",
             kind="usage.not_converted",
             fix="model = momconv.convert(model)",
         )
-    if strategy == "momentum" and all(stage.gamma == 0 for stage in stages.values()):
+    if strategy == "momentum" and all(stage.gamma == 0 for stage in stages):
         raise UsageError(
             "gamma is 0, the plain network, which cannot be inverted",
             kind="usage.gamma",
             fix='set_strategy(model, "checkpoint"), or convert with gamma > 0',
         )
-    for stage in stages.values():
-        stage.strategy = strategy
+    for stage in stages:
+        if strategy != "auto":
+            stage.strategy = strategy
+        elif stage.gamma and stage.runs != ():
+            stage.strategy = "momentum"
+        else:
+            stage.strategy = "segment" if stage is stages[0] else "checkpoint"

@@ -14,14 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from momconv.errors import ModelFileError, UsageError
 from momconv.momentum.equations import Velocity, coefficients, weights
 from momconv.momentum.runs import call_on_fakes
-from momconv.momentum.sequential import MomentumSequential, Run, momentum_stages
+from momconv.momentum.sequential import MomentumSequential, Run, momentum_stages, set_strategy
+from momconv.surgery.stem import make_stem_recomputable
 from momconv.zoo.description import Description
+
+PAYS_FROM = 3  # blocks: x, v and r then weigh less than the checkpoints, one x a block
 
 
 def convert(
     model: nn.Module,
     gamma: float = 0.9,
-    stages: Literal["auto"] | Sequence[str] = "auto",
+    stages: Literal["auto", "all"] | Sequence[str] = "auto",
     velocity: Velocity = "zero",
     *,
     gain: bool = True,
@@ -36,7 +39,8 @@ def convert(
     Args:
         model: A network for RGB images, plain or converted before. It stays as it is.
         gamma: γ in (0, 1]; 0 keeps the plain network.
-        stages: Names of Sequentials such as "layer3", or "auto" for all that have a run.
+        stages: Where blocks change their rule: "all" runs, the runs in the Sequentials of the
+            given names (such as "layer3"), or "auto", the runs long enough to save memory.
         velocity: v[0] is 0 ("zero") or f(x[0]) ("residual").
         gain: Whether blocks get the gain that restores their weight in the sum.
 
@@ -44,29 +48,23 @@ def convert(
         UsageError: γ is out of range, or a stage does not exist or has no run.
     """
     model = copy.deepcopy(model)
-    names = _sequentials(model) if stages == "auto" else [*stages]
-    for name in names:
+    for name in _sequentials(model):
         plain = _sequential(model, name)
         wrapped = MomentumSequential(_children(plain), gamma=gamma, velocity=velocity)
         _replace(model, name, wrapped.train(plain.training))
     _find_runs(model)
-    for name in names:
-        stage = model.get_submodule(name)
-        assert isinstance(stage, MomentumSequential)
-        if stage.runs:
-            stage.runs = (
-                tuple(_with_gains(run, stage) for run in stage.runs) if gain else stage.runs
-            )
-        else:
+    for name, stage in momentum_stages(model).items():
+        if not stage.runs:
             _replace(model, name, nn.Sequential(_children(stage)).train(stage.training))
-    without = [name for name in names if name not in momentum_stages(model)]
-    if without and (stages != "auto" or without == names):
-        raise UsageError(
-            f"no two consecutive residual blocks of one shape in {', '.join(without) or 'it'}:"
-            " nothing to convert",
-            kind="usage.nothing_to_convert",
-            fix="--stages auto",
+    _check_names(model, stages)
+    for name, stage in momentum_stages(model).items():
+        stage.runs = tuple(
+            _with_gains(run, stage) if gain else run
+            for run in stage.runs or ()
+            if stages == "all" or (name in stages if stages != "auto" else len(run) >= PAYS_FROM)
         )
+    make_stem_recomputable(model)
+    set_strategy(model, "auto")
     return model
 
 
@@ -127,14 +125,14 @@ def apply_schemes(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]]) ->
         ModelFileError: They do not fit the model.
     """
     for name, values in schemes.items():
+        if name not in _sequentials(model):
+            raise _unfitting(f"it has no stage {name!r}")
         try:
             scheme = _Scheme.model_validate(values)
-            plain = _sequential(model, name)
         except ValidationError as error:
             first = error.errors()[0]
             raise _unfitting(f"{name}.{first['loc']}: {first['msg']}") from error
-        except UsageError as error:
-            raise _unfitting(error.message) from error
+        plain = _sequential(model, name)
         runs = [Run(run.start, run.stop, run.gains) for run in scheme.runs]
         _check_runs(name, runs, len(plain))
         stage = MomentumSequential(
@@ -145,6 +143,9 @@ def apply_schemes(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]]) ->
             runs=runs,
         )
         _replace(model, name, stage.train(plain.training))
+    if schemes:
+        make_stem_recomputable(model)
+        set_strategy(model, "auto")
 
 
 class _SchemeRun(BaseModel):
@@ -200,6 +201,18 @@ def _find_runs(model: nn.Module) -> None:
     call_on_fakes(model, [images], mode)
 
 
+def _check_names(model: nn.Module, stages: str | Sequence[str]) -> None:
+    known = list(momentum_stages(model))
+    unknown = [] if isinstance(stages, str) else [name for name in stages if name not in known]
+    if unknown or not known:
+        raise UsageError(
+            f"this {type(model).__name__} has no two consecutive residual blocks of one shape"
+            + (f" in {unknown[0]!r}" if unknown else ""),
+            kind="usage.unknown_stage",
+            fix=f"--stages with some of {', '.join(known)}" if known else None,
+        )
+
+
 def _sequentials(model: nn.Module) -> list[str]:
     """Names of what may contain runs. Exact types: a subclass has a forward of its own."""
     kinds = (nn.Sequential, MomentumSequential)
@@ -207,12 +220,6 @@ def _sequentials(model: nn.Module) -> list[str]:
 
 
 def _sequential(model: nn.Module, name: str) -> nn.Sequential:
-    if name not in _sequentials(model):
-        raise UsageError(
-            f"this {type(model).__name__} has no stage {name!r}",
-            kind="usage.unknown_stage",
-            fix=f"--stages with some of {', '.join(_sequentials(model))}",
-        )
     stage = model.get_submodule(name)
     assert isinstance(stage, nn.Sequential)
     return stage

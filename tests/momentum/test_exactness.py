@@ -13,7 +13,7 @@ from momconv.momentum.autograd import Strategy
 from momconv.momentum.trajectory import Trajectory
 
 GAMMAS = [0.1, 0.5, 0.9, 0.99, 1.0]
-RECOMPUTING: list[Strategy] = ["checkpoint", "momentum"]
+RECOMPUTING: list[Strategy] = ["checkpoint", "segment", "momentum"]
 
 recomputing = pytest.mark.parametrize("strategy", RECOMPUTING)
 
