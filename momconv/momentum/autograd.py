@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from momconv.momentum.equations import Rule
+from momconv.momentum.equations import Rule, integrate, to_grid
 from momconv.momentum.replay import Replay, before_backward, checkpoint, evaluate
 from momconv.momentum.trajectory import Trajectory
 
@@ -37,6 +37,9 @@ def run(
     The state is kept in single precision at least, also where x and the blocks are narrower.
     """
     dtype = x.dtype
+    if torch.compiler.is_exporting():  # a graph for inference, without state
+        calls = [lambda x, block=block: block(x.to(dtype), *args) for block in blocks]
+        return integrate(to_grid(x, rule.ulp), calls, rule)[0].to(dtype)
     x = _ToGrid.apply(x, rule.ulp)
     trajectory = Trajectory(x.detach(), rule)
     v = trajectory.v.detach()
@@ -69,13 +72,12 @@ def _reconstruct(
 
 
 class _ToGrid(torch.autograd.Function):
-    """x rounded to multiples of ulp, in single precision at least, without negative zeros."""
+    """:func:`to_grid`, which counts as the identity in backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ulp: float) -> Tensor:
         ctx.dtype = x.dtype
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return wide.mul(1 / ulp).round_().mul_(ulp).add_(0.0)
+        return to_grid(x, ulp)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -64,6 +64,12 @@ def reverse(
     return x, v, [*remainders, *emptied]
 
 
+def to_grid(x: Tensor, ulp: float) -> Tensor:
+    """Round x to multiples of ulp, in single precision at least, without negative zeros."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.round(wide * (1 / ulp)) * ulp + 0.0
+
+
 def step(x: Tensor, v: Tensor, r: Tensor, block: Block, rule: Rule, n: int) -> State:
     """Step n of (2)."""
     v, r = multiply(v, r, rule.gamma)

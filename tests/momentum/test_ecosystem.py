@@ -1,0 +1,90 @@
+"""What else people do with a module: distributed training, scaling, compiling, exporting."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from networks import gradient_of, images, square, stack
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from momconv import MomentumSequential, set_strategy
+
+PROCESSES = 2
+
+
+def shard(rank: int) -> Tensor:
+    return images(seed=10 + rank)
+
+
+def train_one_shard(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES
+    )
+    net = DistributedDataParallel(stack(4).eval())  # BatchNorm apart, a mean over shards is exact
+    square(net(shard(rank))).backward()
+    if rank == 0:
+        torch.save([gradient_of(p) for p in net.parameters()], f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_compute_the_gradient_of_the_joint_batch(tmp_path: Path) -> None:
+    spawn(train_one_shard, (str(tmp_path),), nprocs=PROCESSES)
+    theirs = torch.load(tmp_path / "gradients.pt")
+    net = stack(4).eval()
+
+    square(net(torch.cat([shard(rank) for rank in range(PROCESSES)]))).backward()
+
+    torch.testing.assert_close(theirs, [gradient_of(p) for p in net.parameters()])
+
+
+def test_a_gradient_scaler_skips_the_step_after_an_overflow() -> None:
+    net = stack(3)
+    before = copy.deepcopy(net.state_dict())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e30)
+
+    scaler.scale(square(net(images())) * 1e10).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+    assert scaler.get_scale() < 1e30
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_clipping_sees_the_gradients_of_storing_everything() -> None:
+    norms = []
+    for strategy in ("store", "momentum"):
+        net = stack(4)
+        net.strategy = strategy
+        square(net(images())).backward()
+        norms.append(nn.utils.clip_grad_norm_(net.parameters(), 0.1))
+
+    assert torch.equal(*norms)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
+def test_compiled_blocks_stay_exact() -> None:
+    gradients = []
+    for strategy in ("store", "momentum"):
+        net = stack(4)
+        net.find_runs(images())
+        blocks = [torch.compile(block, backend="aot_eager") for block in net]
+        compiled = MomentumSequential(*blocks, runs=net.runs)
+        set_strategy(compiled, strategy)
+        square(compiled(images())).backward()
+        gradients.append([gradient_of(p) for p in net.parameters()])
+
+    assert all(map(torch.equal, *gradients))
+
+
+def test_the_eval_network_can_be_exported() -> None:
+    net = stack(4).eval()
+    expected = net(images())
+
+    program = torch.export.export(net, (images(),))
+
+    torch.testing.assert_close(program.module()(images()), expected, rtol=0, atol=0)
