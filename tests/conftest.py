@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -13,3 +15,19 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no folder of real data beside the repository")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three classes of eight small noisy images, which must not be written to."""
+    root, noise = tmp_path_factory.mktemp("data") / "colours", np.random.default_rng(0)
+    for name, colour in {
+        "blue": (60, 60, 190),
+        "green": (60, 170, 60),
+        "red": (190, 60, 60),
+    }.items():
+        (root / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = np.clip(noise.normal(colour, 40, (34, 36, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root

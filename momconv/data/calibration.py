@@ -61,11 +61,12 @@ class CalibrationImages:
             DataError: No file can be read.
         """
         self.unreadable = []
+        load = partial(_load, transform=self._transform)
         with ThreadPoolExecutor() as pool:
             for start, stop in self._bounds():
-                loaded = pool.map(partial(_load, transform=self._transform), self.paths[start:stop])
-                images = [image for image in map(self._note_failure, loaded) if image is not None]
-                if images:
+                results = list(pool.map(load, self.paths[start:stop]))
+                self.unreadable += [r.message for r in results if isinstance(r, DataError)]
+                if images := [r for r in results if isinstance(r, Tensor)]:
                     yield torch.stack(images)
                 if self._progress:
                     self._progress(stop)
@@ -80,12 +81,6 @@ class CalibrationImages:
         """Where each batch starts and stops, such that all are of one size, or one less."""
         ends = [len(self.paths) * n // self._batches for n in range(self._batches + 1)]
         return list(pairwise(ends))
-
-    def _note_failure(self, loaded: Tensor | DataError) -> Tensor | None:
-        if isinstance(loaded, Tensor):
-            return loaded
-        self.unreadable.append(loaded.message)
-        return None
 
 
 def _load(path: Path, transform: Transform) -> Tensor | DataError:

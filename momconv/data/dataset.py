@@ -6,6 +6,9 @@ and ``read_batches`` raises the error that names it.
 """
 
 import hashlib
+import os
+import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +25,8 @@ from momconv.errors import DataError
 
 Transform = Callable[[Image.Image], Tensor]
 _NONE = -1
+_MOST_WORKERS = 8
+_IMAGES_PER_WORKER = 32  # fewer are read before a process has started
 
 
 class _ImageFiles:
@@ -88,6 +93,23 @@ class UnlabelledImages(_ImageFiles, Dataset[Tensor]):
         return self.transform(self._decode(index))
 
 
+def make_loader(dataset: Dataset[Any], *, workers: int, **options: Any) -> "DataLoader[Any]":
+    """A loader that neither draws from the global random state nor dies of a Ctrl-C before us."""
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),
+        **options,
+    )
+
+
+def count_workers(images: int) -> int:
+    """How many processes should read so many images: one processor is left to the network."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(_MOST_WORKERS, cores - 1, images // _IMAGES_PER_WORKER)
+
+
 def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
     """The batches of a loader of ``LabelledImages`` or ``UnlabelledImages``.
 
@@ -106,9 +128,16 @@ def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
         raise
 
 
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Work on, in a worker process that a terminal signals too, until the parent is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _shared(number: int) -> Tensor:
     """A number that worker processes and their parent see and set."""
-    return torch.tensor(number).share_memory_()
+    shared: Tensor = torch.tensor(number).share_memory_()
+    return shared
 
 
 def _mix(*numbers: int) -> int:

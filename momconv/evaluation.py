@@ -1,0 +1,157 @@
+"""How good a network is on labelled images."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
+
+from momconv.data.dataset import LabelledImages, make_loader, read_batches
+from momconv.data.folder import ImageSet, plural
+from momconv.data.transforms import evaluation_transform
+from momconv.errors import DataError
+from momconv.zoo.description import describe
+
+_Z = 1.959964  # of the normal distribution, for 95 %
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScore:
+    """How one class fares. What is undefined, such as the precision without a prediction, is 0."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int  # its images
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How good a network is. All but the loss are fractions."""
+
+    n: int
+    top1: float
+    interval: tuple[float, float]  # of the top-1, 95 % (Wilson)
+    loss: float  # the mean cross-entropy, without label smoothing
+    macro_f1: float  # over the classes that have images
+    classes: tuple[ClassScore, ...]
+    confusion: tuple[tuple[int, ...], ...]  # images of the row's class predicted as the column's
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as values that JSON knows."""
+        return asdict(self)
+
+
+def evaluate(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """The scores of ``model``, in eval mode and fp32, with the preprocessing that it describes.
+
+    The model moves to ``device``; its training flags are afterwards what they were. ``progress`` is
+    called with the number of images done and the number of all.
+
+    Raises:
+        UsageError: The model has no description.
+        DataError: There are no images, they have more or fewer classes than the model, or one
+            cannot be decoded.
+    """
+    description = describe(model)
+    _check(images, description.num_classes)
+    transform = evaluation_transform(description.preprocessing)
+    dataset = LabelledImages(images, transform, seed=None)
+    loader = make_loader(dataset, workers=workers, batch_size=batch_size)
+    metrics, loss = _make_metrics(len(images.classes)).to(device), MeanMetric("disable").to(device)
+    done = 0
+    with _evaluating(model.to(device)):
+        for pictures, labels in read_batches(loader):
+            outputs, targets = model(pictures.to(device)), labels.to(device)
+            metrics.update(outputs, targets)
+            loss.update(F.cross_entropy(outputs, targets, reduction="none"))
+            done += len(labels)
+            if progress:
+                progress(done, len(dataset))
+    return _summarise(metrics.compute(), float(loss.compute()), images)
+
+
+def _check(images: ImageSet, num_classes: int) -> None:
+    if not images.samples:
+        raise DataError(f"no images to evaluate on in {images.root}", kind="data.no_images")
+    if len(images.classes) != num_classes:
+        raise DataError(
+            f"{images.root} has {plural(len(images.classes), 'class')}, "
+            f"the model tells {num_classes} apart",
+            kind="data.other_classes",
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; the training flags as before afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+def _make_metrics(classes: int) -> MetricCollection:
+    return MetricCollection(
+        {
+            "top1": MulticlassAccuracy(classes, average="micro"),
+            "precision": MulticlassPrecision(classes, average="none"),
+            "recall": MulticlassRecall(classes, average="none"),
+            "f1": MulticlassF1Score(classes, average="none"),
+            "confusion": MulticlassConfusionMatrix(classes),
+        }
+    )
+
+
+def _summarise(found: Mapping[str, Tensor], loss: float, images: ImageSet) -> Scores:
+    columns = (found[name].tolist() for name in ("precision", "recall", "f1"))
+    support = images.counts().values()
+    classes = tuple(map(ClassScore, images.classes, *columns, support))
+    present = [score.f1 for score in classes if score.support]
+    n, top1 = len(images.samples), float(found["top1"])
+    return Scores(
+        n=n,
+        top1=round(top1 * n) / n,  # torchmetrics counts in single precision
+        interval=wilson_interval(round(top1 * n), n),
+        loss=loss,
+        macro_f1=sum(present) / len(present),
+        classes=classes,
+        confusion=tuple(map(tuple, found["confusion"].tolist())),
+    )
+
+
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """The 95 % confidence interval of the share that ``hits`` of ``n`` estimate (Wilson 1927).
+
+    >>> [round(bound, 3) for bound in wilson_interval(8, 10)]
+    [0.49, 0.943]
+    """
+    share, spread = hits / n, _Z**2 / n
+    centre = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))

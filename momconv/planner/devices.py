@@ -1,0 +1,44 @@
+"""The device that a run computes on."""
+
+import os
+
+import torch
+
+from momconv.errors import ResourceError, UsageError
+
+
+def find_device(name: str = "auto") -> torch.device:
+    """The device ``name``; "auto" is the first GPU, and the CPU where there is none.
+
+    Raises:
+        UsageError: ``name`` is not a device that momconv computes on.
+        ResourceError: This machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise UsageError(
+            f"unknown device {name!r}", kind="usage.unknown_device", fix="auto, cpu, cuda or cuda:1"
+        )
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise _missing(name)
+    return torch.device(name)
+
+
+def _missing(name: str) -> ResourceError:
+    count = torch.cuda.device_count()
+    seen = "no GPU" if count == 0 else f"{count} GPU{'s' if count > 1 else ''}, numbered from 0"
+    return ResourceError(
+        f"--device {name}: this PyTorch ({torch.__version__}) sees {seen}\n"
+        f"built for: {_built_for()} · "
+        f"CUDA_VISIBLE_DEVICES: {os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}",
+        kind="device.missing",
+        fix="--device cpu" if count == 0 else f"--device cuda:{count - 1}",
+    )
+
+
+def _built_for() -> str:
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    return f"ROCm {torch.version.hip}" if torch.version.hip else "the CPU only"

@@ -1,0 +1,88 @@
+"""Scores as tables that stay readable with a thousand classes."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from momconv.data.folder import plural, printable
+from momconv.evaluation import ClassScore, Scores
+
+_MOST_ROWS = 30  # above, only the worst classes
+_WORST = 10
+_MOST_COLUMNS = 10  # above, the confusions as a list
+
+
+def show_scores(scores: Scores) -> Iterator[RenderableType]:
+    """The figures for all images, those for each class, and what is taken for what."""
+    low, high = scores.interval
+    yield Text(
+        f"top-1 {scores.top1:.2%} (95 % interval {low:.1%} to {high:.1%}) "
+        f"on {plural(scores.n, 'image')}\nmacro F1 {scores.macro_f1:.3f} · loss {scores.loss:.4f}"
+    )
+    shown, title = scores.classes, "each class"
+    if len(shown) > _MOST_ROWS:
+        present = [score for score in shown if score.support]
+        shown = tuple(sorted(present, key=_worth)[:_WORST])
+        title = f"the {len(shown)} worst of {len(scores.classes)} classes"
+    yield Text(f"\n{title}")
+    yield _tabulate_classes(shown)
+    if len(scores.classes) <= _MOST_COLUMNS:
+        yield Text("\nconfusion")
+        yield _tabulate_confusion(scores)
+    elif confusions := _find_confusions(scores):
+        yield Text("\nthe most frequent confusions")
+        yield _tabulate_confusions(scores, confusions)
+
+
+def _tabulate_classes(shown: Sequence[ClassScore]) -> Table:
+    table = _make_table("class", "images", "precision", "recall", "F1")
+    for score in shown:
+        figures = (f"{value:.3f}" for value in (score.precision, score.recall, score.f1))
+        table.add_row(_name(score.name), str(score.support), *figures)
+    return table
+
+
+def _tabulate_confusion(scores: Scores) -> Table:
+    names = [score.name for score in scores.classes]
+    table = _make_table("true \\ predicted", *map(printable, names))
+    for name, row in zip(names, scores.confusion, strict=True):
+        table.add_row(_name(name), *map(str, row))
+    return table
+
+
+def _tabulate_confusions(scores: Scores, confusions: list[tuple[int, int, int]]) -> Table:
+    table = _make_table("true", "taken for", "images")
+    table.columns[1].justify = "left"
+    for count, true, predicted in confusions:
+        names = (_name(scores.classes[label].name) for label in (true, predicted))
+        table.add_row(*names, str(count))
+    return table
+
+
+def _find_confusions(scores: Scores) -> list[tuple[int, int, int]]:
+    """The largest entries beside the diagonal, as (images, true, predicted)."""
+    wrong = [
+        (count, true, predicted)
+        for true, row in enumerate(scores.confusion)
+        for predicted, count in enumerate(row)
+        if count and true != predicted
+    ]
+    return sorted(wrong, key=lambda entry: (-entry[0], *entry[1:]))[:_WORST]
+
+
+def _make_table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column(Text(first), overflow="fold")
+    for name in others:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    return table
+
+
+def _name(name: str) -> Text:
+    return Text(printable(name))
+
+
+def _worth(score: ClassScore) -> tuple[float, str]:
+    return score.f1, score.name

@@ -1,0 +1,74 @@
+"""Which images make up each optimisation step, and each micro-batch of a step.
+
+The order depends on the seed and the epoch alone, so that a run can go on in the middle of an
+epoch, on another machine, as if nothing had happened.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Sequence
+
+from torch.utils.data import Sampler
+
+from momconv.planner.micro_batch import split_evenly
+
+
+def split_epoch(count: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """The images 0 … count − 1, shuffled, in batches of ``batch_size``; the last may be smaller.
+
+    A single image left over joins the batch before, as BatchNorm may not be able to take it alone.
+
+    >>> [len(batch) for batch in split_epoch(9, 4, seed=0, epoch=0)]
+    [4, 5]
+    """
+    # Only random() is promised to give the same numbers in every version of Python.
+    draw = random.Random(f"{seed} {epoch}").random
+    order = sorted(range(count), key=lambda _: draw())
+    starts = list(range(0, count, batch_size))
+    del starts[count_steps(count, batch_size) :]
+    return [order[i:j] for i, j in itertools.pairwise([*starts, count])]
+
+
+def count_steps(count: int, batch_size: int) -> int:
+    """How many batches ``split_epoch`` makes.
+
+    >>> count_steps(9, 4), count_steps(10, 4), count_steps(3, 1), count_steps(1, 4)
+    (2, 3, 3, 1)
+    """
+    left_alone = count > batch_size > 1 and count % batch_size == 1
+    return math.ceil(count / batch_size) - left_alone
+
+
+def split_batch(batch: Sequence[int], micro_batch: int) -> list[list[int]]:
+    """``batch`` in even parts of at most ``micro_batch`` images.
+
+    Of an odd batch in pairs, one part has three, so that none has one.
+
+    >>> split_batch([5, 3, 8, 1, 2], 4), split_batch([5, 3, 8, 1, 2], 2)
+    ([[5, 3, 8], [1, 2]], [[5, 3, 8], [1, 2]])
+    """
+    steps = math.ceil(len(batch) / micro_batch)
+    if micro_batch > 1:
+        steps = min(steps, max(1, len(batch) // 2))
+    rest = iter(batch)
+    return [list(itertools.islice(rest, size)) for size in split_evenly(len(batch), steps)]
+
+
+def largest_part(count: int, batch_size: int, micro_batch: int) -> int:
+    """The images of the largest micro-batch in an epoch."""
+    sizes = {len(batch) for batch in split_epoch(count, batch_size, seed=0, epoch=0)}
+    return max(len(split_batch(range(size), micro_batch)[0]) for size in sizes)
+
+
+class MicroBatches(Sampler[list[int]]):
+    """The micro-batches of the steps in ``steps``, which changes from epoch to epoch."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[list[int]]] = []
+
+    def __len__(self) -> int:
+        return sum(map(len, self.steps))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.chain.from_iterable(self.steps)

@@ -1,0 +1,216 @@
+"""Fine-tuning from a recipe: from a folder of images to a folder with the best model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from momconv.data.dataset import count_workers
+from momconv.data.folder import Splits
+from momconv.errors import UsageError
+from momconv.files.atomic import write_text
+from momconv.planner.devices import find_device
+from momconv.planner.measurement import static_bytes
+from momconv.recipe import DataRecipe, Recipe, dump_recipe, load_recipe
+from momconv.training import network
+from momconv.training.images import (
+    find_images,
+    keep_readable,
+    recall_images,
+    remember_images,
+    require_folder,
+)
+from momconv.training.loop import Job, train
+from momconv.training.optimisation import choose_precision, make_optimizer
+from momconv.training.planning import BatchPlan, Setting, plan_batches, still_holds
+from momconv.training.progress import SILENT, EpochRow, Listener, Progress
+from momconv.training.run_folder import RunFolder
+from momconv.training.state import load_state, save_state
+from momconv.zoo.description import describe
+
+_NO_MOMENTUM = (
+    "note: no run of blocks is long enough for momentum to save memory, so it stays plain; "
+    "--set momentum.stages=all converts what there is"
+)
+# What a run is about: to change it is to start another.
+_FIXED = [
+    *("model.name", "model.weights", "model.from_file"),
+    *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
+    *("data.resolution", "data.val_frac", "data.split_seed"),
+    *("train.batch_size", "train.optimizer", "train.seed"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run came to."""
+
+    folder: Path
+    best: Path  # the model of the best epoch
+    last: Path
+    best_epoch: EpochRow
+    epochs: int
+
+
+def finetune(
+    recipe: Recipe, folder: str | Path, *, resume: bool = False, listener: Listener = SILENT
+) -> Result:
+    """Fine-tune the recipe's network on its images; all results go to ``folder``.
+
+    Args:
+        recipe: What to do. To resume, the folder's own (``config.yaml``), possibly with changes.
+        folder: A new or empty folder, or one to resume.
+        resume: Whether to go on where the run in ``folder`` stopped.
+        listener: Hears how the run goes.
+
+    Raises:
+        UsageError: The recipe asks for something impossible, or the folder is in use.
+        DataError: The images cannot be used.
+        ModelFileError: The network's file, or the state to resume, is missing or damaged.
+        ResourceError: Memory, disk, device or network is not there.
+        MomconvError: The loss is not finite.
+        Interrupted: SIGINT or SIGTERM came; the run can be resumed.
+    """
+    run = RunFolder(Path(folder))
+    device = find_device(recipe.train.device)
+    begin = _resume if resume else _start
+    with _seeded(recipe.train.seed, device):
+        job, progress = begin(recipe, run, device, listener)
+        train(job, progress)
+    assert progress.best is not None
+    return Result(run.path, run.best, run.last, progress.best, progress.epoch)
+
+
+def _start(
+    recipe: Recipe, run: RunFolder, device: torch.device, listener: Listener
+) -> tuple[Job, Progress]:
+    """A run at its beginning, with a folder from which it can be resumed."""
+    run.require_unused()
+    root = require_folder(recipe.data)
+    found = find_images(root, recipe.data, listener)
+    model = network.load(recipe)
+    if recipe.momentum.gamma and not network.has_momentum(model):
+        listener.tell(_NO_MOMENTUM)
+    splits = keep_readable(found, recipe.data, listener)
+    network.fit_head(model, splits.train.classes)
+    network.place(model, recipe.momentum, device)
+    setting = _describe_setting(recipe, splits, model, device)
+    plan = plan_batches(model.train(), setting, device)
+    listener.tell(f"note: {plan}")
+    workers = _choose_workers(recipe.data, splits)
+    if network.needs_calibration(model, recipe.model):
+        network.calibrate_on(
+            model, splits.train, batch_size=plan.micro_batch, workers=workers, listener=listener
+        )
+    optimizer, progress = make_optimizer(model, recipe.train), Progress()
+    static = static_bytes(model, recipe.train.optimizer)
+    state = static.weights + static.optimizer
+    run.make(2 * state + 3 * static.weights)  # a file is written before it replaces another
+    write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
+    write_text(run.plan, plan.to_json())
+    remember_images(splits, root, run.split)
+    save_state(run.state, model, optimizer, progress)
+    job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
+    return job, progress
+
+
+def _resume(
+    recipe: Recipe, run: RunFolder, device: torch.device, listener: Listener
+) -> tuple[Job, Progress]:
+    """A run as it was when its state was saved, but for what ``recipe`` changes."""
+    run.require_state()
+    before = load_recipe(run.config)
+    _refuse_changes(before, recipe, run)
+    splits = recall_images(run.split, recipe.data.path)
+    saved = load_state(run.state)
+    model, progress = saved.model, saved.progress
+    network.place(model, recipe.momentum, device)
+    setting = _describe_setting(recipe, splits, model, device)
+    plan = BatchPlan.from_json(run.plan.read_text()) if run.plan.is_file() else None
+    if plan is None or not still_holds(plan, setting, model, device):
+        plan = plan_batches(model.train(), setting, device)
+        write_text(run.plan, plan.to_json())
+    optimizer = make_optimizer(model, recipe.train)
+    saved.restore_optimizer(optimizer, model)
+    saved.restore_random_states()
+    write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
+    workers = _choose_workers(recipe.data, splits)
+    job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
+    _tell_of_resuming(job, progress, before)
+    return job, progress
+
+
+def _describe_setting(
+    recipe: Recipe, splits: Splits, model: nn.Module, device: torch.device
+) -> Setting:
+    train = recipe.train
+    return Setting(
+        images=len(splits.train.samples),
+        batch_size=train.batch_size,
+        micro_batch=train.micro_batch,
+        resolution=describe(model).preprocessing.resolution,
+        strategy=network.name_strategies(model),
+        precision=choose_precision(train, device),
+        optimizer=train.optimizer,
+        device=str(device),
+        memory=train.memory,
+    )
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """PyTorch's generators start from ``seed`` inside, and are as before afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _choose_workers(recipe: DataRecipe, splits: Splits) -> int:
+    if recipe.workers == "auto":
+        return count_workers(len(splits.train.samples))
+    return recipe.workers
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe as it must be to be replayed from another working directory."""
+    path, file = recipe.data.path, recipe.model.from_file
+    data = recipe.data.model_copy(update={"path": path and path.absolute()})
+    model = recipe.model.model_copy(update={"from_file": file and file.absolute()})
+    return recipe.model_copy(update={"data": data, "model": model})
+
+
+def _refuse_changes(before: Recipe, now: Recipe, run: RunFolder) -> None:
+    changes = [
+        f"{key} from {getattr(old, name)} to {getattr(new, name)}"
+        for key, (section, name) in {k: k.split(".") for k in _FIXED}.items()
+        for old, new in [(getattr(before, section), getattr(now, section))]
+        if getattr(old, name) != getattr(new, name)
+    ]
+    if changes:
+        raise UsageError(
+            f"a run that goes on cannot change {', '.join(changes)}",
+            kind="usage.resume_changes",
+            fix=f"{run.resume_command} without that, or a new run with -o",
+        )
+
+
+def _tell_of_resuming(job: Job, progress: Progress, before: Recipe) -> None:
+    epochs = job.recipe.train.epochs
+    if progress.epoch >= epochs:
+        more = f"To go on: {job.folder.resume_command} --epochs {2 * progress.epoch}"
+        job.listener.tell(
+            f"note: {job.folder.path} is complete ({progress.epoch}/{epochs}). {more}"
+        )
+        return
+    where = f"epoch {progress.epoch + 1}/{epochs}, step {progress.step}/{job.steps_per_epoch}"
+    job.listener.tell(f"note: going on in {where}")
+    job.listener.tell(f"note: {job.plan}")
+    if epochs != before.train.epochs:
+        lr = job.rate_at(progress.epoch, progress.step)
+        job.listener.tell(
+            f"note: {epochs} epochs instead of {before.train.epochs}: the cosine now ends there, "
+            f"and the learning rate goes on at {lr:.3g}"
+        )

@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM: the first ends a run at the next safe place, the second at once."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to end, and ended with its state saved.
+
+    Attributes:
+        signal: The number of the signal that asked.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.signal = number
+
+
+@contextmanager
+def catching_signals(announce: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Gives a function that raises ``Interrupted`` if SIGINT or SIGTERM has come since.
+
+    A second signal raises SystemExit wherever the program is. Only the main thread of a process
+    gets signals; in another one nothing is caught.
+    """
+    received: list[int] = []
+
+    def receive(number: int, _frame: object) -> None:
+        if received:
+            raise SystemExit(128 + number)
+        received.append(number)
+        announce("note: stopping after this micro-batch; once more to quit at once")
+
+    def check() -> None:
+        if received:
+            raise Interrupted(received[0])
+
+    if threading.current_thread() is not threading.main_thread():
+        yield check
+        return
+    before = {number: signal.signal(number, receive) for number in _SIGNALS}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,303 @@
+"""The training loop: gradients of micro-batches add up to a step, steps to an epoch."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from momconv.data.dataset import LabelledImages, make_loader, read_batches
+from momconv.data.folder import Splits, printable
+from momconv.data.transforms import training_transform
+from momconv.errors import MomconvError, ResourceError
+from momconv.evaluation import Scores, evaluate
+from momconv.files import model_file
+from momconv.recipe import Recipe
+from momconv.training.batches import MicroBatches, count_steps, split_batch, split_epoch
+from momconv.training.interruption import Interrupted, catching_signals
+from momconv.training.optimisation import rate_at, set_rate
+from momconv.training.planning import BatchPlan
+from momconv.training.progress import EpochRow, Listener, Progress
+from momconv.training.run_folder import RunFolder
+from momconv.training.state import read_random_states, save_state, set_random_states
+from momconv.units import format_bytes
+from momconv.zoo.description import describe
+
+_EVALUATION_BATCH = 32
+_SHOWN = 5  # files that an error names
+Part = tuple[Tensor, Tensor]  # the images and labels of a micro-batch
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a run works with."""
+
+    recipe: Recipe
+    folder: RunFolder
+    splits: Splits
+    model: nn.Module
+    optimizer: Optimizer
+    plan: BatchPlan
+    device: torch.device
+    workers: int
+    listener: Listener
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The optimisation steps of an epoch."""
+        return count_steps(len(self.splits.train.samples), self.recipe.train.batch_size)
+
+    def rate_at(self, epoch: int, step: int) -> float:
+        """The learning rate of a step."""
+        done = epoch * self.steps_per_epoch + step
+        return rate_at(self.recipe.train, done, self.steps_per_epoch)
+
+
+def train(job: Job, progress: Progress) -> None:
+    """Train up to the recipe's last epoch, from wherever ``progress`` is.
+
+    However this ends, the folder then holds the state after the last whole optimisation step.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came.
+        MomconvError: The loss or a gradient is not finite.
+        DataError: An image cannot be decoded any more.
+        ResourceError: Memory or disk is exhausted.
+    """
+    steps, report = _Steps(job), _Report(job, progress)
+    with catching_signals(job.listener.tell) as check, _saving_on_failure(job, progress):
+        while progress.epoch < job.recipe.train.epochs:
+            job.model.train()
+            _reset_peak(job.device)
+            began = time.perf_counter()
+            for step in steps.read(progress.epoch, first=progress.step):
+                with _all_or_nothing(job.model):
+                    loss = torch.zeros((), device=job.device)
+                    for images, labels in step.parts:
+                        loss += add_gradients(job, images, labels, len(labels) / step.images)
+                        report(len(labels))
+                        check()
+                    _require_finite(job, progress, loss, step)
+                set_rate(job.optimizer, job.rate_at(progress.epoch, progress.step))
+                job.optimizer.step()
+                job.optimizer.zero_grad()
+                progress.count_step(step.images, float(loss), time.perf_counter() - began)
+                began = time.perf_counter()
+            scores = _validate(job, report, check)
+            _finish_epoch(job, progress, scores, time.perf_counter() - began)
+
+
+def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Tensor:
+    """Add the gradients of a micro-batch that is ``share`` of its batch; its part of the loss.
+
+    The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
+
+    Raises:
+        ResourceError: The micro-batch does not fit the GPU.
+    """
+    layout = torch.channels_last if job.device.type == "cuda" else torch.contiguous_format
+    images = images.to(job.device, non_blocking=True, memory_format=layout)
+    labels = labels.to(job.device, non_blocking=True)
+    half = job.plan.setting.precision == "bf16"
+    try:
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=half):
+            outputs = job.model(images)
+            smoothing = job.recipe.train.label_smoothing
+            loss = share * F.cross_entropy(outputs, labels, label_smoothing=smoothing)
+        loss.backward()
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(job, len(labels)) from error
+    return loss.detach()
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """The images of one optimisation step, their number and their micro-batches."""
+
+    indices: list[int]
+    parts: Iterator[Part]
+
+    @property
+    def images(self) -> int:
+        return len(self.indices)
+
+
+class _Steps:
+    """Reads the steps of an epoch, in the order that its number and the seed give."""
+
+    def __init__(self, job: Job) -> None:
+        images = job.splits.train
+        preprocessing = describe(job.model).preprocessing
+        transform = training_transform(preprocessing, flip=job.recipe.data.flip)
+        self._dataset = LabelledImages(images, transform, seed=job.recipe.train.seed)
+        self._micro_batches = MicroBatches()
+        self._loader = make_loader(
+            self._dataset,
+            workers=job.workers,
+            batch_sampler=self._micro_batches,
+            persistent_workers=job.workers > 0,
+            pin_memory=job.device.type == "cuda",
+        )
+        self._recipe, self._micro_batch = job.recipe.train, job.plan.micro_batch
+
+    def read(self, epoch: int, *, first: int) -> Iterator[_Step]:
+        """The steps of ``epoch`` from its step ``first`` on. Each must be used up in turn."""
+        batches = split_epoch(
+            len(self._dataset), self._recipe.batch_size, seed=self._recipe.seed, epoch=epoch
+        )[first:]
+        self._dataset.set_epoch(epoch)
+        self._micro_batches.steps = [split_batch(batch, self._micro_batch) for batch in batches]
+        parts = read_batches(self._loader)
+        for batch, split in zip(batches, self._micro_batches.steps, strict=True):
+            yield _Step(batch, itertools.islice(parts, len(split)))
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Undoes what was done to ``model`` since the last step, if it comes to nothing.
+
+    The weights do not change before the optimiser's step; gradients, BatchNorm's statistics and the
+    random state do.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    random_states = read_random_states()
+
+    def restore() -> None:
+        model.zero_grad()
+        set_random_states(random_states)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+    with ExitStack() as undo:
+        undo.callback(restore)
+        yield
+        undo.pop_all()
+
+
+@contextmanager
+def _saving_on_failure(job: Job, progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    except (Interrupted, MomconvError):
+        _save(job, progress)
+        raise
+
+
+def _require_finite(job: Job, progress: Progress, loss: Tensor, step: _Step) -> None:
+    gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
+    if math.isfinite(loss) and math.isfinite(get_total_norm(gradients)):
+        return
+    what = "a gradient" if math.isfinite(loss) else f"the loss ({float(loss)})"
+    names = [printable(job.splits.train.samples[index].path) for index in step.indices]
+    more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    lower = job.recipe.train.resolved_lr / 10
+    raise MomconvError(
+        f"{what} is not finite, in epoch {progress.epoch + 1}, step {progress.step + 1} of "
+        f"{job.steps_per_epoch}; the state before it is saved\nits images:\n"
+        + "\n".join(f"  {name}" for name in [*names[:_SHOWN], *more]),
+        kind="train.not_finite",
+        fix=f"{job.folder.resume_command} --lr {lower:g}",
+    )
+
+
+def _validate(job: Job, report: "_Report", check: Callable[[], None]) -> Scores | None:
+    """The scores on the held-out images; None without any.
+
+    Without gradients an image needs less than in training, so the micro-batch fits here too.
+    """
+    if not job.splits.val.samples:
+        return None
+
+    def progress(done: int, total: int) -> None:
+        report(0, f"validating {done}/{total}")
+        check()
+
+    return evaluate(
+        job.model,
+        job.splits.val,
+        batch_size=min(_EVALUATION_BATCH, job.plan.micro_batch),
+        device=job.device,
+        workers=job.workers,
+        progress=progress,
+    )
+
+
+def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: float) -> None:
+    row = EpochRow(
+        epoch=progress.epoch + 1,
+        train_loss=progress.loss_sum / progress.images,
+        val_loss=scores.loss if scores else None,
+        val_top1=scores.top1 if scores else None,
+        lr=job.rate_at(progress.epoch, progress.step - 1),
+        images_per_second=progress.images / progress.seconds,
+        peak_bytes=_peak_bytes(job),
+        seconds=progress.seconds + seconds,
+    )
+    progress.finish_epoch(row)
+    if progress.best is row:
+        _save_model(job, job.folder.best, progress)
+    _save(job, progress)
+    job.listener.finish_epoch(row, job.recipe.train.epochs)
+
+
+def _save(job: Job, progress: Progress) -> None:
+    """Write the state; then, for people, the model and the numbers."""
+    save_state(job.folder.state, job.model, job.optimizer, progress)
+    _save_model(job, job.folder.last, progress)
+    job.folder.write_history(progress.history)
+
+
+def _save_model(job: Job, path: Path, progress: Progress) -> None:
+    metrics = asdict(progress.history[-1]) if progress.history else None
+    finished = {"epochs": progress.epoch, "steps": progress.step, "metrics": metrics}
+    model_file.save(job.model, path, {"training": finished})
+
+
+class _Report:
+    """Tells the listener how far the run is, whenever it hears of further images."""
+
+    def __init__(self, job: Job, progress: Progress) -> None:
+        self._job, self._progress, self._done = job, progress, 0
+        epochs, images = job.recipe.train.epochs, len(job.splits.train.samples)
+        self._total = (epochs - progress.epoch) * images - progress.images
+
+    def __call__(self, further: int, doing: str = "") -> None:
+        self._done += further
+        progress, parts = self._progress, [doing] if doing else []
+        if progress.images:
+            parts.append(f"loss {progress.loss_sum / progress.images:.3f}")
+            parts.append(f"{progress.images / progress.seconds:.1f} images/s")
+        if memory := _peak_bytes(self._job):
+            planned = "plan " if self._job.device.type == "cpu" else ""
+            parts.append(f"{planned}{format_bytes(memory)}")
+        text = " · ".join([f"epoch {progress.epoch + 1}/{self._job.recipe.train.epochs}", *parts])
+        self._job.listener.advance("training", self._done, self._total, text)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_bytes(job: Job) -> int | None:
+    """The peak since the epoch began; on the CPU, where nobody counts, the planned one."""
+    if job.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(job.device)
+    return job.plan.measured_bytes
+
+
+def _out_of_memory(job: Job, images: int) -> ResourceError:
+    return ResourceError(
+        f"{job.device} ran out of memory with a micro-batch of {images}",
+        kind="memory.exhausted",
+        fix=f"{job.folder.resume_command} --micro-batch {max(1, images // 2)}",
+    )

@@ -1,0 +1,60 @@
+"""The optimiser, its learning rate over the run, and the precision."""
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from momconv.planner.measurement import Precision
+from momconv.recipe import TrainRecipe
+
+
+def make_optimizer(model: nn.Module, recipe: TrainRecipe) -> Optimizer:
+    """SGD or AdamW with weight decay on weights, but not on biases and normalisation layers."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    # The fused kernels need no temporary copy of all gradients, which nobody has planned for.
+    fused, lr = parameters[0].is_cuda, recipe.resolved_lr
+    if recipe.optimizer == "adamw":
+        return AdamW(groups, lr, fused=fused)
+    return SGD(groups, lr, recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
+
+
+def set_rate(optimizer: Optimizer, lr: float) -> None:
+    """Let the next step have the learning rate ``lr``."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def rate_at(recipe: TrainRecipe, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of the run's step ``step``, from 0.
+
+    A pure function rather than a scheduler with a state: a run that goes on for more epochs than
+    first planned follows the longer schedule from where it is.
+    """
+    total = recipe.epochs * steps_per_epoch
+    warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total // 2)
+    return recipe.resolved_lr * share_of_rate(step, warmup=warmup, total=total)
+
+
+def share_of_rate(step: int, *, warmup: int, total: int) -> float:
+    """The factor of the learning rate at ``step``: a linear warm-up, then half a cosine to 0.
+
+    >>> [round(share_of_rate(step, warmup=2, total=6), 2) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.85, 0.5, 0.15]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+def choose_precision(recipe: TrainRecipe, device: torch.device) -> Precision:
+    """The recipe's precision; "auto" is bf16 on GPUs that compute in it, and fp32 elsewhere."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if fast else "fp32"

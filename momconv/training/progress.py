@@ -1,0 +1,70 @@
+"""How far a run is, and who hears about it."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class EpochRow:
+    """What one epoch came to: a line of metrics.csv and of events.jsonl."""
+
+    epoch: int  # from 1
+    train_loss: float
+    val_loss: float | None  # None where nothing is held out
+    val_top1: float | None  # a fraction
+    lr: float  # of the last step
+    images_per_second: float  # while training
+    peak_bytes: int | None  # measured on a GPU, planned on the CPU, None where nothing was planned
+    seconds: float  # with validation
+
+
+@dataclass(slots=True)
+class Progress:
+    """The counters of a run. Together with weights and optimiser they are its whole state."""
+
+    history: list[EpochRow] = field(default_factory=list)
+    step: int = 0  # finished optimisation steps of the epoch under way
+    images: int = 0  # in them
+    loss_sum: float = 0.0  # over those images
+    seconds: float = 0.0  # spent on them
+
+    @property
+    def epoch(self) -> int:
+        """The finished epochs."""
+        return len(self.history)
+
+    @property
+    def best(self) -> EpochRow | None:
+        """The first epoch with the highest top-1; without validation, the last one."""
+        if not self.history:
+            return None
+        if self.history[-1].val_top1 is None:
+            return self.history[-1]
+        return max(self.history, key=lambda row: row.val_top1 or 0.0)
+
+    def count_step(self, images: int, loss: float, seconds: float) -> None:
+        """Count one optimisation step on so many images with this mean ``loss``."""
+        self.step += 1
+        self.images += images
+        self.loss_sum += loss * images
+        self.seconds += seconds
+
+    def finish_epoch(self, row: EpochRow) -> None:
+        """Close the epoch under way."""
+        self.history.append(row)
+        self.step, self.images, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
+
+
+class Listener:
+    """Hears how a run goes. This one ignores it all; a subclass overrides what it wants to show."""
+
+    def tell(self, text: str) -> None:
+        """A message that begins with ``note:`` or ``warning:``."""
+
+    def advance(self, title: str, done: int, total: int, text: str = "") -> None:
+        """The work ``title`` is so far; when it starts over, or another starts, that one ended."""
+
+    def finish_epoch(self, row: EpochRow, epochs: int) -> None:
+        """An epoch of ``epochs`` ended."""
+
+
+SILENT = Listener()

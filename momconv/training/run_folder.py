@@ -1,0 +1,152 @@
+"""The folder of a run: what is in it, and what may be done with it."""
+
+import csv
+import io
+import json
+import math
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from momconv.errors import ModelFileError, ResourceError, UsageError
+from momconv.files.atomic import write_text
+from momconv.recipe import Recipe
+from momconv.training.progress import EpochRow
+from momconv.units import format_bytes
+
+
+def name_folder(recipe: Recipe) -> Path:
+    """The default folder of a run, below the working directory."""
+    model = recipe.model.from_file.stem if recipe.model.from_file else recipe.model.name
+    data = recipe.data.path.absolute().name if recipe.data.path else "images"
+    return Path("runs") / f"{model}-{data}"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The files of a run. All are written whole or not at all."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The recipe with all its defaults; ``--recipe`` replays it."""
+        return self.path / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """How the micro-batch was chosen."""
+        return self.path / "plan.json"
+
+    @property
+    def split(self) -> Path:
+        """Which images are trained on and which are held out."""
+        return self.path / "split.json"
+
+    @property
+    def state(self) -> Path:
+        """Weights, optimiser, random state and counters of one moment: what resuming needs."""
+        return self.path / "state.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """The model of the best epoch."""
+        return self.path / "best.safetensors"
+
+    @property
+    def last(self) -> Path:
+        """The model as it was last saved."""
+        return self.path / "last.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """A line of numbers for each epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def events(self) -> Path:
+        """The same, an object for each line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with the run."""
+        return f"momconv finetune --resume {shlex.quote(str(self.path))}"
+
+    def require_unused(self) -> None:
+        """Do nothing if the folder is missing or empty.
+
+        Raises:
+            UsageError: It holds something.
+        """
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return
+        kind = "not empty" if self.path.is_dir() else "a file"
+        offers = [self.resume_command] if self.state.is_file() else []
+        raise UsageError(
+            f"output folder already exists and is {kind}: {self.path}",
+            kind="usage.output_exists",
+            fix="\n".join([*offers, f"-o {shlex.quote(str(self._next_free()))}"]),
+        )
+
+    def require_state(self) -> None:
+        """Do nothing if there is a run to resume.
+
+        Raises:
+            ModelFileError: There is none; the message names others that there are.
+        """
+        if self.state.is_file() and self.config.is_file():
+            return
+        others = sorted(self.path.parent.glob("*/state.safetensors"))
+        listed = ", ".join(str(other.parent) for other in others)
+        problem = "no run to resume in" if self.path.is_dir() else "run folder does not exist:"
+        raise ModelFileError(
+            f"{problem} {self.path} (looked for {self.state.name} and {self.config.name})"
+            + (f"\nruns that can be resumed: {listed}" if listed else ""),
+            kind="run.no_state",
+            fix=RunFolder(others[-1].parent).resume_command if others else None,
+        )
+
+    def make(self, needed_bytes: int) -> None:
+        """Make the folder and those above it, on a disk with room for ``needed_bytes``.
+
+        Raises:
+            ResourceError: That is not allowed, or there is no room.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot make output folder {self.path}: {error.strerror}",
+                kind="output.unwritable",
+                fix="-o with a folder that can be written",
+            ) from error
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            raise ResourceError(
+                f"{self.path} needs about {format_bytes(needed_bytes)}, {format_bytes(free)} free",
+                kind="output.no_space",
+                fix="-o with a folder on another disk",
+            )
+
+    def write_history(self, history: Sequence[EpochRow]) -> None:
+        """Write ``metrics`` and ``events``, whole: after a resume they hold nothing twice."""
+        rows = [asdict(row) for row in history]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, [f.name for f in fields(EpochRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.metrics, table.getvalue())
+        lines = (json.dumps({"event": "epoch"} | _finite(row)) + "\n" for row in rows)
+        write_text(self.events, "".join(lines))
+
+    def _next_free(self) -> Path:
+        numbered = (self.path.with_name(f"{self.path.name}-{n}") for n in range(2, 10**6))
+        return next(path for path in numbered if not path.exists())
+
+
+def _finite(row: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The row without numbers that JSON does not have."""
+    return {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}

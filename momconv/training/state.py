@@ -1,0 +1,127 @@
+"""The whole state of a run in one file, so that its parts always belong together.
+
+A safetensors file: the tensors of the model, of the optimiser and of the random generators; the
+rest is JSON in the metadata. Nothing that is read from it is run.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from momconv.errors import ModelFileError, UsageError
+from momconv.files.atomic import write_atomically
+from momconv.surgery.conversion import apply_schemes, read_schemes
+from momconv.training.progress import Progress
+from momconv.zoo import checkpoints
+from momconv.zoo.description import Description, attach, describe
+from momconv.zoo.networks import build
+
+_KEY = "momconv.run"
+_MODEL, _OPTIMIZER, _RANDOM = "model/", "optimizer/", "random/"
+
+
+class _Record(BaseModel):
+    """All that is not a tensor."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+    description: Description
+    stages: dict[str, dict[str, Any]]
+    progress: Progress
+
+
+def save_state(path: Path, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
+    """Write the state of a run to ``path``, all or nothing.
+
+    Raises:
+        ResourceError: The file cannot be written.
+    """
+    record = _Record(description=describe(model), stages=read_schemes(model), progress=progress)
+    tensors = {f"{_MODEL}{key}": value for key, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{_OPTIMIZER}{key}/{name}"] = value
+    tensors |= {f"{_RANDOM}{device}": value for device, value in read_random_states().items()}
+    # A copy for channels_last weights, which safetensors refuses; the others are passed through.
+    plain = {key: value.cpu().contiguous() for key, value in tensors.items()}
+    metadata = {_KEY: record.model_dump_json()}
+    write_atomically(path, lambda target: save_file(plain, target, metadata))
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """What ``save_state`` wrote."""
+
+    model: nn.Module  # on the CPU
+    progress: Progress
+    tensors: dict[str, Tensor]
+
+    def restore_optimizer(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Give ``optimizer``, made for the parameters of ``model``, its state back."""
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        ordered = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, value in _select(self.tensors, _OPTIMIZER).items():
+            kind, _, name = key.partition("/")
+            states.setdefault(ordered.index(name), {})[kind] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+    def restore_random_states(self) -> None:
+        """Set the random generators to where they were."""
+        set_random_states(_select(self.tensors, _RANDOM))
+
+
+def load_state(path: Path) -> SavedState:
+    """Read a state, and rebuild its network.
+
+    Raises:
+        ModelFileError: The file is missing, damaged or no state.
+    """
+    metadata = checkpoints.read_metadata(path)
+    if _KEY not in metadata:
+        raise ModelFileError(f"{path} is not the state of a run", kind="run.bad_state")
+    try:
+        record = _Record.model_validate_json(metadata[_KEY])
+        model = build(record.description.architecture, record.description.num_classes)
+        apply_schemes(model, record.stages)
+    except ValidationError as error:
+        raise _damaged(path, error.errors()[0]["msg"]) from error
+    except (UsageError, ModelFileError) as error:
+        raise _damaged(path, error.message) from error
+    tensors = checkpoints.read_state(path)
+    weights = _select(tensors, _MODEL)
+    if difference := checkpoints.difference(model, weights):
+        raise _damaged(path, f"tensors {difference}")
+    model.load_state_dict(weights)
+    attach(model, record.description)
+    return SavedState(model, record.progress, tensors)
+
+
+def read_random_states() -> dict[str, Tensor]:
+    """The states of PyTorch's generators, by device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    """The inverse of ``read_random_states``."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _damaged(path: Path, reason: str) -> ModelFileError:
+    return ModelFileError(f"{path} contradicts itself: {reason}", kind="run.bad_state")

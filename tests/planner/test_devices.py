@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from momconv.errors import ResourceError, UsageError
+from momconv.planner.devices import find_device
+
+
+def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert find_device() == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device("auto") == torch.device("cpu")
+    assert find_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "sees", "fix"),
+    [
+        (0, "cuda", "sees no GPU", "--device cpu"),
+        (2, "cuda:2", "sees 2 GPUs, numbered from 0", "--device cuda:1"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, count: int, name: str, sees: str, fix: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ResourceError, match=sees) as refused:
+        find_device(name)
+    assert refused.value.message.startswith(f"--device {name}: this PyTorch ({torch.__version__})")
+    assert refused.value.message.endswith("CUDA_VISIBLE_DEVICES: unset")
+    assert refused.value.fix == fix
+
+
+def test_a_gpu_that_is_there_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_device("cuda") == torch.device("cuda")
+    assert find_device("cuda:1") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "tpu", ""])
+def test_what_is_no_device_is_a_usage_error(name: str) -> None:
+    with pytest.raises(UsageError, match="unknown device"):
+        find_device(name)

@@ -1,0 +1,135 @@
+"""The scores are compared with figures counted by hand, on a network that is told what to say."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from momconv.data.folder import ImageSet, read_classes_folder
+from momconv.errors import DataError, UsageError
+from momconv.evaluation import Scores, evaluate, wilson_interval
+from momconv.zoo.description import Description, Preprocessing, attach
+from momconv.zoo.networks import build
+
+PREPROCESSING = Preprocessing(32, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+class Brightest(nn.Module):
+    """Says the class of the brightest channel, but "green" for "blue" in every other batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = 0
+        self.seen: list[int] = []
+        attach(self, Description("cifar_resnet20", 3, PREPROCESSING))
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        self.batches += 1
+        self.seen.append(len(images))
+        red, green, blue = (images[:, channel].mean((1, 2)) for channel in range(3))
+        if self.batches % 2:
+            green = green + 9 * (blue > torch.maximum(red, green))
+        return torch.stack([blue, green, red], 1) * 10
+
+
+@pytest.fixture
+def images(colours: Path) -> ImageSet:
+    return read_classes_folder(colours)
+
+
+@pytest.fixture
+def scores(images: ImageSet) -> Scores:
+    return evaluate(Brightest(), images, batch_size=4)
+
+
+def test_the_confusion_counts_every_image_by_true_class(scores: Scores) -> None:
+    """Of the eight blue images, the first four are taken for green."""
+    assert scores.confusion == ((4, 4, 0), (0, 8, 0), (0, 0, 8))
+    assert (scores.n, scores.top1) == (24, 20 / 24)
+
+
+def test_the_classes_have_the_figures_of_the_confusion(scores: Scores) -> None:
+    blue, green, red = scores.classes
+    assert [score.name for score in scores.classes] == ["blue", "green", "red"]
+    assert (blue.precision, blue.recall, blue.support) == (1, 0.5, 8)
+    assert (green.precision, green.recall) == pytest.approx((8 / 12, 1))
+    assert (red.precision, red.recall, red.f1) == (1, 1, 1)
+    assert [blue.f1, green.f1] == pytest.approx([2 / 3, 4 / 5])
+    assert scores.macro_f1 == pytest.approx((2 / 3 + 4 / 5 + 1) / 3)
+
+
+def test_the_loss_is_the_mean_over_images_whatever_the_batches(images: ImageSet) -> None:
+    model = build("cifar_resnet20", 3)
+    whole, parts = (evaluate(model, images, batch_size=size).loss for size in (24, 7))
+    assert whole == pytest.approx(parts, rel=1e-5)
+
+
+def test_scores_are_plain_json(scores: Scores) -> None:
+    document = json.loads(json.dumps(scores.to_json()))
+    assert document["top1"] == 20 / 24
+    assert document["classes"][1]["name"] == "green"
+    assert document["confusion"] == [[4, 4, 0], [0, 8, 0], [0, 0, 8]]
+    assert list(document["interval"]) == list(scores.interval)
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 1, 0.2065, 1.0)],
+)
+def test_the_interval_is_wilson_s(hits: int, n: int, low: float, high: float) -> None:
+    """Values of R's binom::binom.confint(method = "wilson")."""
+    assert wilson_interval(hits, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_class_without_images_does_not_count_for_the_mean(images: ImageSet) -> None:
+    some = images.select(i for i, label in enumerate(images.labels) if label)
+    scores = evaluate(Brightest(), some, batch_size=50)
+    assert [score.support for score in scores.classes] == [0, 8, 8]
+    assert scores.macro_f1 == pytest.approx(
+        sum(score.f1 for score in scores.classes if score.support) / 2
+    )
+
+
+def test_the_model_s_flags_and_the_random_state_stay(images: ImageSet) -> None:
+    model = build("cifar_resnet20", 3).train()
+    model.layer1.eval()  # type: ignore[union-attr]
+    flags = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    evaluate(model, images)
+    assert [module.training for module in model.modules()] == flags
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_progress_is_told_in_images(images: ImageSet) -> None:
+    told: list[tuple[int, int]] = []
+    evaluate(Brightest(), images, batch_size=10, progress=lambda *done: told.append(done))
+    assert told == [(10, 24), (20, 24), (24, 24)]
+
+
+def test_more_classes_than_the_model_has_are_named(images: ImageSet) -> None:
+    with pytest.raises(DataError, match="3 classes, the model tells 10 apart"):
+        evaluate(build("cifar_resnet20"), images)
+
+
+def test_nothing_to_evaluate_is_an_error(images: ImageSet) -> None:
+    with pytest.raises(DataError, match="no images"):
+        evaluate(Brightest(), images.select([]))
+
+
+def test_a_model_without_description_is_refused(images: ImageSet) -> None:
+    with pytest.raises(UsageError):
+        evaluate(nn.Identity(), images)
+
+
+def test_a_network_that_has_diverged_still_gets_its_scores(images: ImageSet) -> None:
+    model = build("cifar_resnet20", 3)
+    nn.init.constant_(model.linear.weight, math.nan)  # type: ignore[union-attr, arg-type]
+    scores = evaluate(model, images)
+    assert math.isnan(scores.loss)
+    assert Counter(label for row in scores.confusion for label in row).total() == 9

@@ -1,0 +1,81 @@
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "momconv"
+# Each may import itself and what stands before it. "__init__" is the public face, momconv/__init__.
+LAYERS = [
+    "_version",
+    "errors",
+    "units",
+    "recipe",
+    "momentum",
+    "zoo",
+    "surgery",
+    "files",
+    "planner",
+    "data",
+    "evaluation",
+    "training",
+    "reports",
+    "__init__",
+    "cli",
+    "__main__",
+]
+NO_TORCH = ["momconv.errors", "momconv.units", "momconv.recipe", "momconv.data.splits"]
+NO_TORCH += [f"momconv.cli.{path.stem}" for path in PACKAGE.glob("cli/*.py")]
+
+
+def imported_layers(source: str, package: str) -> set[str]:
+    """The layers that ``source``, a module of ``package``, imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names |= {f"{origin}.{alias.name}" for alias in node.names}
+    layers = {f"{name}.".split(".")[1] for name in names if name.split(".")[0] == "momconv"}
+    return {layer if layer in LAYERS else "__init__" for layer in layers}
+
+
+def layers_above(source: str, module: Path) -> set[str]:
+    """The layers that ``source`` imports although they stand above its own."""
+    own = LAYERS.index(module.parts[0].removesuffix(".py"))
+    package = ".".join(["momconv", *module.parent.parts])
+    return imported_layers(source, package) - set(LAYERS[: own + 1])
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_imports_go_one_way(path: Path) -> None:
+    above = layers_above(path.read_text(encoding="utf-8"), path.relative_to(PACKAGE))
+    if path != PACKAGE / "__init__.py":  # whose __getattr__ imports lazily
+        assert not above
+
+
+@pytest.mark.parametrize(
+    ("line", "above"),
+    [
+        ("import momconv.surgery.runs", {"surgery"}),
+        ("import torch, momconv.cli as frame", {"cli"}),
+        ("from momconv import units, zoo", {"zoo"}),
+        ("from momconv import load", {"__init__"}),
+        ("import momconv", {"__init__"}),
+        ("from .. import surgery", {"surgery"}),
+        ("from ..files.atomic import write_text", {"files"}),
+        ("def f():\n    from momconv.training import loop", {"training"}),
+        ("from momconv.momentum import equations\nfrom . import kernels\nimport torch.cli", set()),
+    ],
+)
+def test_an_import_of_a_higher_layer_would_be_found(line: str, above: set[str]) -> None:
+    assert layers_above(line, Path("momentum/sequential.py")) == above
+
+
+@pytest.mark.parametrize("module", NO_TORCH)
+def test_importing_it_does_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

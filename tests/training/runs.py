@@ -1,0 +1,76 @@
+"""Small runs for the tests of momconv.training."""
+
+import csv
+import os
+import signal
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from momconv.recipe import Recipe, load_recipe
+from momconv.training.progress import EpochRow, Listener
+
+SMALL = [
+    "model.name=cifar_resnet20",
+    "model.weights=none",
+    "data.workers=0",
+    "train.epochs=2",
+    "train.batch_size=5",
+    "train.micro_batch=2",
+    "train.device=cpu",
+]
+CLOCKED = ("images_per_second", "seconds")
+
+
+def small(data: Path, *changes: str) -> Recipe:
+    """A recipe that trains a CIFAR ResNet-20 on ``data`` in a second."""
+    return load_recipe(None, [*SMALL, f'data.path="{data}"', *changes])
+
+
+def read_metrics(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without what depends on the clock."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in CLOCKED} for row in rows]
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors that a run keeps: weights, optimiser and random states, and the two models."""
+    names = ("state", "best", "last")
+    files = {name: load_file(folder / f"{name}.safetensors") for name in names}
+    return {f"{name} {key}": value for name in names for key, value in files[name].items()}
+
+
+class Log(Listener):
+    """Remembers what it hears."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.shown: list[tuple[str, int, int, str]] = []
+        self.rows: list[EpochRow] = []
+
+    def tell(self, text: str) -> None:
+        self.told.append(text)
+
+    def advance(self, title: str, done: int, total: int, text: str = "") -> None:
+        self.shown.append((title, done, total, text))
+
+    def finish_epoch(self, row: EpochRow, epochs: int) -> None:
+        self.rows.append(row)
+
+
+class Signals(Log):
+    """Sends this process a signal when it hears of training for the n-th time."""
+
+    def __init__(self, n: int, number: signal.Signals = signal.SIGINT, times: int = 1) -> None:
+        super().__init__()
+        self.left, self.number, self.times = n, number, times
+
+    def advance(self, title: str, done: int, total: int, text: str = "") -> None:
+        super().advance(title, done, total, text)
+        if title == "training":
+            self.left -= 1
+            if self.left == 0:
+                for _ in range(self.times):
+                    os.kill(os.getpid(), self.number)

@@ -1,0 +1,352 @@
+import hashlib
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from runs import Log, Signals, read_metrics, read_tensors, small
+from safetensors.torch import load_file
+
+from momconv.errors import DataError, MomconvError, UsageError
+from momconv.evaluation import evaluate
+from momconv.files import model_file
+from momconv.momentum.sequential import momentum_stages
+from momconv.recipe import ModelRecipe, Recipe, load_recipe
+from momconv.surgery.conversion import convert
+from momconv.training import network
+from momconv.training.finetuning import Result, finetune
+from momconv.training.images import recall_images
+from momconv.training.interruption import Interrupted
+from momconv.training.progress import Listener
+from momconv.training.run_folder import RunFolder
+from momconv.zoo.description import describe
+from momconv.zoo.networks import build
+
+STRATEGIES = "layer1 momentum, layer2+layer3 checkpoint"
+MICRO_BATCHES = 7  # of an epoch of 18 images: 3 + 2, 3 + 2, 3 + 2, 3
+
+
+@pytest.fixture(scope="module")
+def straight(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A run from start to end."""
+    return finetune(small(colours), tmp_path_factory.mktemp("straight"))
+
+
+def resume(folder: Path, *changes: str, listener: Listener | None = None) -> Result:
+    recipe = load_recipe(folder / "config.yaml", changes)
+    return finetune(recipe, folder, resume=True, listener=listener or Log())
+
+
+def interrupt(recipe: Recipe, folder: Path, n: int) -> None:
+    with pytest.raises(Interrupted):
+        finetune(recipe, folder, listener=Signals(n))
+
+
+def assert_same(one: Path, other: Path) -> None:
+    assert read_metrics(one) == read_metrics(other)
+    ours, theirs = read_tensors(one), read_tensors(other)
+    assert ours.keys() == theirs.keys()
+    different = [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+    assert not different
+
+
+# A run
+
+
+def test_a_run_leaves_a_folder_with_all_that_it_came_to(straight: Result) -> None:
+    assert {path.name for path in straight.folder.iterdir()} == {
+        "best.safetensors",
+        "config.yaml",
+        "events.jsonl",
+        "last.safetensors",
+        "metrics.csv",
+        "plan.json",
+        "split.json",
+        "state.safetensors",
+    }
+    assert [row["epoch"] for row in read_metrics(straight.folder)] == ["1", "2"]
+    assert straight.epochs == 2
+
+
+def test_it_learns(straight: Result, colours: Path) -> None:
+    first, second = (float(row["train_loss"]) for row in read_metrics(straight.folder))
+    assert second < first
+    assert straight.best_epoch.val_top1 is not None
+    assert straight.best_epoch.val_top1 > 0.5
+
+
+def test_the_best_model_has_the_classes_and_the_scores_of_its_epoch(straight: Result) -> None:
+    model = model_file.load(straight.best)
+    assert describe(model).classes == ("blue", "green", "red")
+    assert momentum_stages(model)["layer1"].gamma == 0.9
+    val = recall_images(RunFolder(straight.folder).split).val
+    assert evaluate(model, val).top1 == straight.best_epoch.val_top1
+    training = model_file.read_metadata(straight.best)["training"]
+    assert training["metrics"]["val_top1"] == straight.best_epoch.val_top1
+
+
+def test_the_data_folder_is_left_as_it_was(colours: Path, tmp_path: Path) -> None:
+    def fingerprint() -> dict[Path, str]:
+        files = [path for path in colours.rglob("*") if path.is_file()]
+        return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    before = fingerprint()
+    finetune(small(colours, "train.epochs=1"), tmp_path / "run")
+    assert fingerprint() == before
+    assert len(before) == 24
+
+
+def test_the_recipe_in_the_folder_replays_the_run(straight: Result, tmp_path: Path) -> None:
+    finetune(load_recipe(straight.folder / "config.yaml"), tmp_path / "again")
+    assert_same(straight.folder, tmp_path / "again")
+
+
+def test_neither_workers_nor_the_strategy_change_a_bit(
+    straight: Result, colours: Path, tmp_path: Path
+) -> None:
+    changes = ["data.workers=1", "momentum.strategy=store"]
+    finetune(small(colours, *changes), tmp_path / "run")
+    assert_same(straight.folder, tmp_path / "run")
+
+
+def test_the_random_state_of_the_caller_stays(colours: Path, tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    finetune(small(colours, "train.epochs=1"), tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_listener_hears_of_the_split_the_plan_the_progress_and_the_epochs(
+    colours: Path, tmp_path: Path
+) -> None:
+    log = Log()
+    finetune(small(colours, "train.micro_batch=auto"), tmp_path / "run", listener=log)
+    assert log.told[0].startswith("note: no val/ folder; holding out 20% per class")
+    assert log.told[1].startswith(f"note: batch of 5 in one micro-batch ({STRATEGIES}, fp32), ")
+    training = [shown for shown in log.shown if shown[0] == "training"]
+    assert training[0][1:3] == (5, 36)
+    assert training[-1][1:3] == (36, 36)
+    assert "epoch 2/2 · validating 6/6 · loss" in training[-1][3]
+    assert "plan " in training[-1][3]
+    assert [row.epoch for row in log.rows] == [1, 2]
+
+
+def test_without_validation_the_last_model_is_the_best(colours: Path, tmp_path: Path) -> None:
+    result = finetune(small(colours, "data.val_frac=0"), tmp_path / "run")
+    assert (result.best_epoch.epoch, result.best_epoch.val_top1) == (2, None)
+    best, last = load_file(result.best), load_file(result.last)
+    assert all(torch.equal(value, last[key]) for key, value in best.items())
+
+
+def test_a_fine_tuned_file_can_be_fine_tuned_again(
+    straight: Result, colours: Path, tmp_path: Path
+) -> None:
+    """With the same classes it keeps its head, so that it starts where it was."""
+    changes = [f"model.from_file={straight.best}", "train.epochs=1", "train.lr=1e-6"]
+    result = finetune(small(colours, *changes), tmp_path / "run")
+    assert result.best_epoch.val_top1 == straight.best_epoch.val_top1
+
+
+def test_gamma_zero_is_the_plain_network(colours: Path, tmp_path: Path) -> None:
+    changes = ["momentum.gamma=0", "train.epochs=1"]
+    result = finetune(small(colours, *changes), tmp_path / "run")
+    assert not network.has_momentum(model_file.load(result.last))
+
+
+def test_a_network_that_momentum_does_not_help_stays_plain_and_says_so(
+    colours: Path, tmp_path: Path
+) -> None:
+    log = Log()
+    changes = ["model.name=resnet18", "data.resolution=32", "train.epochs=1"]
+    result = finetune(small(colours, *changes), tmp_path / "run", listener=log)
+    assert "stays plain; --set momentum.stages=all converts" in log.told[1]
+    assert not network.has_momentum(model_file.load(result.last))
+
+
+def test_the_resolution_of_the_run_is_that_of_its_models(colours: Path, tmp_path: Path) -> None:
+    result = finetune(small(colours, "data.resolution=24", "train.epochs=1"), tmp_path / "run")
+    assert describe(model_file.load(result.best)).preprocessing.resolution == 24
+
+
+def test_only_trained_weights_that_were_just_converted_are_calibrated() -> None:
+    plain = build("cifar_resnet20")
+    converted = convert(plain)
+    assert network.needs_calibration(converted, ModelRecipe())
+    assert not network.needs_calibration(plain, ModelRecipe())
+    assert not network.needs_calibration(converted, ModelRecipe(weights="none"))
+    assert not network.needs_calibration(converted, ModelRecipe(from_file=Path("a")))
+
+
+def test_trained_weights_are_adapted_before_the_first_step(colours: Path, tmp_path: Path) -> None:
+    torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
+    log = Log()
+    changes = [f"model.weights={tmp_path / 'trained.th'}", "train.epochs=1"]
+    finetune(small(colours, *changes), tmp_path / "run", listener=log)
+    titles = list(dict.fromkeys(title for title, *_ in log.shown))
+    assert titles[-2:] == ["adapting BatchNorm to momentum", "training"]
+
+
+def test_calibration_sees_training_images_and_changes_batchnorm_only(
+    straight: Result,
+) -> None:
+    model = model_file.load(straight.best)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train = recall_images(RunFolder(straight.folder).split).train
+    log = Log()
+    network.calibrate_on(model, train, batch_size=4, workers=0, listener=log)
+    changed = {k for k, value in model.state_dict().items() if not torch.equal(value, before[k])}
+    assert changed
+    assert {key.rpartition(".")[2] for key in changed} <= {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+    assert log.shown[-1][2] == 16  # four batches of one size, of 18 images
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize(
+    "n",
+    [
+        pytest.param(1, id="in the first step"),
+        pytest.param(2, id="at the end of the first step"),
+        pytest.param(3, id="in the second step"),
+        pytest.param(MICRO_BATCHES, id="in the last step of an epoch"),
+        pytest.param(MICRO_BATCHES + 2, id="while validating"),
+        pytest.param(MICRO_BATCHES + 5, id="in the second epoch"),
+    ],
+)
+def test_a_run_that_was_interrupted_ends_like_one_that_was_not(
+    straight: Result, colours: Path, tmp_path: Path, n: int
+) -> None:
+    interrupt(small(colours), tmp_path / "run", n)
+    resume(tmp_path / "run")
+    assert_same(straight.folder, tmp_path / "run")
+
+
+def test_a_run_may_be_interrupted_again_and_again(
+    straight: Result, colours: Path, tmp_path: Path
+) -> None:
+    """From a step to the next one, since each resumed run gets two micro-batches further."""
+    interrupt(small(colours), tmp_path / "run", 3)
+    for _ in range(3):
+        with pytest.raises(Interrupted):
+            resume(tmp_path / "run", listener=Signals(3))
+    resume(tmp_path / "run")
+    assert_same(straight.folder, tmp_path / "run")
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_epoch(
+    straight: Result, colours: Path, tmp_path: Path
+) -> None:
+    """A second signal raises SystemExit and saves nothing, like SIGKILL."""
+    with pytest.raises(SystemExit):
+        finetune(small(colours), tmp_path / "run", listener=Signals(MICRO_BATCHES + 6, times=2))
+    resume(tmp_path / "run")
+    assert_same(straight.folder, tmp_path / "run")
+
+
+def test_adamw_goes_on_exactly_too(colours: Path, tmp_path: Path) -> None:
+    recipe = small(colours, "train.optimizer=adamw")
+    finetune(recipe, tmp_path / "straight")
+    interrupt(recipe, tmp_path / "run", 5)
+    resume(tmp_path / "run")
+    assert_same(tmp_path / "straight", tmp_path / "run")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(straight: Result, tmp_path: Path) -> None:
+    folder, log = Path(shutil.copytree(straight.folder, tmp_path / "run")), Log()
+    result = resume(folder, listener=log)
+    assert log.told == [
+        f"note: {folder} is complete (2/2). To go on: momconv finetune --resume {folder} --epochs 4"
+    ]
+    assert result.best_epoch == straight.best_epoch
+    assert_same(straight.folder, folder)
+
+
+def test_a_finished_run_goes_on_with_more_epochs(straight: Result, tmp_path: Path) -> None:
+    folder, log = Path(shutil.copytree(straight.folder, tmp_path / "run")), Log()
+    result = resume(folder, "train.epochs=3", listener=log)
+    assert result.epochs == 3
+    assert read_metrics(folder)[:2] == read_metrics(straight.folder)
+    assert any("3 epochs instead of 2: the cosine now ends there" in text for text in log.told)
+    assert load_recipe(folder / "config.yaml").train.epochs == 3
+
+
+@pytest.mark.parametrize(
+    "change", ["model.name=resnet18", "momentum.gamma=0.5", "train.batch_size=4", "train.seed=1"]
+)
+def test_what_a_run_is_about_cannot_change(straight: Result, change: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot change {change.split('=')[0]}"):
+        resume(straight.folder, change)
+
+
+def test_a_used_folder_is_refused_before_anything_else(straight: Result, colours: Path) -> None:
+    with pytest.raises(UsageError, match="already exists"):
+        finetune(small(colours, "model.name=nonsense"), straight.folder)
+
+
+@pytest.mark.parametrize("change", ["model.name=resnet5o", 'data.path="missing"'])
+def test_a_run_that_cannot_start_leaves_no_folder(
+    colours: Path, tmp_path: Path, change: str
+) -> None:
+    with pytest.raises(MomconvError):
+        finetune(small(colours, change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Failing
+
+
+def test_a_loss_that_is_not_finite_is_named_and_undone(
+    straight: Result, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Poison(Listener):
+        """Ends the fifth micro-batch with a network that computes NaN."""
+
+        calls = 0
+
+        def advance(self, title: str, done: int, total: int, text: str = "") -> None:
+            self.calls += title == "training"
+            if self.calls == 4:
+                monkeypatch.setattr("momconv.training.loop.F.cross_entropy", nan)
+
+    def nan(outputs: torch.Tensor, _labels: torch.Tensor, **_: float) -> torch.Tensor:
+        return outputs.sum() * float("nan")
+
+    with pytest.raises(MomconvError, match=r"the loss \(nan\) is not finite") as failed:
+        finetune(small(colours), tmp_path / "run", listener=Poison())
+    assert failed.value.kind == "train.not_finite"
+    assert "in epoch 1, step 3 of 4" in failed.value.message
+    assert failed.value.message.count(".png") == 5
+    assert failed.value.fix is not None
+    assert failed.value.fix.endswith("--lr 0.00015625")
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    assert_same(straight.folder, tmp_path / "run")
+
+
+def test_an_image_that_vanishes_during_a_run_is_named(
+    straight: Result, colours: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(colours, tmp_path / "data"))
+
+    class Thief(Listener):
+        def advance(self, title: str, done: int, total: int, text: str = "") -> None:
+            if title == "training":
+                for path in data.rglob("*.png"):
+                    path.unlink()
+
+    with pytest.raises(DataError, match=r"\.png: No such file"):
+        finetune(small(data), tmp_path / "run", listener=Thief())
+    shutil.copytree(colours, data, dirs_exist_ok=True)
+    resume(tmp_path / "run")
+    assert_same(straight.folder, tmp_path / "run")
+
+
+def test_sigterm_is_told_apart(colours: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted) as interrupted:
+        finetune(small(colours), tmp_path / "run", listener=Signals(1, signal.SIGTERM))
+    assert interrupted.value.signal == signal.SIGTERM

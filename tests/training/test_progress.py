@@ -1,0 +1,26 @@
+from momconv.training.progress import EpochRow, Progress
+
+
+def row(epoch: int, top1: float | None) -> EpochRow:
+    return EpochRow(epoch, 0.5, None if top1 is None else 0.5, top1, 0.1, 10.0, None, 3.0)
+
+
+def test_the_best_epoch_is_the_first_with_the_highest_top1() -> None:
+    assert Progress().best is None
+    rows = [row(1, 0.5), row(2, 0.75), row(3, 0.75), row(4, 0.25)]
+    assert Progress(rows).best is rows[1]
+
+
+def test_without_validation_the_last_epoch_is_the_best() -> None:
+    rows = [row(1, None), row(2, None)]
+    assert Progress(rows).best is rows[1]
+
+
+def test_an_epoch_that_ends_leaves_counters_at_zero() -> None:
+    progress = Progress()
+    progress.count_step(images=4, loss=0.5, seconds=2)
+    progress.count_step(images=2, loss=2.0, seconds=1)
+    assert (progress.step, progress.images, progress.loss_sum, progress.seconds) == (2, 6, 6, 3)
+    progress.finish_epoch(row(1, 0.5))
+    assert progress == Progress([row(1, 0.5)])
+    assert progress.epoch == 1

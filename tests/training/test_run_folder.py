@@ -1,0 +1,100 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from momconv.errors import ModelFileError, ResourceError, UsageError
+from momconv.recipe import load_recipe
+from momconv.training.progress import EpochRow
+from momconv.training.run_folder import RunFolder, name_folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (["data.path=a/photos"], "resnet152-photos"),
+        (["data.path=a/photos/.", "model.name=resnet18"], "resnet18-photos"),
+        (["data.path=photos", "model.from_file=b/mine.safetensors"], "mine-photos"),
+        ([], "resnet152-images"),
+    ],
+)
+def test_a_run_is_named_after_its_network_and_its_images(changes: list[str], name: str) -> None:
+    assert name_folder(load_recipe(None, changes)) == Path("runs") / name
+
+
+def test_a_missing_or_empty_folder_is_unused(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "new").require_unused()
+    RunFolder(tmp_path).require_unused()
+
+
+def test_a_used_folder_is_refused_with_what_can_be_done(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "a run")
+    run.make(0)
+    run.metrics.touch()
+    with pytest.raises(UsageError, match="not empty") as refused:
+        run.require_unused()
+    assert refused.value.fix == f"-o '{tmp_path}/a run-2'"
+    run.state.touch()
+    (tmp_path / "a run-2").mkdir()
+    with pytest.raises(UsageError) as refused:
+        run.require_unused()
+    assert refused.value.fix == (
+        f"momconv finetune --resume '{tmp_path}/a run'\n-o '{tmp_path}/a run-3'"
+    )
+
+
+def test_what_cannot_be_resumed_is_named_with_what_can(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"does not exist: .*/x \(looked for state"):
+        RunFolder(tmp_path / "x").require_state()
+    for name in ("config.yaml", "state.safetensors"):
+        (tmp_path / "good").mkdir(exist_ok=True)
+        (tmp_path / "good" / name).touch()
+    (tmp_path / "empty").mkdir()
+    RunFolder(tmp_path / "good").require_state()
+    with pytest.raises(ModelFileError, match="no run to resume in") as refused:
+        RunFolder(tmp_path / "empty").require_state()
+    assert f"can be resumed: {tmp_path / 'good'}" in refused.value.message
+    assert refused.value.fix == f"momconv finetune --resume {tmp_path / 'good'}"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="cannot make output folder"):
+        RunFolder(tmp_path / "file" / "run").make(0)
+
+
+def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"needs about 1048576.0 TiB, .* free"):
+        RunFolder(tmp_path / "run").make(2**60)
+
+
+def test_metrics_are_a_table_and_events_are_objects(tmp_path: Path) -> None:
+    rows = [EpochRow(1, 0.5, 0.25, 1 / 3, 1e-5, 7.5, 2**30, 9.0)]
+    rows += [EpochRow(2, 0.25, None, None, 0.0, 7.5, None, 9.0)]
+    run = RunFolder(tmp_path)
+    run.write_history(rows)
+    assert run.metrics.read_text().splitlines() == [
+        "epoch,train_loss,val_loss,val_top1,lr,images_per_second,peak_bytes,seconds",
+        "1,0.5,0.25,0.3333333333333333,1e-05,7.5,1073741824,9.0",
+        "2,0.25,,,0.0,7.5,,9.0",
+    ]
+    events = [json.loads(line) for line in run.events.read_text().splitlines()]
+    assert events[1] == {
+        "event": "epoch",
+        "epoch": 2,
+        "train_loss": 0.25,
+        "val_loss": None,
+        "val_top1": None,
+        "lr": 0.0,
+        "images_per_second": 7.5,
+        "peak_bytes": None,
+        "seconds": 9.0,
+    }
+
+
+def test_a_loss_that_is_no_number_leaves_events_readable(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.write_history([EpochRow(1, 0.5, math.nan, 0.5, 0.1, 7.5, None, 9.0)])
+    assert json.loads(run.events.read_text())["val_loss"] is None
+    assert ",nan," in run.metrics.read_text()

@@ -1,0 +1,123 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from momconv.errors import ModelFileError
+from momconv.surgery.conversion import convert, read_schemes
+from momconv.training.progress import EpochRow, Progress
+from momconv.training.state import load_state, save_state
+from momconv.zoo.description import describe
+from momconv.zoo.networks import build, replace_head
+
+PROGRESS = Progress([EpochRow(1, 0.1 + 0.2, None, 1 / 3, 1e-5, 7.5, None, 9.0)], 3, 12, 0.7, 1.5)
+
+
+def sgd(model: nn.Module) -> Optimizer:
+    return SGD(model.parameters(), 0.1, 0.9)
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    return AdamW(model.parameters(), 0.1)
+
+
+def make_network() -> nn.Module:
+    model = convert(build("cifar_resnet20"), gamma=0.5)
+    replace_head(model, ("ant", "bee"))
+    return model.train()
+
+
+def step(model: nn.Module, optimizer: Optimizer) -> None:
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", [sgd, adamw])
+def test_what_was_saved_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, make: Callable[[nn.Module], Optimizer]
+) -> None:
+    model = make_network()
+    optimizer = make(model)
+    step(model, optimizer)
+    save_state(tmp_path / "state", model, optimizer, PROGRESS)
+    step(model, optimizer)  # draws random images
+
+    saved = load_state(tmp_path / "state")
+    again = make(saved.model)
+    saved.restore_optimizer(again, saved.model)
+    saved.restore_random_states()
+    step(saved.model.train(), again)
+    assert saved.progress == PROGRESS
+    assert describe(saved.model) == describe(model)
+    assert read_schemes(saved.model) == read_schemes(model)
+    state = saved.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_state_before_the_first_step_is_one_too(tmp_path: Path) -> None:
+    model = make_network()
+    save_state(tmp_path / "state", model, sgd(model), Progress())
+    saved = load_state(tmp_path / "state")
+    optimizer = sgd(saved.model)
+    saved.restore_optimizer(optimizer, saved.model)
+    step(saved.model.train(), optimizer)
+    assert saved.progress == Progress()
+
+
+def test_a_loss_that_is_no_number_survives(tmp_path: Path) -> None:
+    model, row = make_network(), EpochRow(1, 0.5, math.nan, 0.5, 0.1, math.inf, None, 1.0)
+    save_state(tmp_path / "state", model, sgd(model), Progress([row]))
+    (again,) = load_state(tmp_path / "state").progress.history
+    assert math.isnan(again.val_loss or 0)
+    assert again.images_per_second == math.inf
+
+
+def damage(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> None:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _, texts: texts.clear(), "is not the state of a run"),
+        (lambda _, texts: texts.update({"momconv.run": "{}"}), "Field required"),
+        (lambda tensors, _: tensors.pop("model/conv1.weight"), "1 missing: conv1.weight"),
+        (
+            lambda _, texts: texts.update(
+                {"momconv.run": texts["momconv.run"].replace("cifar_resnet20", "resnetx")}
+            ),
+            "unknown model",
+        ),
+    ],
+)
+def test_a_damaged_state_is_named(
+    tmp_path: Path,
+    change: Callable[[dict[str, torch.Tensor], dict[str, str]], object],
+    message: str,
+) -> None:
+    model = make_network()
+    save_state(tmp_path / "state", model, sgd(model), Progress())
+    damage(tmp_path / "state", change)
+    with pytest.raises(ModelFileError, match=message) as refused:
+        load_state(tmp_path / "state")
+    assert str(tmp_path / "state") in refused.value.message
+
+
+def test_a_truncated_state_is_named(tmp_path: Path) -> None:
+    model = make_network()
+    path = tmp_path / "state"
+    save_state(path, model, sgd(model), Progress())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelFileError, match="is truncated"):
+        load_state(path)
