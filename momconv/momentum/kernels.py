@@ -12,7 +12,10 @@ from torch import Tensor
 
 from momconv.momentum.equations import Rule
 
-PIECE = 2**16  # elements: the pieces of x, v, r, y and their scratch stay within a 2 MiB cache
+# Elements. On a CPU the pieces of x, v, r, y and their scratch stay within a 2 MiB cache; on a GPU
+# they are large enough for a kernel to run at full speed, and the scratch stays small.
+PIECE = 2**16
+GPU_PIECE = 2**22
 
 
 def advance(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) -> Tensor:
@@ -72,8 +75,9 @@ def _divide(v: Tensor, r: Tensor, gamma: float) -> None:
 
 
 def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The tensors' memory in slices of ``PIECE`` elements; a missing tensor stays missing."""
+    """The tensors' memory in slices; a missing tensor stays missing."""
     flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
-    size = next(t.numel() for t in tensors if t is not None)
-    for start in range(0, size, PIECE):
-        yield tuple(None if t is None else t[start : start + PIECE] for t in flat)
+    first = next(t for t in tensors if t is not None)
+    length = GPU_PIECE if first.is_cuda else PIECE
+    for start in range(0, first.numel(), length):
+        yield tuple(None if t is None else t[start : start + length] for t in flat)

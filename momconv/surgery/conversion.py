@@ -102,7 +102,7 @@ def _summarise(name: str, stage: nn.Sequential) -> Stage:
     runs = (stage.runs or ()) if isinstance(stage, MomentumSequential) and gamma else ()
     momentum = tuple(n for run in runs for n in range(run.start, run.stop))
     parameters = sum(parameter.numel() for parameter in stage.parameters())
-    return Stage(name, len(stage), momentum, parameters, gamma)
+    return Stage(name, len(stage), momentum, parameters, gamma if momentum else 0.0)
 
 
 def read_schemes(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from momconv.errors import ResourceError
-from momconv.files.atomic import write_atomically, write_text
+from momconv.errors import ResourceError, UsageError
+from momconv.files.atomic import require_free, write_atomically, write_text
 
 
 def test_the_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -67,3 +67,25 @@ def test_text_is_utf8_with_the_permissions_of_any_new_file(tmp_path: Path) -> No
     (tmp_path / "other").touch()
     modes = {stat.S_IMODE(os.stat(p).st_mode) for p in tmp_path.iterdir()}
     assert len(modes) == 1
+
+
+def test_a_new_file_in_an_existing_folder_is_free(tmp_path: Path) -> None:
+    require_free(tmp_path / "new", overwrite=False)
+
+
+def test_an_existing_file_is_free_only_to_be_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "old").touch()
+    require_free(tmp_path / "old", overwrite=True)
+    with pytest.raises(UsageError, match=r"already exists: .*old") as error:
+        require_free(tmp_path / "old", overwrite=False)
+    assert error.value.fix == "--overwrite, or another name with -o"
+
+
+def test_a_folder_is_never_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="output is a folder"):
+        require_free(tmp_path, overwrite=True)
+
+
+def test_nothing_is_free_in_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="folder does not exist"):
+        require_free(tmp_path / "nope" / "new", overwrite=False)
