@@ -21,6 +21,7 @@ LAYERS = [
     "data",
     "evaluation",
     "training",
+    "demo",
     "reports",
     "__init__",
     "cli",

@@ -164,7 +164,7 @@ def test_an_unknown_key_is_placed_and_the_nearest_is_offered(
         ("train.memory", "much", "'much' is not an amount of memory like 3GiB or null"),
         ("momentum.gamma", "1.01", "'1.01' is not a number ≥ 0 and ≤ 1"),
         ("momentum.gain", "maybe", "'maybe' is not true or false"),
-        ("momentum.stages", "layer3", "'layer3' is not auto or a list of names"),
+        ("momentum.stages", "layer3", "'layer3' is not auto or all or a list of names"),
         ("data.resolution", "15", "'15' is not an integer ≥ 16 or null"),
         ("data.path", "[a, b]", "['a', 'b'] is not a path or null"),
     ],

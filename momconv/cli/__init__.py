@@ -1,0 +1,66 @@
+"""The command line. Each command is one function in one module and imports torch only when it runs.
+
+A command joins with one import and one line: ``app.command("eval")(guarded(eval.evaluate))``.
+"""
+
+import os
+import sys
+from io import TextIOWrapper
+from typing import Annotated
+
+import typer
+
+from momconv._version import __version__
+from momconv.cli import convert, demo, finetune, profile_memory
+from momconv.cli import eval as eval_
+from momconv.cli._console import guarded, out
+
+EXIT_CODES = (
+    "Exit codes: 0 done · 1 failed · 2 usage or recipe · 3 images · 4 model file · "
+    "5 memory, disk, device or network · 6 threshold not met · 130 interrupted · 143 terminated"
+)
+
+app = typer.Typer(
+    name="momconv",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
+)
+
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 (Typer calls it)
+    if wanted:
+        out.print(f"momconv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def momconv(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune pretrained residual networks in less memory, with invertible momentum blocks."""
+
+
+app.command("convert")(guarded(convert.convert))
+app.command("finetune")(guarded(finetune.finetune))
+app.command("eval")(guarded(eval_.evaluate))
+app.command("profile-memory")(guarded(profile_memory.profile_memory))
+app.command("demo")(guarded(demo.demo))
+
+
+def main() -> None:
+    """Run the command line, on a terminal of any encoding."""
+    # Threads that wait by spinning are up to 10 times slower where anything else is running.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    app()

@@ -1,0 +1,164 @@
+"""What every command shares: two consoles, one way to fail, JSON, and progress.
+
+Results go to ``out`` (stdout); notes, warnings, errors and progress go to ``err`` (stderr).
+"""
+
+import functools
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ParamSpec
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from momconv.errors import MomconvError
+from momconv.units import format_duration
+
+P = ParamSpec("P")
+SECONDS_BETWEEN_LINES = 30
+
+
+def _console(*, stderr: bool) -> Console:
+    # Without force_terminal=False, rich still writes bold and dim where it takes CI for a terminal.
+    plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return Console(
+        stderr=stderr,
+        emoji=False,
+        highlight=False,
+        no_color=plain or None,
+        force_terminal=False if plain else None,
+    )
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
+
+
+def note(text: str) -> None:
+    """Tell the user something that needs no action."""
+    _say("note", text, "cyan")
+
+
+def warn(text: str) -> None:
+    """Tell the user something that may be wrong."""
+    _say("warning", text, "yellow")
+
+
+def tell(text: str) -> None:
+    """Pass on a message of the library, which begins with ``note:`` or ``warning:``."""
+    label, _, rest = text.partition(": ")
+    (warn if label == "warning" else note)(rest)
+
+
+def print_json(document: object) -> None:
+    """Print ``document`` on stdout; numbers that JSON does not have (NaN, Infinity) become null."""
+    finite = json.loads(json.dumps(document, default=str), parse_constant=lambda _: None)
+    out.print(Text(json.dumps(finite, indent=2)), soft_wrap=True)
+
+
+def guarded(command: Callable[P, None]) -> Callable[P, None]:
+    """``command``, ending in one readable error and its exit code instead of a traceback.
+
+    If it was called with ``json_output=True``, the error is a JSON document on stdout instead.
+    """
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except BrokenPipeError:
+            out.on_broken_pipe()
+        except (Exception, KeyboardInterrupt) as error:
+            failure = _failure(error)
+            if os.environ.get("MOMCONV_DEBUG"):
+                err.print(Text(traceback.format_exc()), soft_wrap=True)
+            failure.report(as_json=bool(kwargs.get("json_output")))
+            raise typer.Exit(failure.code) from None
+
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    label: str
+    code: int
+    kind: str
+    message: str
+    hints: list[str]
+
+    def report(self, *, as_json: bool) -> None:
+        if as_json:
+            error = {name: getattr(self, name) for name in ("code", "kind", "message", "hints")}
+            print_json({"ok": False, "error": error})
+            return
+        _say(self.label, self.message, "bold red")
+        for hint in self.hints:
+            _say("fix", hint, "green")
+
+
+def _failure(error: BaseException) -> _Failure:
+    if isinstance(error, MomconvError):
+        hints = (error.fix or "").splitlines()
+        return _Failure("error", error.exit_code, error.kind, error.message, hints)
+    if isinstance(error, KeyboardInterrupt):
+        return _Failure("error", 130, "interrupted", "interrupted", [])
+    summary = " ".join("".join(traceback.format_exception_only(error)).split())
+    message = f"{summary} (MOMCONV_DEBUG=1 shows where)"
+    return _Failure("internal error", 1, "internal", message, [])
+
+
+def _say(label: str, text: str, style: str) -> None:
+    """Print ``label: text`` on stderr: unwrapped, with control characters made visible."""
+    visible = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    err.print(Text.assemble((f"{label}: ", style), visible), soft_wrap=True)
+
+
+Report = Callable[[int, str], None]
+
+
+@contextmanager
+def progress(
+    title: str, total: int, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Report]:
+    """Show how far ``title`` is, each time ``report(done, text)`` is called.
+
+    On a terminal this is a bar that goes away at the end; elsewhere a plain line every 30 s.
+    """
+    if not err.is_terminal:
+        yield _plain_lines(title, total, clock)
+        return
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+        console=err,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(title, total=total, text="")
+        yield lambda done, text: bar.update(task, completed=done, text=text)
+
+
+def _plain_lines(title: str, total: int, clock: Callable[[], float]) -> Report:
+    began = printed = clock()
+
+    def report(done: int, text: str) -> None:
+        nonlocal printed
+        now = clock()
+        if now - printed < SECONDS_BETWEEN_LINES:
+            return
+        printed = now
+        left = format_duration((now - began) * (total - done) / done) if done else "unknown"
+        err.print(Text(f"{title} {done}/{total}, {left} left {text}".rstrip()), soft_wrap=True)
+
+    return report

@@ -1,0 +1,74 @@
+"""``momconv eval``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from momconv.cli._console import note, out, print_json, progress, tell
+
+if TYPE_CHECKING:
+    from momconv.data.folder import ImageSet
+    from momconv.zoo.description import Description
+
+
+def evaluate(
+    *,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A converted or fine-tuned model.")],
+    data: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="The folder of classes, or one with val/ in it.")
+    ],
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images at once.")] = 32,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")
+    ] = "auto",
+    json_output: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
+    ] = False,
+) -> None:
+    """Say how good a model is on a folder of images: top-1, each class, the confusions."""
+    from momconv.data.dataset import count_workers
+    from momconv.evaluation import evaluate as score
+    from momconv.files.model_file import load
+    from momconv.planner.devices import find_device
+    from momconv.reports.scores import show_scores
+    from momconv.zoo.description import describe
+
+    where = find_device(device)
+    model = load(file)
+    images = _find_images(file, data, describe(model))
+    with progress("evaluating", len(images.samples)) as report:
+        scores = score(
+            model,
+            images,
+            batch_size=batch_size,
+            device=where,
+            workers=count_workers(len(images.samples)),
+            progress=lambda done, _: report(done, ""),
+        )
+    if json_output:
+        print_json({"ok": True, "file": file, "data": images.root, **scores.to_json()})
+        return
+    for part in show_scores(scores):
+        out.print(part)
+
+
+def _find_images(file: Path, data: Path, description: "Description") -> "ImageSet":
+    """The readable images to evaluate on, numbered as the model numbers its classes."""
+    from momconv.data.folder import find_evaluation_set, plural
+    from momconv.data.inspection import check_images
+    from momconv.training.images import find_held_out
+    from momconv.training.run_folder import RunFolder
+
+    images = find_held_out(RunFolder(file.parent).split, data)
+    if images is not None and images.classes == description.classes:
+        note(f"only the {plural(len(images.samples), 'image')} that the run held out of {data}")
+    else:
+        images = find_evaluation_set(data, description.classes)
+    if description.classes is None and len(images.classes) == description.num_classes:
+        note(f"{file} names no classes; taking those of the folder, in their order")
+    with progress("checking images", len(images.samples)) as report:
+        readable, notes = check_images(images, progress=lambda done, _: report(done, ""))
+    for text in (*images.notes, *notes):
+        tell(text)
+    return readable

@@ -1,0 +1,208 @@
+"""``momconv finetune``."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from momconv.cli._console import Report, err, note, out, progress, tell
+from momconv.errors import UsageError
+from momconv.recipe import Recipe, load_recipe
+from momconv.training.progress import EpochRow, Listener
+from momconv.units import format_duration
+
+if TYPE_CHECKING:
+    from momconv.training.finetuning import Result
+
+_OPTIMISATION, _MEMORY, _MOMENTUM, _RUN = "Optimisation", "Memory", "Momentum", "Recipe and run"
+_KEYS = {
+    "data": "data.path",
+    "model": "model.name",
+    "from_file": "model.from_file",
+    "weights": "model.weights",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "lr": "train.lr",
+    "resolution": "data.resolution",
+    "memory": "train.memory",
+    "micro_batch": "train.micro_batch",
+    "gamma": "momentum.gamma",
+    "strategy": "momentum.strategy",
+    "seed": "train.seed",
+    "device": "train.device",
+}
+
+
+def _option(
+    name: str, metavar: str, help_: str, panel: str | None = None
+) -> typer.models.OptionInfo:
+    """An option that sets a key of the recipe, whose type decides what is allowed."""
+    option: typer.models.OptionInfo = typer.Option(
+        name, metavar=metavar, help=help_, rich_help_panel=panel, show_default=False
+    )
+    return option
+
+
+def finetune(  # noqa: PLR0913 (one for each option)
+    context: typer.Context,
+    *,
+    data: Annotated[
+        str | None, _option("--data", "FOLDER", "Images: train/ and val/, or one folder a class.")
+    ] = None,
+    model: Annotated[
+        str | None, _option("--model", "NAME", "The network to start from. (default: resnet152)")
+    ] = None,
+    from_file: Annotated[
+        str | None, _option("--from", "FILE", "A converted network to start from instead.")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        _option("--weights", "NAME", "Its weights: a name, a file, or none for random ones."),
+    ] = None,
+    epochs: Annotated[
+        str | None, _option("--epochs", "N", "Passes over the images. (default: 10)", _OPTIMISATION)
+    ] = None,
+    batch_size: Annotated[
+        str | None,
+        _option(
+            "--batch-size", "N", "Images of an optimisation step. (default: 32)", _OPTIMISATION
+        ),
+    ] = None,
+    lr: Annotated[
+        str | None, _option("--lr", "RATE", "Highest learning rate.", _OPTIMISATION)
+    ] = None,
+    resolution: Annotated[
+        str | None,
+        _option("--resolution", "PIXELS", "Side of the images in the network.", _OPTIMISATION),
+    ] = None,
+    seed: Annotated[
+        str | None, _option("--seed", "N", "Of the order, augmentation and head.", _OPTIMISATION)
+    ] = None,
+    memory: Annotated[
+        str | None,
+        _option("--memory", "AMOUNT", "Limit, such as 3GiB. (default: what is free)", _MEMORY),
+    ] = None,
+    micro_batch: Annotated[
+        str | None,
+        _option("--micro-batch", "N", "Images in the network at once. (default: auto)", _MEMORY),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        _option("--strategy", "NAME", "auto, store, checkpoint or momentum.", _MEMORY),
+    ] = None,
+    device: Annotated[
+        str | None, _option("--device", "NAME", "auto, cpu, cuda or cuda:1.", _MEMORY)
+    ] = None,
+    gamma: Annotated[
+        str | None,
+        _option("--gamma", "G", "0 … 1; 0 is the plain network. (default: 0.9)", _MOMENTUM),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A recipe in YAML.", rich_help_panel=_RUN),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe.", rich_help_panel=_RUN),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Where the results go. (default: runs/MODEL-DATA)",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Go on with the run there.", rich_help_panel=_RUN),
+    ] = None,
+) -> None:
+    """Fine-tune a network on a folder of images, within a limit of memory."""
+    from momconv.training.finetuning import finetune as run
+    from momconv.training.interruption import Interrupted
+    from momconv.training.run_folder import RunFolder, name_folder
+
+    _refuse_together("--resume", resume, {"--recipe": recipe, "--output": output})
+    _refuse_together(
+        "--from", from_file, {"--model": model, "--weights": weights, "--gamma": gamma}
+    )
+    changes = [*_read_options(context), *(set_ or [])]
+    if resume is not None:
+        RunFolder(resume).require_state()
+        recipe = RunFolder(resume).config
+    wanted = load_recipe(recipe, changes)
+    folder = resume or output or name_folder(wanted)
+    try:
+        with ExitStack() as bars:
+            result = run(wanted, folder, resume=resume is not None, listener=_Display(bars))
+    except Interrupted as interrupted:
+        note(f"stopped, and saved. To go on: {RunFolder(folder).resume_command}")
+        raise typer.Exit(128 + interrupted.signal) from None
+    _print_result(result, wanted)
+
+
+def _read_options(context: typer.Context) -> list[str]:
+    """The options that were given, as changes to the recipe; a JSON string is a YAML string."""
+    given = {key: context.params[name] for name, key in _KEYS.items()}
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+
+
+def _refuse_together(option: str, value: object, others: Mapping[str, object]) -> None:
+    clash = [name for name, other in others.items() if other is not None]
+    if value is not None and clash:
+        raise UsageError(
+            f"{option} and {clash[0]} exclude each other",
+            kind="usage.exclusive_options",
+            fix=f"leave out one of them: {option} decides what {clash[0]} would",
+        )
+
+
+class _Display(Listener):
+    """Shows a run on stderr: one bar at a time, and a line for each message and each epoch."""
+
+    def __init__(self, bars: ExitStack) -> None:
+        self._bars = bars
+        self._title = ""
+        self._report: Report | None = None
+
+    def tell(self, text: str) -> None:
+        """Print a message with its label."""
+        tell(text)
+
+    def advance(self, title: str, done: int, total: int, text: str = "") -> None:
+        """Move the bar of ``title``; the one of other work goes away."""
+        if self._report is None or title != self._title:
+            self._bars.close()
+            self._title, self._report = title, self._bars.enter_context(progress(title, total))
+        self._report(done, text)
+
+    def finish_epoch(self, row: EpochRow, epochs: int) -> None:
+        """Print the numbers of an epoch."""
+        parts = [f"epoch {row.epoch}/{epochs}", f"loss {row.train_loss:.3f}"]
+        if row.val_top1 is not None:
+            parts += [f"val loss {row.val_loss:.3f}", f"val top-1 {row.val_top1:.1%}"]
+        parts += [f"{row.images_per_second:.1f} images/s", format_duration(row.seconds)]
+        err.print(Text(" · ".join(parts)), soft_wrap=True)
+
+
+def _print_result(result: "Result", recipe: Recipe) -> None:
+    best = result.best_epoch
+    if best.val_top1 is not None:
+        out.print(f"best top-1  {best.val_top1:.1%} (epoch {best.epoch} of {result.epochs})")
+    data = shlex.quote(str(recipe.data.path))
+    rows = {
+        "best model": result.best,
+        "last model": result.last,
+        "numbers": result.folder / "metrics.csv",
+        "next": f"momconv eval {shlex.quote(str(result.best))} --data {data}",
+    }
+    for label, value in rows.items():
+        out.print(Text(f"{label:<11} {value}"), soft_wrap=True)

@@ -1,0 +1,99 @@
+"""``momconv profile-memory``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from momconv.cli._console import err, out, print_json, progress
+from momconv.units import parse_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_BUDGETS = ["3GiB,8GiB,24GiB"]
+
+
+def profile_memory(  # noqa: PLR0913 (one for each option)
+    *,
+    model: Annotated[
+        str, typer.Argument(help="A network, such as resnet50, or a converted file.")
+    ] = "resnet152",
+    resolution: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS", min=16, help="Side of an image.", show_default="the weights' own"
+        ),
+    ] = None,
+    gamma: Annotated[
+        float | None,
+        typer.Option(metavar="G", help="Up to 1.", show_default="0.9, or the file's own"),
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="bf16 is automatic mixed precision.")
+    ] = "fp32",
+    budget: Annotated[
+        list[str], typer.Option(metavar="AMOUNTS", help="Memory to fill, as 3GiB or 8GiB,24GiB.")
+    ] = _BUDGETS,
+    optimizer: Annotated[
+        Literal["sgd", "adamw"], typer.Option(help="What holds a state for each parameter.")
+    ] = "sgd",
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")
+    ] = "auto",
+    json_output: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
+    ] = False,
+) -> None:
+    """Measure what an image costs in training: all stored, checkpointed, or with momentum.
+
+    The network's steps are run on a few random images and every allocation is counted.
+    """
+    budgets = {name.strip(): parse_bytes(name) for text in budget for name in text.split(",")}
+    from momconv.planner.devices import find_device
+    from momconv.planner.profile import MEASUREMENTS, profile
+    from momconv.reports.memory import show_memory, to_json
+    from momconv.zoo.description import describe
+
+    where = find_device(device)
+    with err.status(f"converting {model}"):
+        network = _load(model, gamma)
+    side = resolution or describe(network).preprocessing.resolution
+    with progress("measuring", MEASUREMENTS) as report:
+        measured = profile(
+            network, side, precision=precision, optimizer=optimizer, device=where, progress=report
+        )
+    setting = {
+        "model": model,
+        "resolution": side,
+        "precision": precision,
+        "optimizer": optimizer,
+        "device": str(where),
+    }
+    if json_output:
+        print_json({"ok": True, **setting, **to_json(measured, budgets)})
+        return
+    out.print(", ".join(f"{name} {value}" for name, value in setting.items()), soft_wrap=True)
+    out.print()
+    for part in show_memory(measured, budgets):
+        out.print(part)
+
+
+def _load(model: str, gamma: float | None) -> "nn.Module":
+    """The converted network; one by name gets random weights, as memory does not depend on them."""
+    from momconv.files.model_file import load
+    from momconv.momentum.sequential import momentum_stages
+    from momconv.surgery.conversion import convert
+    from momconv.zoo.networks import build
+
+    if not _names_a_file(model):
+        return convert(build(model), 0.9 if gamma is None else gamma)
+    network = load(model)
+    is_plain = not any(stage.gamma for stage in momentum_stages(network).values())
+    if gamma is None and not is_plain:
+        return network
+    return convert(network, 0.9 if gamma is None else gamma)
+
+
+def _names_a_file(model: str) -> bool:
+    return Path(model).is_file() or "." in model or "/" in model

@@ -1,0 +1,115 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from momconv.cli import app
+from momconv.files import model_file
+from momconv.zoo.networks import build, replace_head
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network with random weights for the classes of the fixture ``colours``."""
+    network, path = build("cifar_resnet20"), tmp_path_factory.mktemp("model") / "m.safetensors"
+    replace_head(network, ("blue", "green", "red"))
+    model_file.save(network, path)
+    return path
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, ["eval", *map(str, args)])
+
+
+def test_the_real_program_prints_one_document(model: Path, colours: Path) -> None:
+    command: list[str | Path]
+    command = [sys.executable, "-m", "momconv", "eval", model, "--data", colours, "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    document = json.loads(ran.stdout)
+    assert document["ok"] is True
+    assert document["n"] == 24
+    assert 0 <= document["top1"] <= 1
+    assert document["top1"] * 24 == pytest.approx(
+        sum(document["confusion"][i][i] for i in range(3))
+    )
+    assert [score["name"] for score in document["classes"]] == ["blue", "green", "red"]
+
+
+def test_without_json_there_are_tables(model: Path, colours: Path) -> None:
+    ran = run(model, "--data", colours, "--batch-size", "7")
+    assert (ran.exit_code, ran.stderr) == (0, "")
+    assert ran.stdout.startswith("top-1 ")
+    assert "on 24 images" in ran.stdout
+    assert "true \\ predicted" in ran.stdout
+
+
+def test_the_validation_split_is_taken_where_there_is_one(
+    model: Path, colours: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(colours, tmp_path / "data" / "train")
+    shutil.copytree(colours / "red", tmp_path / "data" / "val" / "red")
+    ran = run(model, "--data", tmp_path / "data", "--json")
+    assert json.loads(ran.stdout)["n"] == 8
+    assert "warning: " in ran.stderr
+    assert "has no images of 2 classes: blue, green" in ran.stderr
+
+
+def test_a_run_s_own_folder_is_evaluated_on_what_was_held_out(
+    colours: Path, tmp_path: Path
+) -> None:
+    args = ["--model", "cifar_resnet20", "--weights", "none", "--epochs", "1", "--device", "cpu"]
+    args += ["--micro-batch", "8", "--set", "data.workers=0", "-o", str(tmp_path / "run")]
+    assert CliRunner().invoke(app, ["finetune", "--data", str(colours), *args]).exit_code == 0
+    ran = run(tmp_path / "run" / "best.safetensors", "--data", colours, "--json")
+    assert json.loads(ran.stdout)["n"] == 6
+    assert ran.stderr == f"note: only the 6 images that the run held out of {colours}\n"
+
+
+def test_a_file_without_class_names_takes_the_folder_s(colours: Path, tmp_path: Path) -> None:
+    model_file.save(build("cifar_resnet20", 3), tmp_path / "m.safetensors")
+    ran = run(tmp_path / "m.safetensors", "--data", colours, "--json")
+    assert ran.exit_code == 0
+    assert "names no classes" in ran.stderr
+    names = [score["name"] for score in json.loads(ran.stdout)["classes"]]
+    assert names == ["blue", "green", "red"]
+
+
+def test_an_unreadable_image_is_left_out_with_a_warning(
+    model: Path, colours: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(colours, tmp_path / "data"))
+    (data / "red" / "bad.png").touch()
+    ran = run(model, "--data", data, "--json")
+    assert json.loads(ran.stdout)["n"] == 24
+    assert "warning: 1 of 25 images unreadable (4.0%)" in ran.stderr
+
+
+def test_mistakes_are_explained(model: Path, colours: Path, tmp_path: Path) -> None:
+    ten, wolves = tmp_path / "ten.safetensors", Path(shutil.copytree(colours, tmp_path / "wolves"))
+    model_file.save(build("cifar_resnet20"), ten)
+    (wolves / "red").rename(wolves / "wolf")
+    mistakes: list[tuple[list[str | Path], int, str]] = [
+        ([model, "--data", wolves], 3, "1 class that the model does not: wolf (8 images)"),
+        ([ten, "--data", colours], 3, "has 3 classes, the model tells 10 apart"),
+        ([model, "--data", tmp_path / "nope"], 3, "data folder does not exist"),
+        ([tmp_path / "m.safetensors", "--data", colours], 4, "file does not exist"),
+        ([model, "--data", colours, "--device", "cuda:99"], 5, "--device cuda:99"),
+        ([model, "--data", colours, "--batch-size", "0"], 2, "--batch-size"),
+        ([model], 2, "--data"),
+    ]
+    for args, code, message in mistakes:
+        ran = run(*args)
+        assert (ran.exit_code, message in ran.stderr) == (code, True), ran.stderr
+        assert ran.stdout == ""
+
+
+def test_with_json_a_mistake_is_a_document_too(model: Path) -> None:
+    ran = run(model, "--data", "/nope", "--json")
+    assert ran.exit_code == 3
+    assert json.loads(ran.stdout)["error"]["kind"] == "data.missing_folder"

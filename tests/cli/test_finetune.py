@@ -1,0 +1,167 @@
+"""What people type. The runs themselves are tested in tests/training/test_finetuning.py."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from momconv.cli import app
+
+SMALL = ["--model", "cifar_resnet20", "--weights", "none", "--device", "cpu"]
+SMALL += ["--batch-size", "5", "--micro-batch", "2"]
+IN_PROCESS = ["--set", "data.workers=0"]
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, ["finetune", *map(str, args)])
+
+
+def start(*args: str | Path) -> subprocess.Popen[str]:
+    """The real program, in a group of its own as a shell would start it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "momconv", "finetune", *map(str, args)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_ctrl_c_and_resume_come_to_the_same_as_no_interruption(
+    colours: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C reaches the whole group, so the processes that read images too."""
+    options: list[str | Path] = [
+        "--data",
+        colours,
+        *SMALL,
+        "--epochs",
+        "4",
+        "--set",
+        "data.workers=1",
+    ]
+    straight = start(*options, "-o", tmp_path / "straight")
+    interrupted = start(*options, "-o", tmp_path / "run")
+    assert interrupted.stderr is not None
+    for line in interrupted.stderr:
+        if line.startswith("epoch 1/4"):
+            os.killpg(interrupted.pid, signal.SIGINT)
+            break
+    out, err = interrupted.communicate()
+    assert (interrupted.returncode, out) == (130, "")
+    assert err.endswith(f"To go on: momconv finetune --resume {tmp_path / 'run'}\n")
+    assert err.count("note: stopping after this micro-batch") == 1
+    assert "Traceback" not in err
+    resumed = start("--resume", tmp_path / "run")
+    for process in (straight, resumed):
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        assert out.startswith("best top-1")
+    for name in ("state", "best", "last"):
+        ours, theirs = (
+            load_file(tmp_path / run / f"{name}.safetensors") for run in ("run", "straight")
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_sigterm_is_143(colours: Path, tmp_path: Path) -> None:
+    process = start("--data", colours, *SMALL, "--epochs", "50", "-o", tmp_path / "run")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch 1/50"):
+            process.terminate()
+            break
+    process.communicate()
+    assert process.returncode == 143
+    assert (tmp_path / "run" / "state.safetensors").is_file()
+
+
+def test_results_are_on_stdout_and_the_rest_on_stderr(colours: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ran = run("--data", colours, *SMALL, *IN_PROCESS, "--epochs", "1", "-o", folder)
+    assert ran.exit_code == 0
+    labels = [line.split("  ")[0] for line in ran.stdout.splitlines()]
+    assert labels == ["best top-1", "best model", "last model", "numbers", "next"]
+    command = f"momconv eval {folder / 'best.safetensors'} --data {colours}"
+    assert ran.stdout.splitlines()[-1].split(maxsplit=1)[1] == command
+    lines = ran.stderr.splitlines()
+    assert lines[0].startswith("note: no val/ folder; holding out 20% per class (seed 0)")
+    assert lines[1].startswith("note: batch of 5 in 2 micro-batches of 3 or 2 (layer1 momentum, ")
+    assert lines[2].startswith("epoch 1/1 · loss ")
+
+
+def test_options_and_set_win_over_the_recipe(colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("train: {epochs: 3, lr: 0.5, seed: 1}\n")
+    args: list[str | Path] = [
+        "--recipe",
+        tmp_path / "recipe.yaml",
+        "--epochs",
+        "1",
+        "--set",
+        "train.lr=1e-3",
+    ]
+    ran = run("--data", colours, *SMALL, *IN_PROCESS, *args, "-o", tmp_path / "run")
+    assert ran.exit_code == 0
+    written = (tmp_path / "run" / "config.yaml").read_text()
+    assert "epochs: 1\n" in written
+    assert "lr: 0.001\n" in written
+    assert "seed: 1\n" in written
+
+
+def test_the_run_folder_has_a_default_name(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("--data", colours, *SMALL, *IN_PROCESS, "--epochs", "1").exit_code == 0
+    assert (tmp_path / "runs" / "cifar_resnet20-colours" / "best.safetensors").is_file()
+    again = run("--data", colours, *SMALL)
+    assert again.exit_code == 2
+    assert "fix: momconv finetune --resume runs/cifar_resnet20-colours\n" in again.stderr
+    assert "fix: -o runs/cifar_resnet20-colours-2\n" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        pytest.param([], 2, "no folder of images to train on", id="nothing at all"),
+        pytest.param(["--data", "/nope"], 3, "data folder does not exist: /nope", id="no data"),
+        pytest.param(["--epochs", "many"], 2, "train.epochs: 'many' is not an integer ≥ 1"),
+        pytest.param(["--batch-size", "-5"], 2, "train.batch_size: '-5' is not an integer ≥ 1"),
+        pytest.param(["--set", "train.epohcs=3"], 2, "did you mean train.epochs?"),
+        pytest.param(["--memory", "much"], 2, "train.memory: 'much' is not"),
+        pytest.param(["--recipe", "none.yaml"], 2, "recipe does not exist: none.yaml"),
+        pytest.param(["--device", "cuda:99"], 5, "--device cuda:99: this PyTorch"),
+        pytest.param(["--resume", "nowhere"], 4, "run folder does not exist: nowhere"),
+        pytest.param(["--resume", "x", "-o", "y"], 2, "--resume and --output exclude each other"),
+        pytest.param(["--from", "x", "--gamma", "1"], 2, "--from and --gamma exclude each other"),
+        pytest.param(["--epohcs", "3"], 2, "--epochs", id="an option that does not exist"),
+    ],
+)
+def test_mistakes_are_explained(args: list[str], code: int, message: str) -> None:
+    ran = run(*args)
+    assert ran.exit_code == code
+    assert message in ran.stderr
+    assert ran.stdout == ""
+    assert "Traceback" not in ran.stderr
+
+
+def test_mistakes_that_need_images_are_explained(colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain.pth").touch()
+    mistakes: list[tuple[list[str | Path], int, str]] = [
+        (["--model", "resnet5o"], 2, "did you mean resnet50?"),
+        (["--model", "vgg16"], 2, "not a residual network"),
+        (["--from", tmp_path / "no.safetensors"], 4, "file does not exist"),
+        ([*SMALL[:6], "--memory", "1MiB"], 5, "does not fit: it needs"),
+    ]
+    for args, code, message in mistakes:
+        ran = run("--data", colours, *args, "-o", tmp_path / "run")
+        assert (ran.exit_code, message in ran.stderr) == (code, True), ran.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,283 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from momconv._version import __version__
+from momconv.cli import _console, app
+from momconv.cli._console import guarded, note, print_json, progress, warn
+from momconv.errors import DataError, InversionError, ModelFileError, ResourceError, UsageError
+
+COMMANDS = [str(command.name) for command in app.registered_commands]
+
+
+def python(code: str, *args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a process of its own, from the root of the repository."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        env=os.environ | variables,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def fail(error: BaseException, *, json_output: bool = False) -> int:
+    """Run a guarded command that raises ``error``; the code that it exits with."""
+
+    @guarded
+    def command(*, json_output: bool) -> None:
+        raise error
+
+    with pytest.raises(typer.Exit) as exit_:
+        command(json_output=json_output)
+    return exit_.value.exit_code
+
+
+# The program
+
+
+@pytest.mark.parametrize(
+    "args", [[], ["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)]
+)
+def test_help_and_version_answer_without_torch(args: list[str]) -> None:
+    code = """if True:
+        import sys
+        from momconv.cli import main
+        try:
+            main()
+        finally:
+            if "torch" in sys.modules:
+                sys.exit("torch was imported")
+    """
+    ran = python(code, *args)
+    assert ran.stdout
+    assert ran.returncode == (0 if args else 2)
+
+
+def test_the_version_is_the_package_s() -> None:
+    assert CliRunner().invoke(app, ["--version"]).output == f"momconv {__version__}\n"
+
+
+def test_help_names_the_exit_codes() -> None:
+    shown = " ".join(CliRunner().invoke(app, ["--help"]).output.split())
+    assert "0 done · 1 failed · 2 usage or recipe · 3 images · 4 model file" in shown
+
+
+@pytest.mark.parametrize("args", [["--nope"], ["nope"]])
+def test_a_wrong_command_line_is_a_usage_error(args: list[str]) -> None:
+    assert CliRunner().invoke(app, args).exit_code == 2
+
+
+def test_python_m_momconv_is_momconv() -> None:
+    ran = python("import runpy; runpy.run_module('momconv', run_name='__main__')", "--version")
+    assert (ran.returncode, ran.stdout) == (0, f"momconv {__version__}\n")
+
+
+def test_a_character_that_the_terminal_lacks_is_escaped() -> None:
+    ran = python("from momconv.cli import main; main()", "--help", PYTHONIOENCODING="ascii")
+    assert ran.returncode == 0
+    assert r"0 done \xb7 1 failed" in ran.stdout
+
+
+# Failing
+
+
+def test_a_guarded_command_keeps_its_options_and_its_exit_code() -> None:
+    def command(path: str, *, epochs: Annotated[int, typer.Option()] = 3) -> None:
+        raise DataError(f"no images in {path} for {epochs} epochs", kind="data.empty")
+
+    one = typer.Typer()
+    one.command()(guarded(command))
+    ran = CliRunner().invoke(one, ["here", "--epochs", "5"])
+    assert (ran.exit_code, ran.output) == (3, "error: no images in here for 5 epochs\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InversionError("x", kind="k"), 1),
+        (UsageError("x", kind="k"), 2),
+        (DataError("x", kind="k"), 3),
+        (ModelFileError("x", kind="k"), 4),
+        (ResourceError("x", kind="k"), 5),
+        (KeyboardInterrupt(), 130),
+        (ZeroDivisionError("x"), 1),
+    ],
+)
+@pytest.mark.parametrize("json_output", [True, False])
+def test_every_failure_has_its_exit_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, json_output: bool
+) -> None:
+    assert fail(error, json_output=json_output) == code
+    printed = capsys.readouterr()
+    assert bool(printed.out) is json_output
+    assert bool(printed.err) is not json_output
+
+
+def test_an_error_is_printed_unwrapped_on_stderr_with_its_fixes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = "/folder" * 40 + "/[bold]a:smile:.png"
+    fail(DataError(f"cannot read {path}\nit is empty", kind="data.bad", fix=f"rm {path}\nmkdir x"))
+    printed = capsys.readouterr()
+    lines = [f"error: cannot read {path}", "it is empty", f"fix: rm {path}", "fix: mkdir x"]
+    assert printed.err.splitlines() == lines
+    assert printed.out == ""
+
+
+def test_control_characters_in_an_error_are_made_visible(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fail(DataError("a\x1b[31mb\rc\td\u202e\x9b\udce9é ", kind="data.bad"))
+    assert capsys.readouterr().err == r"error: a\x1b[31mb\rc\td\u202e\x9b\udce9é " + "\n"
+
+
+def test_with_json_an_error_is_one_document_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    error = DataError("empty: é\x1b", kind="data.empty", fix="add images\nor not")
+    assert fail(error, json_output=True) == 3
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {
+        "ok": False,
+        "error": {
+            "code": 3,
+            "kind": "data.empty",
+            "message": "empty: é\x1b",
+            "hints": ["add images", "or not"],
+        },
+    }
+    assert "\x1b" not in printed.out
+    assert printed.err == ""
+
+
+def test_a_bug_of_ours_is_one_line_that_says_how_to_see_more(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert fail(ZeroDivisionError("division\nby zero")) == 1
+    expected = "internal error: ZeroDivisionError: division by zero (MOMCONV_DEBUG=1 shows where)\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("json_output", [True, False])
+def test_the_traceback_is_shown_on_request(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, json_output: bool
+) -> None:
+    monkeypatch.setenv("MOMCONV_DEBUG", "1")
+    fail(DataError("empty", kind="data.empty"), json_output=json_output)
+    printed = capsys.readouterr()
+    assert printed.err.startswith("Traceback (most recent call last):\n")
+    assert ", in command\n" in printed.err
+    assert "Traceback" not in printed.out
+
+
+@pytest.mark.parametrize("passed", [typer.Exit(6), typer.Abort(), typer.BadParameter("no")])
+def test_what_typer_handles_is_left_to_typer(
+    capsys: pytest.CaptureFixture[str], passed: Exception
+) -> None:
+    @guarded
+    def command() -> None:
+        raise passed
+
+    with pytest.raises(type(passed)) as left:
+        command()
+    assert left.value is passed
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("write", ["print_json(list(range(10**5)))", "print('x' * 10**6)"])
+def test_a_reader_that_has_gone_is_no_error(write: str) -> None:
+    code = f"""if True:
+        import os
+        from momconv.cli._console import guarded, print_json
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        guarded(lambda: {write})()
+    """
+    ran = python(code)
+    assert (ran.returncode, ran.stderr) == (1, "")
+
+
+# Telling
+
+
+def test_notes_and_warnings_go_to_stderr_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    note("5 images [in a]")
+    warn("1 image is gone")
+    assert capsys.readouterr() == ("", "note: 5 images [in a]\nwarning: 1 image is gone\n")
+
+
+def test_json_has_no_numbers_that_json_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": float("nan"), "b": [float("inf"), 1.5], "path": Path("x"), "[i]": "y" * 99})
+    document = capsys.readouterr().out
+    assert json.loads(document, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [None, 1.5],
+        "path": "x",
+        "[i]": "y" * 99,
+    }
+
+
+@pytest.mark.parametrize(
+    ("variables", "coloured"),
+    [
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+    ],
+)
+def test_colour_can_be_refused_even_where_it_is_forced(
+    variables: dict[str, str], coloured: bool
+) -> None:
+    code = "from momconv.cli._console import err, warn; warn('x'); err.print('x', style='bold')"
+    ran = python(code, FORCE_COLOR="1", GITHUB_ACTIONS="1", **({"NO_COLOR": ""} | variables))
+    assert ("\x1b" in ran.stderr) is coloured
+
+
+def ticking(*seconds: float) -> Callable[[], float]:
+    return iter(seconds).__next__
+
+
+def test_progress_off_a_terminal_is_a_line_every_30_seconds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with progress("training", 8, clock=ticking(0, 1, 31, 60.9, 61)) as report:
+        report(1, "loss 2.0")
+        report(2, "loss [1.9]")
+        report(3, "loss 1.8")
+        report(4, "")
+    assert capsys.readouterr() == (
+        "",
+        "training 2/8, 1 min 33 s left loss [1.9]\ntraining 4/8, 1 min 1 s left\n",
+    )
+
+
+def test_progress_before_anything_is_done_does_not_guess(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with progress("reading", 8, clock=ticking(0, 31)) as report:
+        report(0, "")
+    assert capsys.readouterr().err == "reading 0/8, unknown left\n"
+
+
+def test_progress_on_a_terminal_is_a_bar_that_leaves_stdout_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Console(stderr=True, force_terminal=True, width=100)
+    monkeypatch.setattr(_console, "err", terminal)
+    with progress("training", 8) as report:
+        report(4, "loss [1.9]")
+        _console.out.print("a result")
+    printed = capsys.readouterr()
+    assert printed.out == "a result\n"
+    assert "4/8" in printed.err
+    assert "loss [1.9]" in printed.err

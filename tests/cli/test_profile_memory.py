@@ -1,0 +1,105 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from momconv.cli import app
+from momconv.files.model_file import save
+from momconv.planner.profile import VARIANTS
+from momconv.surgery.conversion import convert
+from momconv.zoo.networks import build
+
+SMALL = ["cifar_resnet20", "--resolution", "16", "--device", "cpu"]
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, ["profile-memory", *map(str, args)])
+
+
+def profiled(*args: str | Path) -> dict[str, Any]:
+    ran = run(*args, "--json")
+    assert ran.exit_code == 0, ran.output
+    document: dict[str, Any] = json.loads(ran.stdout)
+    return document
+
+
+def test_the_real_program_prints_a_table() -> None:
+    command = [sys.executable, "-m", "momconv", "profile-memory", *SMALL]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "resolution 16, precision fp32" in ran.stdout
+    assert max(map(len, ran.stdout.splitlines())) <= 80
+    first_words = [line.split()[0] for line in ran.stdout.splitlines() if line.strip()]
+    for word in ("strategy", *VARIANTS, "stem", "layer1", "layer3", "head"):
+        assert word in first_words
+    assert "needs least" in ran.stdout
+    assert "3GiB" in ran.stdout
+
+
+def test_json_is_one_document() -> None:
+    document = profiled(*SMALL, "--budget", "64MiB,1GiB", "--budget", "2GiB")
+    assert document["ok"] is True
+    assert list(document["variants"]) == list(VARIANTS)
+    for variant in document["variants"].values():
+        batches = list(variant["largest_batch"].values())
+        assert list(variant["largest_batch"]) == ["64MiB", "1GiB", "2GiB"]
+        assert 0 < batches[0] < batches[1] < batches[2]
+        assert batches[1] * variant["bytes_per_image"] < 2**30
+
+
+def test_larger_images_need_more_and_half_precision_less() -> None:
+    def need(*args: str) -> int:
+        document = profiled("cifar_resnet20", "--device", "cpu", *args)
+        return int(document["variants"]["plain"]["bytes_per_image"])
+
+    small = need("--resolution", "16")
+    assert need("--resolution", "32") == pytest.approx(4 * small, rel=0.05)
+    assert need("--resolution", "16", "--precision", "bf16") < small
+
+
+def test_adamw_holds_another_copy() -> None:
+    sgd, adamw = (
+        profiled(*SMALL, "--optimizer", name)["static_bytes"] for name in ("sgd", "adamw")
+    )
+    assert adamw["optimizer"] == 2 * sgd["optimizer"] == 2 * sgd["gradients"]
+
+
+def test_a_file_is_measured_as_it_was_converted(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save(convert(build("cifar_resnet20"), 0.5, stages=["layer1"]), path)
+    own = profiled(path, *SMALL[1:])["variants"]["store"]["held_bytes_per_image"]
+    everywhere = convert(build("cifar_resnet20"), 0.5, stages="all")
+    save(everywhere, path)
+    every = profiled(path, *SMALL[1:])["variants"]["store"]["held_bytes_per_image"]
+    assert own["layer1"] == every["layer1"]
+    assert own["layer3"] < every["layer3"]
+
+
+def test_a_plain_file_is_converted_first(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save(convert(build("cifar_resnet20"), 0), path)
+    variants = profiled(path, *SMALL[1:])["variants"]
+    assert variants["momentum"]["bytes_per_image"] < variants["plain"]["bytes_per_image"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["renset152"], 2, "unknown model 'renset152' — did you mean resnet152?"),
+        (["no.safetensors"], 4, "file does not exist: no.safetensors"),
+        ([*SMALL, "--budget", "much"], 2, "'much' is not an amount of memory"),
+        ([*SMALL, "--gamma", "0"], 2, "gamma is 0"),
+        ([*SMALL, "--gamma", "2"], 2, "gamma is 2"),
+        (["cifar_resnet20", "--device", "abacus"], 2, "unknown device 'abacus'"),
+    ],
+)
+def test_mistakes_are_explained(args: list[str], code: int, message: str) -> None:
+    ran = run(*args)
+    assert ran.exit_code == code
+    assert f"error: {message}" in ran.stderr
+    assert ran.stdout == ""
