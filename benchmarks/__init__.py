@@ -1,0 +1,1 @@
+"""Claims about memory, time and exactness, measured side by side."""
