@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from momconv.cli._console import out
-from momconv.cli.finetune import _Display as Display
+from momconv.cli._display import Display
 
 if TYPE_CHECKING:
     from momconv.demo import Demo

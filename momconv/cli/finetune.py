@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from momconv.cli._console import Report, err, note, out, progress, tell
+from momconv.cli._console import note, out
+from momconv.cli._display import Display
 from momconv.errors import UsageError
 from momconv.recipe import Recipe, load_recipe
-from momconv.training.progress import EpochRow, Listener
-from momconv.units import format_duration
 
 if TYPE_CHECKING:
     from momconv.training.finetuning import Result
@@ -142,7 +141,7 @@ def finetune(  # noqa: PLR0913 (one for each option)
     folder = resume or output or name_folder(wanted)
     try:
         with ExitStack() as bars:
-            result = run(wanted, folder, resume=resume is not None, listener=_Display(bars))
+            result = run(wanted, folder, resume=resume is not None, listener=Display(bars))
     except Interrupted as interrupted:
         note(f"stopped, and saved. To go on: {RunFolder(folder).resume_command}")
         raise typer.Exit(128 + interrupted.signal) from None
@@ -163,34 +162,6 @@ def _refuse_together(option: str, value: object, others: Mapping[str, object]) -
             kind="usage.exclusive_options",
             fix=f"leave out one of them: {option} decides what {clash[0]} would",
         )
-
-
-class _Display(Listener):
-    """Shows a run on stderr: one bar at a time, and a line for each message and each epoch."""
-
-    def __init__(self, bars: ExitStack) -> None:
-        self._bars = bars
-        self._title = ""
-        self._report: Report | None = None
-
-    def tell(self, text: str) -> None:
-        """Print a message with its label."""
-        tell(text)
-
-    def advance(self, title: str, done: int, total: int, text: str = "") -> None:
-        """Move the bar of ``title``; the one of other work goes away."""
-        if self._report is None or title != self._title:
-            self._bars.close()
-            self._title, self._report = title, self._bars.enter_context(progress(title, total))
-        self._report(done, text)
-
-    def finish_epoch(self, row: EpochRow, epochs: int) -> None:
-        """Print the numbers of an epoch."""
-        parts = [f"epoch {row.epoch}/{epochs}", f"loss {row.train_loss:.3f}"]
-        if row.val_top1 is not None:
-            parts += [f"val loss {row.val_loss:.3f}", f"val top-1 {row.val_top1:.1%}"]
-        parts += [f"{row.images_per_second:.1f} images/s", format_duration(row.seconds)]
-        err.print(Text(" · ".join(parts)), soft_wrap=True)
 
 
 def _print_result(result: "Result", recipe: Recipe) -> None:
