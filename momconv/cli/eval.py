@@ -22,6 +22,9 @@ def evaluate(
     device: Annotated[
         str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")
     ] = "auto",
+    max_bad_fraction: Annotated[
+        float, typer.Option(metavar="F", min=0, max=1, help="Of unreadable images, left out.")
+    ] = 0.05,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
     ] = False,
@@ -36,7 +39,7 @@ def evaluate(
 
     where = find_device(device)
     model = load(file)
-    images = _find_images(file, data, describe(model))
+    images = _check(_find_images(file, data, describe(model)), max_bad_fraction)
     with progress("evaluating", len(images.samples)) as report:
         scores = score(
             model,
@@ -54,9 +57,8 @@ def evaluate(
 
 
 def _find_images(file: Path, data: Path, description: "Description") -> "ImageSet":
-    """The readable images to evaluate on, numbered as the model numbers its classes."""
+    """The images to evaluate on, numbered as the model numbers its classes."""
     from momconv.data.folder import find_evaluation_set, plural
-    from momconv.data.inspection import check_images
     from momconv.training.images import find_held_out
     from momconv.training.run_folder import RunFolder
 
@@ -67,8 +69,19 @@ def _find_images(file: Path, data: Path, description: "Description") -> "ImageSe
         images = find_evaluation_set(data, description.classes)
     if description.classes is None and len(images.classes) == description.num_classes:
         note(f"{file} names no classes; taking those of the folder, in their order")
+    return images
+
+
+def _check(images: "ImageSet", max_bad_fraction: float) -> "ImageSet":
+    """Those of ``images`` that can be read."""
+    from momconv.data.inspection import check_images
+
     with progress("checking images", len(images.samples)) as report:
-        readable, notes = check_images(images, progress=lambda done, _: report(done, ""))
+        readable, notes = check_images(
+            images,
+            max_bad_fraction=max_bad_fraction,
+            progress=lambda done, _: report(done, ""),
+        )
     for text in (*images.notes, *notes):
         tell(text)
     return readable

@@ -33,6 +33,7 @@ _KEYS = {
     "gamma": "momentum.gamma",
     "strategy": "momentum.strategy",
     "seed": "train.seed",
+    "max_bad_fraction": "data.max_bad_fraction",
     "device": "train.device",
 }
 
@@ -81,6 +82,10 @@ def finetune(  # noqa: PLR0913 (one for each option)
     ] = None,
     seed: Annotated[
         str | None, _option("--seed", "N", "Of the order, augmentation and head.", _OPTIMISATION)
+    ] = None,
+    max_bad_fraction: Annotated[
+        str | None,
+        _option("--max-bad-fraction", "F", "Of unreadable images, left out. (default: 0.05)"),
     ] = None,
     memory: Annotated[
         str | None,

@@ -83,7 +83,7 @@ def _warn_of_bad(bad: Sequence[str], total: int, limit: float) -> tuple[str, ...
         raise DataError(
             f"{summary}, more than the accepted {limit:.1%}\n{_shown(bad)}",
             kind="data.too_many_unreadable",
-            fix=f"--set data.max_bad_fraction={enough:g} to continue without them",
+            fix=f"--max-bad-fraction {enough:g} to continue without them",
         )
     return (f"warning: {summary}\n{_shown(bad)}",)
 

@@ -61,9 +61,9 @@ def check_name(name: str) -> None:
         return
     if name in list_models(module=torchvision.models):
         raise UsageError(
-            f"{name} is not a residual network that momconv converts",
+            f"{name} is not a residual network that momconv converts\n"
+            f"supported: {', '.join(known)}",
             kind="usage.unsupported_model",
-            fix="momconv models lists those that it does",
         )
     close = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f" — did you mean {close[0]}?" if close else ""

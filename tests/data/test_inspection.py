@@ -49,7 +49,7 @@ def test_too_many_unreadable_images_are_an_error(tmp_path: Path) -> None:
     assert error.kind == "data.too_many_unreadable"
     assert "3 of 24 images unreadable (12.5%)" in error.message.splitlines()[0]
     assert "ants/0.png: truncated image" in error.message
-    assert error.fix == "--set data.max_bad_fraction=0.15 to continue without them"
+    assert error.fix == "--max-bad-fraction 0.15 to continue without them"
     check_images(images, max_bad_fraction=0.15)  # the fix works
 
 
