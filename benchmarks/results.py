@@ -45,7 +45,8 @@ def render() -> str:
     """All results as one Markdown document."""
     parts = ["# Results", "Written by `python -m benchmarks.results` from the files in results/."]
     for path in sorted(FOLDER.glob("*.csv")):
-        title, where, version = path.stem.split("_")
+        title, _, rest = path.stem.partition("_")
+        where, _, version = rest.rpartition("_")  # the machine's name may have underscores
         parts.append(f"## {title}\n\n`python -m benchmarks.{title}` on {where}, {version}")
         with path.open(newline="", encoding="utf-8") as file:
             columns, *rows = csv.reader(file)
