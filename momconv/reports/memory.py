@@ -50,7 +50,7 @@ def judge(profile: MemoryProfile) -> str:
     if least != "plain":
         verdict += f", {_ratio(needs['plain'], needs[least])} the plain network"
     if least in ("momentum", "auto"):
-        verdict += f" and {_ratio(needs['checkpoint'], needs[least])} checkpointing"
+        verdict += f" and {_ratio(needs['checkpoint'], needs[least])} checkpointing each block"
     if needs["momentum"] < needs["checkpoint"]:
         return f"{verdict}."
     return (

@@ -59,7 +59,7 @@ def test_it_fits_80_columns_in_any_encoding(encoding: str) -> None:
         (
             (12, 15, 6, 4),
             "momentum needs least: 4.0 MiB an image, 3.0 times less than the plain network and 1.5 "
-            "times less than checkpointing.",
+            "times less than checkpointing each block.",
         ),
         (
             (12, 15, 6, 6),
