@@ -94,12 +94,18 @@ def evaluate(
 
 def _check(images: ImageSet, num_classes: int) -> None:
     if not images.samples:
-        raise DataError(f"no images to evaluate on in {images.root}", kind="data.no_images")
+        raise DataError(
+            f"no images to evaluate on in {images.root}",
+            kind="data.no_images",
+            fix="name a folder with a folder of images for each class",
+        )
     if len(images.classes) != num_classes:
         raise DataError(
             f"{images.root} has {plural(len(images.classes), 'class')}, "
             f"the model tells {num_classes} apart",
             kind="data.other_classes",
+            fix="name a folder of those classes, or train a head for these: momconv finetune "
+            f"--from FILE --data {images.root}",
         )
 
 

@@ -93,6 +93,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise ModelFileError(
             f"{path} is truncated: header promises {promised:,} bytes, file has {size:,}",
             kind="model_file.truncated",
+            fix="copy or download it again",
         )
     return header.metadata
 
@@ -210,13 +211,19 @@ def _parse_header(text: bytes, path: Path) -> _Header:
 
 def _damaged(path: Path, reason: str) -> ModelFileError:
     return ModelFileError(
-        f"{path} is damaged, or no model file at all\n{reason}", kind="model_file.damaged"
+        f"{path} is damaged, or no model file at all\n{reason}",
+        kind="model_file.damaged",
+        fix="copy or download it again",
     )
 
 
 def _missing(path: Path) -> ModelFileError:
     if path.is_dir():
-        return ModelFileError(f"{path} is a folder, not a file", kind="model_file.is_folder")
+        return ModelFileError(
+            f"{path} is a folder, not a file",
+            kind="model_file.is_folder",
+            fix="name a file in it",
+        )
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
     return ModelFileError(

@@ -61,14 +61,16 @@ def check_name(name: str) -> None:
         return
     if name in list_models(module=torchvision.models):
         raise UsageError(
-            f"{name} is not a residual network that momconv converts\n"
-            f"supported: {', '.join(known)}",
+            f"{name} is not a residual network that momconv converts",
             kind="usage.unsupported_model",
+            fix=f"name one of {', '.join(known)}",
         )
     close = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f" — did you mean {close[0]}?" if close else ""
     raise UsageError(
-        f"unknown model {name!r}{hint}\nsupported: {', '.join(known)}", kind="usage.unknown_model"
+        f"unknown model {name!r}{hint}",
+        kind="usage.unknown_model",
+        fix=f"name one of {', '.join(known)}",
     )
 
 

@@ -128,7 +128,8 @@ def test_a_missing_file_is_answered_with_the_closest_one(path: Path) -> None:
 def test_a_truncated_file_is_told_with_both_sizes(path: Path, keep: float) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(ModelFileError, match=f"file has {int(keep * len(content)):,}$") as caught:
+    told = f"file has {int(keep * len(content)):,}\nfix: copy or download it again$"
+    with pytest.raises(ModelFileError, match=told) as caught:
         load(path)
     assert caught.value.kind == "model_file.truncated"
 

@@ -83,8 +83,8 @@ def test_a_truncated_file_is_told_with_both_sizes(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1000)}, path)
     whole = path.stat().st_size
     path.write_bytes(path.read_bytes()[:2000])
-    promise = rf"is truncated: header promises {whole:,} bytes, file has 2,000$"
-    with pytest.raises(ModelFileError, match=promise):
+    promise = rf"is truncated: header promises {whole:,} bytes, file has 2,000\n"
+    with pytest.raises(ModelFileError, match=promise + "fix: copy or download it again$"):
         read_state(path)
 
 
