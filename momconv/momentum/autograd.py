@@ -30,7 +30,13 @@ Strategy = Literal["store", "checkpoint", "segment", "momentum"]
 
 
 def run(
-    blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...], rule: Rule, strategy: Strategy
+    blocks: Sequence[nn.Module],
+    x: Tensor,
+    args: tuple[Tensor, ...],
+    rule: Rule,
+    strategy: Strategy,
+    *,
+    in_parts: bool = False,
 ) -> Tensor:
     """Return x after all steps, in x's type; the blocks are called with it and ``args``.
 
@@ -47,19 +53,18 @@ def run(
         if strategy == "store" or not torch.is_grad_enabled():
             y = evaluate(block, x.to(dtype), *args)
         elif strategy == "momentum":
-            y = _reconstruct(block, x.to(dtype), args, trajectory, n)
+            y = _reconstruct(Replay(block, in_parts=in_parts), x.to(dtype), args, trajectory, n)
         else:
-            y = checkpoint(block, x.to(dtype), *args)
+            y = checkpoint(block, x.to(dtype), args, in_parts=in_parts)
         x, v = _Step.apply(x, v, y, trajectory)
     return x.to(dtype)
 
 
 def _reconstruct(
-    block: nn.Module, x: Tensor, args: tuple[Tensor, ...], trajectory: Trajectory, n: int
+    replay: Replay, x: Tensor, args: tuple[Tensor, ...], trajectory: Trajectory, n: int
 ) -> Tensor:
     """block(x, *args), for which backward walks the trajectory back from n+1 to n."""
     dtype = x.dtype
-    replay = Replay(block)
     y = replay.first(x, *args)
     if y.requires_grad and not trajectory.has_origin:
         trajectory.mark_origin()

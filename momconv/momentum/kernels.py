@@ -12,9 +12,9 @@ from torch import Tensor
 
 from momconv.momentum.equations import Rule
 
-# Elements. On a CPU the pieces of x, v, r, y and their scratch stay within a 2 MiB cache; on a GPU
-# they are large enough for a kernel to run at full speed, and the scratch stays small.
-PIECE = 2**16
+# Elements. Large enough that an operation outweighs its call, or runs at full speed on a GPU, and
+# small enough that the scratch weighs nothing, and stays in cache on a CPU.
+PIECE = 2**17
 GPU_PIECE = 2**22
 
 
@@ -76,8 +76,11 @@ def _divide(v: Tensor, r: Tensor, gamma: float) -> None:
 
 def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors' memory in slices; a missing tensor stays missing."""
-    flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
     first = next(t for t in tensors if t is not None)
     length = GPU_PIECE if first.is_cuda else PIECE
+    if first.numel() <= length:
+        yield tensors
+        return
+    flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
     for start in range(0, first.numel(), length):
         yield tuple(None if t is None else t[start : start + length] for t in flat)

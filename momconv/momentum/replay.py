@@ -6,13 +6,13 @@ require gradients.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 
 from momconv.errors import InversionError, NotReproducible, UsageError
 
@@ -22,14 +22,20 @@ class Replay:
 
     The graph that the first call leaves is the ordinary one, except that its saved tensors are
     numbers. Backward finds the tensors under these numbers once :meth:`repeat` has been called.
+
+    Backward asks for the last tensors first. ``in_parts``, a block is therefore repeated twice: for
+    the tensors from the first of its largest on, such as the hidden layer of an MLP, and, when
+    backward has used these up, for those before it, such as what attention saved.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, *, in_parts: bool = False) -> None:
         self._block = block
-        # By name and identity: torch.func.functional_call may have put other tensors in place.
-        self._parameters = dict(block.named_parameters())
+        self._in_parts = in_parts
+        # The tensors themselves: torch.func.functional_call may have put others in place.
+        self._parameters = [*_entries(block, "_parameters")]
+        self._buffers = [*_entries(block, "_buffers")]
         self._saved: dict[int, Tensor] = {}
-        self._dropped = 0
+        self._inputs: list[Tensor] = []  # for a second repetition
 
     def first(self, x: Tensor, *args: Tensor) -> Tensor:
         """block(x, *args), dropping what it saves for backward."""
@@ -37,8 +43,17 @@ class Replay:
         self._args = [arg.detach() for arg in args]
         self._autocast = autocast_settings(x.device.type)
         random_state = _random_state(x.device)
-        with saved_tensors_hooks(self._drop, self._serve):
+        kept = {_memory_of(tensor) for tensor in (x, *(entry[2] for entry in self._parameters))}
+        sizes: list[int] = []  # in bytes, of what the block saves; what is kept anyway counts 0
+
+        def drop(tensor: Tensor) -> int:
+            sizes.append(0 if _memory_of(tensor) in kept else tensor.nbytes)
+            return len(sizes) - 1
+
+        with saved_tensors_hooks(drop, self._serve):
             y = evaluate(self._block, x, *args)
+        self._count = len(sizes)
+        self._middle = _find_middle(sizes, x.nbytes) if self._in_parts else 0
         # Only a block that drew numbers needs the state again: 5 KB a block add up.
         drew = not all(map(torch.equal, random_state, _random_state(x.device)))
         self._random_state = random_state if drew else []
@@ -50,37 +65,61 @@ class Replay:
         Raises:
             NotReproducible: the block saved more or fewer tensors than the first time.
         """
-        buffers = {name: buffer.clone() for name, buffer in self._block.named_buffers()}
         inputs = [tensor.detach() for tensor in (x, *self._args)]
         for tensor, requires_grad in zip(inputs, self._requires_grad, strict=True):
             tensor.requires_grad_(requires_grad)
         self._saved = {}
-        with (
-            torch.enable_grad(),
-            torch.autocast(**self._autocast),
-            _random_numbers(self._random_state, x.device),
-            saved_tensors_hooks(self._keep, self._serve),
-        ):
-            y: Tensor = functional_call(self._block, {**self._parameters, **buffers}, tuple(inputs))
-        if len(self._saved) != self._dropped:
+        numbers = count()
+
+        def keep(tensor: Tensor) -> int:
+            number = next(numbers)
+            if number >= self._middle:
+                self._saved[number] = tensor.detach()
+            return number
+
+        y = self._call(inputs, keep)
+        if (saved := next(numbers)) != self._count:
             raise NotReproducible(
-                f"a {type(self._block).__name__} saved {self._dropped} tensors for backward the"
-                f" first time and {len(self._saved)} when it was run again",
+                f"a {type(self._block).__name__} saved {self._count} tensors for backward the"
+                f" first time and {saved} when it was run again",
                 kind="inversion.not_reproducible",
                 fix='momconv.set_strategy(model, "store")',
             )
+        self._inputs = inputs if self._middle else []
         return y.detach()
 
-    def _drop(self, tensor: Tensor) -> int:
-        self._dropped += 1
-        return self._dropped - 1
+    def _repeat_beginning(self) -> None:
+        """The call as far as the middle, keeping what it saves."""
+        inputs, self._inputs = self._inputs, []
 
-    def _keep(self, tensor: Tensor) -> int:
-        self._saved[len(self._saved)] = tensor.detach()
-        return len(self._saved) - 1
+        def keep(tensor: Tensor) -> int:
+            if len(self._saved) == self._middle:
+                raise _Enough
+            self._saved[len(self._saved)] = tensor.detach()
+            return len(self._saved) - 1
+
+        self._saved = {}
+        with suppress(_Enough):
+            self._call(inputs, keep)
+
+    def _call(self, inputs: list[Tensor], keep: Callable[[Tensor], int]) -> Tensor:
+        copies = {id(buffer): buffer.clone() for _, _, buffer in self._buffers}
+        buffers = [(where, name, copies[id(buffer)]) for where, name, buffer in self._buffers]
+        with (
+            torch.enable_grad(),
+            torch.autocast(**self._autocast),
+            _random_numbers(self._random_state, inputs[0].device),
+            _in_place_of(self._parameters),
+            _in_place_of(buffers),
+            saved_tensors_hooks(keep, self._serve),
+        ):
+            y: Tensor = self._block(*inputs)
+        return y
 
     def _serve(self, number: int) -> Tensor:
         """Hand a tensor over, so that it is freed as soon as backward is done with it."""
+        if number < self._middle and self._inputs:
+            self._repeat_beginning()
         if number not in self._saved:
             raise InversionError(
                 f"backward asked again for a tensor of a {type(self._block).__name__} that is"
@@ -89,6 +128,45 @@ class Replay:
                 fix='momconv.set_strategy(model, "store"), or call backward once per forward',
             )
         return self._saved.pop(number)
+
+
+def _find_middle(sizes: list[int], input_bytes: int) -> int:
+    """The number of the first of the largest tensors; 0 if little is saved before it."""
+    middle = sizes.index(max(sizes)) if sizes else 0
+    return middle if sum(sizes[:middle]) > input_bytes else 0
+
+
+class _Enough(Exception):
+    """Ends a repetition of which no more is needed."""
+
+
+def _memory_of(tensor: Tensor) -> int:
+    """A number that tensors share if they share memory, and both exist."""
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+Entry = tuple[dict[str, Any], str, Tensor]
+
+
+def _entries(block: nn.Module, kind: str) -> Iterator[Entry]:
+    """Where a block's parameters or buffers are written down, under which names, and they."""
+    for module in block.modules():
+        where = getattr(module, kind)
+        yield from ((where, name, tensor) for name, tensor in where.items() if tensor is not None)
+
+
+@contextmanager
+def _in_place_of(entries: list[Entry]) -> Iterator[None]:
+    """Let modules find these tensors under their names. functional_call does it too, but slowly."""
+    before = [where[name] for where, name, _ in entries]
+    for where, name, tensor in entries:
+        where[name] = tensor
+    try:
+        yield
+    finally:
+        for (where, name, _), tensor in zip(entries, before, strict=True):
+            where[name] = tensor
 
 
 def evaluate(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
@@ -131,11 +209,13 @@ def before_backward(y: Tensor, action: Callable[..., object], *kept: Tensor) -> 
     return _Before.apply(y, action, *kept) if y.requires_grad else y
 
 
-def checkpoint(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
+def checkpoint(
+    block: nn.Module, x: Tensor, args: tuple[Tensor, ...] = (), *, in_parts: bool = False
+) -> Tensor:
     """block(x, *args), keeping only x and args, and computing the block again in backward."""
     if not torch.is_grad_enabled():
         return evaluate(block, x, *args)
-    replay = Replay(block)
+    replay = Replay(block, in_parts=in_parts)
     return before_backward(replay.first(x, *args), replay.repeat, x.detach())
 
 

@@ -43,6 +43,8 @@ class MomentumSequential(nn.Sequential):
         gamma: γ in (0, 1]; 0 makes it the plain network.
         velocity: v[0] is 0 ("zero") or f(x[0]) ("residual").
         strategy: how backward gets its activations; see momconv.momentum.autograd.
+        in_parts: whether blocks that are computed again may be so in two parts, one after the
+            other, which takes less memory and more time; see momconv.momentum.replay.
         fraction_bits: the grid is 2^-fraction_bits in single precision, which leaves activations a
             range of ±2^(22 - fraction_bits). Double precision has 29 more.
         runs: found on the first forward pass, unless given.
@@ -55,6 +57,7 @@ class MomentumSequential(nn.Sequential):
     gamma: float
     velocity: Velocity
     strategy: Strategy
+    in_parts: bool
     fraction_bits: int
     runs: tuple[Run, ...] | None
 
@@ -64,6 +67,7 @@ class MomentumSequential(nn.Sequential):
         gamma: float = 0.9,
         velocity: Velocity = "zero",
         strategy: Strategy = "momentum",
+        in_parts: bool = False,
         fraction_bits: int = 14,
         runs: Sequence[Run] | None = None,
     ) -> None:
@@ -78,13 +82,14 @@ class MomentumSequential(nn.Sequential):
         self.gamma = float(gamma)
         self.velocity = velocity
         self.strategy = "store" if gamma == 0 and strategy == "momentum" else strategy
+        self.in_parts = in_parts
         self.fraction_bits = fraction_bits
         self.runs = None if runs is None else tuple(runs)
 
     def forward(self, x: Tensor, *args: Tensor) -> Tensor:
         """The blocks in turn, each called with x and ``args``, which may require gradients."""
         if self.strategy == "segment":
-            return checkpoint(_Segment(self), x, *args)
+            return checkpoint(_Segment(self), x, args)
         return self.walk(x, args, self.strategy)
 
     def walk(self, x: Tensor, args: tuple[Tensor, ...], strategy: Strategy) -> Tensor:
@@ -92,10 +97,11 @@ class MomentumSequential(nn.Sequential):
         blocks, position = list(self), 0
         runs = self.find_runs(x, *args)
         for part in runs if self.gamma else ():
-            x = _plain(blocks[position : part.start], x, args, strategy)
-            x = run(blocks[part.start : part.stop], x, args, self._rule(part, x), strategy)
+            x = self._plain(blocks[position : part.start], x, args, strategy)
+            members, rule = blocks[part.start : part.stop], self._rule(part, x)
+            x = run(members, x, args, rule, strategy, in_parts=self.in_parts)
             position = part.stop
-        return _plain(blocks[position:], x, args, strategy)
+        return self._plain(blocks[position:], x, args, strategy)
 
     def find_runs(self, x: Tensor, *args: Tensor) -> tuple[Run, ...]:
         """The runs, which are found by tracing shapes from x if they are not known yet."""
@@ -114,6 +120,20 @@ class MomentumSequential(nn.Sequential):
         """γ, the strategy and the runs, for ``print(model)``."""
         spans = ", ".join(f"{run.start}-{run.stop - 1}" for run in self.runs or ())
         return f"gamma={self.gamma}, strategy={self.strategy}, momentum blocks: {spans or 'none'}"
+
+    def _plain(
+        self, blocks: list[nn.Module], x: Tensor, args: tuple[Tensor, ...], strategy: Strategy
+    ) -> Tensor:
+        """Blocks outside the runs; unless all is stored, each is recomputed from its input.
+
+        A block with a stage inside has a strategy already.
+        """
+        for block in blocks:
+            if strategy == "store" or momentum_stages(block):
+                x = block(x, *args)
+            else:
+                x = checkpoint(block, x, args, in_parts=self.in_parts)
+        return x
 
     def _rule(self, part: Run, x: Tensor) -> Rule:
         steps = coefficients(self.gamma, part.gains, self.velocity)
@@ -134,15 +154,6 @@ class _Segment(nn.Module):
         return self.stage.walk(x, args, "checkpoint")
 
 
-def _plain(
-    blocks: list[nn.Module], x: Tensor, args: tuple[Tensor, ...], strategy: Strategy
-) -> Tensor:
-    """Blocks outside the runs; unless all is stored, each is recomputed from its input."""
-    for block in blocks:
-        x = block(x, *args) if strategy == "store" else checkpoint(block, x, *args)
-    return x
-
-
 def momentum_stages(model: nn.Module) -> dict[str, MomentumSequential]:
     """The MomentumSequentials of a model by name, in the order of the model."""
     return {
@@ -156,8 +167,8 @@ def set_strategy(model: nn.Module, strategy: Strategy | Literal["auto"]) -> None
     """Choose how backward gets its activations in every MomentumSequential of ``model``.
 
     Values and gradients stay the same, bit for bit; memory and time change. "auto" is momentum
-    where a stage has runs and checkpoints elsewhere; of a first stage without runs, whose
-    activations are the largest, it keeps the input alone.
+    where a stage has runs and checkpoints elsewhere. Activations are largest in the first stage:
+    there it computes momentum blocks in parts and, if the stage has no runs, keeps its input alone.
 
     Raises:
         UsageError: an unknown strategy; a model without momentum stages; "momentum" for γ = 0.
@@ -182,10 +193,13 @@ def set_strategy(model: nn.Module, strategy: Strategy | Literal["auto"]) -> None
             kind="usage.gamma",
             fix='set_strategy(model, "checkpoint"), or convert with gamma > 0',
         )
+    innermost = [stage for stage in stages if len(momentum_stages(stage)) == 1]
     for stage in stages:
-        if strategy != "auto":
-            stage.strategy = strategy
-        elif stage.gamma and stage.runs != ():
-            stage.strategy = "momentum"
+        is_first, has_runs = stage is innermost[0], bool(stage.gamma) and stage.runs != ()
+        stage.in_parts = strategy == "auto" and is_first and has_runs
+        if strategy == "auto":
+            stage.strategy = "momentum" if has_runs else "segment" if is_first else "checkpoint"
+        elif strategy == "segment" and stage not in innermost:
+            stage.strategy = "checkpoint"
         else:
-            stage.strategy = "segment" if stage is stages[0] else "checkpoint"
+            stage.strategy = strategy

@@ -54,7 +54,8 @@ def convert(
         _replace(model, name, wrapped.train(plain.training))
     _find_runs(model)
     for name, stage in momentum_stages(model).items():
-        if not stage.runs:
+        # One around stages is kept, to recompute the stem and the transitions between them.
+        if not any(inner.runs for inner in momentum_stages(stage).values()):
             _replace(model, name, nn.Sequential(_children(stage)).train(stage.training))
     _check_names(model, stages)
     for name, stage in momentum_stages(model).items():
@@ -88,12 +89,16 @@ class Stage:
 
 
 def summarise(model: nn.Module) -> list[Stage]:
-    """The stages of a model, converted or not, in its order: Sequentials that are in no other."""
+    """The stages of a model, converted or not, in its order.
+
+    They are the Sequentials that are in no other, not counting those around momentum stages.
+    """
     stages: dict[str, nn.Sequential] = {}
-    for name, module in model.named_modules():
+    for name in _sequentials(model):
+        stage = _sequential(model, name)
         inside = any(name.startswith(f"{outer}.") for outer in stages)
-        if isinstance(module, nn.Sequential) and not inside:
-            stages[name] = module
+        if not inside and set(momentum_stages(stage)) <= {""}:
+            stages[name] = stage
     return [_summarise(name, stage) for name, stage in stages.items()]
 
 
@@ -202,7 +207,7 @@ def _find_runs(model: nn.Module) -> None:
 
 
 def _check_names(model: nn.Module, stages: str | Sequence[str]) -> None:
-    known = list(momentum_stages(model))
+    known = [name for name, stage in momentum_stages(model).items() if stage.runs]
     unknown = [] if isinstance(stages, str) else [name for name in stages if name not in known]
     if unknown or not known:
         raise UsageError(

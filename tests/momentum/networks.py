@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +61,16 @@ def square(y: Tensor) -> Tensor:
     return y.float().square().mean()
 
 
+def under_bf16_autocast(net: nn.Module, x: Tensor) -> Tensor:
+    """A loss in mixed precision."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return square(net(x))
+
+
 def aftermath(
     net: nn.Module,
     x: Tensor,
-    strategy: Strategy,
+    strategy: Strategy | Literal["auto"],
     step: Callable[[nn.Module, Tensor], Tensor] = lambda net, x: square(net(x)),
 ) -> dict[str, Tensor]:
     """The loss, all gradients and all buffers after ``step`` and backward on a copy of ``net``."""

@@ -151,7 +151,7 @@ def test_weights_are_those_of_the_unrolled_recurrence() -> None:
 def test_the_in_place_kernels_compute_the_equations(
     gamma: float, layout: torch.memory_format, dtype: torch.dtype
 ) -> None:
-    shape = (2, 7, 80, 81)  # more than one piece, the last one shorter
+    shape = (3, 7, 80, 81)  # more than one piece, the last one shorter
     assert math.prod(shape) > kernels.PIECE
     x, y = (on_grid(*shape, seed=s).to(dtype).to(memory_format=layout) for s in (1, 2))
     v = (on_grid(*shape, seed=3) / ULP).to(dtype).to(memory_format=layout)

@@ -5,7 +5,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import Dropping, aftermath, differences, gradient_of, images, square, stack
+from networks import (
+    Dropping,
+    aftermath,
+    differences,
+    gradient_of,
+    images,
+    square,
+    stack,
+    under_bf16_autocast,
+)
 from torch import Tensor, nn
 
 from momconv import MomentumSequential, set_strategy
@@ -83,11 +92,6 @@ def two_forwards_then_backward(net: nn.Module, x: Tensor) -> Tensor:
 
 def twice_in_one_graph(net: nn.Module, x: Tensor) -> Tensor:
     return square(net(net(x)))
-
-
-def under_bf16_autocast(net: nn.Module, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        return square(net(x))
 
 
 def in_bf16_altogether(net: nn.Module, x: Tensor) -> Tensor:
