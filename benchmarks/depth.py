@@ -22,7 +22,7 @@ from benchmarks.tables import Log, choose_device, show
 from momconv import MomentumSequential
 from momconv.planner.measurement import measure
 
-DEPTHS = (10, 25, 50, 100, 200, 300, 400)
+DEPTHS = (10, 25, 50, 100, 200, 300)
 SAMPLES = 500
 DIMENSIONS = 500
 MIB = 2**20

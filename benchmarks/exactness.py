@@ -114,7 +114,7 @@ def measure(name: str) -> Iterator[Row]:
             for gamma in settings:
                 error = outcome(process, compare, make, depth, *gamma)
                 yield {
-                    "package": f"{name} {version(name)}",
+                    "package": name if name == "momconv" else f"{name} {version(name)}",
                     "depth": str(depth),
                     "γ": str(*gamma) or "–",
                     "relative gradient error": _format(error),

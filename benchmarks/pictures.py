@@ -31,12 +31,12 @@ def draw_depth(log: Log) -> Figure:
     axes = figure.add_subplot()
     plot(axes, series)
     axes.set(
-        title=f"With depth, momconv grows {growth(series)}",
+        title=growth(series),
         xlabel="depth k (residual blocks)",
         ylabel="peak memory of a training step (MiB)",
         yscale="log",
     )
-    axes.legend(frameon=False)
+    add_legend(figure, axes)
     return figure
 
 
@@ -56,7 +56,7 @@ def draw_batches(log: Log) -> Figure:
             ylabel="peak memory of a training step (MiB)",
             yscale="log",
         )
-        axes.legend(frameon=False)
+        add_legend(figure, axes)
     return figure
 
 
@@ -81,13 +81,21 @@ def plot(axes: Axes, series: Series) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """The methods of ``axes``, below all panels."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
 def growth(series: Series) -> str:
-    """By how much momconv and storing all need more at the largest depth than at the smallest."""
+    """How many times as much memory the largest depth takes as the smallest."""
     (few, _), (many, _) = series["momconv"][0], series["momconv"][-1]
     ours, theirs = (
         series[method][-1][1] / series[method][0][1] for method in ("momconv", "store all")
     )
-    return f"{ours:.1f}× from {few:.0f} to {many:.0f} blocks,\nstoring all {theirs:.0f}×"
+    return (
+        f"{many:.0f} blocks take {ours:.1f}× the memory of {few:.0f} with momconv,\n"
+        f"{theirs:.0f}× with everything stored"
+    )
 
 
 def advantage(series: Series) -> str:

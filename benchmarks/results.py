@@ -21,6 +21,12 @@ versions of the other packages in it. Networks have random weights. momconv and 
 The other packages are optional: `pip install '.[bench]'`. A method appears if its package is there.
 """
 
+LOSSES = """\
+Every measured case in which some method has a smaller number than momconv. One loss is in no table:
+a converted network computes another function than the original, while checkpointing and
+torch.compile keep the function.
+"""
+
 
 def show_all(rows: Sequence[Row]) -> list[Row]:
     """The rows as they were logged."""
@@ -64,6 +70,7 @@ def render_table(rows: Sequence[Row]) -> str:
 def render_losses() -> Iterator[str]:
     """Every case in which another method needs less memory or less time than momconv."""
     yield "## Where momconv loses\n"
+    yield LOSSES
     losses = [
         *(find_losses(log, memory.VALUE, memory.KEY[:-1]) for log in find_logs("memory")),
         *(find_losses(log, "seconds", ("network",)) for log in find_logs("speed")),
