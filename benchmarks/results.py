@@ -24,7 +24,8 @@ The other packages are optional: `pip install '.[bench]'`. A method appears if i
 LOSSES = """\
 Every measured case in which some method has a smaller number than momconv. One loss is in no table:
 a converted network computes another function than the original, while checkpointing and
-torch.compile keep the function.
+torch.compile keep the function. memcnn and revtorch train yet another network, with half of the
+work.
 """
 
 

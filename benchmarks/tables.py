@@ -57,13 +57,18 @@ class Log:
             return list(csv.DictReader(file))
 
     def merge(self, rows: Sequence[Row], key: Sequence[str]) -> None:
-        """Add ``rows``; one that agrees in the columns of ``key`` with an old one replaces it."""
+        """Add ``rows``; one that agrees in the columns of ``key`` with an old one replaces it.
+
+        Rows that agree in all of these columns but the last one stay together.
+        """
         merged = {tuple(row[column] for column in key): row for row in (*self.read(), *rows)}
+        cases = list(dict.fromkeys(index[:-1] for index in merged))
+        ordered = sorted(merged, key=lambda index: cases.index(index[:-1]))
         self.path.parent.mkdir(exist_ok=True)
         with self.path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
-            writer.writerows(merged.values())
+            writer.writerows(merged[index] for index in ordered)
 
 
 def find_logs(title: str, folder: Path = RESULTS) -> Iterator[Log]:

@@ -20,9 +20,11 @@ def log(tmp_path: Path) -> Log:
 def test_a_new_row_replaces_the_row_of_its_key_and_keeps_all_others(log: Log) -> None:
     log.merge([row("a", "ours", "1"), row("a", "theirs", "2"), row("b", "ours", "3")], KEY)
     log.merge([row("a", "theirs", "4"), row("c", "ours", "5")], KEY)
+    log.merge([row("a", "third", "6")], KEY)
     assert log.read() == [
         row("a", "ours", "1"),
         row("a", "theirs", "4"),
+        row("a", "third", "6"),
         row("b", "ours", "3"),
         row("c", "ours", "5"),
     ]
