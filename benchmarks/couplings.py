@@ -6,8 +6,8 @@ no like-for-like comparison. Here each residual block of a run (see ``benchmarks
 one coupling of the same channels, whose F and G are the block's own layers at half of its widths,
 without the shortcut. Width and length of a stage stay; the layers in sequence double, and their
 multiplications and weights are half of the block's. That flatters the couplings: a working set of
-half the size, and half of the work. Stems and blocks that change the
-shape stay as they are and store their activations.
+half the size, and half of the work. Stems and blocks that change the shape stay as they are and
+store their activations.
 """
 
 import copy

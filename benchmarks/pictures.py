@@ -83,7 +83,9 @@ def plot(axes: Axes, series: Series) -> None:
 
 def add_legend(figure: Figure, axes: Axes) -> None:
     """The methods of ``axes``, below all panels."""
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
+    )
 
 
 def growth(series: Series) -> str:
