@@ -1,65 +1,117 @@
 """Peak activation and transient bytes of one training step, per image, for every method.
 
-Weights, gradients, optimiser state and the input images are left out; everything else that the
-allocator handed out is in. Run ``python -m benchmarks.memory`` (all cases, about half an hour on
-two cores) or name some: ``python -m benchmarks.memory cifar_resnet1202 resnet152``.
+Weights, gradients, optimiser state and the input images are left out; everything else that
+PyTorch's allocator handed out is in (momconv.planner.measurement). In fp32 it is the peak over the
+images. In bf16 (autocast) it is what one more image adds to half of the batch: autocast keeps bf16
+copies of the weights whatever the batch is, and these would outweigh the one or two images that a
+CPU does in bf16 within minutes.
+
+memcnn and revtorch do not train the same network but one of couplings with half of the work, see
+benchmarks/couplings.py. torch.compile takes minutes to compile, so it is tried on the smaller
+networks only; its budget is the share of activations held, see benchmarks/compilation.py.
+"Best checkpointing" is the better of the two rows that say checkpoint.
 """
 
-import sys
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
+import typer
+from rich.console import Console
 
-from benchmarks.methods import METHODS, make_network
-from benchmarks.results import report
+from benchmarks.cases import Case, Chosen, Networks, choose
+from benchmarks.isolation import attempt
+from benchmarks.methods import METHODS, make_network, select
+from benchmarks.tables import Log, Row, choose_device, number, ratio, show
 from momconv.planner.measurement import measure_step
 
 MIB = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One network under one load."""
-
-    network: str
-    resolution: int
-    batch: int
-    precision: Literal["fp32", "bf16"] = "fp32"
-
+TITLE = "memory"
+VALUE = "MiB per image"
+KEY = ("network", "resolution", "batch", "precision", "method")
 
 CASES = [
+    Case("cifar_resnet110", 32, 32),
     Case("cifar_resnet1202", 32, 8),
     Case("resnet50", 224, 24),
     Case("resnet152", 224, 24),
     Case("resnet152", 500, 4),
     Case("vit_l_16", 224, 4),
     Case("convnext_large", 224, 4),
+    Case("resnet152", 224, 2, "bf16"),
+    Case("vit_l_16", 224, 2, "bf16"),
+    Case("convnext_large", 224, 2, "bf16"),
 ]
 
 
-def measure(case: Case, method: str, device: torch.device) -> float:
-    """MiB per image."""
-    model = METHODS[method](make_network(case.network)).to(device)
-    step = measure_step(model, case.batch, case.resolution, precision=case.precision, device=device)
-    return step.peak_bytes / case.batch / MIB
+def measure(case: Case, key: str, device: torch.device) -> float:
+    """MiB per image under the method of that key."""
+    method = METHODS[key]
+    model = method.prepare(make_network(case.network)).to(device)
+
+    def peak(batch: int) -> int:
+        precision = case.precision
+        step = measure_step(model, batch, case.resolution, precision=precision, device=device)
+        return step.peak_bytes
+
+    if method.warms_up:
+        peak(case.batch)
+    if case.precision == "fp32":
+        return peak(case.batch) / case.batch / MIB
+    fewer = case.batch // 2
+    return (peak(case.batch) - peak(fewer)) / (case.batch - fewer) / MIB
 
 
-def main(networks: list[str]) -> None:
-    """Measure the cases of ``networks``, or all."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
-    for case in CASES:
-        if networks and case.network not in networks:
-            continue
-        peaks = {method: measure(case, method, device) for method in METHODS}
-        best = min(peak for method, peak in peaks.items() if method.startswith("checkpoint"))
-        for method, peak in peaks.items():
-            label = f"{case.network} {case.resolution}² ×{case.batch} {case.precision}"
-            rows.append((label, method, peak, peak / peaks["store all"], peak / best))
-    columns = ("network", "method", "MiB per image", "of store all", "of best checkpointing")
-    report("memory", columns, rows, device)
+def describe(case: Case) -> Row:
+    """The columns that say what was trained."""
+    return {
+        "network": case.network,
+        "resolution": str(case.resolution),
+        "batch": str(case.batch),
+        "precision": case.precision,
+    }
+
+
+def present(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their ratios to storing all and to the best checkpointing of the same case."""
+    return [
+        {
+            "network": f"{row['network']} {row['resolution']}² ×{row['batch']} {row['precision']}",
+            "method": row["method"],
+            VALUE: row[VALUE],
+            "of store all": ratio(row, _find(row, rows, "store all"), VALUE),
+            "of best checkpointing": ratio(row, _find(row, rows, "checkpoint"), VALUE),
+        }
+        for row in rows
+    ]
+
+
+def _find(row: Row, rows: Sequence[Row], method: str) -> Row | None:
+    """The smallest number of a method whose name begins so, in the case of ``row``."""
+    found = [
+        (value, index)
+        for index, other in enumerate(rows)
+        if all(other[column] == row[column] for column in KEY[:-1])
+        and other["method"].startswith(method)
+        and (value := number(other, VALUE)) is not None
+    ]
+    return rows[min(found)[1]] if found else None
+
+
+def main(networks: Networks, method: Chosen) -> None:
+    """Measure the peak memory of a training step."""
+    device = choose_device()
+    log = Log.of(TITLE, device)
+    cases = choose(CASES, networks)
+    for case in cases:
+        for key in select(case.network, method):
+            Console(stderr=True).print(f"{case.label}: {key}")
+            value = attempt(measure, case, key, device)
+            cell = value if isinstance(value, str) else f"{value:.2f}"
+            log.merge([describe(case) | {"method": METHODS[key].label, VALUE: cell}], KEY)
+    labels = [describe(case) for case in cases]
+    rows = [row for row in log.read() if {c: row[c] for c in KEY[:-1]} in labels]
+    show(TITLE, present(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    typer.run(main)

@@ -1,21 +1,56 @@
 """The ways to train one network that the benchmarks compare."""
 
-import math
-from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 from torchvision.models import get_model
-from torchvision.models.resnet import ResNet
 
+from benchmarks.checkpointing import checkpoint_each_block, checkpoint_sqrt
+from benchmarks.compilation import compile_within
+from benchmarks.couplings import memcnn, revtorch, store_couplings
+from benchmarks.stages import stage_names
 from momconv import convert, set_strategy
-from momconv.momentum.sequential import momentum_stages
 from momconv.zoo.networks import build, names
 
-Method = Callable[[nn.Module], nn.Module]
+RESNETS = ("resnet*", "cifar_resnet*")
+QUICK_TO_COMPILE = ("resnet50", "cifar_resnet110")  # minutes on two cores; deeper ones take longer
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to train a network.
+
+    Attributes:
+        name: In the tables.
+        prepare: Makes the network ready to be trained in this way.
+        stored: The key of the method that stores all activations of the very same network.
+        networks: Patterns of the names of the networks that it is applied to.
+        package: What has to be installed for it.
+        warms_up: Whether its first step does what later ones need not do.
+    """
+
+    name: str
+    prepare: Callable[[nn.Module], nn.Module]
+    stored: str = "store"
+    networks: tuple[str, ...] = ("*",)
+    package: str = "torch"
+    warms_up: bool = False
+
+    def applies_to(self, network: str) -> bool:
+        """Whether the network is one of its kind, and its package is installed."""
+        known = any(fnmatch(network, pattern) for pattern in self.networks)
+        return known and find_spec(self.package) is not None
+
+    @property
+    def label(self) -> str:
+        """Its name, with the version of a package other than torch."""
+        return self.name if self.package == "torch" else f"{self.name} {version(self.package)}"
 
 
 def make_network(name: str) -> nn.Module:
@@ -28,16 +63,6 @@ def make_network(name: str) -> nn.Module:
 def store(model: nn.Module) -> nn.Module:
     """The plain network, which keeps every activation."""
     return model
-
-
-def checkpoint_each_block(model: nn.Module) -> nn.Module:
-    """torch.utils.checkpoint around every block."""
-    return _checkpointed(model, lambda blocks: 1)
-
-
-def checkpoint_sqrt(model: nn.Module) -> nn.Module:
-    """torch.utils.checkpoint around √L blocks, the usual compromise."""
-    return _checkpointed(model, lambda blocks: math.ceil(math.sqrt(blocks)))
 
 
 def store_momentum(model: nn.Module) -> nn.Module:
@@ -58,56 +83,42 @@ def momentumnet(model: nn.Module) -> nn.Module:
 
     # is_residual=False: the blocks end in x + f(x), so the package subtracts x.
     converted: nn.Module = transform_to_momentumnet(
-        model, sub_layers=_stage_names(model), gamma=0.9, use_backprop=False, is_residual=False
+        model, sub_layers=stage_names(model), gamma=0.9, use_backprop=False, is_residual=False
     )
     return converted
 
 
-METHODS: dict[str, Method] = {
-    "store all": store,
-    "checkpoint each block": checkpoint_each_block,
-    "checkpoint √L blocks": checkpoint_sqrt,
-    **({"momentumnet": momentumnet} if find_spec("momentumnet") else {}),
-    "momconv": momconv,
+# By what the command line calls them.
+METHODS = {
+    "store": Method("store all", store),
+    "checkpoint": Method("checkpoint each block", checkpoint_each_block),
+    "checkpoint-sqrt": Method("checkpoint √L blocks", checkpoint_sqrt),
+    **{
+        f"compile-{budget}": Method(
+            f"torch.compile, budget {budget}",
+            partial(compile_within, float(budget)),
+            networks=QUICK_TO_COMPILE,
+            warms_up=True,
+        )
+        for budget in ("0.5", "0.2", "0")
+    },
+    "memcnn": Method("memcnn", memcnn, "store-couplings", RESNETS, "memcnn"),
+    "revtorch": Method("revtorch", revtorch, "store-couplings", RESNETS, "revtorch"),
+    "momentumnet": Method("momentumnet", momentumnet, "store-momentum", package="momentumnet"),
+    "momconv": Method("momconv", momconv, "store-momentum"),
+}
+
+# What their times are compared with: the same computation without any saving of memory.
+BASES = {
+    "store-couplings": Method("store all, couplings", store_couplings, "store-couplings", RESNETS),
+    "store-momentum": Method("store all, momentum", store_momentum, "store-momentum"),
 }
 
 
-class Checkpointed(nn.Sequential):
-    """An ``nn.Sequential`` under torch's own checkpointing, ``length`` blocks a segment."""
-
-    length: int
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The blocks in turn; torch's own checkpoint_sequential would store the last segment."""
-        for start in range(0, len(self), self.length):
-            segment = nn.Sequential(*list(self)[start : start + self.length])
-            x = checkpoint(segment, x, use_reentrant=False)
-        return x
-
-
-class StemCheckpointed(ResNet):  # type: ignore[misc]  # torchvision has no types
-    """torchvision's ResNet with a checkpoint around its stem too."""
-
-    def _forward_impl(self, x: Tensor) -> Tensor:
-        stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
-        x = checkpoint(stem, x, use_reentrant=False)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
-        return logits
-
-
-def _checkpointed(model: nn.Module, length: Callable[[int], int]) -> nn.Module:
-    for name in _stage_names(model):
-        stage = model.get_submodule(name)
-        wrapped = Checkpointed(OrderedDict(stage.named_children())).train(stage.training)
-        wrapped.length = length(len(wrapped))
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, wrapped)
-    if type(model) is ResNet:
-        model.__class__ = StemCheckpointed
-    return model
-
-
-def _stage_names(model: nn.Module) -> list[str]:
-    """What momconv takes for stages, so that every method treats the same blocks."""
-    return list(momentum_stages(convert(model, stages="all")))
+def select(network: str, chosen: list[str]) -> list[str]:
+    """The keys of the methods that apply to ``network``, among the chosen ones if there are any."""
+    return [
+        key
+        for key, method in METHODS.items()
+        if method.applies_to(network) and (not chosen or key in chosen)
+    ]

@@ -1,39 +1,55 @@
 """Seconds of one training step for every method, paired with storing all in one run.
 
-The methods take turns, so that a machine whose speed drifts slows all of them alike, and each step
-is compared with the storing step of the same turn. Run ``python -m benchmarks.speed``, or name
-networks: ``python -m benchmarks.speed cifar_resnet1202``.
+Each method has a process of its own. They take turns, so that a machine whose speed drifts slows
+all of them alike, and each step is compared with the storing steps of the same turn: of the plain
+network, and of the network that the method trains (momentum blocks, couplings), which alone says
+what saving memory costs. The table has medians over the turns. A first step that allocates,
+compiles and finds algorithms is not counted.
+
+The couplings of memcnn and revtorch do half of the work, see benchmarks/couplings.py: their ratio
+to the plain network is no comparison.
 """
 
 import statistics
-import sys
 import time
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import cache
 
 import torch
+import typer
+from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.methods import METHODS, make_network, store_momentum
-from benchmarks.results import report
+from benchmarks.cases import Case, Chosen, Networks, choose
+from benchmarks.isolation import outcome, start_process
+from benchmarks.methods import BASES, METHODS, make_network, select
+from benchmarks.tables import Log, Row, choose_device, show
 
 TURNS = 5
+TITLE = "speed"
+KEY = ("network", "method")
+
+CASES = [
+    Case("cifar_resnet110", 32, 32),
+    Case("resnet50", 224, 8),
+    Case("resnet152", 224, 8),
+    Case("cifar_resnet1202", 32, 8),
+]
+
+Turn = dict[str, float | str]  # seconds, or why there are none, by method
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One network under one load."""
-
-    network: str
-    resolution: int
-    batch: int
+@cache
+def prepare(network: str, key: str, device: torch.device) -> nn.Module:
+    """The network under a method, made once in each process."""
+    return (METHODS | BASES)[key].prepare(make_network(network)).to(device)
 
 
-CASES = [Case("resnet152", 224, 8), Case("cifar_resnet1202", 32, 8)]
-
-
-def seconds(model: nn.Module, case: Case, device: torch.device) -> float:
-    """One forward and backward pass."""
+def run_step(case: Case, key: str, device: torch.device) -> float:
+    """Seconds of one forward and backward pass."""
+    model = prepare(case.network, key, device)
     images = torch.randn(case.batch, 3, case.resolution, case.resolution, device=device)
     labels = torch.zeros(case.batch, dtype=torch.long, device=device)
     began = time.perf_counter()
@@ -43,40 +59,73 @@ def seconds(model: nn.Module, case: Case, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def compare(case: Case, device: torch.device) -> list[tuple[object, ...]]:
-    """Rows of method, median seconds, and median ratios to the two ways of storing all."""
-    methods = METHODS | {"store all, momentum": store_momentum}
-    models = {name: make(make_network(case.network)).to(device) for name, make in methods.items()}
-    for model in models.values():
-        seconds(model, case, device)  # the first step allocates and finds algorithms
-    turns = [
-        {name: seconds(model, case, device) for name, model in models.items()} for _ in range(TURNS)
-    ]
-    label = f"{case.network} {case.resolution}² ×{case.batch}"
+def take_turns(case: Case, keys: list[str], device: torch.device) -> list[Turn]:
+    """The turns after the first, which does not count; a method that failed is not run again."""
+    turns: list[Turn] = []
+    with ExitStack() as stack:
+        processes = {key: stack.enter_context(start_process()) for key in keys}
+        for _ in range(1 + TURNS):
+            last = turns[-1] if turns else {}
+            turns.append(
+                {
+                    key: _step(process, case, key, device, last.get(key))
+                    for key, process in processes.items()
+                }
+            )
+    return turns[1:]
 
-    def median_ratio(name: str, base: str) -> float:
-        return statistics.median(turn[name] / turn[base] for turn in turns)
 
+def _step(
+    process: ProcessPoolExecutor,
+    case: Case,
+    key: str,
+    device: torch.device,
+    before: float | str | None,
+) -> float | str:
+    if isinstance(before, str):
+        return before
+    return outcome(process, run_step, case, key, device)
+
+
+def compare(case: Case, keys: list[str], device: torch.device) -> list[Row]:
+    """A row for each method and each base that it is compared with."""
+    methods = METHODS | BASES
+    bases = ["store", *(methods[key].stored for key in keys)]
+    keys = list(dict.fromkeys([*bases, *keys]))
+    turns = take_turns(case, keys, device)
     return [
-        (
-            label,
-            name,
-            statistics.median(turn[name] for turn in turns),
-            median_ratio(name, "store all"),
-            median_ratio(name, "store all, momentum"),
-        )
-        for name in models
+        {
+            "network": f"{case.network} {case.resolution}² ×{case.batch}",
+            "method": methods[key].label,
+            "seconds": _median(turns, key),
+            "of store all": _median(turns, key, "store"),
+            "of the same network storing all": _median(turns, key, methods[key].stored),
+        }
+        for key in keys
     ]
 
 
-def main(networks: list[str]) -> None:
-    """Compare the cases of ``networks``, or all."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = [case for case in CASES if not networks or case.network in networks]
-    rows = [row for case in cases for row in compare(case, device)]
-    columns = ("network", "method", "seconds", "of store all", "of store all, momentum")
-    report("speed", columns, rows, device)
+def _median(turns: list[Turn], key: str, base: str | None = None) -> str:
+    """Of a method's seconds, or of their ratios to those of another in the same turn."""
+    values = []
+    for turn in turns:
+        seconds, one = turn[key], turn[base] if base else 1.0
+        if isinstance(seconds, str) or isinstance(one, str):
+            return str(seconds) if base is None else "–"
+        values.append(seconds / one)
+    return f"{statistics.median(values):.2f}"
+
+
+def main(networks: Networks, method: Chosen) -> None:
+    """Time a training step, always together with the ways to store all."""
+    device = choose_device()
+    log = Log.of(TITLE, device)
+    for case in choose(CASES, networks):
+        Console(stderr=True).print(case.label)
+        rows = compare(case, select(case.network, method), device)
+        log.merge(rows, KEY)
+        show(TITLE, rows)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    typer.run(main)

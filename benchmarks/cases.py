@@ -1,0 +1,64 @@
+"""What is trained: a network on so many images of some size."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from benchmarks.methods import METHODS
+from momconv.planner.measurement import Precision
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One network under one load."""
+
+    network: str
+    resolution: int
+    batch: int
+    precision: Precision = "fp32"
+
+    @property
+    def label(self) -> str:
+        """Such as ``resnet50 224² ×24 fp32``."""
+        return f"{self.network} {self.resolution}² ×{self.batch} {self.precision}"
+
+
+def check_methods(chosen: list[str]) -> list[str]:
+    """The names, if there are methods of these names."""
+    return _check(chosen, METHODS)
+
+
+def choose(cases: Iterable[Case], networks: list[str]) -> list[Case]:
+    """The cases of some networks, or all.
+
+    Raises:
+        typer.BadParameter: A network has no case.
+    """
+    cases = list(cases)
+    _check(networks, dict.fromkeys(case.network for case in cases))
+    return [case for case in cases if not networks or case.network in networks]
+
+
+def _check(chosen: list[str], known: Iterable[str]) -> list[str]:
+    for name in chosen:
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}")
+    return chosen
+
+
+Networks = Annotated[
+    list[str],
+    typer.Argument(default_factory=list, help="Only these networks.", show_default="all"),
+]
+Chosen = Annotated[
+    list[str],
+    typer.Option(
+        "--method",
+        default_factory=list,
+        callback=check_methods,
+        help="Only this method (again for more); all other results stay as they are.",
+        show_default="all",
+    ),
+]

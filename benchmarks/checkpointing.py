@@ -1,0 +1,57 @@
+"""torch's own checkpointing, used as well as it can be used without changing a network's values."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import ResNet
+
+from benchmarks.stages import stage_names
+
+
+def checkpoint_each_block(model: nn.Module) -> nn.Module:
+    """torch.utils.checkpoint around every block."""
+    return _checkpoint(model, lambda blocks: 1)
+
+
+def checkpoint_sqrt(model: nn.Module) -> nn.Module:
+    """torch.utils.checkpoint around √L blocks, the usual compromise."""
+    return _checkpoint(model, lambda blocks: math.ceil(math.sqrt(blocks)))
+
+
+class Checkpointed(nn.Sequential):
+    """An ``nn.Sequential`` under torch's own checkpointing, ``length`` blocks a segment."""
+
+    length: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The blocks in turn; torch's own checkpoint_sequential would store the last segment."""
+        for start in range(0, len(self), self.length):
+            segment = nn.Sequential(*list(self)[start : start + self.length])
+            x = checkpoint(segment, x, use_reentrant=False)
+        return x
+
+
+class StemCheckpointed(ResNet):  # type: ignore[misc]  # torchvision has no types
+    """torchvision's ResNet with a checkpoint around its stem too."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
+        x = checkpoint(stem, x, use_reentrant=False)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return logits
+
+
+def _checkpoint(model: nn.Module, length: Callable[[int], int]) -> nn.Module:
+    for name in stage_names(model):
+        stage = model.get_submodule(name)
+        wrapped = Checkpointed(OrderedDict(stage.named_children())).train(stage.training)
+        wrapped.length = length(len(wrapped))
+        model.set_submodule(name, wrapped)
+    if type(model) is ResNet:
+        model.__class__ = StemCheckpointed
+    return model

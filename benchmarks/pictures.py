@@ -1,0 +1,122 @@
+"""Pictures of the results: memory over depth and over the batch, one of each for every machine.
+
+``python -m benchmarks.pictures`` draws them from the files in results/.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from benchmarks.tables import Log, Row, find_logs, number
+
+Series = dict[str, list[tuple[float, float]]]  # points (x, MiB) by method
+
+# Colours of Okabe and Ito, which colour-blind readers tell apart, and a marker for the others.
+STYLES = {
+    "store all": ("#000000", "o"),
+    "checkpoint √L blocks": ("#0072B2", "s"),
+    "momentumnet, gradients apart": ("#56B4E9", "v"),
+    "momentumnet": ("#E69F00", "^"),
+    "momconv": ("#D55E00", "D"),
+}
+
+
+def draw_depth(log: Log) -> Figure:
+    """Memory over depth, as in figure 2 of the paper."""
+    series = collect(log.read(), "depth")
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    plot(axes, series)
+    axes.set(
+        title=growth(series),
+        xlabel="depth k (residual blocks)",
+        ylabel="peak memory of a training step (MiB)",
+        yscale="log",
+    )
+    add_legend(figure, axes)
+    return figure
+
+
+def draw_batches(log: Log) -> Figure:
+    """Memory over the batch, as in figure 7 of the paper, with a panel for each network."""
+    rows = log.read()
+    networks = list(dict.fromkeys((row["network"], row["resolution"]) for row in rows))
+    figure = Figure(figsize=(4.8 * len(networks), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(networks), squeeze=False)[0]
+    for axes, (network, resolution) in zip(panels, networks, strict=True):
+        own = [row for row in rows if (row["network"], row["resolution"]) == (network, resolution)]
+        series = collect(own, "batch")
+        plot(axes, series)
+        axes.set(
+            title=f"{network}, {resolution}²:\n{advantage(series)}",
+            xlabel="batch (images)",
+            ylabel="peak memory of a training step (MiB)",
+            yscale="log",
+        )
+        add_legend(figure, axes)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Log], Figure]] = {"depth": draw_depth, "batches": draw_batches}
+
+
+def collect(rows: Sequence[Row], column: str) -> Series:
+    """The points of each method that did not fail, in the order of ``column``."""
+    series: Series = {}
+    for row in rows:
+        if (value := number(row, "MiB")) is not None:
+            series.setdefault(row["method"], []).append((float(row[column]), value))
+    return {method: sorted(points) for method, points in series.items()}
+
+
+def plot(axes: Axes, series: Series) -> None:
+    """A line for each method."""
+    for method, points in series.items():
+        colour, marker = next(style for name, style in STYLES.items() if method.startswith(name))
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=method)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """The methods of ``axes``, below all panels."""
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
+    )
+
+
+def growth(series: Series) -> str:
+    """How many times as much memory the largest depth takes as the smallest."""
+    (few, _), (many, _) = series["momconv"][0], series["momconv"][-1]
+    ours, theirs = (
+        series[method][-1][1] / series[method][0][1] for method in ("momconv", "store all")
+    )
+    return (
+        f"{many:.0f} blocks take {ours:.1f}× the memory of {few:.0f} with momconv,\n"
+        f"{theirs:.0f}× with everything stored"
+    )
+
+
+def advantage(series: Series) -> str:
+    """Which part of the next best method's memory momconv needs at the largest batch."""
+    ours = series["momconv"][-1][1]
+    best, name = min(
+        (points[-1][1], method) for method, points in series.items() if method != "momconv"
+    )
+    return f"momconv needs {ours / best:.0%} of {name}"
+
+
+def save_all() -> Iterator[Path]:
+    """Draw a picture beside each log that has one."""
+    for title, draw in PICTURES.items():
+        for log in find_logs(title):
+            draw(log).savefig(log.picture, dpi=110)
+            yield log.picture
+
+
+if __name__ == "__main__":
+    for path in save_all():
+        Console(stderr=True).print(path)
