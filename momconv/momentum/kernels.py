@@ -1,10 +1,12 @@
-"""The steps of equations.py computed in place, a cache-sized piece at a time.
+"""The steps of equations.py computed in place, a piece at a time, or by one kernel on a GPU.
 
 These functions define nothing: for every input they give the same bits as ``step`` and ``unstep``.
 x, v, r and y have one shape and, in memory, one layout without gaps.
 """
 
 from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +22,10 @@ GPU_PIECE = 2**22
 
 def advance(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) -> Tensor:
     """Return x[n+1], and take v and r from n to n+1 in place. γ = 1 has no r."""
+    if _is_fusible(x):
+        from momconv.momentum import fused
+
+        return fused.advance(x, v, r, y, rule, n)
     x_next = torch.empty_like(x)
     scale = rule.coefficients[n] / rule.ulp
     for x_, v_, r_, y_, out in _pieces(x, v, r, y, x_next):
@@ -36,6 +42,11 @@ def retreat(x: Tensor, v: Tensor, rule: Rule) -> Tensor:
 
 def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) -> None:
     """Take v and r from n+1 to n in place, where x is x[n] and y = block(x[n])."""
+    if _is_fusible(x):
+        from momconv.momentum import fused
+
+        fused.undo(x, v, r, y, rule, n)
+        return
     scale = rule.coefficients[n] / rule.ulp
     for x_, v_, r_, y_ in _pieces(x, v, r, y):
         v_.sub_((y_ - x_).mul_(scale).round_())
@@ -72,6 +83,15 @@ def _divide(v: Tensor, r: Tensor, gamma: float) -> None:
     remainder.sub_(v.mul(-1 / gamma).round_())
     r.copy_(v)
     v.copy_(remainder)
+
+
+def _is_fusible(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype == torch.float32 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:

@@ -1,12 +1,14 @@
 """What else people do with a module: distributed training, scaling, compiling, exporting."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from networks import gradient_of, images, square, stack
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
@@ -67,12 +69,15 @@ def test_clipping_sees_the_gradients_of_storing_everything() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
-def test_compiled_blocks_stay_exact() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_blocks_stay_exact(backend: str) -> None:
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("inductor needs a C++ compiler")
     gradients = []
     for strategy in ("store", "momentum"):
         net = stack(4)
         net.find_runs(images())
-        blocks = [torch.compile(block, backend="aot_eager") for block in net]
+        blocks = [torch.compile(block, backend=backend) for block in net]
         compiled = MomentumSequential(*blocks, runs=net.runs)
         set_strategy(compiled, strategy)
         square(compiled(images())).backward()
@@ -88,3 +93,17 @@ def test_the_eval_network_can_be_exported() -> None:
     program = torch.export.export(net, (images(),))
 
     torch.testing.assert_close(program.module()(images()), expected, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the exporter's
+def test_the_eval_network_runs_as_onnx(tmp_path: Path) -> None:
+    net = stack(3).eval()
+    expected = net(images())
+    file = tmp_path / "net.onnx"
+
+    torch.onnx.export(net, (images(),), file, dynamo=True, verbose=False)
+
+    session = ReferenceEvaluator(str(file))
+    (output,) = session.run(None, {session.input_names[0]: images().numpy()})
+    # Another library's convolutions: a value may round to the next point of the grid.
+    torch.testing.assert_close(torch.from_numpy(output), expected, rtol=0, atol=2.0**-12)

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from momconv.errors import ModelFileError, UsageError
 from momconv.momentum.equations import Velocity, coefficients, weights
-from momconv.momentum.sequential import MomentumSequential, momentum_stages
+from momconv.momentum.sequential import MomentumSequential, momentum_stages, set_strategy
 from momconv.surgery.conversion import apply_schemes, convert, read_schemes, summarise
 from momconv.zoo.networks import build
 
@@ -123,6 +124,43 @@ def test_a_summary_counts_blocks_and_parameters() -> None:
     stages = summarise(make("resnet34"))
     assert [stage.blocks for stage in stages] == [3, 4, 6, 3]
     assert [stage.parameters for stage in stages] == [221_952, 1_116_416, 6_822_400, 13_114_368]
+
+
+def convnext() -> nn.Module:
+    torch.manual_seed(0)
+    setting = (CNBlockConfig(8, 16, 3), CNBlockConfig(16, None, 3))
+    network: nn.Module = ConvNeXt(list(setting), num_classes=5)
+    return network
+
+
+def test_stages_inside_a_sequential_are_found_and_it_recomputes_what_is_between_them() -> None:
+    plain = convnext()
+    network = convert(plain)
+    assert list(network.state_dict()) == list(plain.state_dict())
+    assert spans(network) == {
+        "features.1": (0, 1, 2),
+        "features.2": (),
+        "features.3": (0, 1, 2),
+    } | {"classifier": ()}
+
+    calls: list[None] = []
+    for transition in map(network.get_submodule, ("features.0", "features.2")):
+        transition.register_forward_hook(lambda *_: calls.append(None))
+    gradients = []
+    for strategy in ("store", "auto"):
+        set_strategy(network, strategy)
+        network.zero_grad()
+        network(pictures()).square().sum().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+
+    assert len(calls) == 2 + 4  # once each where all is stored, else twice
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_sequential_around_stages_is_no_stage() -> None:
+    with pytest.raises(UsageError) as error:
+        convert(convnext(), stages=["features"])
+    assert error.value.fix == "--stages with some of features.1, features.3"
 
 
 @pytest.mark.parametrize("stages", [["layer9"], ["conv1"], ["layer2.0.downsample"], [""]])
