@@ -19,8 +19,8 @@ from momconv.surgery.imitation import (
     trainable_gains,
 )
 
-_RATE = 1e-3
-_NORM_RATE = 1e-2
+_RATE = 1e-4
+_NORM_RATE = 2e-3
 _PADDING = 8  # a random crop moves an image by up to one part in so many of its side
 
 
@@ -29,7 +29,7 @@ def distill(  # noqa: PLR0913 (one for each choice)
     teacher: nn.Module,
     batches: Iterable[Tensor],
     *,
-    epochs: int = 10,
+    epochs: int = 6,
     minutes: float | None = None,
     trainable: Literal["all", "norms"] = "all",
     progress: Progress | None = None,

@@ -133,5 +133,18 @@ def test_calibration_and_gains_keep_a_pretrained_network(shared: Path, cifar: Pa
     assert top1(compensated, held_out) > original - 0.05
 
 
+def test_the_original_s_outputs_bring_it_closer_still(
+    shared: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("momconv.surgery.calibration._STEPS", 25)
+    plain = load_network("cifar_resnet20", shared / "weights" / "resnet20-12fca82f.th")
+    model = convert(plain, stages="all")
+    files = choose_images(cifar / "train", 200, seed=0)
+    images = CalibrationImages(files, describe(plain).preprocessing)
+    imitation = calibrate(model, images, plain).imitation
+    assert imitation is not None
+    assert imitation.after < 0.7 * imitation.before
+
+
 def top1(network: nn.Module, images: ImageSet) -> float:
     return evaluate(network, images, batch_size=100).top1
