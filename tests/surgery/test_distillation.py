@@ -188,7 +188,7 @@ def test_all_parameters_learn_or_the_norms_alone() -> None:
 
 
 def test_distillation_is_the_same_each_time() -> None:
-    results = []
+    results = list[tuple[Imitation, tuple[float, ...]]]()
     for _ in range(2):
         student, teacher = converted()
         batches = images()
