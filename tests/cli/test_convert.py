@@ -18,7 +18,7 @@ from momconv.files.model_file import load, read_metadata
 from momconv.surgery.conversion import summarise
 from momconv.zoo.networks import build
 
-SMALL = ["cifar_resnet20", "--weights", "none"]
+SMALL: list[str | Path] = ["cifar_resnet20", "--weights", "none"]
 
 
 @pytest.fixture(autouse=True)
@@ -282,7 +282,7 @@ def test_a_converted_network_comes_back_as_a_plain_file(here: Path, colours: Pat
 
 def test_it_can_be_adapted_on_the_way_back(colours: Path) -> None:
     converted(*SMALL, "-o", "net.safetensors")
-    back = ["--back", "net.safetensors", "--calibrate", colours, "--distill", "1"]
+    back: list[str | Path] = ["--back", "net.safetensors", "--calibrate", colours, "--distill", "1"]
     document = converted(*back)
     assert document["path"] == "net-plain.safetensors"
     assert [step["name"] for step in document["steps"]][-2:] == ["refined", "distilled"]
@@ -345,7 +345,15 @@ def test_a_published_network_keeps_its_classes(
         names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
         archive.extractall(here, names[::300])
     weights = shared / "weights" / "resnet20-12fca82f.th"
-    args = ["cifar_resnet20", "--weights", weights, "--stages", "all", "--gamma", "0.5"]
+    args: list[str | Path] = [
+        "cifar_resnet20",
+        "--weights",
+        weights,
+        "--stages",
+        "all",
+        "--gamma",
+        "0.5",
+    ]
     document = converted(*args, "--calibrate", "cifar10/train", "--verify", "cifar10/val")
     certificate = document["certificate"]
     assert certificate["drift"]["images"] == len(names[::300]) - document["calibration"]["images"]
