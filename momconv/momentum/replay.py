@@ -41,7 +41,8 @@ class Replay:
         """block(x, *args), dropping what it saves for backward."""
         self._requires_grad = [tensor.requires_grad for tensor in (x, *args)]
         self._args = [arg.detach() for arg in args]
-        self._autocast = autocast_settings(x.device.type)
+        # Autocast's cache would keep a copy of every weight until the end of the forward pass.
+        self._autocast = autocast_settings(x.device.type) | {"cache_enabled": False}
         random_state = _random_state(x.device)
         kept = {_memory_of(tensor) for tensor in (x, *(entry[2] for entry in self._parameters))}
         sizes: list[int] = []  # in bytes, of what the block saves; what is kept anyway counts 0
@@ -50,7 +51,7 @@ class Replay:
             sizes.append(0 if _memory_of(tensor) in kept else tensor.nbytes)
             return len(sizes) - 1
 
-        with saved_tensors_hooks(drop, self._serve):
+        with torch.autocast(**self._autocast), saved_tensors_hooks(drop, self._serve):
             y = evaluate(self._block, x, *args)
         self._count = len(sizes)
         self._middle = _find_middle(sizes, x.nbytes) if self._in_parts else 0
