@@ -92,14 +92,15 @@ class Replay:
     def _repeat_beginning(self) -> None:
         """The call as far as the middle, keeping what it saves."""
         inputs, self._inputs = self._inputs, []
+        numbers = count()
 
         def keep(tensor: Tensor) -> int:
-            if len(self._saved) == self._middle:
+            number = next(numbers)
+            if number == self._middle:
                 raise _Enough
-            self._saved[len(self._saved)] = tensor.detach()
-            return len(self._saved) - 1
+            self._saved[number] = tensor.detach()
+            return number
 
-        self._saved = {}
         with suppress(_Enough):
             self._call(inputs, keep)
 
