@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from momconv.momentum.equations import Rule
 
@@ -75,9 +76,10 @@ def _divide(v: Tensor, r: Tensor, gamma: float) -> None:
 
 
 def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The tensors' memory in slices; a missing tensor stays missing."""
+    """The tensors' memory in slices; a missing tensor stays missing. Of fakes, one slice says all."""
     flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
     first = next(t for t in tensors if t is not None)
     length = GPU_PIECE if first.is_cuda else PIECE
-    for start in range(0, first.numel(), length):
+    stop = min(length, first.numel()) if isinstance(first, FakeTensor) else first.numel()
+    for start in range(0, stop, length):
         yield tuple(None if t is None else t[start : start + length] for t in flat)
