@@ -76,7 +76,7 @@ def _divide(v: Tensor, r: Tensor, gamma: float) -> None:
 
 
 def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The tensors' memory in slices; a missing tensor stays missing. Of fakes, one slice says all."""
+    """The tensors' memory in slices (of fakes, one is enough); a missing tensor stays missing."""
     flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
     first = next(t for t in tensors if t is not None)
     length = GPU_PIECE if first.is_cuda else PIECE

@@ -137,8 +137,8 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
             values, which fake tensors do not have.
     """
     kind = _device_type(device)
-    trace = _Trace(block=_CUDA_BLOCK if kind == "cuda" else 1)
-    fakes = FakeTensorMode()
+    trace = _Trace(kind)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)  # such as a tensor that is no buffer
     traced = torch.device(kind if kind == "cpu" or torch.cuda.is_available() else "cpu")
     imitation = _imitate(model, fakes, traced)
     if strategy is not None:
@@ -181,10 +181,10 @@ class _Peak(NamedTuple):
 class _Trace(TorchDispatchMode):
     """Follows the storages of a step on fake tensors from their first operation to their end."""
 
-    def __init__(self, block: int) -> None:
-        super().__init__()
-        self._block = block
-        self._on_cpu = block == 1
+    def __init__(self, device_type: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._on_cpu = device_type == "cpu"
+        self._block = 1 if self._on_cpu else _CUDA_BLOCK
         self._known: dict[int, weakref.ref[Any]] = {}  # storages by their address
         self._changes: list[tuple[int, _Tensor | None]] = []  # None: the end of a storage
         self._live = 0
@@ -210,7 +210,7 @@ class _Trace(TorchDispatchMode):
         for address, tensor in self._changes[: self._peak.changes]:
             if tensor is None:
                 alive.pop(address, None)
-            else:
+            elif tensor.bytes:
                 alive[address] = tensor
         activations: Counter[str] = Counter()
         for tensor in alive.values():
@@ -277,7 +277,7 @@ def _summarise(tensors: Any) -> tuple[Alive, ...]:
     for tensor in tensors:
         sizes[tensor.operation, tensor.stage] += tensor.bytes
         counts[tensor.operation, tensor.stage] += 1
-    return tuple(Alive(*kind, counts[kind], size) for kind, size in sizes.most_common() if size)
+    return tuple(Alive(*kind, counts[kind], size) for kind, size in sizes.most_common())
 
 
 def _imitate(model: nn.Module, fakes: FakeTensorMode, device: torch.device) -> nn.Module:

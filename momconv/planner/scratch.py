@@ -46,7 +46,7 @@ def _casts(args: Arguments, results: Sequence[Tensor]) -> int:
 
 def _batch_norm_backward(args: Arguments, results: Sequence[Tensor]) -> int:
     """A second gradient of the input, which is copied into the first."""
-    gradient, x = args[:2]
+    x = args[1]
     return _bytes(*results) + (_bytes(x) if results and results[0].shape == x.shape else 0)
 
 
@@ -57,7 +57,7 @@ def _layer_norm(args: Arguments, results: Sequence[Tensor]) -> int:
 def _layer_norm_backward(args: Arguments, results: Sequence[Tensor]) -> int:
     """Copies without gaps, and each thread's own gradients of weight and bias."""
     gradient, x, shape = args[:3]
-    sums = 2 * torch.get_num_threads() * math.prod(shape) * x.element_size()
+    sums: int = 2 * torch.get_num_threads() * math.prod(shape) * x.element_size()
     return _bytes(*results) + _copies(gradient, x) + sums
 
 
@@ -195,9 +195,7 @@ def _convolution(args: Arguments, results: Sequence[Tensor]) -> int:
     backend = torch._C._select_conv_backend(
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
     )
-    if backend != torch._C._ConvBackend.Mkldnn:
-        return _native_forward(conv)
-    return _onednn_forward(conv)
+    return _onednn_forward(conv) if backend.name == "Mkldnn" else _native_forward(conv)
 
 
 def _native_forward(conv: _Convolution) -> int:
@@ -225,9 +223,9 @@ def _convolution_backward(args: Arguments, results: Sequence[Tensor]) -> int:
     conv = _Convolution(x, weight, gradient, stride, padding, groups)
     sizes = (stride, padding, dilation, transposed, output_padding, groups, bias_sizes)
     backend = torch._C._select_conv_backend(x, weight, None, *sizes)
-    if backend != torch._C._ConvBackend.Mkldnn:
-        return _native_backward(conv, results)
-    return _onednn_backward(conv, wanted)
+    if backend.name == "Mkldnn":
+        return _onednn_backward(conv, wanted)
+    return _native_backward(conv, results)
 
 
 def _native_backward(conv: _Convolution, results: Sequence[Tensor]) -> int:
@@ -271,8 +269,8 @@ def _strided_scratch(conv: _Convolution) -> int:
 def _onednn_weight_gradient(conv: _Convolution) -> int:
     weight, threads = _bytes(conv.weight), torch.get_num_threads()
     if conv.gradient_needs_columns:
-        # oneDNN counts the bytes of each thread's sum twice, and allocates four times as much.
-        sums = _FLOAT * weight if threads > 1 and len(conv.x) > 1 else 0
+        # oneDNN counts each thread's sum in bytes and takes them for floats.
+        sums = _FLOAT * weight if len(conv.x) > 1 else 0
         return weight + max(threads * (sums + conv.columns // conv.groups), weight)
     if conv.is_channels_last:
         blocks = _in_blocks(1) ** 2 if conv.is_depthwise else 1
