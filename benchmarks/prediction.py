@@ -99,6 +99,7 @@ def freeze(model: nn.Module, trained: Trained) -> None:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(not frozen_norm and trained != "head")
         if frozen_norm:
+            nn.init.constant_(module.weight, 0.1)  # else activations of random weights explode
             module.eval()
     head.requires_grad_()
 

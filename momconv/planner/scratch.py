@@ -24,6 +24,7 @@ Rule = Callable[[Arguments, Sequence[Tensor]], int]
 _FLOAT = 4  # bytes
 _IMAGE_CHANNELS = 3  # up to so many, oneDNN reads the input of a convolution as it is
 _LARGEST_DIRECT_KERNEL = 14  # oneDNN's direct gradient of weights has no larger ones
+_WIDE_GROUP = 16  # channels
 _STRIDED_BYTES = 28 * 2**10  # the fixed part of the scratch of a strided convolution's gradient
 
 
@@ -177,6 +178,12 @@ class _Convolution:
         return _bytes(self.weight) if self.is_channels_last and not ready else 0
 
     @property
+    def needs_strided_gradient(self) -> bool:
+        """Whether oneDNN computes the input's gradient channels-last, by matrix products."""
+        wide = self.groups == 1 or self.weight.shape[1] >= _WIDE_GROUP
+        return self.is_strided and wide
+
+    @property
     def needs_columns(self) -> bool:
         """Whether oneDNN has no direct algorithm: of groups that do not fill its blocks."""
         per_group = self.weight.shape[1]
@@ -249,11 +256,11 @@ def _onednn_input_gradient(conv: _Convolution) -> int:
     x = _bytes(conv.x)
     if conv.needs_columns:
         return max(x + torch.get_num_threads() * conv.columns, 2 * x)
-    strided = _strided_scratch(conv) if conv.is_strided else 0
+    scratch = _strided_scratch(conv) if conv.needs_strided_gradient else 0
     if conv.is_channels_last:
-        return x + conv.blocked_weight + strided
-    if conv.is_strided:
-        return max(_bytes(conv.y) + conv.blocked_weight + x + strided, 3 * x)
+        return x + conv.blocked_weight + scratch
+    if conv.needs_strided_gradient:
+        return max(_bytes(conv.y) + conv.blocked_weight + x + scratch, 3 * x)
     blocked_x = _blocked(conv.x)
     return max(_blocked(conv.y) + conv.blocked_weight + blocked_x, blocked_x + x)
 
