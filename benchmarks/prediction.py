@@ -2,7 +2,7 @@
 
 Predicted by ``momconv.peak_memory``, measured on PyTorch's CPU allocator. "step" is what a step
 allocates, "whole" has weights, gradients, optimiser state (SGD) and the batch as well. Run
-``python -m benchmarks.prediction`` (all cases, about half an hour on two cores) or name some:
+``python -m benchmarks.prediction`` (all cases, more than an hour on two cores) or name some:
 ``python -m benchmarks.prediction resnet18 vit_b_16``.
 """
 
