@@ -42,6 +42,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     "depth": show_all,
     "batches": show_all,
     "conversion": show_all,
+    "prediction": show_all,
 }
 
 
