@@ -95,11 +95,11 @@ def freeze(model: nn.Module, trained: Trained) -> None:
     """Leave only what is ``trained`` trainable; BatchNorm that is not uses its statistics."""
     head = list(model.children())[-1]
     for module in model.modules():
-        frozen_norm = isinstance(module, _BatchNorm) and trained != "all"
         for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(not frozen_norm and trained != "head")
-        if frozen_norm:
-            module.weight.data.fill_(0.1)  # else activations of random weights explode
+            parameter.requires_grad_(trained != "head")
+        if isinstance(module, _BatchNorm) and trained != "all":
+            module.requires_grad_(False)
+            nn.init.constant_(module.weight, 0.1)  # else activations of random weights explode
             module.eval()
     head.requires_grad_()
 
