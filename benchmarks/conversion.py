@@ -1,24 +1,29 @@
 """Accuracy on CIFAR-10's 10,000 test images after a conversion, over γ; no label is used for it.
 
-Run ``python -m benchmarks.conversion``, which takes hours, or for a part of the table
+"momentumnet" is the plain swap that the package of that name does. "momconv" calibrates on so many
+unlabelled images, and "distilled" trains on 5,000 after that, six passes. Every stage with two or
+more blocks of a shape follows the momentum rule. Run ``python -m benchmarks.conversion``, which
+takes hours, or for a part of the table
 ``python -m benchmarks.conversion --networks cifar_resnet20 --gammas 0.9 --no-distil``. Images and
 weights are looked for in the folder ``shared`` beside the repository unless they are named.
 """
 
 import argparse
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.results import FOLDER, HERE, report
+from benchmarks.tables import Log, Row, show
 from momconv import calibrate, convert, load_network
 from momconv.data.calibration_images import CalibrationImages, choose_images
 from momconv.data.folder import read_classes_folder
@@ -26,14 +31,15 @@ from momconv.momentum.sequential import momentum_stages
 from momconv.surgery.distillation import distill
 from momconv.zoo.description import describe
 
-SHARED = HERE.parents[1] / "shared"
+TITLE = "conversion"
+KEY = ("network", "γ", "images", "method")
+VALUE = "accuracy (%)"
+SHARED = Path(__file__).parents[2] / "shared"
 WEIGHTS = {"cifar_resnet20": "resnet20-12fca82f.th", "cifar_resnet32": "resnet32-d509ac18.th"}
 GAMMAS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.95)
 COUNTS = (100, 500, 2000)  # images to calibrate on
 DISTILLED = 5000
 BATCH = 250
-COLUMNS = ("network", "γ", "method", "images", "accuracy in %")
-Row = tuple[str, float, str, int, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +52,14 @@ class Case:
     test: list[Tensor]
     labels: Tensor
 
-    def accuracy(self, model: nn.Module) -> float:
-        """In percent."""
+    def row(self, gamma: float, method: str, images: int, model: nn.Module) -> Row:
+        """The accuracy of ``model``, which a method made of the network with so many images."""
         model.eval()
         with torch.no_grad():
             guesses = torch.cat([model(batch).argmax(1) for batch in self.test])
-        return 100 * float((guesses == self.labels).double().mean())
+        accuracy = 100 * float((guesses == self.labels).double().mean())
+        cells = (self.name, f"{gamma:g}", f"{images}", method, f"{accuracy:.2f}")
+        return dict(zip((*KEY, VALUE), cells, strict=True))
 
 
 def load_case(name: str, weights: Path, data: Path) -> Case:
@@ -79,36 +87,36 @@ def swap(plain: nn.Module, gamma: float) -> nn.Module:
 def compare(case: Case, gamma: float, *, with_distillation: bool) -> Iterator[Row]:
     """All methods on one network at one γ."""
     if find_spec("momentumnet"):
-        swapped = swap(case.plain, gamma)
-        yield case.name, gamma, "momentumnet", 0, case.accuracy(swapped)
+        yield case.row(gamma, "momentumnet", 0, swap(case.plain, gamma))
     for count in COUNTS:
         model = convert(case.plain, gamma, stages="all")
         images = list(CalibrationImages(case.train.paths[:count], describe(model).preprocessing))
         calibrate(model, images, case.plain)
-        yield case.name, gamma, "momconv", count, case.accuracy(model)
+        yield case.row(gamma, "momconv", count, model)
     if with_distillation:
         distill(model, case.plain, list(case.train))
-        yield case.name, gamma, "momconv, distilled", DISTILLED, case.accuracy(model)
+        yield case.row(gamma, "momconv, distilled", DISTILLED, model)
 
 
-def draw(rows: Sequence[Row], path: Path) -> None:
+def draw(rows: Sequence[Row]) -> Figure:
     """Accuracy over γ, a panel for each network."""
-    from matplotlib.figure import Figure
-
-    networks = list(dict.fromkeys(row[0] for row in rows))
+    networks = list(dict.fromkeys(row["network"] for row in rows))
     figure = Figure(figsize=(4.6 * len(networks), 3.8), layout="constrained")
     panels = figure.subplots(1, len(networks), squeeze=False)[0]
     for axes, network in zip(panels, networks, strict=True):
-        own = [row for row in rows if row[0] == network]
-        original = next(row[4] for row in own if row[2] == "original")
-        axes.axhline(original, color="#000000", linestyle=":", label="original")
-        for method, images in dict.fromkeys((row[2], row[3]) for row in own if row[1]):
-            points = [(row[1], row[4]) for row in own if (row[2], row[3]) == (method, images)]
-            label = f"{method}, {images:,} images" if images else method
-            axes.plot(*zip(*points, strict=True), marker="o", label=label)
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row["network"] == network:
+                label = f"{row['method']}, {int(row['images']):,} images"
+                label = label if row["images"] != "0" else row["method"]
+                lines.setdefault(label, []).append((float(row["γ"]), float(row[VALUE])))
+        ((_, accuracy),) = lines.pop("original")
+        axes.axhline(accuracy, color="#000000", linestyle=":", label="original")
+        for label, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
         axes.set(title=network, xlabel="γ", ylabel="accuracy on CIFAR-10 (%)", ylim=(0, 100))
         axes.legend(loc="lower left", fontsize="small")
-    figure.savefig(path, dpi=100)
+    return figure
 
 
 @contextmanager
@@ -138,18 +146,19 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure the networks of the command line, write the table and the picture."""
-    options, rows = parse(), list[Row]()
+    """Measure the networks of the command line; other results stay as they are."""
+    options, log = parse(), Log.of(TITLE, torch.device("cpu"))
     with unpacked(options.data) as data:
         for name in options.networks:
             case = load_case(name, options.weights, data)
-            rows.append((name, 0.0, "original", 0, case.accuracy(case.plain)))
+            rows = [iter([case.row(0, "original", 0, case.plain)])]
             for gamma in options.gammas:
-                for row in compare(case, gamma, with_distillation=not options.no_distil):
-                    rows.append(row)
-                    print(*row, file=sys.stderr, flush=True)  # noqa: T201 (it takes hours)
-    report("conversion", COLUMNS, rows, torch.device("cpu"))
-    draw(rows, FOLDER / "conversion.png")
+                rows.append(compare(case, gamma, with_distillation=not options.no_distil))
+            for row in chain.from_iterable(rows):
+                Console(stderr=True).print(*row.values())
+                log.merge([row], KEY)
+    show(TITLE, log.read())
+    draw(log.read()).savefig(log.picture, dpi=100)
 
 
 if __name__ == "__main__":

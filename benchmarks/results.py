@@ -41,6 +41,8 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     "exactness": show_all,
     "depth": show_all,
     "batches": show_all,
+    "conversion": show_all,
+    "prediction": show_all,
 }
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from momconv.evaluation import evaluate
     from momconv.files.model_file import load, save
     from momconv.momentum.sequential import MomentumSequential, set_strategy
+    from momconv.planner.prediction import peak_memory
     from momconv.surgery.calibration import calibrate
     from momconv.surgery.certificate import certify
     from momconv.surgery.conversion import convert
@@ -31,6 +32,7 @@ __all__ = [
     "finetune",
     "load",
     "load_network",
+    "peak_memory",
     "save",
     "set_strategy",
 ]
@@ -45,6 +47,7 @@ _HOMES = {
     "finetune": "training.finetuning",
     "load": "files.model_file",
     "load_network": "zoo.weights",
+    "peak_memory": "planner.prediction",
     "save": "files.model_file",
     "set_strategy": "momentum.sequential",
 }

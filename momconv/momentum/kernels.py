@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from momconv.momentum.equations import Rule
 
@@ -86,7 +87,8 @@ def _divide(v: Tensor, r: Tensor, gamma: float) -> None:
 
 
 def _is_fusible(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype == torch.float32 and _has_triton()
+    is_real = not isinstance(x, FakeTensor)
+    return x.is_cuda and is_real and x.dtype == torch.float32 and _has_triton()
 
 
 @cache
@@ -95,12 +97,13 @@ def _has_triton() -> bool:
 
 
 def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """The tensors' memory in slices; a missing tensor stays missing."""
+    """The tensors' memory in slices (of fakes, one is enough); a missing tensor stays missing."""
     first = next(t for t in tensors if t is not None)
     length = GPU_PIECE if first.is_cuda else PIECE
     if first.numel() <= length:
         yield tensors
         return
     flat = [None if t is None else t.as_strided((t.numel(),), (1,)) for t in tensors]
-    for start in range(0, first.numel(), length):
+    stop = length if isinstance(first, FakeTensor) else first.numel()
+    for start in range(0, stop, length):
         yield tuple(None if t is None else t[start : start + length] for t in flat)

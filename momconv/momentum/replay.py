@@ -41,7 +41,8 @@ class Replay:
         """block(x, *args), dropping what it saves for backward."""
         self._requires_grad = [tensor.requires_grad for tensor in (x, *args)]
         self._args = [arg.detach() for arg in args]
-        self._autocast = autocast_settings(x.device.type)
+        # Autocast's cache would keep a copy of every weight until the end of the forward pass.
+        self._autocast = autocast_settings(x.device.type) | {"cache_enabled": False}
         random_state = _random_state(x.device)
         kept = {_memory_of(tensor) for tensor in (x, *(entry[2] for entry in self._parameters))}
         sizes: list[int] = []  # in bytes, of what the block saves; what is kept anyway counts 0
@@ -50,7 +51,7 @@ class Replay:
             sizes.append(0 if _memory_of(tensor) in kept else tensor.nbytes)
             return len(sizes) - 1
 
-        with saved_tensors_hooks(drop, self._serve):
+        with torch.autocast(**self._autocast), saved_tensors_hooks(drop, self._serve):
             y = evaluate(self._block, x, *args)
         self._count = len(sizes)
         self._middle = _find_middle(sizes, x.nbytes) if self._in_parts else 0
@@ -91,14 +92,15 @@ class Replay:
     def _repeat_beginning(self) -> None:
         """The call as far as the middle, keeping what it saves."""
         inputs, self._inputs = self._inputs, []
+        numbers = count()
 
         def keep(tensor: Tensor) -> int:
-            if len(self._saved) == self._middle:
+            number = next(numbers)
+            if number == self._middle:
                 raise _Enough
-            self._saved[len(self._saved)] = tensor.detach()
-            return len(self._saved) - 1
+            self._saved[number] = tensor.detach()
+            return number
 
-        self._saved = {}
         with suppress(_Enough):
             self._call(inputs, keep)
 

@@ -28,8 +28,10 @@ def _keeps_shape(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...
     mode = x.fake_mode if isinstance(x, FakeTensor) else FakeTensorMode()
     inputs = [_imitate(tensor, mode) for tensor in (x, *args)]
     keeps = []
+    kind = x.device.type
+    settings = autocast_settings(kind if torch.amp.is_autocast_available(kind) else "cpu")  # meta
     # Without autocast's cache of cast weights, which would keep fake ones for the real pass.
-    with torch.autocast(**autocast_settings(x.device.type) | {"cache_enabled": False}):
+    with torch.autocast(**settings | {"cache_enabled": False}):
         for block in blocks:
             y = call_on_fakes(block, inputs, mode)
             keeps.append(y.shape == inputs[0].shape)

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from momconv.errors import InversionError, NotReproducible, RangeOverflow
 from momconv.momentum import kernels
@@ -78,7 +79,7 @@ class Trajectory:
                 kind="inversion.modified_output",
                 fix="use the out-of-place operation on it (inplace=False)",
             )
-        if n == len(self._bounds) - 1:
+        if n == len(self._bounds) - 1 and not isinstance(self.x, FakeTensor):  # which has no values
             torch.autograd.Variable._execution_engine.queue_callback(self.verify)
         self.n = n
         self.x = kernels.retreat(self.x, self.v, self.rule)

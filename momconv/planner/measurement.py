@@ -84,11 +84,11 @@ def measure_step(
     Gradients exist beforehand, as in every micro-batch but the first, and are added to in place.
     Afterwards the model's gradients and buffers and the random state are what they were.
     """
-    stages = _find_stages(model)
-    with _keeping_state(model, device), _marking(stages):
+    stages = find_stages(model)
+    with _keeping_state(model, device), marking(stages, _mark_stage):
         images = torch.randn(batch, 3, resolution, resolution, device=device)
         labels = torch.zeros(batch, dtype=torch.long, device=device)  # their values cost nothing
-        step = partial(_run_step, model, images, labels, precision)
+        step = partial(run_step, model, images, labels, precision, _mark_loss)
         changes = _record(step, device, next(iter(stages.values())))
         peak_bytes, peak_stage = _find_peak(changes)
         if device.type == "cuda":  # the run above also allocated cuBLAS's and cuDNN's workspaces
@@ -140,7 +140,8 @@ def available_bytes(device: torch.device) -> int:
 # The step and its stages
 
 
-def _find_stages(model: nn.Module) -> dict[nn.Module, str]:
+def find_stages(model: nn.Module) -> dict[nn.Module, str]:
+    """The children of ``model`` and their stages; see :class:`StepUsage`."""
     children = list(model.named_children())
     deep = [i for i, (_, child) in enumerate(children) if isinstance(child, nn.Sequential)]
     if not deep:
@@ -152,15 +153,15 @@ def _find_stages(model: nn.Module) -> dict[nn.Module, str]:
 
 
 @contextlib.contextmanager
-def _marking(stages: dict[nn.Module, str]) -> Iterator[None]:
-    """Marks on the profiler's clock when the forward and backward pass enter a stage.
+def marking(stages: dict[nn.Module, str], enter: Callable[[str], None]) -> Iterator[None]:
+    """Calls ``enter`` when the forward and backward pass enter a stage.
 
     The backward marks are hooks on the output's gradient: a full backward hook would make the
     output a view, which the in-place ReLU of a torchvision network could not change.
     """
 
     def mark(stage: str, *_: object) -> None:
-        _mark(_STAGE_MARK + stage)
+        enter(stage)
 
     def mark_backward(stage: str, _module: nn.Module, _args: object, output: object) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
@@ -177,8 +178,13 @@ def _marking(stages: dict[nn.Module, str]) -> Iterator[None]:
             handle.remove()
 
 
-def _mark(name: str) -> None:
-    with record_function(name):
+def _mark_stage(stage: str) -> None:
+    with record_function(_STAGE_MARK + stage):
+        pass
+
+
+def _mark_loss() -> None:
+    with record_function(_LOSS_MARK):
         pass
 
 
@@ -201,12 +207,19 @@ def _keeping_state(model: nn.Module, device: torch.device) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _run_step(model: nn.Module, images: Tensor, labels: Tensor, precision: Precision) -> None:
+def run_step(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    precision: Precision,
+    enter_loss: Callable[[], None],
+) -> None:
+    """The forward pass, the loss, before which ``enter_loss`` is called, and the backward pass."""
     autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
     with torch.enable_grad():
         with autocast:
             outputs = model(images)
-            _mark(_LOSS_MARK)
+            enter_loss()
             loss = F.cross_entropy(outputs, labels)
         loss.backward()
 

@@ -43,6 +43,8 @@ def distill(  # noqa: PLR0913 (one for each choice)
     One image in five of the first eight batches is held out. However this ends, also by an
     exception, the student has the values with which it was closest to the teacher on them: at the
     beginning, after every 25 steps, or at the end. So a student never gets worse by their measure.
+    Where calibration held out the same images, that is where ``batches`` begin with its batches,
+    these are new to the student, and the comparison is fair.
 
     Args:
         student: The converted network, on any device. Its training flags stay as they are.

@@ -33,6 +33,15 @@ def test_gradients_are_those_of_storing_everything(dropout: float, step: object)
     assert differences(ours, stored) == []
 
 
+def test_exact_where_the_middle_falls_among_the_tensors_of_one_operation() -> None:
+    # Of so few tokens the largest tensor is a weight in half precision.
+    net, x = transformer(), tokens(count=1)
+
+    stored, ours = (aftermath(net, x, how, under_bf16_autocast) for how in ("store", "auto"))
+
+    assert differences(ours, stored) == []
+
+
 def test_exact_where_the_first_part_needs_no_gradient() -> None:
     net = transformer()
     for name, parameter in net.named_parameters():

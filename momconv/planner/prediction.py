@@ -1,0 +1,327 @@
+"""The peak memory of a training step, predicted without running it.
+
+The step runs on fake tensors, which have shapes, types and lifetimes but no memory: forward pass,
+loss and backward pass with all recomputation and inversion, so that every tensor is made and freed
+in the order of the real step. The storages alive at each operation, plus what its kernel needs for
+itself (scratch.py), are the live memory, and its maximum is the peak.
+"""
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from momconv.errors import UsageError
+from momconv.momentum.autograd import Strategy
+from momconv.momentum.sequential import set_strategy
+from momconv.planner.measurement import Precision, find_stages, marking, run_step, static_bytes
+from momconv.planner.scratch import peak_within
+
+# What a GPU needs besides tensors. No GPU has been measured for these: they are the sizes that
+# NVIDIA's and PyTorch's documents name, rounded up.
+CONTEXT_BYTES = 512 * 2**20  # kernels and tables of the CUDA context
+WORKSPACE_BYTES = 64 * 2**20  # cuBLAS's (32 MiB on Hopper) and the usual ones of cuDNN
+SEGMENT_BYTES = (2 + 20) * 2**20  # one partly filled segment each for small and for large blocks
+_CUDA_BLOCK = 512  # bytes to which PyTorch's CUDA allocator rounds up
+
+_ACCUMULATION = "torch::autograd::AccumulateGrad"
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """Tensors alive at the peak that one kind of operation allocated in one stage."""
+
+    operation: str
+    stage: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeakMemory:
+    """The peak of a training step and what it consists of, in bytes.
+
+    Attributes:
+        weights: Parameters and buffers.
+        gradients: Of the trainable parameters, which exist throughout.
+        optimizer: The optimiser's state.
+        ema: The averaged copy of the weights, 0 without one.
+        batch: The input images and labels.
+        activations: By stage, what the forward pass allocated.
+        side_information: The integer remainders of the momentum rule.
+        transients: What the backward pass allocated: recomputed activations and gradients of
+            activations; and the operation's own scratch memory.
+        allowance: On a GPU, for context, libraries and fragmentation; 0 on a CPU.
+        stage: Whose forward or backward pass runs at the peak.
+        operation: The operation that runs at the peak.
+        alive: The tensors of ``activations``, ``side_information`` and ``transients``, the largest
+            kinds first.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    batch: int
+    activations: dict[str, int]
+    side_information: int
+    transients: int
+    allowance: int
+    stage: str
+    operation: str
+    alive: tuple[Alive, ...]
+
+    @property
+    def static(self) -> int:
+        """What training holds whatever the batch is."""
+        return self.weights + self.gradients + self.optimizer + self.ema
+
+    @property
+    def step(self) -> int:
+        """What a step allocates, as ``momconv.planner.measurement.measure_step`` counts it."""
+        return sum(self.activations.values()) + self.side_information + self.transients
+
+    @property
+    def total(self) -> int:
+        """The peak, everything included."""
+        return self.static + self.batch + self.step + self.allowance
+
+
+def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
+    model: nn.Module,
+    batch: int,
+    resolution: int,
+    precision: Precision = "fp32",
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    *,
+    strategy: Strategy | Literal["auto"] | None = None,
+    ema: bool = False,
+    device: str = "cpu",
+) -> PeakMemory:
+    """Predict the peak memory of a training step of ``model``, in its current mode.
+
+    Neither memory for the step nor a pass through the network is needed: only shapes are computed.
+    ``model`` may be on any device, ``torch.device("meta")`` included, and stays as it is.
+
+    For a CPU, benchmarks/prediction.py compares with measured peaks. For a GPU nothing has been
+    compared: the allocator's rounding is exact, while the context, the workspaces of libraries and
+    fragmentation are an allowance. On a machine without a GPU the step is traced as on a CPU.
+
+    Args:
+        model: A network for RGB images, converted or not.
+        batch: Images that go through the network at once.
+        resolution: Pixels of their sides.
+        precision: "bf16" is autocast.
+        optimizer: Whose state counts.
+        strategy: As for ``momconv.set_strategy``; None keeps the model's.
+        ema: Whether an averaged copy of the weights is kept.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UsageError: The strategy or the device is unknown, or what the model computes depends on
+            values, which fake tensors do not have.
+    """
+    kind = _device_type(device)
+    trace = _Trace(kind)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)  # such as a tensor that is no buffer
+    traced = torch.device(kind if kind == "cpu" or torch.cuda.is_available() else "cpu")
+    imitation = _imitate(model, fakes, traced)
+    if strategy is not None:
+        set_strategy(imitation, strategy)
+    with _explaining(model), fakes:
+        images = torch.empty(batch, 3, resolution, resolution, device=traced)
+        labels = torch.empty(batch, dtype=torch.long, device=traced)
+        trace.run(imitation, images, labels, precision)
+    static = static_bytes(model, optimizer)
+    return trace.report(
+        weights=static.weights,
+        gradients=static.gradients,
+        optimizer=static.optimizer,
+        ema=static.weights if ema else 0,
+        batch=images.nbytes + labels.nbytes,
+        allowance=CONTEXT_BYTES + WORKSPACE_BYTES + SEGMENT_BYTES if kind == "cuda" else 0,
+    )
+
+
+class _Tensor(NamedTuple):
+    """A storage, by what made it."""
+
+    bytes: int
+    operation: str
+    stage: str
+    in_forward: bool
+    is_remainder: bool
+
+
+class _Peak(NamedTuple):
+    """A moment: so many changes of the live memory happened before, and an operation runs."""
+
+    bytes: int
+    changes: int
+    scratch: int
+    operation: str
+    stage: str
+
+
+class _Trace(TorchDispatchMode):
+    """Follows the storages of a step on fake tensors from their first operation to their end."""
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._on_cpu = device_type == "cpu"
+        self._block = 1 if self._on_cpu else _CUDA_BLOCK
+        self._known: dict[int, weakref.ref[Any]] = {}  # storages by their address
+        self._changes: list[tuple[int, _Tensor | None]] = []  # None: the end of a storage
+        self._live = 0
+        self._peak = _Peak(0, 0, 0, "", "")
+        self._stage = ""
+        self._in_forward = True
+
+    def run(self, model: nn.Module, images: Tensor, labels: Tensor, precision: Precision) -> None:
+        """Trace the step; what exists before it does not count."""
+        for tensor in (*model.parameters(), *model.buffers(), images, labels):
+            self._follow(tensor, None)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        stages = find_stages(model)
+        self._stage = next(iter(stages.values()))
+        with marking(stages, self._enter), self:
+            run_step(model, images, labels, precision, self._enter_loss)
+
+    def report(self, **parts: int) -> PeakMemory:
+        """What was alive at the peak, next to the ``parts`` that the step does not allocate."""
+        alive: dict[int, _Tensor] = {}
+        for address, tensor in self._changes[: self._peak.changes]:
+            if tensor is None:
+                alive.pop(address, None)
+            elif tensor.bytes:
+                alive[address] = tensor
+        activations: Counter[str] = Counter()
+        for tensor in alive.values():
+            if tensor.in_forward and not tensor.is_remainder:
+                activations[tensor.stage] += tensor.bytes
+        remainders = sum(tensor.bytes for tensor in alive.values() if tensor.is_remainder)
+        return PeakMemory(
+            **parts,
+            activations=dict(activations),
+            side_information=remainders,
+            transients=self._peak.bytes - activations.total() - remainders,
+            stage=self._peak.stage,
+            operation=self._peak.operation,
+            alive=_summarise(alive.values()),
+        )
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.equal.default:  # of random states, which are no fakes
+            with _disable_current_modes():
+                return func(*args)
+        before = self._live
+        out = func(*args, **(kwargs or {}))
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        operation = func.name().partition("::")[2]
+        for tensor in results:
+            self._follow(tensor, None if _is_accumulating() else operation)
+        within = peak_within(func, args, results) if self._on_cpu else 0
+        scratch = max(0, before + within - self._live)
+        if self._live + scratch > self._peak.bytes:
+            now = self._live + scratch
+            self._peak = _Peak(now, len(self._changes), scratch, operation, self._stage)
+        return out
+
+    def _follow(self, tensor: Tensor, operation: str | None) -> None:
+        """Count the storage of ``tensor`` until it ends, unless no ``operation`` of the step."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._known:
+            return
+        size = 0 if operation is None else -storage.nbytes() // self._block * -self._block
+        is_remainder = tensor.dtype in (torch.int8, torch.int16, torch.int32)
+        made = _Tensor(size, operation or "", self._stage, self._in_forward, is_remainder)
+        self._live += size
+        self._changes.append((address, made))
+        self._known[address] = weakref.ref(storage, lambda _: self._end(address, size))
+
+    def _end(self, address: int, size: int) -> None:
+        del self._known[address]
+        self._live -= size
+        self._changes.append((address, None))
+
+    def _enter(self, stage: str) -> None:
+        self._stage = stage
+
+    def _enter_loss(self) -> None:
+        self._in_forward = False
+
+
+def _summarise(tensors: Any) -> tuple[Alive, ...]:
+    sizes: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
+    for tensor in tensors:
+        sizes[tensor.operation, tensor.stage] += tensor.bytes
+        counts[tensor.operation, tensor.stage] += 1
+    return tuple(Alive(*kind, counts[kind], size) for kind, size in sizes.most_common())
+
+
+def _imitate(model: nn.Module, fakes: FakeTensorMode, device: torch.device) -> nn.Module:
+    """A copy of ``model`` on ``device`` whose parameters and buffers are fakes."""
+    memo: dict[int, Any] = {}
+    with fakes:
+        for tensor in (*model.parameters(), *model.buffers()):
+            fake = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+            )
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+    return copy.deepcopy(model, memo)
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    """Let go of a gradient where the real step adds it to the one that exists."""
+    parameter.grad = None
+
+
+def _is_accumulating() -> bool:
+    """Whether autograd is adding a gradient; on fakes it may copy it, in the real step never."""
+    node = torch._C._current_autograd_node()
+    return node is not None and node.name() == _ACCUMULATION
+
+
+def _device_type(device: str) -> str:
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {device!r}", kind="usage.unknown_device", fix="cpu, cuda")
+    return kind
+
+
+@contextmanager
+def _explaining(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+        UnsupportedOperatorException,
+    ) as error:
+        raise UsageError(
+            f"the memory of this {type(model).__name__} depends on values: {error}",
+            kind="model.depends_on_values",
+            fix="measure it with momconv.planner.measurement.measure_step",
+        ) from error
