@@ -66,6 +66,7 @@ class Means:
         count: How many images of either.
         seed: Of their choice.
         distill: For how many epochs (int) or minutes (float) to distil.
+        device: Where; what comes of it is certified on the CPU.
     """
 
     calibrate: Path | None
@@ -73,11 +74,14 @@ class Means:
     count: int
     seed: int
     distill: int | float | None
+    device: str
 
     def check(self) -> None:
-        """Do nothing if the folders hold images; for use before the work that needs them."""
+        """Do nothing if there are such images and devices; for use before the work with them."""
         from momconv.data.folder import list_images
+        from momconv.planner.devices import find_device
 
+        find_device(self.device)
         for folder in (self.calibrate, self.verify):
             if folder:
                 list_images(folder)
@@ -118,7 +122,8 @@ class _Workshop:
         """Begin with ``network``, and calibrate it if there are images for that."""
         from momconv.surgery.adaptation import Adaptation
 
-        adaptation = Adaptation(network, self.reference, self.tell)
+        device = next(self.original.parameters()).device
+        adaptation = Adaptation(network.to(device), self.reference, self.tell)
         if batches := self.images.adapting:
             adaptation.calibrate(batches, len(batches.paths), refine=refine)
         return adaptation
@@ -133,14 +138,15 @@ class _Workshop:
             adaptation.distill(self.images.adapting, epochs or Distillation(minutes=length))
 
     def certify(self, network: "nn.Module") -> "Certificate":
-        """What ``network`` is worth.
+        """What ``network`` is worth, which moves to the CPU, as the original does.
 
         Raises:
             InversionError: Its gradients are not exact.
         """
         from momconv.surgery.certificate import certify
 
-        certificate = certify(network, self.original, self.images.measuring)
+        # A GPU's kernels may add in another order each time.
+        certificate = certify(network.cpu(), self.original.cpu(), self.images.measuring)
         if certificate.gradients_exact is False:
             raise InversionError(
                 "this network's gradients are not those of ordinary backpropagation, bit for bit",
@@ -152,6 +158,7 @@ class _Workshop:
 @contextmanager
 def _workshop(original: "nn.Module", means: Means) -> Iterator[_Workshop]:
     from momconv.data.adaptation_images import gather_images
+    from momconv.planner.devices import find_device
     from momconv.surgery.drift import Reference
     from momconv.zoo.description import describe
 
@@ -160,7 +167,7 @@ def _workshop(original: "nn.Module", means: Means) -> Iterator[_Workshop]:
     if images.note:
         note(images.note)
     with err.status("running the original"):
-        reference = Reference(original, images.measuring)
+        reference = Reference(original.to(find_device(means.device)), images.measuring)
     with ExitStack() as bars:
         yield _Workshop(original, images, means, reference, Display(bars).advance)
 

@@ -108,6 +108,9 @@ def convert(  # noqa: PLR0913 (one for each option)
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of that choice.")] = 0,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="To calibrate and distil on: auto, cpu, cuda.")
+    ] = "auto",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -139,7 +142,7 @@ def convert(  # noqa: PLR0913 (one for each option)
     }
     _check_combination(given, back, calibrate, distill)
     length = parse_distillation(distill) if distill else None
-    means = Means(calibrate, verify, max_images or _COUNTS[bool(length)], seed, length)
+    means = Means(calibrate, verify, max_images or _COUNTS[bool(length)], seed, length, device)
     scheme = Scheme(
         model=model or "",
         weights=weights or "DEFAULT",

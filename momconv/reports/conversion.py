@@ -79,7 +79,11 @@ class Conversion:
     def next_commands(self) -> tuple[str, ...]:
         """What can be done with the file."""
         file = shlex.quote(str(self.path))
-        return f"momconv eval {file} --data FOLDER", f"momconv finetune --from {file} --data FOLDER"
+        return (
+            f"momconv eval {file} --data FOLDER",
+            f"momconv finetune --from {file} --data FOLDER",
+            f"momconv profile-memory {file}",
+        )
 
     @property
     def remedies(self) -> tuple[str, ...]:
@@ -177,7 +181,7 @@ def _facts(conversion: Conversion) -> Iterator[tuple[str, str]]:
         stages = plural(len(certificate.stages), "stage")
         yield "gradients", f"bit for bit those of ordinary backpropagation, in {stages} and outside"
     yield "written", f"{printable(conversion.path)} ({format_bytes(conversion.bytes)})"
-    yield from zip(("next", ""), conversion.next_commands, strict=True)
+    yield from zip(("next", "", ""), conversion.next_commands, strict=True)
 
 
 def _describe_calibration(calibration: Calibration | None) -> str:

@@ -52,17 +52,27 @@ def real_program(*args: str | Path) -> "subprocess.CompletedProcess[str]":
 def test_the_real_program_writes_a_file_that_rebuilds_the_network(
     here: Path, colours: Path
 ) -> None:
-    ran = real_program(*SMALL, "--calibrate", colours, "--max-images", "7")
+    ran = real_program(*SMALL, "--verify", colours)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stderr == "warning: only 6 images to calibrate on; 100 or more are better\n"
+    assert ran.stderr == (
+        f"note: the classes in {colours} are not the 10 of the network, so the networks are only"
+        " compared with each other\n"
+    )
     assert "layer1         3            0-2      14,016  0.9" in ran.stdout
-    assert "19 layers re-estimated on 6 images" in ran.stdout
-    assert "gains and norms refined" in ran.stdout
-    assert f"of 1 image held out of {colours}" in ran.stdout
+    assert f"of 24 images from {colours}" in ran.stdout
     assert "written    cifar_resnet20-g0.9.safetensors (1.0 MiB)" in ran.stdout
     network = load(here / "cifar_resnet20-g0.9.safetensors")
     assert [stage.gamma for stage in summarise(network)] == [0.9, 0, 0]
     assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_calibration_holds_out_images_to_measure_its_steps_on(colours: Path) -> None:
+    ran = run(*SMALL, "--calibrate", colours)
+    assert ran.exit_code == 0
+    assert ran.stderr == "warning: only 20 images to calibrate on; 100 or more are better\n"
+    assert "19 layers re-estimated on 20 images" in ran.stdout
+    assert "gains and norms refined" in ran.stdout
+    assert f"of 4 images held out of {colours}" in ran.stdout
 
 
 def test_json_is_one_document(here: Path) -> None:
@@ -184,6 +194,7 @@ def test_an_existing_file_is_kept_unless_told_otherwise(here: Path) -> None:
         (["--back", "x.safetensors", "--gamma", "0.5"], 2, "--back takes the network as it is"),
         (["--back", "no.safetensors"], 4, "file does not exist: no.safetensors"),
         (["--back", "no.safetensors", "-o", "x.onnx"], 2, "cannot tell the format of x.onnx"),
+        ([*SMALL, "--device", "tpu"], 2, "unknown device 'tpu'"),
         ([*SMALL, "--calibrate", "nowhere"], 3, "data folder does not exist: nowhere"),
         ([*SMALL, "--calibrate", "."], 3, "no images in ./"),
         ([*SMALL, "-o", "no/where.safetensors"], 5, "folder does not exist: no"),

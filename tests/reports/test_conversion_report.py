@@ -84,8 +84,9 @@ def test_a_plain_network_is_not_said_to_be_more() -> None:
 
 def test_the_next_commands_can_be_pasted() -> None:
     lines = shown(DONE).splitlines()
-    assert "momconv eval 'my networks/x.safetensors' --data FOLDER" in lines[-2]
-    assert "momconv finetune --from 'my networks/x.safetensors' --data FOLDER" in lines[-1]
+    assert "momconv eval 'my networks/x.safetensors' --data FOLDER" in lines[-3]
+    assert "momconv finetune --from 'my networks/x.safetensors' --data FOLDER" in lines[-2]
+    assert "momconv profile-memory 'my networks/x.safetensors'" in lines[-1]
 
 
 def test_the_effect_of_each_step_is_shown() -> None:
