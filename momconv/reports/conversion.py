@@ -88,7 +88,8 @@ class Conversion:
     @property
     def remedies(self) -> tuple[str, ...]:
         """Commands that bring the network closer to its original, where it is far from it."""
-        if self.is_noise or not self.gamma or self.certificate.drift.agreement >= _GOOD:
+        pointless = self.source == "none" or not self.gamma
+        if pointless or self.is_noise or self.certificate.drift.agreement >= _GOOD:
             return ()
         same = f"{self.command} --gamma {self.gamma:g}"
         if self.calibration is None:

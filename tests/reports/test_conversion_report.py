@@ -114,6 +114,7 @@ def test_a_network_that_has_drifted_far_comes_with_commands_that_help() -> None:
     distilled = replace(far, gamma=0.1, steps=(Step("distilled", FAR.drift),))
     assert distilled.remedies == (f"{base} --gamma 0.1 --max-images 5000",)
     assert DONE.remedies == replace(far, is_noise=True).remedies == ()
+    assert replace(far, source="none").remedies == replace(far, gamma=0).remedies == ()
 
 
 def test_the_document_holds_the_same() -> None:
