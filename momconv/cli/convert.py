@@ -128,8 +128,7 @@ def convert(  # noqa: PLR0913 (one for each option)
 ) -> None:
     """Turn a residual network into a momentum network with the same weights, in one file.
 
-    Each step's effect is measured: how far the outputs are from the original's. Ctrl-C during a
-    training keeps the best so far.
+    The effect of each step on the outputs is measured. Ctrl-C in a training keeps the best so far.
     """
     given = {
         "MODEL": model,

@@ -11,7 +11,8 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from momconv.errors import ModelFileError, UsageError
 from momconv.momentum.equations import Velocity, coefficients, weights
 from momconv.momentum.sequential import MomentumSequential, momentum_stages, set_strategy
-from momconv.surgery.conversion import apply_schemes, convert, read_schemes, summarise
+from momconv.surgery.conversion import apply_schemes, convert, read_schemes, revert, summarise
+from momconv.zoo.description import describe
 from momconv.zoo.networks import build
 
 SIDES = {"cifar_resnet32": 32, "resnet34": 64}
@@ -245,3 +246,20 @@ def test_a_run_that_the_stage_does_not_have_is_refused(runs: list[tuple[int, int
     listed = [{"start": a, "stop": b, "gains": [1.0] * n} for a, b, n in runs]
     with pytest.raises(ModelFileError, match="layer1 has 3 blocks"):
         apply_schemes(build("cifar_resnet20"), {"layer1": {**GOOD, "runs": listed}})
+
+
+def test_what_was_reverted_is_the_plain_network_again() -> None:
+    plain = build("resnet18", 7).eval()
+    momentum = convert(plain, 0.9, stages="all")
+    again = revert(momentum)
+    images = torch.randn(2, 3, 64, 64)
+    assert type(again) is type(plain)
+    assert torch.equal(again(images), plain(images))
+    assert not torch.equal(again(images), momentum(images))
+    assert describe(again) == describe(plain)
+    assert not again.training
+
+
+def test_a_network_without_a_description_cannot_be_reverted() -> None:
+    with pytest.raises(UsageError):
+        revert(nn.Sequential())
