@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from momconv.momentum.sequential import MomentumSequential, set_strategy
     from momconv.planner.prediction import peak_memory
     from momconv.surgery.calibration import calibrate
+    from momconv.surgery.certificate import certify
     from momconv.surgery.conversion import convert
+    from momconv.surgery.distillation import distill
     from momconv.training.finetuning import finetune
     from momconv.zoo.weights import load_network
 
@@ -23,7 +25,9 @@ __all__ = [
     "MomentumSequential",
     "__version__",
     "calibrate",
+    "certify",
     "convert",
+    "distill",
     "evaluate",
     "finetune",
     "load",
@@ -36,7 +40,9 @@ __all__ = [
 _HOMES = {
     "MomentumSequential": "momentum.sequential",
     "calibrate": "surgery.calibration",
+    "certify": "surgery.certificate",
     "convert": "surgery.conversion",
+    "distill": "surgery.distillation",
     "evaluate": "evaluation",
     "finetune": "training.finetuning",
     "load": "files.model_file",

@@ -5,6 +5,7 @@
     ├── DataError           3   the image folder
     ├── ModelFileError      4   a checkpoint or model file
     ├── ResourceError       5   memory, disk, device or network
+    ├── ThresholdNotMet     6   a result that is worse than what was asked for
     └── InversionError      1   the backward pass could not reconstruct an activation exactly
         ├── RangeOverflow       an activation left the fixed-point range
         └── NotReproducible     a block computed something else the second time
@@ -53,6 +54,12 @@ class ResourceError(MomconvError):
     """Memory, disk, device or network that the job needs and does not have."""
 
     exit_code = 5
+
+
+class ThresholdNotMet(MomconvError):
+    """A result that is worse than what was asked for."""
+
+    exit_code = 6
 
 
 class InversionError(MomconvError):

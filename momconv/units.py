@@ -1,4 +1,4 @@
-"""Bytes and durations, as people write and read them."""
+"""Bytes, durations and shares, as people write and read them."""
 
 import re
 
@@ -8,6 +8,7 @@ _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}iB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)}
 _UNITS |= {f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 1)}
 _UNITS |= {p: 2 ** (10 * n) for n, p in enumerate("KMGT", 1)}
+_SECONDS = {"s": 1, "min": 60, "m": 60, "h": 3600}
 _BY_LOWER_CASE = {unit.lower(): factor for unit, factor in _UNITS.items()}
 
 
@@ -56,3 +57,43 @@ def format_duration(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min"
+
+
+def parse_duration(text: str) -> float:
+    """The seconds in ``text``.
+
+    >>> parse_duration("5min"), parse_duration("1.5 h"), parse_duration("30s")
+    (300.0, 5400.0, 30.0)
+
+    Raises:
+        UsageError: ``text`` is not a duration with a unit.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]+)\s*", text)
+    unit = _SECONDS.get(match[2]) if match else None
+    if not match or unit is None or float(match[1]) <= 0:
+        raise UsageError(
+            f"{text!r} is not a duration",
+            kind="usage.bad_value",
+            fix="write it as 5min, 90s or 1.5h",
+        )
+    return float(match[1]) * unit
+
+
+def parse_share(text: str) -> float:
+    """The fraction that ``text`` says.
+
+    >>> parse_share("1%"), parse_share("0.05"), parse_share("2.5 %")
+    (0.01, 0.05, 0.025)
+
+    Raises:
+        UsageError: ``text`` is not a share between 0 and 1.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", text)
+    share = float(match[1]) / (100 if match[2] else 1) if match else -1
+    if not 0 <= share <= 1:
+        raise UsageError(
+            f"{text!r} is not a share between 0% and 100%",
+            kind="usage.bad_value",
+            fix="write it as 1% or 0.01",
+        )
+    return share

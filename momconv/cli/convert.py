@@ -1,151 +1,210 @@
 """``momconv convert``."""
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from momconv.cli._console import err, out, print_json, progress, warn
-from momconv.errors import InversionError
+from momconv.cli._console import out, print_json
+from momconv.cli._conversion import (
+    Means,
+    Scheme,
+    convert_network,
+    parse_distillation,
+    revert_network,
+)
+from momconv.errors import UsageError
+from momconv.files.atomic import require_free
+from momconv.units import parse_share
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from momconv.reports.conversion import Calibration, Conversion
-
-_FEW = 100  # images, below which BatchNorm's statistics are poor
-_OUTPUT = "MODEL-gGAMMA.safetensors"
-_SHOWN = 3  # unreadable files that a warning names
-_LARGEST = 112  # pixels: the self-test is as good on small images, and several times faster
+_INTERRUPTED = 130  # exit code
+_COUNTS = (2000, 5000)  # images, without and with distillation
 
 
 def convert(  # noqa: PLR0913 (one for each option)
     *,
-    model: Annotated[str, typer.Argument(help="A network, such as resnet50 or cifar_resnet20.")],
-    weights: Annotated[
-        str, typer.Option(metavar="NAME", help="A torchvision name, a file, or none.")
-    ] = "DEFAULT",
-    gamma: Annotated[
-        float, typer.Option(metavar="G", help="0 … 1; 0 keeps the plain network.")
-    ] = 0.9,
-    stages: Annotated[
-        str,
+    model: Annotated[
+        str | None, typer.Argument(help="A network, such as resnet50 or cifar_resnet20.")
+    ] = None,
+    back: Annotated[
+        Path | None,
         typer.Option(
-            metavar="NAMES", help="auto: where it saves memory; all; or as layer3,layer4."
+            metavar="FILE", help="Instead of MODEL: write this file's network as a plain one."
         ),
-    ] = "auto",
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A torchvision name, a file, or none.",
+            show_default="DEFAULT",
+        ),
+    ] = None,
+    gamma: Annotated[
+        str | None,
+        typer.Option(
+            metavar="G",
+            help="0 … 1, where 0 keeps the plain network; auto: the largest that drifts little.",
+            show_default="0.9",
+        ),
+    ] = None,
+    max_drift: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="With --gamma auto: of images with another top-1 than the original's.",
+            show_default="1%",
+        ),
+    ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="auto: where it saves memory; all; or as layer3,layer4.",
+            show_default="auto",
+        ),
+    ] = None,
     velocity: Annotated[
-        Literal["zero", "residual"], typer.Option(help="v starts at 0, or at the first residual.")
-    ] = "zero",
+        Literal["zero", "residual"] | None,
+        typer.Option(help="v starts at 0, or at the first residual.", show_default="zero"),
+    ] = None,
     gain: Annotated[
-        bool, typer.Option(help="Give every block the weight that it had in the sum.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            help="Give every block the weight that it had in the sum.", show_default="gain"
+        ),
+    ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Images, on which to re-estimate BatchNorm."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Images to re-estimate BatchNorm and refine gains and norms on; no labels needed.",
+        ),
+    ] = None,
+    distill: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LENGTH",
+            help="Then train all parameters towards the original: 6 epochs, or 5min.",
+        ),
+    ] = None,
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Images to compare on.",
+            show_default="a fifth of those to calibrate on",
+        ),
     ] = None,
     max_images: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Images of that folder, chosen at random.")
-    ] = 2000,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Images of each folder, chosen at random.",
+            show_default="2000; 5000 to distil",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Of that choice.")] = 0,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="To calibrate and distil on: auto, cpu, cuda.")
+    ] = "auto",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="[default: MODEL-gGAMMA.safetensors]"),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The file to write; with --back also .pth.",
+            show_default="MODEL-gGAMMA.safetensors; FILE-plain.safetensors",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout instead of a table.")
+        bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
     ] = False,
 ) -> None:
-    """Turn a residual network into a momentum network with the same weights, in one file."""
-    from momconv.data.calibration_images import choose_images
-    from momconv.files.atomic import require_free
-    from momconv.files.model_file import save
-    from momconv.reports.conversion import Conversion, show_conversion
-    from momconv.surgery.conversion import convert as convert_network
-    from momconv.surgery.conversion import summarise
-    from momconv.zoo.description import describe
-    from momconv.zoo.networks import check_name
-    from momconv.zoo.weights import load_network
+    """Turn a residual network into a momentum network with the same weights, in one file.
 
-    check_name(model)
-    path = output or Path(f"{model}-g{gamma:g}.safetensors")
-    require_free(path, overwrite=overwrite)
-    files = choose_images(calibrate, max_images, seed) if calibrate else []
-    plain = load_network(model, weights)
-    with err.status(f"converting {model}"):
-        network = convert_network(plain, gamma, _read_stages(stages), velocity, gain=gain)
-    calibration = _calibrate(network, files) if files else None
-    if gamma:
-        _test(network)
-    save(network, path, extra={"calibration": calibration and asdict(calibration)})
-    done = Conversion(
-        architecture=model,
-        source=describe(network).source,
-        gamma=gamma,
-        velocity=velocity,
-        gain=gain,
-        stages=tuple(summarise(network)),
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        calibration=calibration,
-        path=path,
-        bytes=path.stat().st_size,
+    Each step's effect is measured: how far the outputs are from the original's. Ctrl-C during a
+    training keeps the best so far.
+    """
+    given = {
+        "MODEL": model,
+        "--weights": weights,
+        "--gamma": gamma,
+        "--max-drift": max_drift,
+        "--stages": stages,
+        "--velocity": velocity,
+        "--gain or --no-gain": gain,
+    }
+    _check_combination(given, back, calibrate, distill)
+    length = parse_distillation(distill) if distill else None
+    means = Means(calibrate, verify, max_images or _COUNTS[bool(length)], seed, length, device)
+    scheme = Scheme(
+        model=model or "",
+        weights=weights or "DEFAULT",
+        gamma=_read_gamma(gamma or "0.9"),
+        max_drift=parse_share(max_drift or "1%"),
+        stages=stages or "auto",
+        velocity=velocity or "zero",
+        gain=gain is not False,
     )
-    _warn(done)
+    path = output or Path(f"{back.stem}-plain.safetensors" if back else scheme.file_name)
+    require_free(path, overwrite=overwrite)
+    work = partial(revert_network, back) if back else partial(convert_network, scheme)
+    done = work(means, path)
     if json_output:
         print_json({"ok": True, **done.to_json()})
-        return
-    for part in show_conversion(done):
-        out.print(part, soft_wrap=True)
+    else:
+        for part in done.show():
+            out.print(part, soft_wrap=True)
+    if done.interrupted:
+        raise typer.Exit(_INTERRUPTED)
 
 
-def _read_stages(text: str) -> "Literal['auto', 'all'] | list[str]":
-    if text == "all":
-        return "all"
-    return "auto" if text == "auto" else text.split(",")
-
-
-def _calibrate(network: "nn.Module", files: list[Path]) -> "Calibration":
-    from momconv.data.calibration_images import CalibrationImages
-    from momconv.reports.conversion import Calibration
-    from momconv.surgery.calibration import calibrate
-    from momconv.zoo.description import describe
-
-    with progress("calibrating", len(files)) as report:
-        images = CalibrationImages(files, describe(network).preprocessing, lambda n: report(n, ""))
-        layers = calibrate(network, images).layers
-    unreadable = tuple(images.unreadable)
-    return Calibration(len(files) - len(unreadable), layers, unreadable)
-
-
-def _test(network: "nn.Module") -> None:
-    from momconv.surgery.certificate import gradients_are_exact
-    from momconv.zoo.description import describe
-
-    resolution = min(describe(network).preprocessing.resolution, _LARGEST)
-    with err.status("comparing gradients"):
-        exact = gradients_are_exact(network, resolution)
-    if not exact:
-        raise InversionError(
-            "this network's gradients are not those of ordinary backpropagation, bit for bit",
-            kind="inversion.not_exact",
+def _check_combination(
+    given: Mapping[str, object], back: Path | None, calibrate: Path | None, distill: str | None
+) -> None:
+    """Refuse options that say different things, or nothing together."""
+    names = [name for name, value in given.items() if value is not None]
+    if back is not None and names:
+        raise UsageError(
+            f"--back takes the network as it is in the file, so {names[0]} means nothing",
+            kind="usage.conflict",
+            fix=f"leave out {names[0]}, or --back",
+        )
+    if back is None and given["MODEL"] is None:
+        raise UsageError(
+            "no network to convert",
+            kind="usage.missing_argument",
+            fix="momconv convert resnet50, or momconv convert --back FILE",
+        )
+    searches = given["--gamma"] == "auto"
+    if given["--max-drift"] is not None and not searches:
+        raise UsageError(
+            "--max-drift is a limit for the choice of γ, which is not to be chosen",
+            kind="usage.conflict",
+            fix="--gamma auto",
+        )
+    if calibrate is None and (distill or searches):
+        raise UsageError(
+            f"{'--distill' if distill else '--gamma auto'} needs images to adapt the network on",
+            kind="usage.missing_option",
+            fix="--calibrate FOLDER",
         )
 
 
-def _warn(done: "Conversion") -> None:
-    if done.gamma and not any(stage.momentum for stage in done.stages):
-        warn("no run of blocks is long enough for momentum to save memory; --stages all takes any")
-    if done.calibration is None:
-        if done.gamma and done.source != "none":
-            warn(
-                "BatchNorm's statistics are still those of the plain network, which costs accuracy;"
-                " --calibrate FOLDER re-estimates them on your images"
-            )
-        return
-    if bad := done.calibration.unreadable:
-        listed = "\n".join(f"  {reason}" for reason in bad[:_SHOWN])
-        more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        warn(f"{len(bad)} images left out because they are unreadable\n{listed}{more}")
-    if done.calibration.images < _FEW:
-        warn(f"only {done.calibration.images} images to calibrate on; {_FEW} or more are better")
+def _read_gamma(text: str) -> float | None:
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(
+            f"--gamma {text}: {text!r} is not a number",
+            kind="usage.bad_value",
+            fix="--gamma 0.9, or --gamma auto",
+        ) from None

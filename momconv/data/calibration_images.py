@@ -20,6 +20,7 @@ from momconv.zoo.description import Preprocessing
 
 _BATCH = 250  # images
 _PIXELS = 64 * 224**2  # of a batch, which bounds its memory: 1.3 GB of activations in a ResNet-152
+_KEPT = 2**28  # bytes of decoded images: 5000 of 64×64
 
 
 def choose_images(folder: Path, count: int, seed: int) -> list[Path]:
@@ -28,13 +29,21 @@ def choose_images(folder: Path, count: int, seed: int) -> list[Path]:
     Raises:
         DataError: The folder is missing or holds no image.
     """
+    return choose(list_images(folder), count, seed)
+
+
+def choose(paths: Sequence[Path], count: int, seed: int) -> list[Path]:
+    """At most ``count`` of ``paths``, a random choice of all of them."""
     # Only random() is promised to give the same numbers in every version of Python.
     draw = random.Random(seed).random
-    return sorted(list_images(folder), key=lambda _: draw())[:count]
+    return sorted(paths, key=lambda _: draw())[:count]
 
 
 class CalibrationImages:
     """Files as batches of one size, preprocessed as for evaluation.
+
+    They can be iterated again and again, and give the same tensors each time, which must not be
+    written to. Few or small ones are decoded only once.
 
     Attributes:
         paths: The files.
@@ -53,28 +62,51 @@ class CalibrationImages:
         largest = max(1, min(_BATCH, _PIXELS // preprocessing.resolution**2))
         self._batches = math.ceil(len(paths) / largest)
         self._progress = progress
+        self._fits = 3 * 4 * preprocessing.resolution**2 * len(paths) <= _KEPT
+        self._kept: list[tuple[Tensor, list[Path]]] | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The batches; ``progress`` hears how many files are done.
+        """The batches; ``progress`` hears how many files are decoded.
 
         Raises:
             DataError: No file can be read.
         """
+        return (images for images, _ in self.read())
+
+    def read(self) -> Iterator[tuple[Tensor, list[Path]]]:
+        """The batches, each with the files that its images are from.
+
+        Raises:
+            DataError: No file can be read.
+        """
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept = []
+        for batch in self._decode():
+            if self._fits:
+                kept.append(batch)
+            yield batch
+        self._kept = kept if self._fits else None
+
+    def _decode(self) -> Iterator[tuple[Tensor, list[Path]]]:
         self.unreadable = []
         load = partial(_load, transform=self._transform)
         with ThreadPoolExecutor() as pool:
             for start, stop in self._bounds():
                 results = list(pool.map(load, self.paths[start:stop]))
                 self.unreadable += [r.message for r in results if isinstance(r, DataError)]
+                paths = self.paths[start:stop]
                 if images := [r for r in results if isinstance(r, Tensor)]:
-                    yield torch.stack(images)
+                    readable = zip(results, paths, strict=True)
+                    yield torch.stack(images), [p for r, p in readable if isinstance(r, Tensor)]
                 if self._progress:
                     self._progress(stop)
         if len(self.unreadable) == len(self.paths):
             raise DataError(
                 f"none of {len(self.paths)} images can be read\n{self.unreadable[0]}",
                 kind="data.unreadable_image",
-                fix="name another folder with --calibrate",
+                fix="name another folder",
             )
 
     def _bounds(self) -> list[tuple[int, int]]:

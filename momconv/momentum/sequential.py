@@ -98,7 +98,7 @@ class MomentumSequential(nn.Sequential):
         runs = self.find_runs(x, *args)
         for part in runs if self.gamma else ():
             x = self._plain(blocks[position : part.start], x, args, strategy)
-            members, rule = blocks[part.start : part.stop], self._rule(part, x)
+            members, rule = blocks[part.start : part.stop], self.rule(part, x.dtype)
             x = run(members, x, args, rule, strategy, in_parts=self.in_parts)
             position = part.stop
         return self._plain(blocks[position:], x, args, strategy)
@@ -109,6 +109,14 @@ class MomentumSequential(nn.Sequential):
             found = find_runs(list(self), x, args)
             self.runs = tuple(Run(run.start, run.stop, (1.0,) * len(run)) for run in found)
         return self.runs
+
+    def rule(self, part: Run, dtype: torch.dtype) -> Rule:
+        """The constants of a run that is kept in ``dtype``."""
+        steps = coefficients(self.gamma, part.gains, self.velocity)
+        # Where blocks count more than once (γ = 1 without gains: up to k times), x grows with it.
+        growth = math.ceil(math.log2(max(1.0, *map(abs, weights(self.gamma, steps)))))
+        bits = self.fraction_bits - growth + (29 if dtype == torch.float64 else 0)
+        return Rule(self.gamma, steps, 2.0**-bits)
 
     def __getitem__(self, index: Any) -> Any:
         """A block or, for a slice, a plain ``nn.Sequential``: momentum belongs to whole runs."""
@@ -134,13 +142,6 @@ class MomentumSequential(nn.Sequential):
             else:
                 x = checkpoint(block, x, args, in_parts=self.in_parts)
         return x
-
-    def _rule(self, part: Run, x: Tensor) -> Rule:
-        steps = coefficients(self.gamma, part.gains, self.velocity)
-        # Where blocks count more than once (γ = 1 without gains: up to k times), x grows with it.
-        growth = math.ceil(math.log2(max(1.0, *map(abs, weights(self.gamma, steps)))))
-        bits = self.fraction_bits - growth + (29 if x.dtype == torch.float64 else 0)
-        return Rule(self.gamma, steps, 2.0**-bits)
 
 
 class _Segment(nn.Module):

@@ -11,16 +11,25 @@ from rich.table import Table
 from rich.text import Text
 
 from momconv.data.folder import plural, printable
+from momconv.reports.drift import describe_drift, show_facts, show_steps
+from momconv.surgery.adaptation import Step
+from momconv.surgery.certificate import Certificate, StageCertificate
 from momconv.surgery.conversion import Stage
+from momconv.surgery.ladder import LADDER, Attempt
 from momconv.units import format_bytes
+
+_GOOD = 0.95  # agreement, below which something should be done
+_MANY = 5000  # images, of which more hardly help
+_EPOCHS = 6  # of distillation
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The re-estimation of BatchNorm's statistics."""
+    """The images that the network was adapted on."""
 
     images: int
-    layers: int
+    layers: int  # of BatchNorm, with new statistics
+    more: bool  # whether the folder may hold more images
     unreadable: tuple[str, ...]  # files that were left out, each with the reason
 
 
@@ -37,6 +46,13 @@ class Conversion:
         stages: What became of each stage.
         parameters: How many numbers the whole network learns.
         calibration: None where there was none.
+        steps: The effect of each step.
+        tried: Each γ that was tried to find the largest good enough; empty where it was given.
+        interrupted: Whether Ctrl-C ended a step early.
+        certificate: What the network is worth in the end.
+        measured_on: The images that it was measured on, for people.
+        is_noise: Whether those are no pictures.
+        command: What converts it the same way, but for γ and the steps.
         path: The file.
         bytes: Its size.
     """
@@ -49,6 +65,13 @@ class Conversion:
     stages: tuple[Stage, ...]
     parameters: int
     calibration: Calibration | None
+    steps: tuple[Step, ...]
+    tried: tuple[Attempt, ...]
+    interrupted: bool
+    certificate: Certificate
+    measured_on: str
+    is_noise: bool
+    command: str
     path: Path
     bytes: int
 
@@ -56,39 +79,70 @@ class Conversion:
     def next_commands(self) -> tuple[str, ...]:
         """What can be done with the file."""
         file = shlex.quote(str(self.path))
-        return f"momconv eval {file} --data FOLDER", f"momconv finetune --from {file} --data FOLDER"
+        return (
+            f"momconv eval {file} --data FOLDER",
+            f"momconv finetune --from {file} --data FOLDER",
+            f"momconv profile-memory {file}",
+        )
+
+    @property
+    def remedies(self) -> tuple[str, ...]:
+        """Commands that bring the network closer to its original, where it is far from it."""
+        if self.is_noise or not self.gamma or self.certificate.drift.agreement >= _GOOD:
+            return ()
+        same = f"{self.command} --gamma {self.gamma:g}"
+        if self.calibration is None:
+            return (f"{same} --calibrate FOLDER",)
+        commands = []
+        if all(step.name != "distilled" for step in self.steps):
+            commands.append(f"{same} --distill {_EPOCHS}")
+        if self.calibration.more and self.calibration.images < _MANY:
+            commands.append(f"{same} --max-images {_MANY}")
+        if smaller := [gamma for gamma in LADDER if gamma < self.gamma]:
+            commands.append(f"{self.command} --gamma {smaller[0]:g}")
+        return tuple(commands)
+
+    def show(self) -> Iterator[RenderableType]:
+        """A table of the stages, one of the steps, and what else was done."""
+        yield _tabulate(self)
+        yield Text()
+        yield from show_steps(self.steps)
+        yield from show_facts(_facts(self))
 
     def to_json(self) -> dict[str, Any]:
         """The same as values that JSON knows."""
-        path, exact = str(self.path), True if self.gamma else None
+        tried = [{"gamma": a.gamma, "drift": a.drift.to_json()} for a in self.tried]
         return {
             **asdict(self),
-            "path": path,
-            "gradients_exact": exact,
+            "path": str(self.path),
+            "steps": [step.to_json() for step in self.steps],
+            "tried": tried,
+            "certificate": self.certificate.to_json(),
+            "gradients_exact": self.certificate.gradients_exact,
             "next_commands": self.next_commands,
+            "remedies": self.remedies,
         }
-
-
-def show_conversion(conversion: Conversion) -> Iterator[RenderableType]:
-    """A table of the stages, and what else was done."""
-    yield _tabulate(conversion)
-    yield Text()
-    for label, text in _facts(conversion):
-        yield Text(f"{label:<11}{text}")
 
 
 def _tabulate(conversion: Conversion) -> Table:
     table = Table("stage", box=None, pad_edge=False)
-    for title in ("blocks", "with momentum", "parameters", "γ"):
+    for title in ("blocks", "with momentum", "parameters", "γ", "headroom", "bits a block"):
         table.add_column(title, justify="right")
+    certificates = {stage.name: stage for stage in conversion.certificate.stages}
     for stage in conversion.stages:
         momentum = format_spans(stage.momentum) or "none"
         figures = (str(stage.blocks), momentum, f"{stage.parameters:,}", f"{stage.gamma:g}")
-        table.add_row(Text(stage.name), *figures)
+        table.add_row(Text(stage.name), *figures, *_measured(certificates.get(stage.name)))
     rest = conversion.parameters - sum(stage.parameters for stage in conversion.stages)
-    table.add_row("the rest", "", "", f"{rest:,}", "")
-    table.add_row("all", "", "", f"{conversion.parameters:,}", "")
+    table.add_row("the rest", "", "", f"{rest:,}")
+    table.add_row("all", "", "", f"{conversion.parameters:,}")
     return table
+
+
+def _measured(stage: StageCertificate | None) -> tuple[str, ...]:
+    if stage is None:
+        return ()
+    return f"{stage.headroom_bits:.1f} bits", f"{stage.remainder_bits:.2g}"
 
 
 def format_spans(numbers: Sequence[int]) -> str:
@@ -107,6 +161,7 @@ def format_spans(numbers: Sequence[int]) -> str:
 
 
 def _facts(conversion: Conversion) -> Iterator[tuple[str, str]]:
+    certificate = conversion.certificate
     yield "network", f"{conversion.architecture}, weights {printable(conversion.source)}"
     if conversion.gamma == 0:
         yield "momentum", "none: γ is 0, the plain network"
@@ -114,11 +169,19 @@ def _facts(conversion: Conversion) -> Iterator[tuple[str, str]]:
         v = "0" if conversion.velocity == "zero" else "f(x[0])"
         gains = "with a gain for each block" if conversion.gain else "without gains"
         yield "momentum", f"γ {conversion.gamma:g}, v[0] = {v}, {gains}"
+    if conversion.tried:
+        tried = (f"γ {a.gamma:g} {a.drift.agreement:.1%}" for a in conversion.tried)
+        yield "tried", ", ".join(tried)
     yield "BatchNorm", _describe_calibration(conversion.calibration)
-    if conversion.gamma:
-        yield "gradients", "bit for bit those of ordinary backpropagation (tested on random images)"
+    yield "agreement", describe_drift(certificate.drift, conversion.measured_on)
+    if certificate.accuracy:
+        before, after = certificate.accuracy.original, certificate.accuracy.converted
+        yield "top-1", f"original {before:.1%}, converted {after:.1%}"
+    if certificate.gradients_exact:
+        stages = plural(len(certificate.stages), "stage")
+        yield "gradients", f"bit for bit those of ordinary backpropagation, in {stages} and outside"
     yield "written", f"{printable(conversion.path)} ({format_bytes(conversion.bytes)})"
-    yield from zip(("next", ""), conversion.next_commands, strict=True)
+    yield from zip(("next", "", ""), conversion.next_commands, strict=True)
 
 
 def _describe_calibration(calibration: Calibration | None) -> str:

@@ -1,39 +1,238 @@
-"""A self-test of a converted network: does reconstruction change anything?"""
+"""What a conversion is worth: how far it is from the original, and whether it can be inverted."""
 
 import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from momconv.momentum.autograd import Strategy
-from momconv.momentum.sequential import set_strategy
+from momconv.momentum.equations import largest_magnitude, remainder_bounds
+from momconv.momentum.kernels import magnitude
+from momconv.momentum.sequential import MomentumSequential, momentum_stages, set_strategy
+from momconv.momentum.trajectory import narrowest
+from momconv.surgery.drift import Batch, Drift, evaluating, measure_drift, require_images, split
+
+REST = ""  # the name of everything outside the momentum stages
 
 
-def gradients_are_exact(model: nn.Module, resolution: int) -> bool:
-    """Whether "momentum" gives on two random images what "store" gives, bit for bit.
+@dataclass(frozen=True, slots=True)
+class StageCertificate:
+    """One stage with momentum.
 
-    Compared are the output, the gradients of the images and of every parameter, and the buffers
+    Attributes:
+        name: Its name in the model, such as ``layer3``.
+        gradients_exact: Whether "momentum" gives the gradients of "store", bit for bit: of the
+            stage's input and of its parameters, and BatchNorm's statistics after the step.
+        largest: The largest |x| in its runs on the images.
+        limit: Below which |x| must stay for exact sums.
+        headroom_bits: log2(limit / largest): how often x could double.
+        remainder_bits: What is kept beside x and v to invert a block, for each element of x.
+    """
+
+    name: str
+    gradients_exact: bool
+    largest: float
+    limit: float
+    headroom_bits: float
+    remainder_bits: float
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Top-1 on labelled images, as fractions."""
+
+    original: float
+    converted: float
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What was found out about a converted network on some images.
+
+    Attributes:
+        drift: How far its outputs are from the original's.
+        accuracy: Of both networks; None without labels.
+        gradients_exact: Whether all gradients are bit for bit those of ordinary backpropagation,
+            outside the stages too; None for a network without momentum.
+        stages: The stages with momentum.
+    """
+
+    drift: Drift
+    accuracy: Accuracy | None
+    gradients_exact: bool | None
+    stages: tuple[StageCertificate, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as values that JSON knows."""
+        return {**asdict(self), "drift": self.drift.to_json()}
+
+
+def certify(model: nn.Module, original: nn.Module, batches: Iterable[Batch]) -> Certificate:
+    """Compare ``model`` with the network that it was converted from, and test its inversion.
+
+    Gradients are compared in one training step on two of the images. Both networks stay as they
+    are.
+
+    Args:
+        model: The converted network, on any device.
+        original: The network that it was converted from, on the same device.
+        batches: Images (B, 3, H, W), preprocessed as for evaluation, or pairs of images and
+            labels (B,); read once.
+
+    Raises:
+        DataError: There are no images.
+        InversionError: Reconstruction noticed by itself that it failed.
+    """
+    device = next(model.parameters()).device
+    reference, logits, labels = list[Tensor](), list[Tensor](), list[Tensor]()
+    pair = torch.empty(0)
+    with evaluating(model, original), _watching(model) as largest:
+        for batch in batches:
+            images, targets = split(batch)
+            images = images.to(device)
+            pair = pair if reference else images[[0, -1]]
+            reference.append(original(images).cpu())
+            logits.append(model(images).cpu())
+            labels += [] if targets is None else [targets.cpu()]
+    z, other = require_images(reference), require_images(logits)
+    equal = compare_gradients(model, pair) if largest else {}
+    return Certificate(
+        measure_drift(other, z),
+        _score(z, other, torch.cat(labels)) if labels else None,
+        all(equal.values()) if equal else None,
+        tuple(_certify(name, model, float(x), exact=equal[name]) for name, x in largest.items()),
+    )
+
+
+def compare_gradients(model: nn.Module, images: Tensor) -> dict[str, bool]:
+    """For each momentum stage and ``REST``: does "momentum" give what "store" gives, bit for bit?
+
+    Compared are the input of the stage, the gradients of it and of the parameters, and the buffers
     after one training step, such as BatchNorm's statistics. The model stays as it is.
 
     Raises:
         UsageError: The model has no momentum stages, or none with γ > 0.
         InversionError: Reconstruction noticed by itself that it failed.
     """
-    stored = _results(model, resolution, "store")
-    reconstructed = _results(model, resolution, "momentum")
-    return all(map(torch.equal, stored, reconstructed))
+    stored = _record(model, images, "store")
+    reconstructed = _record(model, images, "momentum")
+    return {
+        name: all(map(torch.equal, tensors, reconstructed[name]))
+        for name, tensors in stored.items()
+    }
 
 
-def _results(model: nn.Module, resolution: int, strategy: Strategy) -> list[Tensor]:
+def _record(model: nn.Module, images: Tensor, strategy: Strategy) -> dict[str, list[Tensor]]:
+    """What one training step leaves behind, by stage."""
     model = copy.deepcopy(model).train()
     set_strategy(model, strategy)
     model.zero_grad()
-    parameters = list(model.parameters())
-    device = parameters[0].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    images = images.detach().clone().requires_grad_()
+    inputs: dict[str, Tensor] = {}
+    stages = _inverted(model)
+    with torch.random.fork_rng([images.device] if images.is_cuda else []):
         torch.manual_seed(0)
-        images = torch.randn(2, 3, resolution, resolution, device=device, dtype=parameters[0].dtype)
-        output = model(images.requires_grad_())
+        for name, stage in stages.items():
+            stage.register_forward_pre_hook(_keeping(inputs, name))
+        output = model(images)
     output.square().sum().backward()
-    gradients = [tensor.grad for tensor in (images, *parameters) if tensor.grad is not None]
-    return [output.detach(), *gradients, *model.buffers()]
+    entries = {REST: [output.detach(), *_gradient(images)]}
+    entries |= {name: [x.detach(), *_gradient(x)] for name, x in inputs.items()}
+    for name, parameter in model.named_parameters():
+        entries[_owner(name, stages)] += _gradient(parameter)
+    for name, buffer in model.named_buffers():
+        entries[_owner(name, stages)].append(buffer)
+    return entries
+
+
+def _keeping(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+    """A hook that keeps a stage's input, and lets its gradient be kept."""
+
+    def keep(_stage: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if name not in inputs:  # not again when an outer stage recomputes this one
+            inputs[name] = args[0]
+            args[0].retain_grad()
+
+    return keep
+
+
+def _gradient(tensor: Tensor) -> list[Tensor]:
+    return [] if tensor.grad is None else [tensor.grad]
+
+
+def _owner(name: str, stages: Iterable[str]) -> str:
+    return next((stage for stage in stages if name.startswith(f"{stage}.")), REST)
+
+
+def _inverted(model: nn.Module) -> dict[str, MomentumSequential]:
+    """The stages that have runs with momentum."""
+    stages = momentum_stages(model)
+    return {name: stage for name, stage in stages.items() if stage.gamma and stage.runs}
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The largest |x| seen in each stage's runs so far."""
+    largest: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for name, stage in _inverted(model).items():
+            largest[name] = torch.zeros(())
+            for module in _behind_and_within(stage):
+                hook = module.register_forward_hook(
+                    _measuring(largest, name, is_output=module is stage)
+                )
+                hooks.callback(hook.remove)
+        yield largest
+
+
+def _behind_and_within(stage: MomentumSequential) -> list[nn.Module]:
+    """What has the x of the runs as input: their blocks, and the block after each.
+
+    After the last block it is the stage's own output.
+    """
+    numbers = {n for run in stage.runs or () for n in range(run.start, run.stop + 1)}
+    return [stage if n == len(stage) else stage[n] for n in sorted(numbers)]
+
+
+def _measuring(largest: dict[str, Tensor], name: str, *, is_output: bool) -> Callable[..., None]:
+    def measure(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        x = magnitude(output if is_output else args[0]).float().cpu()
+        largest[name] = torch.maximum(largest[name], x)
+
+    return measure
+
+
+def _certify(name: str, model: nn.Module, largest: float, *, exact: bool) -> StageCertificate:
+    stage = _inverted(model)[name]
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    rules = [stage.rule(run, dtype) for run in stage.runs or ()]
+    limit = min(largest_magnitude(rule.ulp, dtype) for rule in rules)
+    headroom = math.log2(limit / largest) if largest > 0 else math.inf
+    steps = [len(rule.coefficients) for rule in rules]
+    bits = sum(remainder_bits(stage.gamma, count) for count in steps) / sum(steps)
+    return StageCertificate(name, exact, largest, limit, headroom, bits)
+
+
+def remainder_bits(gamma: float, steps: int) -> int:
+    """The bits of remainder that a run keeps for each element of x.
+
+    >>> remainder_bits(0.9, 3), remainder_bits(0.9, 8), remainder_bits(0.5, 8)
+    (8, 8, 16)
+    """
+    if gamma == 1:
+        return 0
+    aside, width = 0, 0
+    for is_full, bound in remainder_bounds(gamma, steps):
+        aside += width if is_full else 0
+        width = 8 * narrowest(bound).itemsize
+    return aside + width
+
+
+def _score(reference: Tensor, logits: Tensor, labels: Tensor) -> Accuracy:
+    original, converted = (int((z.argmax(1) == labels).sum()) for z in (reference, logits))
+    return Accuracy(original / len(labels), converted / len(labels))

@@ -16,7 +16,8 @@ from momconv.momentum.equations import Velocity, coefficients, weights
 from momconv.momentum.runs import call_on_fakes
 from momconv.momentum.sequential import MomentumSequential, Run, momentum_stages, set_strategy
 from momconv.surgery.stem import make_stem_recomputable
-from momconv.zoo.description import Description
+from momconv.zoo.description import Description, attach, describe
+from momconv.zoo.networks import build
 
 PAYS_FROM = 3  # blocks: x, v and r then weigh less than the checkpoints, one x a block
 
@@ -67,6 +68,21 @@ def convert(
     make_stem_recomputable(model)
     set_strategy(model, "auto")
     return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """The plain network, torchvision's own class, with the parameters and buffers of ``model``.
+
+    It computes something else: it has neither momentum nor the gains of the blocks.
+
+    Raises:
+        UsageError: The model has no description.
+    """
+    description = describe(model)
+    plain = build(description.architecture, description.num_classes)
+    plain.load_state_dict(model.state_dict())
+    attach(plain, description)
+    return plain.to(next(model.parameters()).device).train(model.training)
 
 
 @dataclass(frozen=True, slots=True)

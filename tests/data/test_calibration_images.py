@@ -76,3 +76,27 @@ def test_every_iteration_gives_the_same_tensors(tmp_path: Path) -> None:
     paths = choose_images(save_classes(tmp_path, a=5), 9, seed=0)
     first, second = (torch.cat(list(CalibrationImages(paths, SMALL))) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_fits_is_decoded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    images = CalibrationImages(choose_images(save_classes(tmp_path, a=5), 9, seed=0), SMALL)
+    if not fits:
+        monkeypatch.setattr("momconv.data.calibration_images._KEPT", 5 * 3 * 4 * 64 - 1)
+        images = CalibrationImages(images.paths, SMALL)
+    next(iter(images))  # is not a whole pass
+    first = torch.cat(list(images))
+    (tmp_path / "a" / "0.png").unlink()
+    assert len(torch.cat(list(images))) == (5 if fits else 4)
+    assert len(first) == 5
+
+
+def test_each_batch_can_say_which_files_it_is_from(tmp_path: Path) -> None:
+    save_classes(tmp_path, a=3)
+    (tmp_path / "a" / "bad.png").write_bytes(b"")
+    images = CalibrationImages(choose_images(tmp_path, 9, seed=0), SMALL)
+    ((batch, paths),) = images.read()
+    assert len(batch) == 3
+    assert paths == [path for path in images.paths if path.name != "bad.png"]

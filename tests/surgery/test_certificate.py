@@ -4,12 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from momconv.errors import InversionError, UsageError
+from momconv.errors import DataError, InversionError, UsageError
 from momconv.momentum.autograd import Strategy
 from momconv.surgery import certificate
-from momconv.surgery.certificate import gradients_are_exact
+from momconv.surgery.calibration import calibrate
+from momconv.surgery.certificate import REST, certify, compare_gradients
 from momconv.surgery.conversion import convert
 from momconv.zoo.networks import build
+
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+STAGES = ("layer1", "layer2", "layer3")
 
 
 def network() -> nn.Module:
@@ -21,7 +25,7 @@ def test_a_converted_network_passes_and_stays_as_it_is() -> None:
     net = network().eval()
     before = copy.deepcopy(net.state_dict())
     random_state = torch.get_rng_state()
-    assert gradients_are_exact(net, 16)
+    assert compare_gradients(net, IMAGES) == dict.fromkeys((REST, *STAGES), True)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(parameter.grad is None for parameter in net.parameters())
     assert not any(module.training for module in net.modules())
@@ -31,7 +35,7 @@ def test_a_converted_network_passes_and_stays_as_it_is() -> None:
 def test_frozen_parameters_are_no_obstacle() -> None:
     net = network()
     net.get_submodule("layer1").requires_grad_(False)
-    assert gradients_are_exact(net, 16)
+    assert all(compare_gradients(net, IMAGES).values())
 
 
 def test_the_smallest_difference_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +45,18 @@ def test_the_smallest_difference_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
             bias.data[0] = torch.nextafter(bias[0], torch.tensor(9.0))
 
     monkeypatch.setattr(certificate, "set_strategy", set_strategy)
-    assert not gradients_are_exact(network(), 16)
+    assert not compare_gradients(network(), IMAGES)[REST]
+
+
+def test_a_wrong_gradient_is_found_in_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_strategy(model: nn.Module, strategy: Strategy) -> None:
+        if strategy == "momentum":
+            weight = model.get_parameter("layer2.1.conv1.weight")
+            weight.register_hook(lambda gradient: gradient * (1 + 1e-6))
+
+    monkeypatch.setattr(certificate, "set_strategy", set_strategy)
+    found = compare_gradients(network(), IMAGES)
+    assert found == {REST: True, "layer1": True, "layer2": False, "layer3": True}
 
 
 def test_a_block_that_computes_something_else_the_second_time_fails() -> None:
@@ -57,11 +72,71 @@ def test_a_block_that_computes_something_else_the_second_time_fails() -> None:
     assert isinstance(stage, nn.Sequential)
     stage[1].bn2 = Counting()
     with pytest.raises(InversionError):
-        gradients_are_exact(net, 16)
+        compare_gradients(net, IMAGES)
 
 
-def test_a_plain_network_has_nothing_to_certify() -> None:
+def test_a_plain_network_has_no_gradients_to_compare() -> None:
     with pytest.raises(UsageError):
-        gradients_are_exact(build("cifar_resnet20"), 16)
+        compare_gradients(build("cifar_resnet20"), IMAGES)
     with pytest.raises(UsageError):
-        gradients_are_exact(convert(build("cifar_resnet20"), 0), 16)
+        compare_gradients(convert(build("cifar_resnet20"), 0), IMAGES)
+
+
+# Certificates
+
+
+def test_a_certificate_says_what_a_conversion_changed() -> None:
+    original = build("cifar_resnet20")
+    calibrate(original, [torch.randn(50, 3, 16, 16)])
+    model = convert(original, 0.9, stages="all")
+    found = certify(model, original, [IMAGES, IMAGES[:1]])
+    assert found.drift.images == 3
+    assert found.drift.distance > 0.001
+    assert found.accuracy is None
+    assert found.gradients_exact is True
+    assert tuple(stage.name for stage in found.stages) == STAGES
+    assert all(stage.gradients_exact for stage in found.stages)
+    assert [stage.remainder_bits for stage in found.stages] == [8 / 3, 8 / 2, 8 / 2]
+    assert not any(module._forward_hooks for module in model.modules())
+    assert model.training
+
+
+def test_the_largest_activation_is_that_of_the_run_from_its_input_to_its_output() -> None:
+    model, original = network(), build("cifar_resnet20")
+    model.eval()
+    layer1 = model.get_submodule("layer1")
+    assert isinstance(layer1, nn.Sequential)
+    seen = list[torch.Tensor]()
+    for block in layer1:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().max()))
+    layer1.register_forward_hook(lambda _, __, output: seen.append(output.abs().max()))
+    (first, *_) = certify(model, original, [IMAGES]).stages
+    with torch.no_grad():
+        seen.clear()
+        model(IMAGES)
+    assert len(seen) == 4
+    assert first.largest == float(max(seen))
+    assert first.limit == 2**8  # 2^22 grid points of 2^-14
+    assert 2**first.headroom_bits == pytest.approx(first.limit / first.largest)
+
+
+def test_labels_give_the_accuracy_of_both() -> None:
+    original = build("cifar_resnet20").eval()
+    labels = original(IMAGES).argmax(1)
+    labels[1] = (labels[1] + 1) % 10
+    accuracy = certify(convert(original, 0), original, [(IMAGES, labels)]).accuracy
+    assert accuracy is not None
+    assert (accuracy.original, accuracy.converted) == (0.5, 0.5)
+
+
+def test_a_plain_network_is_only_compared() -> None:
+    original = build("cifar_resnet20")
+    for model in (original, convert(original, 0)):
+        found = certify(model, original, [IMAGES])
+        assert (found.gradients_exact, found.stages) == (None, ())
+        assert found.drift.distance == 0
+
+
+def test_a_certificate_of_no_images_is_refused() -> None:
+    with pytest.raises(DataError, match="no images"):
+        certify(network(), build("cifar_resnet20"), [])

@@ -1,0 +1,71 @@
+"""The images that a conversion is adapted on, and those on which its effect is measured."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from momconv.data.calibration_images import CalibrationImages, choose_images
+from momconv.data.folder import printable
+from momconv.data.verification_images import find_verification_images
+from momconv.zoo.description import Description
+
+_HELD_OUT = 5  # one image in so many
+_MOST_HELD_OUT = 500
+_RANDOM = 8  # images of noise
+_LARGEST = 112  # pixels of their side: a self-test is as good on small ones, and much faster
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptationImages:
+    """What there is to work with.
+
+    Attributes:
+        adapting: Images to calibrate and distil on; None without a folder of them.
+        measuring: Batches of other images, or pairs with labels, which may be read repeatedly.
+        origin: What the images to measure on are, for people.
+        is_noise: Whether they are no pictures at all.
+        more: Whether the folder to adapt on may hold more images.
+        note: What is to be known about their classes.
+    """
+
+    adapting: CalibrationImages | None
+    measuring: Iterable[Tensor | tuple[Tensor, Tensor]]
+    origin: str
+    is_noise: bool = False
+    more: bool = False
+    note: str | None = None
+
+
+def gather_images(
+    adapting: Path | None, measuring: Path | None, description: Description, count: int, seed: int
+) -> AdaptationImages:
+    """At most ``count`` images from either folder, a random choice.
+
+    Without a folder to measure on, a fifth of the others is held out for that, and without any
+    folder it is a little noise.
+
+    Raises:
+        DataError: A folder is missing or holds no image.
+    """
+    preprocessing = description.preprocessing
+    files = choose_images(adapting, count, seed) if adapting else []
+    more = len(files) == count
+    if measuring:
+        images = CalibrationImages(files, preprocessing) if files else None
+        found = find_verification_images(measuring, description, count, seed)
+        origin = f"from {printable(measuring)}"
+        return AdaptationImages(images, found, origin, more=more, note=found.note)
+    if adapting is None:
+        side = min(preprocessing.resolution, _LARGEST)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(_RANDOM, 3, side, side, generator=generator)
+        return AdaptationImages(None, [noise], "of noise", is_noise=True)
+    held_out = min(_MOST_HELD_OUT, len(files) // _HELD_OUT)
+    images = CalibrationImages(files[held_out:], preprocessing)
+    if not held_out:
+        return AdaptationImages(images, images, "that it was calibrated on", more=more)
+    others = CalibrationImages(files[:held_out], preprocessing)
+    return AdaptationImages(images, others, f"held out of {printable(adapting)}", more=more)

@@ -1,0 +1,44 @@
+"""A network's tensors alone, as torchvision's ``load_state_dict`` takes them."""
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from momconv.errors import UsageError
+from momconv.files.atomic import write_atomically
+
+_PICKLED = (".pth", ".pt", ".th")
+SUFFIXES = (".safetensors", *_PICKLED)
+
+
+def check_suffix(path: Path) -> None:
+    """Do nothing if ``save_plain`` knows the format of ``path``.
+
+    Raises:
+        UsageError: It does not.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UsageError(
+            f"cannot tell the format of {path} from its name",
+            kind="usage.unknown_format",
+            fix=f"-o {path}.safetensors, or -o {path}.pth",
+        )
+
+
+def save_plain(model: nn.Module, path: Path) -> None:
+    """Write the state dict of ``model``, all or nothing, in the format that the suffix names.
+
+    Raises:
+        UsageError: The suffix is none of ``SUFFIXES``.
+        ResourceError: The file cannot be written.
+    """
+    check_suffix(path)
+    state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
+    if path.suffix in _PICKLED:
+        write_atomically(path, lambda target: torch.save(state, target))
+    else:
+        write_atomically(
+            path, lambda target: safetensors.torch.save_file(state, target, {"format": "pt"})
+        )

@@ -1,0 +1,118 @@
+"""How far the outputs of a network are from those of another."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from momconv.errors import DataError
+
+Batch = Tensor | tuple[Tensor, Tensor]  # images (B, 3, H, W), which may come with labels (B,)
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """The difference between the logits z' of a network and z of its original.
+
+    Attributes:
+        images: How many were compared.
+        disagreements: On how many of them the two name different classes first.
+        divergence: Mean KL(softmax z ‖ softmax z'), in nats.
+        distance: ‖z' − z‖ / ‖z‖, over all images.
+    """
+
+    images: int
+    disagreements: int
+    divergence: float
+    distance: float
+
+    @property
+    def agreement(self) -> float:
+        """The fraction of the images on which both name the same class first."""
+        return 1 - self.disagreements / self.images
+
+    def is_within(self, share: float) -> bool:
+        """Whether at most this share of the images disagrees."""
+        return self.disagreements <= round(share * self.images, 9)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as values that JSON knows."""
+        return {**asdict(self), "agreement": self.agreement}
+
+
+def measure_drift(logits: Tensor, reference: Tensor) -> Drift:
+    """How far ``logits`` are from ``reference``; both (images, classes)."""
+    z, other = reference.double(), logits.double()
+    p, q = F.log_softmax(z, 1), F.log_softmax(other, 1)
+    return Drift(
+        images=len(z),
+        disagreements=int((z.argmax(1) != other.argmax(1)).sum()),
+        divergence=float(F.kl_div(q, p, log_target=True, reduction="batchmean")),
+        distance=float((other - z).norm() / z.norm()),
+    )
+
+
+class Reference:
+    """What a network gives on some images, to compare others with.
+
+    Attributes:
+        network: The network.
+    """
+
+    def __init__(self, network: nn.Module, batches: Iterable[Batch]) -> None:
+        """``batches`` are read again for every comparison.
+
+        Raises:
+            DataError: There are no images.
+        """
+        self.network = network
+        self._batches = batches
+        self._logits = _predict(network, batches)
+
+    def compare(self, model: nn.Module) -> Drift:
+        """How far the outputs of ``model`` are from the network's."""
+        return measure_drift(_predict(model, self._batches), self._logits)
+
+
+def split(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """The images and, where there are any, the labels."""
+    return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
+
+
+def require_images(batches: list[Tensor]) -> Tensor:
+    """All of ``batches`` in one.
+
+    Raises:
+        DataError: There are none.
+    """
+    if not batches:
+        raise DataError(
+            "there are no images to compare the networks on",
+            kind="data.no_images",
+            fix="give at least one batch",
+        )
+    return torch.cat(batches)
+
+
+def _predict(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
+    device = next(model.parameters()).device
+    with evaluating(model):
+        return require_images([model(split(batch)[0].to(device)).cpu() for batch in batches])
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; the training flags as before afterwards."""
+    training = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
