@@ -114,7 +114,7 @@ def _calibrate(network: "nn.Module", files: list[Path]) -> "Calibration":
 
     with progress("calibrating", len(files)) as report:
         images = CalibrationImages(files, describe(network).preprocessing, lambda n: report(n, ""))
-        layers = calibrate(network, images)
+        layers = calibrate(network, images).layers
     unreadable = tuple(images.unreadable)
     return Calibration(len(files) - len(unreadable), layers, unreadable)
 

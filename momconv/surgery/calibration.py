@@ -1,27 +1,91 @@
-"""Re-estimating BatchNorm's statistics on unlabelled images after a conversion."""
+"""Making up, on unlabelled images, for what a conversion has changed."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from momconv.surgery.imitation import (
+    Images,
+    Imitation,
+    Progress,
+    Schedule,
+    Step,
+    imitate,
+    norm_parameters,
+    trainable_gains,
+)
 
-def calibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Replace BatchNorm's running statistics by their average over ``batches``.
+_STEPS = 150
+_RATE = 1e-2
 
-    The momentum rule shifts the distribution of activations; statistics of the plain network no
-    longer fit. No label is used and no parameter changes.
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was adapted.
+
+    Attributes:
+        layers: How many BatchNorm layers have new statistics.
+        imitation: How the gains and norms were refined; None without the original network.
+    """
+
+    layers: int
+    imitation: Imitation | None
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    original: nn.Module | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Adapt ``model`` to the momentum rule, which shifts the distribution of its activations.
+
+    First, BatchNorm's running statistics become their average over ``batches``. Then, given the
+    ``original``, the gains of the runs and the scales and shifts of all normalisation layers are
+    trained for 150 steps to reproduce its logits and the outputs of its stages. No label is used,
+    no weight of a convolution or linear layer changes. On a fifth of the images, held out, the
+    result is never further from the original than re-estimated statistics alone.
 
     Args:
-        model: The network, on any device. Its training flags are left as they are.
-        batches: Images (B, 3, H, W), preprocessed as for evaluation. Every batch counts the same,
-            so they should be of one size, and large: 100 images or more.
-
-    Returns:
-        How many BatchNorm layers were re-estimated.
+        model: The converted network, on any device. Its training flags stay as they are.
+        batches: Images (B, 3, H, W), preprocessed as for evaluation; with ``original``, something
+            that can be iterated several times. Every batch counts the same for the statistics, so
+            they should be of one size, and large: 100 images or more.
+        original: The network that ``model`` was converted from, on the same device. It stays as it
+            is.
+        progress: Hears of steps done, of all steps, and of the time left. A KeyboardInterrupt
+            during the training, from here too, ends it early with the best values so far.
     """
+    layers = _estimate_statistics(model, batches)
+    if original is None:
+        return Calibration(layers, None)
+    images = Images(batches)
+    if not images.held_out:
+        return Calibration(layers, None)
+    with trainable_gains(model) as gains:
+        groups = [(gains + norm_parameters(model), _RATE)]
+        steps = _read(images, progress)
+        return Calibration(layers, imitate(model, original, groups, steps, images.held_out))
+
+
+def _read(images: Images, progress: Progress | None) -> Iterator[Step]:
+    """150 steps' images, from as many passes as it takes."""
+    schedule, done = Schedule(_STEPS, progress), 0
+    while True:
+        for chunk in images.read():
+            share = schedule.share(done)
+            if share == 1:
+                return
+            yield chunk, share
+            done += 1
+
+
+def _estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
     device = next(model.parameters()).device
     with _estimating(model) as layers, torch.no_grad():
         for images in batches:

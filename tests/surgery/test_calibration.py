@@ -39,7 +39,7 @@ def batches(count: int) -> list[Tensor]:
 
 def test_one_batch_gives_its_own_statistics() -> None:
     net, (images,) = small(), batches(1)
-    assert calibrate(net, [images]) == 2
+    assert calibrate(net, [images]).layers == 2
     features = net[0](images).transpose(0, 1).flatten(1)
     mean, variance = statistics(net, 1)
     assert torch.allclose(mean, features.mean(1), atol=1e-6)
@@ -97,7 +97,7 @@ def test_dropout_is_off_and_nothing_is_kept_for_backward() -> None:
 
 def test_layers_that_keep_no_statistics_are_left_alone() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
-    assert calibrate(net, batches(1)) == 0
+    assert calibrate(net, batches(1)).layers == 0
 
 
 # With published weights and real images
@@ -131,6 +131,19 @@ def test_calibration_and_gains_keep_a_pretrained_network(shared: Path, cifar: Pa
     assert original > 0.75
     assert swapped < 0.4
     assert top1(compensated, held_out) > original - 0.05
+
+
+def test_the_original_s_outputs_bring_it_closer_still(
+    shared: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("momconv.surgery.calibration._STEPS", 25)
+    plain = load_network("cifar_resnet20", shared / "weights" / "resnet20-12fca82f.th")
+    model = convert(plain, stages="all")
+    files = choose_images(cifar / "train", 200, seed=0)
+    images = CalibrationImages(files, describe(plain).preprocessing)
+    imitation = calibrate(model, images, plain).imitation
+    assert imitation is not None
+    assert imitation.after < 0.7 * imitation.before
 
 
 def top1(network: nn.Module, images: ImageSet) -> float:

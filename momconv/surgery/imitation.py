@@ -1,0 +1,281 @@
+"""Training a converted network, the student, to compute what its original, the teacher, computes.
+
+No label is needed. The loss is the teacher's logits' divergence from the student's, KL(p ‖ q), plus
+the mean over the momentum stages of ‖x − x'‖² / ‖x' − mean x'‖², where x' is the stage's output in
+the teacher. BatchNorm uses its running statistics throughout, in both networks, and dropout is off:
+the student learns to agree where it is going to be used, whatever the size of a batch.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Adam
+
+from momconv.errors import RangeOverflow
+from momconv.momentum.sequential import MomentumSequential, momentum_stages
+from momconv.units import format_duration
+
+Progress = Callable[[int, int, str], None]
+Step = tuple[Tensor, float]  # images, and which share of the work is done before them
+
+_CHUNK = 50  # images of a step
+_HELD_OUT = 5  # one image in so many
+_HELD_OUT_BATCHES = 8  # in which some are held out; they stay in memory
+_CHECK = 25  # steps between two looks at the images held out
+_WARM_UP = 10  # steps
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True, slots=True)
+class Imitation:
+    """How far a student came.
+
+    Attributes:
+        steps: How many it was trained for.
+        before: Mean KL(teacher ‖ student) of the logits, in nats, on the images held out.
+        after: The same at the end. It is never larger than ``before``.
+        interrupted: Whether it was ended early by a KeyboardInterrupt.
+    """
+
+    steps: int
+    before: float
+    after: float
+    interrupted: bool
+
+
+class Images:
+    """Batches that are read again and again, a part of which is held out.
+
+    Attributes:
+        held_out: One image in five of the first eight batches.
+        steps: How many steps it takes to see all others once.
+    """
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self.held_out: list[Tensor] = []
+        self.steps = 0
+        self._batches = batches
+        self._generator = torch.Generator().manual_seed(0)
+        for number, batch in enumerate(batches):
+            kept = _kept(number, batch)
+            if kept < len(batch):
+                self.held_out.append(batch[kept:].clone())
+            self.steps += math.ceil(kept / _CHUNK)
+
+    def read(self) -> Iterator[Tensor]:
+        """The images of one step after the other, in an order that the number of passes gives."""
+        for number, batch in enumerate(self._batches):
+            order = torch.randperm(_kept(number, batch), generator=self._generator)
+            for indices in order.chunk(math.ceil(len(order) / _CHUNK)):
+                yield batch[indices]
+
+
+def _kept(number: int, batch: Tensor) -> int:
+    """How many images of a batch are for training; the others are held out."""
+    return len(batch) - (len(batch) // _HELD_OUT if number < _HELD_OUT_BATCHES else 0)
+
+
+def imitate(
+    student: nn.Module,
+    teacher: nn.Module,
+    groups: Sequence[tuple[list[nn.Parameter], float]],
+    steps: Iterable[Step],
+    held_out: Sequence[Tensor],
+) -> Imitation:
+    """Train the parameters in ``groups``, of a learning rate each, on the images of ``steps``.
+
+    However this ends, by an exception or a KeyboardInterrupt too, the student then has the values
+    with which it was closest to the teacher on the images held out: at the beginning, after every
+    25 steps or at the end. A KeyboardInterrupt, which may come from ``steps``, is not raised again;
+    an activation that leaves the exact range ends the training as well.
+    """
+    done, interrupted = 0, False
+    with _in_eval_mode(student, teacher), _training_only(student, groups), ExitStack() as undo:
+        best = _Best(_Pair(student, teacher, held_out), [p for group, _ in groups for p in group])
+        undo.callback(best.restore)
+        optimizer = Adam([{"params": group, "lr": rate, "peak": rate} for group, rate in groups])
+        try:
+            for images, share in steps:
+                for settings in optimizer.param_groups:
+                    settings["lr"] = settings["peak"] * _share_of_rate(done, share)
+                optimizer.zero_grad()
+                best.pair.loss(images).backward()
+                optimizer.step()
+                done += 1
+                if done % _CHECK == 0:
+                    best.look()
+            best.look()
+        except KeyboardInterrupt:
+            interrupted = True
+        except RangeOverflow:
+            pass  # it diverges, and has been better
+    return Imitation(done, best.first, best.divergence, interrupted)
+
+
+def _share_of_rate(step: int, share: float) -> float:
+    """The factor of the learning rate: a linear warm-up, then half a cosine to 0."""
+    return min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * share)) / 2
+
+
+class _Pair:
+    """The student and the teacher side by side."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, held_out: Sequence[Tensor]) -> None:
+        self._student, self._teacher = student, teacher
+        self._stages = list(momentum_stages(student))
+        self._device = next(student.parameters()).device
+        self._held_out = held_out
+        with torch.no_grad():
+            self._targets = [teacher(batch.to(self._device)) for batch in held_out]
+
+    def loss(self, images: Tensor) -> Tensor:
+        """See the head of this module."""
+        images = images.to(self._device)
+        with torch.no_grad():
+            logits, features = _trace(self._teacher, self._stages, images)
+        own_logits, own_features = _trace(self._student, self._stages, images)
+        loss = _divergence(own_logits, logits)
+        for own, other in zip(own_features, features, strict=True):
+            variance = other.var(correction=0).clamp_min(1e-12)
+            loss = loss + F.mse_loss(own, other) / variance / len(features)
+        return loss
+
+    @torch.no_grad()
+    def divergence(self) -> float:
+        """Mean KL(teacher ‖ student) on the images held out, in nats."""
+        total = 0.0
+        for batch, target in zip(self._held_out, self._targets, strict=True):
+            total += len(batch) * float(_divergence(self._student(batch.to(self._device)), target))
+        return total / sum(map(len, self._held_out))
+
+
+def _divergence(logits: Tensor, target: Tensor) -> Tensor:
+    p, q = F.log_softmax(target.float(), 1), F.log_softmax(logits.float(), 1)
+    return F.kl_div(q, p, log_target=True, reduction="batchmean")
+
+
+def _trace(model: nn.Module, stages: Sequence[str], images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The logits and what came out of ``stages``."""
+    features: list[Tensor] = []
+    with ExitStack() as hooks:
+        for name in stages:
+            stage = model.get_submodule(name)
+            hook = stage.register_forward_hook(lambda _, __, output: features.append(output))
+            hooks.callback(hook.remove)
+        logits: Tensor = model(images)
+    return logits, features
+
+
+class _Best:
+    """The values of the parameters with which the student was closest to the teacher."""
+
+    def __init__(self, pair: _Pair, parameters: Sequence[nn.Parameter]) -> None:
+        self.pair, self._parameters = pair, parameters
+        self.first = self.divergence = pair.divergence()
+        self._values = [parameter.detach().clone() for parameter in parameters]
+
+    def look(self) -> None:
+        """Remember the present values if they are better. What is not a number is not better."""
+        divergence = self.pair.divergence()
+        if divergence < self.divergence:
+            values = [parameter.detach().clone() for parameter in self._parameters]
+            self.divergence, self._values = divergence, values
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Go back to them."""
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            parameter.copy_(value)
+
+
+@contextmanager
+def _training_only(
+    student: nn.Module, groups: Sequence[tuple[list[nn.Parameter], float]]
+) -> Iterator[None]:
+    """Gradients for the parameters in ``groups`` alone; afterwards for the same as before."""
+    wanted = {id(parameter) for group, _ in groups for parameter in group}
+    before = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(id(parameter) in wanted)
+    try:
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+            parameter.grad = None
+
+
+@contextmanager
+def _in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    training = {module: module.training for model in models for module in model.modules()}
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+@contextmanager
+def trainable_gains(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Parameters, 1 at first, by which the gains of all runs are multiplied, for good at the end.
+
+    f(x) = block(x) − x is scaled in a forward hook, so that the gradient comes by itself.
+    """
+    device = next(model.parameters()).device
+    factors: list[nn.Parameter] = []
+    stages = [stage for stage in momentum_stages(model).values() if stage.gamma]
+    with ExitStack() as hooks:
+        for stage in stages:
+            for n in (n for run in stage.runs or () for n in range(run.start, run.stop)):
+                factors.append(nn.Parameter(torch.ones((), device=device)))
+                hook = stage[n].register_forward_hook(_scaling(factors[-1]))
+                hooks.callback(hook.remove)
+        hooks.callback(_fold, stages, factors)
+        yield factors
+
+
+def _scaling(factor: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    return lambda _, inputs, output: torch.lerp(inputs[0], output, factor)
+
+
+def _fold(stages: Sequence[MomentumSequential], factors: Sequence[Tensor]) -> None:
+    values = iter([factor.item() for factor in factors])
+    for stage in stages:
+        stage.runs = tuple(
+            replace(run, gains=tuple(gain * next(values) for gain in run.gains))
+            for run in stage.runs or ()
+        )
+
+
+def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Scale and shift of every normalisation layer."""
+    norms = [module for module in model.modules() if isinstance(module, _NORMS)]
+    return [parameter for norm in norms for parameter in norm.parameters(recurse=False)]
+
+
+class Schedule:
+    """How far the work of ``total`` steps is, which ``progress`` hears of."""
+
+    def __init__(self, total: int, progress: Progress | None, minutes: float | None = None) -> None:
+        self.total = total
+        self._progress = progress
+        self._seconds = math.inf if minutes is None else max(1e-9, 60 * minutes)
+        self._began = time.monotonic()
+
+    def share(self, done: int) -> float:
+        """Which share of the work is done after so many steps; 1 also if the time is over."""
+        elapsed = time.monotonic() - self._began
+        share = min(1.0, max(done / self.total, elapsed / self._seconds))
+        if self._progress:
+            left = f"{format_duration(elapsed * (1 - share) / share)} left" if done else ""
+            self._progress(done, self.total, left)
+        return share
