@@ -150,7 +150,7 @@ def test_a_fine_tuned_file_can_be_fine_tuned_again(
 def test_gamma_zero_is_the_plain_network(colours: Path, tmp_path: Path) -> None:
     changes = ["momentum.gamma=0", "train.epochs=1"]
     result = finetune(small(colours, *changes), tmp_path / "run")
-    assert not network.has_momentum(model_file.load(result.last))
+    assert not network.read_gamma(model_file.load(result.last)) > 0
 
 
 def test_a_network_that_momentum_does_not_help_stays_plain_and_says_so(
@@ -160,7 +160,7 @@ def test_a_network_that_momentum_does_not_help_stays_plain_and_says_so(
     changes = ["model.name=resnet18", "data.resolution=32", "train.epochs=1"]
     result = finetune(small(colours, *changes), tmp_path / "run", listener=log)
     assert "stays plain; --set momentum.stages=all converts" in log.told[1]
-    assert not network.has_momentum(model_file.load(result.last))
+    assert not network.read_gamma(model_file.load(result.last)) > 0
 
 
 def test_the_resolution_of_the_run_is_that_of_its_models(colours: Path, tmp_path: Path) -> None:
