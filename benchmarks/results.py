@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import memory
+from benchmarks import memory, transfer
 from benchmarks.tables import Log, Row, find_logs, number
 
 DOCUMENT = Path(__file__).parent / "RESULTS.md"
@@ -41,6 +41,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     "exactness": show_all,
     "depth": show_all,
     "batches": show_all,
+    "transfer": transfer.present,
 }
 
 

@@ -3,7 +3,7 @@
 A CIFAR ResNet-20 with the published weights, trained on CIFAR-10's training images, learns a task
 of five classes, each of two unlike classes of CIFAR-10 (number i and number i + 5: airplanes and
 dogs, …), from 500 images that it has not seen: 50 of each of the ten classes, from CIFAR-10's test
-images. The five-class head is new. 2,000 other test images are held out. A seed decides the 500
+images. The five-class head is new. 1,000 other test images are held out. A seed decides the 500
 images, the head, the order and the augmentation; it is the same for all methods. Learning rate,
 batch and all else are the defaults of `momconv finetune`, for 5 epochs, with γ = 0.9 in all stages
 where there is momentum:
@@ -40,7 +40,7 @@ KEY = ("method", "epoch", "seed")
 VALUE = "top-1 in %"
 SEEDS = 3
 EPOCHS = 5
-TRAIN, VAL = 50, 200  # images of each of the ten classes
+TRAIN, VAL = 50, 100  # images of each of the ten classes
 
 METHODS = {
     "plain": ["momentum.gamma=0"],

@@ -101,12 +101,14 @@ def calibrate_on(
 ) -> None:
     """Adapt ``model`` to its ``original``, on some of the training images, without labels.
 
-    Without this a converted network starts at chance: the momentum rule shifts what BatchNorm sees.
+    Training normalises with the statistics of these images, so the original gets them first: what
+    ``model`` is brought close to is the plain network as fine-tuning would find it.
 
     Raises:
         KeyboardInterrupt: Ctrl-C came. No part of the run is on disk yet.
     """
     batches = _Batches(images, model, batch_size=batch_size, workers=workers, listener=listener)
+    calibrate(original, batches)
     with _borrowed_head(model, original):
         done = calibrate(
             model,
@@ -138,11 +140,13 @@ class _Batches:
         dataset = LabelledImages(images.select(chosen), transform, seed=None)
         self.images = len(chosen)
         self._loader = make_loader(dataset, workers=workers, batch_size=self._size)
-        self._titles = iter(["adapting BatchNorm to momentum", "holding out images"])
+        self._titles = iter(
+            ["adapting BatchNorm to these images", "adapting it to momentum", "holding out images"]
+        )
         self._listener = listener
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The listener hears of the first two passes; then it hears of the steps."""
+        """The listener hears of the first passes; then it hears of the steps."""
         title = next(self._titles, None)
         for done, (pictures, _) in enumerate(read_batches(self._loader)):
             if title is not None:
