@@ -13,11 +13,14 @@ from torch import nn
 from momconv.data.folder import read_classes_folder
 from momconv.evaluation import Scores, evaluate
 from momconv.momentum.sequential import momentum_stages
+from momconv.planner.measurement import measure, static_bytes
 from momconv.recipe import MomentumRecipe, load_recipe
 from momconv.surgery.conversion import convert
 from momconv.training import network
 from momconv.training.finetuning import finetune
 from momconv.training.interruption import Interrupted
+from momconv.training.planning import Setting, plan_batches
+from momconv.training.progress import SILENT
 from momconv.training.state import load_state
 from momconv.zoo.networks import build
 from momconv.zoo.weights import load_network
@@ -83,9 +86,7 @@ def test_a_run_with_real_weights_begins_close_to_the_original(
 
     scores = {
         value: score(
-            before_the_first_step(
-                photos, tmp_path / value, *changes, f"momentum.calibrate={value}"
-            )
+            before_the_first_step(photos, tmp_path / value, *changes, f"momentum.calibrate={value}")
         )
         for value in ("false", "true")
     }
@@ -194,6 +195,25 @@ def test_a_calibrated_run_goes_on_exactly_and_is_not_calibrated_again(
     ours, theirs = read_tensors(run), read_tensors(straight)
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     assert {title for title, *_ in log.shown} == {"training"}
+
+
+@pytest.mark.usefixtures("few_steps")
+def test_calibrating_takes_no_more_memory_than_the_planned_step(
+    colours: Path, trained: Path
+) -> None:
+    """With the original beside it, but without gradients of the weights and optimiser state."""
+    model, cpu = convert(load_network("cifar_resnet20", trained)), torch.device("cpu")
+    setting = Setting(24, 8, "auto", 32, "auto", "fp32", "sgd", "cpu", None)
+    plan = plan_batches(model.train(), setting, cpu)
+
+    def work() -> None:
+        original = load_network("cifar_resnet20", trained)
+        images = read_classes_folder(colours)
+        network.calibrate_on(images, model, original, batch_size=8, workers=0, listener=SILENT)
+
+    peak = static_bytes(model, "sgd").weights + measure(work, cpu).peak_bytes
+    assert plan.measured_bytes is not None
+    assert peak <= plan.measured_bytes
 
 
 def test_ctrl_c_while_calibrating_leaves_no_folder(
