@@ -139,7 +139,9 @@ class _Batches:
         transform = evaluation_transform(describe(model).preprocessing)
         dataset = LabelledImages(images.select(chosen), transform, seed=None)
         self.images = len(chosen)
-        self._loader = make_loader(dataset, workers=workers, batch_size=self._size)
+        self._loader = make_loader(
+            dataset, workers=workers, batch_size=self._size, persistent_workers=workers > 0
+        )
         self._titles = iter(
             ["adapting BatchNorm to these images", "adapting it to momentum", "holding out images"]
         )
