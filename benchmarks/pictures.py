@@ -85,8 +85,11 @@ def draw_transfer(log: Log) -> Figure:
             capsize=3,
             label=method,
         )
-    axes.set(xlabel="epochs of fine-tuning", ylabel="top-1 on held-out images (%)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(
+        xlabel="epochs of fine-tuning",
+        ylabel="top-1 on held-out images (%)",
+        xticks=range(1, transfer.EPOCHS + 1),
+    )
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     add_legend(figure, axes)

@@ -21,6 +21,7 @@ import csv
 import statistics
 import tempfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from random import Random
@@ -96,8 +97,9 @@ def run(method: str, seed: int, weights: Path, folder: Path) -> Iterator[Row]:
 
 def present(rows: Sequence[Row]) -> list[Row]:
     """Mean ± standard deviation over the seeds: a row for each method, a column for each epoch."""
+    seeds = Counter(row["method"] for row in rows if row["epoch"] == "1")
     return [
-        {"method": method}
+        {"method": method, "seeds": str(seeds[method])}
         | {f"epoch {n}": " ± ".join(f"{x:.1f}" for x in spread) for n, spread in epochs.items()}
         for method, epochs in summarise(rows).items()
     ]

@@ -24,8 +24,8 @@ ROWS = [*rows("plain", (50, 80), (52, 84), (54, 82)), *rows("calibrated", (40, 7
 
 def test_the_table_has_mean_and_deviation_over_the_seeds() -> None:
     assert transfer.present(ROWS) == [
-        {"method": "plain", "epoch 1": "52.0 ± 2.0", "epoch 2": "82.0 ± 2.0"},
-        {"method": "calibrated", "epoch 1": "40.0 ± 0.0", "epoch 2": "79.0 ± 1.4"},
+        {"method": "plain", "seeds": "3", "epoch 1": "52.0 ± 2.0", "epoch 2": "82.0 ± 2.0"},
+        {"method": "calibrated", "seeds": "2", "epoch 1": "40.0 ± 0.0", "epoch 2": "79.0 ± 1.4"},
     ]
 
 

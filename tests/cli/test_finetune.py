@@ -121,8 +121,16 @@ def test_options_and_set_win_over_the_recipe(colours: Path, tmp_path: Path) -> N
 
 def test_calibration_can_be_left_out_and_gamma_annealed(colours: Path, tmp_path: Path) -> None:
     torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
-    weights = ["--weights", tmp_path / "trained.th"]
-    options = [*SMALL, *weights, "--no-calibrate", "--epochs", "2", "-o", tmp_path / "run"]
+    weights: list[str | Path] = ["--weights", tmp_path / "trained.th"]
+    options: list[str | Path] = [
+        *SMALL,
+        *weights,
+        "--no-calibrate",
+        "--epochs",
+        "2",
+        "-o",
+        tmp_path / "run",
+    ]
     process = start("--data", colours, *options, "--set", "momentum.anneal=1.5")
     _, err = process.communicate()
     assert process.returncode == 0, err
@@ -142,7 +150,8 @@ def test_ctrl_c_while_calibrating_is_130_and_leaves_nothing(
 
     monkeypatch.setattr(Display, "advance", advance)
     torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
-    options = [*SMALL, "--weights", tmp_path / "trained.th", "--micro-batch", "5"]
+    options: list[str | Path] = [*SMALL, "--weights", tmp_path / "trained.th"]
+    options += ["--micro-batch", "5"]
     ran = run("--data", colours, *options, *IN_PROCESS, "-o", tmp_path / "run")
     assert (ran.exit_code, ran.stdout) == (130, "")
     assert ran.stderr.endswith("error: interrupted\n")
