@@ -1,4 +1,4 @@
-"""Pictures of the results: memory over depth and over the batch, one of each for every machine.
+"""Pictures of the results: memory over depth and batch, top-1 over epochs; for every machine.
 
 ``python -m benchmarks.pictures`` draws them from the files in results/.
 """
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from benchmarks import transfer
 from benchmarks.tables import Log, Row, find_logs, number
 
 Series = dict[str, list[tuple[float, float]]]  # points (x, MiB) by method
@@ -21,6 +22,14 @@ STYLES = {
     "momentumnet, gradients apart": ("#56B4E9", "v"),
     "momentumnet": ("#E69F00", "^"),
     "momconv": ("#D55E00", "D"),
+}
+
+TRANSFER_STYLES = {
+    "plain": ("#000000", "o"),
+    "swapped rule": ("#E69F00", "^"),
+    "gains": ("#56B4E9", "v"),
+    "calibrated": ("#D55E00", "D"),
+    "annealed": ("#0072B2", "s"),
 }
 
 
@@ -60,7 +69,38 @@ def draw_batches(log: Log) -> Figure:
     return figure
 
 
-PICTURES: dict[str, Callable[[Log], Figure]] = {"depth": draw_depth, "batches": draw_batches}
+def draw_transfer(log: Log) -> Figure:
+    """Top-1 over the epochs of fine-tuning, with the standard deviation over the seeds."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for method, epochs in transfer.summarise(log.read()).items():
+        colour, marker = TRANSFER_STYLES[method]
+        means, deviations = zip(*epochs.values(), strict=True)
+        axes.errorbar(
+            list(epochs),
+            means,
+            deviations,
+            color=colour,
+            marker=marker,
+            capsize=3,
+            label=method,
+        )
+    axes.set(
+        xlabel="epochs of fine-tuning",
+        ylabel="top-1 on held-out images (%)",
+        xticks=range(1, transfer.EPOCHS + 1),
+    )
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    add_legend(figure, axes)
+    return figure
+
+
+PICTURES: dict[str, Callable[[Log], Figure]] = {
+    "depth": draw_depth,
+    "batches": draw_batches,
+    "transfer": draw_transfer,
+}
 
 
 def collect(rows: Sequence[Row], column: str) -> Series:

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -22,6 +22,7 @@ from pydantic import (
     PositiveFloat,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 
 from momconv.errors import UsageError
@@ -47,6 +48,9 @@ Memory = Annotated[
 ]
 
 
+ANNEAL_FROM = 0.1  # γ where annealing begins: the rule is still close to that of the ResNet
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -66,6 +70,8 @@ class MomentumRecipe(_Section):
     stages: Literal["auto", "all"] | list[str] = "auto"
     velocity: Literal["zero", "residual"] = "zero"
     gain: bool = True
+    calibrate: bool = True  # towards the original network, on the training images
+    anneal: NonNegativeFloat = 0  # epochs in which γ rises to ``gamma``
     strategy: Literal["auto", "store", "checkpoint", "momentum"] = "auto"
 
 
@@ -113,6 +119,21 @@ class Recipe(_Section):
     momentum: MomentumRecipe = MomentumRecipe()
     data: DataRecipe = DataRecipe()
     train: TrainRecipe = TrainRecipe()
+
+    @model_validator(mode="after")
+    def _check_annealing(self) -> Self:
+        if not self.momentum.anneal:
+            return self
+        gamma, epochs = self.momentum.gamma, self.train.epochs
+        if self.model.from_file is not None:
+            raise _cannot_anneal("the network in model.from_file has its γ already")
+        if gamma <= ANNEAL_FROM:
+            raise _cannot_anneal(f"γ rises from {ANNEAL_FROM}, and momentum.gamma is {gamma:g}")
+        if self.momentum.anneal > epochs:
+            raise _cannot_anneal(
+                f"{self.momentum.anneal:g} epochs are more than train.epochs, which is {epochs}"
+            )
+        return self
 
 
 SECTIONS: dict[str, type[_Section]] = {name: type(section) for name, section in Recipe()}
@@ -283,6 +304,12 @@ def _allowed(schema: dict[str, Any]) -> str:
     noun = noun or _NOUNS[schema.get("format", schema["type"])]
     bounds = [f"{sign} {schema[name]:.10g}" for name, sign in _BOUNDS.items() if name in schema]
     return " ".join([noun, " and ".join(bounds)]).rstrip()
+
+
+def _cannot_anneal(reason: str) -> UsageError:
+    return UsageError(
+        f"momentum.anneal: {reason}", kind="usage.bad_annealing", fix="--set momentum.anneal=0"
+    )
 
 
 def _not_yaml(error: yaml.YAMLError, source: str, key: str) -> UsageError:

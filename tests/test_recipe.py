@@ -164,6 +164,9 @@ def test_an_unknown_key_is_placed_and_the_nearest_is_offered(
         ("train.memory", "much", "'much' is not an amount of memory like 3GiB or null"),
         ("momentum.gamma", "1.01", "'1.01' is not a number ≥ 0 and ≤ 1"),
         ("momentum.gain", "maybe", "'maybe' is not true or false"),
+        ("momentum.calibrate", "often", "'often' is not true or false"),
+        ("momentum.anneal", "-1", "'-1' is not a number ≥ 0"),
+        ("momentum.anneal", "inf", "'inf' is not a number ≥ 0"),
         ("momentum.stages", "layer3", "'layer3' is not auto or all or a list of names"),
         ("data.resolution", "15", "'15' is not an integer ≥ 16 or null"),
         ("data.path", "[a, b]", "['a', 'b'] is not a path or null"),
@@ -177,6 +180,22 @@ def test_a_bad_value_is_shown_with_its_place_and_what_is_allowed(
     assert refusal(path).message == f"{path}:3: {key}: {message}"
     assert refusal(None, f"{key}={text}").message == f"{key}: {message}"
     assert refusal(path).kind == "usage.bad_value"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["momentum.gamma=0"], "γ rises from 0.1, and momentum.gamma is 0"),
+        (["momentum.gamma=0.1"], "γ rises from 0.1, and momentum.gamma is 0.1"),
+        (["train.epochs=1"], "1.5 epochs are more than train.epochs, which is 1"),
+        (["model.from_file=a"], "the network in model.from_file has its γ already"),
+    ],
+)
+def test_annealing_that_cannot_be_is_refused(changes: list[str], message: str) -> None:
+    error = refusal(None, "momentum.anneal=1.5", *changes)
+    assert error.message == f"momentum.anneal: {message}"
+    assert error.kind == "usage.bad_annealing"
+    assert load_recipe(None, changes).momentum.anneal == 0
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -263,6 +282,7 @@ recipes = st.builds(
         stages=st.just("auto") | st.lists(st.text()),
         velocity=st.sampled_from(["zero", "residual"]),
         gain=st.booleans(),
+        calibrate=st.booleans(),
         strategy=st.sampled_from(["store", "checkpoint", "momentum"]),
     ),
     data=st.builds(
@@ -295,6 +315,7 @@ recipes = st.builds(
 
 
 @example(recipe=Recipe(model=ModelRecipe(weights="\x85")))
+@example(recipe=Recipe(momentum=MomentumRecipe(calibrate=False, anneal=2.5)))
 @given(recipe=recipes)
 def test_a_written_recipe_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, recipe: Recipe

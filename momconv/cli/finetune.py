@@ -106,6 +106,14 @@ def finetune(  # noqa: PLR0913 (one for each option)
         str | None,
         _option("--gamma", "G", "0 … 1; 0 is the plain network. (default: 0.9)", _MOMENTUM),
     ] = None,
+    no_calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--no-calibrate",
+            help="Do not adapt the converted network to its original first.",
+            rich_help_panel=_MOMENTUM,
+        ),
+    ] = False,
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A recipe in YAML.", rich_help_panel=_RUN),
@@ -138,7 +146,8 @@ def finetune(  # noqa: PLR0913 (one for each option)
     _refuse_together(
         "--from", from_file, {"--model": model, "--weights": weights, "--gamma": gamma}
     )
-    changes = [*_read_options(context), *(set_ or [])]
+    unwanted = ["momentum.calibrate=false"] if no_calibrate else []
+    changes = [*_read_options(context), *unwanted, *(set_ or [])]
     if resume is not None:
         RunFolder(resume).require_state()
         recipe = RunFolder(resume).config

@@ -9,6 +9,10 @@ need in backward:
 * segment: only the input of a whole stage is kept; the stage runs again, with checkpoints;
 * momentum: x[n] is reconstructed from x[n+1] and v[n+1], and the block runs again.
 
+The graph sees x in the type in which the blocks compute, and so do its gradients; the state that
+is integrated, and inverted, has single precision at least. v is in the graph for its gradient only,
+as a tensor without memory.
+
 The adjoint of a step: with g = ∂L/∂x[n+1] + ∂L/∂v[n+1] (v[n+1] feeds x[n+1] and the next step)
 and u = c g, the block receives u, x[n] receives ∂L/∂x[n+1] − u directly, and ∂L/∂v[n] = γ g. The
 last is passed on as u, which exists already, and scaled by γ/c where it is used. Rounding to the
@@ -22,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from momconv.momentum.equations import Rule, integrate, to_grid
+from momconv.momentum.equations import Rule, integrate, to_grid, widen
 from momconv.momentum.replay import Replay, before_backward, checkpoint, evaluate
 from momconv.momentum.trajectory import Trajectory
 
@@ -38,26 +42,23 @@ def run(
     *,
     in_parts: bool = False,
 ) -> Tensor:
-    """Return x after all steps, in x's type; the blocks are called with it and ``args``.
-
-    The state is kept in single precision at least, also where x and the blocks are narrower.
-    """
+    """Return x after all steps, in x's type; the blocks are called with it and ``args``."""
     dtype = x.dtype
     if torch.compiler.is_exporting():  # a graph for inference, without state
         calls = [lambda x, block=block: block(x.to(dtype), *args) for block in blocks]
         return integrate(to_grid(x, rule.ulp), calls, rule)[0].to(dtype)
     x = _ToGrid.apply(x, rule.ulp)
-    trajectory = Trajectory(x.detach(), rule)
-    v = trajectory.v.detach()
+    trajectory = Trajectory(widen(x.detach()), rule)
+    v = _without_memory(x)
     for n, block in enumerate(blocks):
         if strategy == "store" or not torch.is_grad_enabled():
-            y = evaluate(block, x.to(dtype), *args)
+            y = evaluate(block, x, *args)
         elif strategy == "momentum":
-            y = _reconstruct(Replay(block, in_parts=in_parts), x.to(dtype), args, trajectory, n)
+            y = _reconstruct(Replay(block, in_parts=in_parts), x, args, trajectory, n)
         else:
-            y = checkpoint(block, x.to(dtype), args, in_parts=in_parts)
+            y = checkpoint(block, x, args, in_parts=in_parts)
         x, v = _Step.apply(x, v, y, trajectory)
-    return x.to(dtype)
+    return x
 
 
 def _reconstruct(
@@ -81,12 +82,12 @@ class _ToGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ulp: float) -> Tensor:
-        ctx.dtype = x.dtype
-        return to_grid(x, ulp)
+        # Narrower types have gaps that are multiples of ulp, or none as small.
+        return to_grid(x, ulp).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.to(ctx.dtype), None
+        return gradient, None
 
 
 class _Step(torch.autograd.Function):
@@ -98,8 +99,7 @@ class _Step(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.rule, ctx.n = trajectory.rule, trajectory.n
         ctx.set_materialize_grads(False)
-        ctx.mark_dirty(v)  # v is the trajectory's own memory, which the step overwrites
-        return trajectory.advance(y), v
+        return trajectory.advance(y).to(x.dtype), _without_memory(x)
 
     @staticmethod
     @once_differentiable
@@ -111,3 +111,8 @@ class _Step(torch.autograd.Function):
             u = torch.add(gx, u_next, alpha=ctx.rule.gamma / ctx.rule.coefficients[ctx.n + 1])
             u.mul_(c)
         return gx - u, u, u, None
+
+
+def _without_memory(x: Tensor) -> Tensor:
+    """A tensor of x's type and shape, all of whose elements are one."""
+    return x.new_zeros(()).expand(x.shape)

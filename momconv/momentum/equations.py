@@ -66,8 +66,12 @@ def reverse(
 
 def to_grid(x: Tensor, ulp: float) -> Tensor:
     """Round x to multiples of ulp, in single precision at least, without negative zeros."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.round(wide * (1 / ulp)) * ulp + 0.0
+    return torch.round(widen(x) * (1 / ulp)) * ulp + 0.0
+
+
+def widen(x: Tensor) -> Tensor:
+    """X in single precision at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def step(x: Tensor, v: Tensor, r: Tensor, block: Block, rule: Rule, n: int) -> State:

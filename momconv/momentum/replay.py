@@ -44,17 +44,20 @@ class Replay:
         # Autocast's cache would keep a copy of every weight until the end of the forward pass.
         self._autocast = autocast_settings(x.device.type) | {"cache_enabled": False}
         random_state = _random_state(x.device)
-        kept = {_memory_of(tensor) for tensor in (x, *(entry[2] for entry in self._parameters))}
         sizes: list[int] = []  # in bytes, of what the block saves; what is kept anyway counts 0
+        kept = {_memory_of(x)}
+        if self._in_parts:
+            kept |= {_memory_of(parameter) for _, _, parameter in self._parameters}
 
         def drop(tensor: Tensor) -> int:
-            sizes.append(0 if _memory_of(tensor) in kept else tensor.nbytes)
+            is_counted = self._in_parts and _memory_of(tensor) not in kept
+            sizes.append(tensor.nbytes if is_counted else 0)
             return len(sizes) - 1
 
         with torch.autocast(**self._autocast), saved_tensors_hooks(drop, self._serve):
             y = evaluate(self._block, x, *args)
         self._count = len(sizes)
-        self._middle = _find_middle(sizes, x.nbytes) if self._in_parts else 0
+        self._middle = _find_middle(sizes, x.nbytes)
         # Only a block that drew numbers needs the state again: 5 KB a block add up.
         drew = not all(map(torch.equal, random_state, _random_state(x.device)))
         self._random_state = random_state if drew else []

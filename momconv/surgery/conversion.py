@@ -85,6 +85,28 @@ def revert(model: nn.Module) -> nn.Module:
     return plain.to(next(model.parameters()).device).train(model.training)
 
 
+def set_gamma(model: nn.Module, gamma: float, *, gain: bool = True) -> None:
+    """Let the momentum stages of ``model`` follow another γ in (0, 1], in place.
+
+    Args:
+        model: A converted network. Stages with γ = 0 stay plain.
+        gamma: γ.
+        gain: Whether blocks have the gain that restores their weight in the sum. It changes with γ;
+            the factor that calibration has put on top of it stays.
+    """
+    for stage in momentum_stages(model).values():
+        if stage.gamma in (0, gamma):
+            continue
+        runs = stage.runs or ()
+        restoring = [_with_gains(run, stage).gains for run in runs]
+        stage.gamma = float(gamma)
+        if gain:
+            stage.runs = tuple(
+                _on_top(_with_gains(run, stage), run.gains, old)
+                for run, old in zip(runs, restoring, strict=True)
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """What a report says about one stage.
@@ -209,6 +231,13 @@ def _with_gains(run: Run, stage: MomentumSequential) -> Run:
     ones = (1.0,) * len(run.gains)
     lost = weights(stage.gamma, coefficients(stage.gamma, ones, stage.velocity))
     return replace(run, gains=tuple(1 / weight for weight in lost))
+
+
+def _on_top(run: Run, gains: Sequence[float], restoring: Sequence[float]) -> Run:
+    """The run with its gains times what ``gains`` have on top of the ``restoring`` ones."""
+    factors = (gain / old for gain, old in zip(gains, restoring, strict=True))
+    together = zip(run.gains, factors, strict=True)
+    return replace(run, gains=tuple(new * factor for new, factor in together))
 
 
 def _find_runs(model: nn.Module) -> None:

@@ -39,6 +39,7 @@ _NO_MOMENTUM = (
 _FIXED = [
     *("model.name", "model.weights", "model.from_file"),
     *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
+    *("momentum.calibrate", "momentum.anneal"),
     *("data.resolution", "data.val_frac", "data.split_seed"),
     *("train.batch_size", "train.optimizer", "train.seed"),
 ]
@@ -92,7 +93,7 @@ def _start(
     root = require_folder(recipe.data)
     found = find_images(root, recipe.data, listener)
     model = network.load(recipe)
-    if recipe.momentum.gamma and not network.has_momentum(model):
+    if recipe.momentum.gamma and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
     splits = keep_readable(found, recipe.data, listener)
     network.fit_head(model, splits.train.classes)
@@ -101,10 +102,8 @@ def _start(
     plan = plan_batches(model.train(), setting, device)
     listener.tell(f"note: {plan}")
     workers = _choose_workers(recipe.data, splits)
-    if network.needs_calibration(model, recipe.model):
-        network.calibrate_on(
-            model, splits.train, batch_size=plan.micro_batch, workers=workers, listener=listener
-        )
+    if network.needs_calibration(model, recipe):
+        _calibrate(model, recipe, splits, plan, workers, listener)
     optimizer, progress = make_optimizer(model, recipe.train), Progress()
     static = static_bytes(model, recipe.train.optimizer)
     state = static.weights + static.optimizer
@@ -115,6 +114,32 @@ def _start(
     save_state(run.state, model, optimizer, progress)
     job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
     return job, progress
+
+
+def _calibrate(
+    model: nn.Module,
+    recipe: Recipe,
+    splits: Splits,
+    plan: BatchPlan,
+    workers: int,
+    listener: Listener,
+) -> None:
+    """Adapt the converted network to its original, which is loaded for that and then dropped.
+
+    It weighs no more than the gradients, which do not exist yet. In single precision, in which this
+    is done, an image takes up to twice what it takes in bf16.
+    """
+    half = plan.setting.precision == "bf16"
+    original = network.load_plain(recipe.model)
+    network.place(original, recipe.momentum, next(model.parameters()).device)
+    network.calibrate_on(
+        splits.train,
+        model,
+        original,
+        batch_size=max(1, plan.micro_batch // 2) if half else plan.micro_batch,
+        workers=workers,
+        listener=listener,
+    )
 
 
 def _resume(

@@ -21,8 +21,10 @@ from momconv.errors import MomconvError, ResourceError
 from momconv.evaluation import Scores, evaluate
 from momconv.files import model_file
 from momconv.recipe import Recipe
+from momconv.training.annealing import anneal
 from momconv.training.batches import MicroBatches, count_steps, split_batch, split_epoch
 from momconv.training.interruption import Interrupted, catching_signals
+from momconv.training.network import read_gamma
 from momconv.training.optimisation import rate_at, set_rate
 from momconv.training.planning import BatchPlan
 from momconv.training.progress import EpochRow, Listener, Progress
@@ -90,6 +92,8 @@ def train(job: Job, progress: Progress) -> None:
                 job.optimizer.step()
                 job.optimizer.zero_grad()
                 progress.count_step(step.images, float(loss), time.perf_counter() - began)
+                done = progress.epoch + progress.step / job.steps_per_epoch
+                anneal(job.model, job.recipe.momentum, done)
                 began = time.perf_counter()
             scores = _validate(job, report, check)
             _finish_epoch(job, progress, scores, time.perf_counter() - began)
@@ -241,6 +245,7 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
         images_per_second=progress.images / progress.seconds,
         peak_bytes=_peak_bytes(job),
         seconds=progress.seconds + seconds,
+        gamma=read_gamma(job.model),
     )
     progress.finish_epoch(row)
     if progress.best is row:

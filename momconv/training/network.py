@@ -1,6 +1,7 @@
 """The network of a run before its first step."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -12,12 +13,13 @@ from momconv.data.transforms import evaluation_transform
 from momconv.files import model_file
 from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.recipe import ModelRecipe, MomentumRecipe, Recipe
-from momconv.surgery.calibration import calibrate
+from momconv.surgery.calibration import Calibration, calibrate
 from momconv.surgery.conversion import convert
+from momconv.training.annealing import gamma_at
 from momconv.training.batches import split_epoch
 from momconv.training.progress import Listener
 from momconv.zoo.description import attach, describe
-from momconv.zoo.networks import replace_head
+from momconv.zoo.networks import head_name, replace_head
 from momconv.zoo.weights import load_network
 
 _CALIBRATION_IMAGES = 2000
@@ -35,14 +37,19 @@ def load(recipe: Recipe) -> nn.Module:
     if recipe.model.from_file is not None:
         model = model_file.load(recipe.model.from_file)
     else:
-        plain = load_network(recipe.model.name, recipe.model.weights)
         how = recipe.momentum
-        model = convert(plain, how.gamma, how.stages, how.velocity, gain=how.gain)
+        gamma = gamma_at(how, epochs=0)
+        model = convert(load_plain(recipe.model), gamma, how.stages, how.velocity, gain=how.gain)
     if recipe.data.resolution is not None:
         description = describe(model)
         preprocessing = description.preprocessing.at(recipe.data.resolution)
         attach(model, replace(description, preprocessing=preprocessing))
     return model
+
+
+def load_plain(recipe: ModelRecipe) -> nn.Module:
+    """The network as it was before its conversion."""
+    return load_network(recipe.name, recipe.weights)
 
 
 def fit_head(model: nn.Module, classes: tuple[str, ...]) -> None:
@@ -70,33 +77,105 @@ def name_strategies(model: nn.Module) -> str:
     return ", ".join(f"{'+'.join(names)} {strategy}" for strategy, names in stages.items())
 
 
-def has_momentum(model: nn.Module) -> bool:
-    """Whether any block of ``model`` follows the momentum rule."""
-    return any(stage.gamma and stage.runs for stage in momentum_stages(model).values())
+def read_gamma(model: nn.Module) -> float:
+    """γ of the blocks of ``model`` that follow the momentum rule; 0 if none does."""
+    stages = momentum_stages(model).values()
+    return max((stage.gamma for stage in stages if stage.runs), default=0.0)
 
 
-def needs_calibration(model: nn.Module, recipe: ModelRecipe) -> bool:
-    """Whether ``model`` was converted just now, with weights worth keeping."""
-    return has_momentum(model) and recipe.from_file is None and recipe.weights != "none"
+def needs_calibration(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether ``model`` was converted just now, with weights worth keeping, and nobody minds."""
+    start, wanted = recipe.model, recipe.momentum.calibrate
+    just_converted = start.from_file is None and start.weights != "none"
+    return wanted and just_converted and read_gamma(model) > 0
 
 
 def calibrate_on(
-    model: nn.Module, images: ImageSet, *, batch_size: int, workers: int, listener: Listener
+    images: ImageSet,
+    model: nn.Module,
+    original: nn.Module,
+    *,
+    batch_size: int,
+    workers: int,
+    listener: Listener,
 ) -> None:
-    """Re-estimate BatchNorm's statistics on some of the training images.
+    """Adapt ``model`` to its ``original``, on some of the training images, without labels.
 
-    Without this a converted network starts at chance: the momentum rule shifts what BatchNorm sees.
+    Training normalises with the statistics of these images, so the original gets them first: what
+    ``model`` is brought close to is the plain network as fine-tuning would find it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came. No part of the run is on disk yet.
     """
-    chosen = split_epoch(len(images.samples), _CALIBRATION_IMAGES, seed=0, epoch=0)[0]
-    size = min(batch_size, _CALIBRATION_BATCH, len(chosen))
-    chosen = chosen[: len(chosen) // size * size]  # as every batch counts the same
-    transform = evaluation_transform(describe(model).preprocessing)
-    dataset = LabelledImages(images.select(chosen), transform, seed=None)
-    loader = make_loader(dataset, workers=workers, batch_size=size)
+    batches = _Batches(images, model, batch_size=batch_size, workers=workers, listener=listener)
+    calibrate(original, batches)
+    with _borrowed_head(model, original):
+        done = calibrate(
+            model,
+            batches,
+            original,
+            progress=lambda done, steps, _left: listener.advance("calibrating", done, steps),
+        )
+    if done.imitation and done.imitation.interrupted:
+        raise KeyboardInterrupt
+    listener.tell(_describe_calibration(done, batches.images))
 
-    def read() -> Iterator[Tensor]:
-        for done, (pictures, _) in enumerate(read_batches(loader)):
-            listener.advance("adapting BatchNorm to momentum", done * size, len(dataset))
+
+class _Batches:
+    """Some of the training images in batches of one size, as they are evaluated."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        model: nn.Module,
+        *,
+        batch_size: int,
+        workers: int,
+        listener: Listener,
+    ) -> None:
+        chosen = split_epoch(len(images.samples), _CALIBRATION_IMAGES, seed=0, epoch=0)[0]
+        self._size = min(batch_size, _CALIBRATION_BATCH, len(chosen))
+        chosen = chosen[: len(chosen) // self._size * self._size]  # every batch counts the same
+        transform = evaluation_transform(describe(model).preprocessing)
+        dataset = LabelledImages(images.select(chosen), transform, seed=None)
+        self.images = len(chosen)
+        self._loader = make_loader(
+            dataset, workers=workers, batch_size=self._size, persistent_workers=workers > 0
+        )
+        self._titles = iter(
+            ["adapting BatchNorm to these images", "adapting it to momentum", "holding out images"]
+        )
+        self._listener = listener
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The listener hears of the first passes; then it hears of the steps."""
+        title = next(self._titles, None)
+        for done, (pictures, _) in enumerate(read_batches(self._loader)):
+            if title is not None:
+                self._listener.advance(title, done * self._size, self.images)
             yield pictures
 
-    calibrate(model, read())
+
+@contextmanager
+def _borrowed_head(model: nn.Module, original: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` has the final layer of ``original``: one for new classes says nothing."""
+    name = head_name(describe(model).architecture)
+    own = model.get_submodule(name)
+    setattr(model, name, original.get_submodule(name))
+    try:
+        yield
+    finally:
+        setattr(model, name, own)
+
+
+def _describe_calibration(done: Calibration, images: int) -> str:
+    if done.imitation is None:
+        return (
+            f"note: re-estimated BatchNorm's statistics on {images} training images; refining gains"
+            " and norms too takes micro-batches of 5 or more"
+        )
+    before, after = done.imitation.before, done.imitation.after
+    return (
+        f"note: calibrated on {images} training images; the mean divergence from the original fell "
+        f"from {before:.3g} to {after:.3g} nats"
+    )

@@ -15,6 +15,7 @@ class EpochRow:
     images_per_second: float  # while training
     peak_bytes: int | None  # measured on a GPU, planned on the CPU, None where nothing was planned
     seconds: float  # with validation
+    gamma: float = 0.0  # at its end; 0 in a plain network
 
 
 @dataclass(slots=True)
@@ -34,12 +35,16 @@ class Progress:
 
     @property
     def best(self) -> EpochRow | None:
-        """The first epoch with the highest top-1; without validation, the last one."""
+        """The first epoch with the highest top-1; without validation, the last one.
+
+        While γ changes this is the last one too: the others scored another network.
+        """
         if not self.history:
             return None
         if self.history[-1].val_top1 is None:
             return self.history[-1]
-        return max(self.history, key=lambda row: row.val_top1 or 0.0)
+        same = [row for row in self.history if row.gamma == self.history[-1].gamma]
+        return max(same, key=lambda row: row.val_top1 or 0.0)
 
     def count_step(self, images: int, loss: float, seconds: float) -> None:
         """Count one optimisation step on so many images with this mean ``loss``."""

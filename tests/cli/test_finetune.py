@@ -1,5 +1,6 @@
 """What people type. The runs themselves are tested in tests/training/test_finetuning.py."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from momconv.cli import app
+from momconv.cli._display import Display
+from momconv.zoo.networks import build
 
 SMALL = ["--model", "cifar_resnet20", "--weights", "none", "--device", "cpu"]
 SMALL += ["--batch-size", "5", "--micro-batch", "2"]
@@ -116,6 +119,45 @@ def test_options_and_set_win_over_the_recipe(colours: Path, tmp_path: Path) -> N
     assert "seed: 1\n" in written
 
 
+def test_calibration_can_be_left_out_and_gamma_annealed(colours: Path, tmp_path: Path) -> None:
+    torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
+    weights: list[str | Path] = ["--weights", tmp_path / "trained.th"]
+    options: list[str | Path] = [
+        *SMALL,
+        *weights,
+        "--no-calibrate",
+        "--epochs",
+        "2",
+        "-o",
+        tmp_path / "run",
+    ]
+    process = start("--data", colours, *options, "--set", "momentum.anneal=1.5")
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "calibrated" not in err
+    assert "re-estimated" not in err
+    assert "calibrate: false\n  anneal: 1.5\n" in (tmp_path / "run" / "config.yaml").read_text()
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [float(row["gamma"]) for row in rows] == pytest.approx([0.1 + 0.8 / 1.5, 0.9])
+
+
+def test_ctrl_c_while_calibrating_is_130_and_leaves_nothing(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def advance(_self: Display, title: str, _done: int, _total: int, _text: str = "") -> None:
+        if title == "calibrating":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Display, "advance", advance)
+    torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
+    options: list[str | Path] = [*SMALL, "--weights", tmp_path / "trained.th"]
+    options += ["--micro-batch", "5"]
+    ran = run("--data", colours, *options, *IN_PROCESS, "-o", tmp_path / "run")
+    assert (ran.exit_code, ran.stdout) == (130, "")
+    assert ran.stderr.endswith("error: interrupted\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_run_folder_has_a_default_name(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +181,9 @@ def test_the_run_folder_has_a_default_name(
         pytest.param(["--memory", "much"], 2, "train.memory: 'much' is not"),
         pytest.param(["--recipe", "none.yaml"], 2, "recipe does not exist: none.yaml"),
         pytest.param(["--device", "cuda:99"], 5, "--device cuda:99: this PyTorch"),
+        pytest.param(["--set", "momentum.anneal=11"], 2, "11 epochs are more than train.epochs"),
+        pytest.param(["--set", "momentum.anneal=1", "--gamma", "0"], 2, "momentum.gamma is 0"),
+        pytest.param(["--set", "momentum.anneal=1", "--from", "x"], 2, "has its γ already"),
         pytest.param(["--resume", "nowhere"], 4, "run folder does not exist: nowhere"),
         pytest.param(["--resume", "x", "-o", "y"], 2, "--resume and --output exclude each other"),
         pytest.param(["--from", "x", "--gamma", "1"], 2, "--from and --gamma exclude each other"),

@@ -26,6 +26,17 @@ class Dropping(nn.Module):
         return x + torch.tanh(self.dropout(self.conv(x)))
 
 
+class Scaled(nn.Module):
+    """The smallest residual block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(x * self.scale)
+
+
 def stack(
     depth: int, *, kind: str = "BasicBlock", channels: int = 8, seed: int = 0, **options: Any
 ) -> MomentumSequential:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from networks import (
     Dropping,
+    Scaled,
     aftermath,
     differences,
     gradient_of,
@@ -59,17 +60,6 @@ def test_exact_at_depth_1000_with_a_bit_of_side_information_a_block() -> None:
     assert (
         differences(aftermath(net, images(), "momentum"), aftermath(net, images(), "store")) == []
     )
-
-
-class Scaled(nn.Module):
-    """The smallest residual block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.randn(8, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.sin(x * self.scale)
 
 
 @recomputing

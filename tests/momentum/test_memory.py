@@ -1,10 +1,12 @@
 """What each strategy holds, by the allocator's own account."""
 
+from functools import partial
+
 import pytest
 import torch
-from networks import images, square, stack
+from networks import Scaled, images, square, stack
 
-from momconv import set_strategy
+from momconv import MomentumSequential, set_strategy
 from momconv.momentum.autograd import Strategy
 from momconv.planner.measurement import measure
 
@@ -43,3 +45,20 @@ def test_side_information_is_a_bit_a_block_at_gamma_one_half() -> None:
 
     blocks = DEPTHS[1] - DEPTHS[0]
     assert (deep - shallow) * 32 / blocks <= 1.5
+
+
+def peak_of_elementwise_blocks(dtype: torch.dtype) -> float:
+    """Peak bytes of one training step, in tensors of x's size in single precision."""
+    torch.manual_seed(0)
+    net = MomentumSequential(*(Scaled() for _ in range(8))).to(dtype)
+    x = images(side=64, count=8)
+    net.find_runs(x.to(dtype))
+    step = partial(lambda x: net(x).sum().backward(), x.to(dtype))
+    return measure(step, CPU).peak_bytes / x.nbytes
+
+
+def test_in_half_precision_only_x_and_v_stay_wide() -> None:
+    wide, narrow = map(peak_of_elementwise_blocks, (torch.float32, torch.bfloat16))
+
+    state = 2 + 8 / 32  # x, v and the remainder
+    assert narrow - state <= 0.75 * (wide - state)

@@ -12,8 +12,7 @@ from momconv.errors import DataError, MomconvError, UsageError
 from momconv.evaluation import evaluate
 from momconv.files import model_file
 from momconv.momentum.sequential import momentum_stages
-from momconv.recipe import ModelRecipe, Recipe, load_recipe
-from momconv.surgery.conversion import convert
+from momconv.recipe import Recipe, load_recipe
 from momconv.training import network
 from momconv.training.finetuning import Result, finetune
 from momconv.training.images import recall_images
@@ -21,7 +20,6 @@ from momconv.training.interruption import Interrupted
 from momconv.training.progress import Listener
 from momconv.training.run_folder import RunFolder
 from momconv.zoo.description import describe
-from momconv.zoo.networks import build
 
 STRATEGIES = "layer1 momentum, layer2+layer3 checkpoint"
 MICRO_BATCHES = 7  # of an epoch of 18 images: 3 + 2, 3 + 2, 3 + 2, 3
@@ -150,7 +148,7 @@ def test_a_fine_tuned_file_can_be_fine_tuned_again(
 def test_gamma_zero_is_the_plain_network(colours: Path, tmp_path: Path) -> None:
     changes = ["momentum.gamma=0", "train.epochs=1"]
     result = finetune(small(colours, *changes), tmp_path / "run")
-    assert not network.has_momentum(model_file.load(result.last))
+    assert not network.read_gamma(model_file.load(result.last)) > 0
 
 
 def test_a_network_that_momentum_does_not_help_stays_plain_and_says_so(
@@ -160,48 +158,12 @@ def test_a_network_that_momentum_does_not_help_stays_plain_and_says_so(
     changes = ["model.name=resnet18", "data.resolution=32", "train.epochs=1"]
     result = finetune(small(colours, *changes), tmp_path / "run", listener=log)
     assert "stays plain; --set momentum.stages=all converts" in log.told[1]
-    assert not network.has_momentum(model_file.load(result.last))
+    assert not network.read_gamma(model_file.load(result.last)) > 0
 
 
 def test_the_resolution_of_the_run_is_that_of_its_models(colours: Path, tmp_path: Path) -> None:
     result = finetune(small(colours, "data.resolution=24", "train.epochs=1"), tmp_path / "run")
     assert describe(model_file.load(result.best)).preprocessing.resolution == 24
-
-
-def test_only_trained_weights_that_were_just_converted_are_calibrated() -> None:
-    plain = build("cifar_resnet20")
-    converted = convert(plain)
-    assert network.needs_calibration(converted, ModelRecipe())
-    assert not network.needs_calibration(plain, ModelRecipe())
-    assert not network.needs_calibration(converted, ModelRecipe(weights="none"))
-    assert not network.needs_calibration(converted, ModelRecipe(from_file=Path("a")))
-
-
-def test_trained_weights_are_adapted_before_the_first_step(colours: Path, tmp_path: Path) -> None:
-    torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
-    log = Log()
-    changes = [f"model.weights={tmp_path / 'trained.th'}", "train.epochs=1"]
-    finetune(small(colours, *changes), tmp_path / "run", listener=log)
-    titles = list(dict.fromkeys(title for title, *_ in log.shown))
-    assert titles[-2:] == ["adapting BatchNorm to momentum", "training"]
-
-
-def test_calibration_sees_training_images_and_changes_batchnorm_only(
-    straight: Result,
-) -> None:
-    model = model_file.load(straight.best)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    train = recall_images(RunFolder(straight.folder).split).train
-    log = Log()
-    network.calibrate_on(model, train, batch_size=4, workers=0, listener=log)
-    changed = {k for k, value in model.state_dict().items() if not torch.equal(value, before[k])}
-    assert changed
-    assert {key.rpartition(".")[2] for key in changed} <= {
-        "running_mean",
-        "running_var",
-        "num_batches_tracked",
-    }
-    assert log.shown[-1][2] == 16  # four batches of one size, of 18 images
 
 
 # Stopping and going on
@@ -276,7 +238,15 @@ def test_a_finished_run_goes_on_with_more_epochs(straight: Result, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "change", ["model.name=resnet18", "momentum.gamma=0.5", "train.batch_size=4", "train.seed=1"]
+    "change",
+    [
+        "model.name=resnet18",
+        "momentum.gamma=0.5",
+        "momentum.calibrate=false",
+        "momentum.anneal=1.0",
+        "train.batch_size=4",
+        "train.seed=1",
+    ],
 )
 def test_what_a_run_is_about_cannot_change(straight: Result, change: str) -> None:
     with pytest.raises(UsageError, match=f"cannot change {change.split('=')[0]}"):

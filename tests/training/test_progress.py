@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from momconv.training.progress import EpochRow, Progress
 
 
@@ -8,6 +10,12 @@ def row(epoch: int, top1: float | None) -> EpochRow:
 def test_the_best_epoch_is_the_first_with_the_highest_top1() -> None:
     assert Progress().best is None
     rows = [row(1, 0.5), row(2, 0.75), row(3, 0.75), row(4, 0.25)]
+    assert Progress(rows).best is rows[1]
+
+
+def test_while_gamma_changes_the_last_epoch_is_the_best() -> None:
+    rows = [replace(row(1, 0.75), gamma=0.5), *(replace(row(2, 0.5), gamma=g) for g in (0.9, 0.9))]
+    assert Progress(rows[:2]).best is rows[1]
     assert Progress(rows).best is rows[1]
 
 

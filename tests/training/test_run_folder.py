@@ -70,14 +70,14 @@ def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path) -> None:
 
 
 def test_metrics_are_a_table_and_events_are_objects(tmp_path: Path) -> None:
-    rows = [EpochRow(1, 0.5, 0.25, 1 / 3, 1e-5, 7.5, 2**30, 9.0)]
+    rows = [EpochRow(1, 0.5, 0.25, 1 / 3, 1e-5, 7.5, 2**30, 9.0, 0.9)]
     rows += [EpochRow(2, 0.25, None, None, 0.0, 7.5, None, 9.0)]
     run = RunFolder(tmp_path)
     run.write_history(rows)
     assert run.metrics.read_text().splitlines() == [
-        "epoch,train_loss,val_loss,val_top1,lr,images_per_second,peak_bytes,seconds",
-        "1,0.5,0.25,0.3333333333333333,1e-05,7.5,1073741824,9.0",
-        "2,0.25,,,0.0,7.5,,9.0",
+        "epoch,train_loss,val_loss,val_top1,lr,images_per_second,peak_bytes,seconds,gamma",
+        "1,0.5,0.25,0.3333333333333333,1e-05,7.5,1073741824,9.0,0.9",
+        "2,0.25,,,0.0,7.5,,9.0,0.0",
     ]
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
     assert events[1] == {
@@ -90,6 +90,7 @@ def test_metrics_are_a_table_and_events_are_objects(tmp_path: Path) -> None:
         "images_per_second": 7.5,
         "peak_bytes": None,
         "seconds": 9.0,
+        "gamma": 0.0,
     }
 
 
