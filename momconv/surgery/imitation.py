@@ -156,6 +156,12 @@ class _Pair:
         return total / sum(map(len, self._held_out))
 
 
+def measure_divergence(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor]) -> float:
+    """Mean KL(teacher ‖ student) of the logits, in nats."""
+    with _in_eval_mode(student, teacher):
+        return _Pair(student, teacher, batches).divergence()
+
+
 def _divergence(logits: Tensor, target: Tensor) -> Tensor:
     p, q = F.log_softmax(target.float(), 1), F.log_softmax(logits.float(), 1)
     return F.kl_div(q, p, log_target=True, reduction="batchmean")
