@@ -1,6 +1,7 @@
 """Plans are checked against predictions; those are checked in test_prediction."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import momconv
 from momconv.errors import ResourceError, UsageError
 from momconv.planner.prediction import peak_memory
 from momconv.planner.search import plan
+from momconv.recipe import load_recipe
 from momconv.training.network import start_training
+from momconv.units import parse_bytes
 from momconv.zoo.networks import build
 
 MIB = 2**20
@@ -136,3 +139,17 @@ def test_a_leaner_strategy_and_smaller_parts_are_advised(deep: nn.Module) -> Non
 def test_momentum_without_gamma_is_refused() -> None:
     with pytest.raises(UsageError, match="gamma is 0"):
         plan(momconv.convert(build("cifar_resnet20"), 0), SIDE, "1GiB", strategy="momentum")
+
+
+def test_three_gibibytes_hold_twenty_images_at_once_instead_of_two() -> None:
+    """Weights, gradients, the optimiser's state and the images are in the 3 GiB."""
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "three-gib.yaml")
+    side, memory = 500, "3GiB"
+    assert (recipe.data.resolution, recipe.train.memory) == (side, memory)
+    with torch.device("meta"):
+        plain = build(recipe.model.name).train()
+        model = momconv.convert(plain, recipe.momentum.gamma)
+    made = plan(model, side, memory, recipe.train.batch_size, strategy="auto")
+    assert (made.strategy, made.sizes) == ("auto", (20,))
+    limit = parse_bytes(memory)
+    assert peak_memory(plain, 2, side).total < limit < peak_memory(plain, 3, side).total
