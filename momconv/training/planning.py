@@ -47,7 +47,11 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How a batch is split, and what it takes."""
+    """How a batch is split, and what it takes.
+
+    On a GPU the prediction has the CUDA context and libraries in it, which the measurement, the
+    allocator's, has not.
+    """
 
     setting: Setting
     strategy: Choice  # the chosen one
