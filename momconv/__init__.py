@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from momconv.files.model_file import load, save
     from momconv.momentum.sequential import MomentumSequential, set_strategy
     from momconv.planner.prediction import peak_memory
+    from momconv.planner.search import plan
     from momconv.surgery.calibration import calibrate
     from momconv.surgery.certificate import certify
     from momconv.surgery.conversion import convert
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "load_network",
     "peak_memory",
+    "plan",
     "save",
     "set_strategy",
 ]
@@ -48,6 +50,7 @@ _HOMES = {
     "load": "files.model_file",
     "load_network": "zoo.weights",
     "peak_memory": "planner.prediction",
+    "plan": "planner.search",
     "save": "files.model_file",
     "set_strategy": "momentum.sequential",
 }

@@ -21,7 +21,8 @@ from momconv.errors import ResourceError, UsageError
 from momconv.evaluation import Scores, evaluate
 from momconv.files.model_file import load, save
 from momconv.planner.devices import find_device
-from momconv.planner.profile import MEASUREMENTS, MemoryProfile, profile
+from momconv.planner.prediction import Training
+from momconv.planner.profile import VARIANTS, MemoryProfile, profile
 from momconv.recipe import DataRecipe, ModelRecipe, MomentumRecipe, Recipe, TrainRecipe
 from momconv.surgery.calibration import calibrate
 from momconv.surgery.conversion import convert
@@ -200,7 +201,8 @@ def _score(path: Path, images: Path) -> Scores:
 def _profile(converted: Path, listener: Listener) -> MemoryProfile:
     return profile(
         load(converted),
-        SIDE,
-        device=find_device(),
-        progress=lambda done, text: listener.advance("measuring memory", done, MEASUREMENTS, text),
+        Training(SIDE, device=find_device().type),
+        progress=lambda done, text: listener.advance(
+            "predicting memory", done, len(VARIANTS), text
+        ),
     )

@@ -103,6 +103,7 @@ class TrainRecipe(_Section):
     seed: Seed = 0
     memory: Memory | None = None
     device: str = "auto"
+    freeze_bn: bool = False  # BatchNorm keeps its statistics and weights
 
     @property
     def resolved_lr(self) -> float:

@@ -30,6 +30,7 @@ _KEYS = {
     "resolution": "data.resolution",
     "memory": "train.memory",
     "micro_batch": "train.micro_batch",
+    "freeze_bn": "train.freeze_bn",
     "gamma": "momentum.gamma",
     "strategy": "momentum.strategy",
     "seed": "train.seed",
@@ -97,7 +98,16 @@ def finetune(  # noqa: PLR0913 (one for each option)
     ] = None,
     strategy: Annotated[
         str | None,
-        _option("--strategy", "NAME", "auto, store, checkpoint or momentum.", _MEMORY),
+        _option("--strategy", "NAME", "auto (the fastest that fits), store, …", _MEMORY),
+    ] = None,
+    freeze_bn: Annotated[
+        bool | None,
+        typer.Option(
+            "--freeze-bn",
+            help="Keep BatchNorm as it is, for small micro-batches.",
+            rich_help_panel=_MEMORY,
+            show_default=False,
+        ),
     ] = None,
     device: Annotated[
         str | None, _option("--device", "NAME", "auto, cpu, cuda or cuda:1.", _MEMORY)

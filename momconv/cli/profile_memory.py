@@ -11,7 +11,7 @@ from momconv.units import parse_bytes
 if TYPE_CHECKING:
     from torch import nn
 
-_BUDGETS = ["3GiB,8GiB,24GiB"]
+_BUDGETS = ["3GiB,8GiB,24GiB,80GiB"]
 
 
 def profile_memory(  # noqa: PLR0913 (one for each option)
@@ -41,53 +41,73 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     device: Annotated[
         str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")
     ] = "auto",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run small steps as well, and trust them instead.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw memory over the batch, .png or .svg.")
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the table as CSV.")
+    ] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
     ] = False,
 ) -> None:
-    """Measure what an image costs in training: all stored, checkpointed, or with momentum.
+    """Predict what an image costs in training: stored, checkpointed, or with momentum.
 
-    The network's steps are run on a few random images and every allocation is counted.
+    No step is run, unless it is measured: shapes are enough, also of a GPU that is not there.
     """
     budgets = {name.strip(): parse_bytes(name) for text in budget for name in text.split(",")}
+    from momconv.files.atomic import write_text
     from momconv.planner.devices import find_device
-    from momconv.planner.profile import MEASUREMENTS, profile
-    from momconv.reports.memory import show_memory, to_json
+    from momconv.planner.prediction import Training
+    from momconv.planner.profile import VARIANTS, profile
+    from momconv.reports.memory import show_memory, to_csv, to_json
+    from momconv.reports.memory_plot import draw_memory, require_matplotlib
     from momconv.zoo.description import describe
 
-    where = find_device(device)
+    if plot is not None:
+        require_matplotlib(plot)
+    where = str(find_device(device)) if measure or device == "auto" else device
     with err.status(f"converting {model}"):
-        network = _load(model, gamma)
+        network = _load(model, gamma, "cpu" if measure else "meta")
     side = resolution or describe(network).preprocessing.resolution
-    with progress("measuring", MEASUREMENTS) as report:
-        measured = profile(
-            network, side, precision=precision, optimizer=optimizer, device=where, progress=report
-        )
+    training = Training(side, precision, optimizer, device=where)
+    with progress("measuring" if measure else "predicting", len(VARIANTS)) as report:
+        found = profile(network, training, measuring=measure, progress=report)
+    if csv is not None:
+        write_text(csv, to_csv(found, budgets))
+    if plot is not None:
+        draw_memory(found, budgets, plot)
     setting = {
         "model": model,
         "resolution": side,
         "precision": precision,
         "optimizer": optimizer,
-        "device": str(where),
+        "device": where,
     }
     if json_output:
-        print_json({"ok": True, **setting, **to_json(measured, budgets)})
+        print_json({"ok": True, **setting, **to_json(found, budgets)})
         return
     out.print(", ".join(f"{name} {value}" for name, value in setting.items()), soft_wrap=True)
     out.print()
-    for part in show_memory(measured, budgets):
+    for part in show_memory(found, budgets):
         out.print(part)
 
 
-def _load(model: str, gamma: float | None) -> "nn.Module":
+def _load(model: str, gamma: float | None, device: str) -> "nn.Module":
     """The converted network; one by name gets random weights, as memory does not depend on them."""
+    import torch
+
     from momconv.files.model_file import load
     from momconv.momentum.sequential import momentum_stages
     from momconv.surgery.conversion import convert
     from momconv.zoo.networks import build
 
     if not _names_a_file(model):
-        return convert(build(model), 0.9 if gamma is None else gamma)
+        with torch.device(device):
+            return convert(build(model), 0.9 if gamma is None else gamma)
     network = load(model)
     is_plain = not any(stage.gamma for stage in momentum_stages(network).values())
     if gamma is None and not is_plain:

@@ -1,33 +1,26 @@
 """How many images go through the network at once, so that a batch fits the memory.
 
-Activation memory is linear in the number of images, so two measured batches give the line
-
-    peak = fixed + slope · images
-
-and the largest micro-batch under a limit. The batch that the optimiser sees never changes: it is
-split into micro-batches whose gradients add up. All functions here are pure.
+What is alive at a given moment of a training step is linear in the number of images, and the peak
+is the highest of all moments: a curve of straight pieces. The batch that the optimiser sees never
+changes: it is split into micro-batches whose gradients add up. All functions here are pure.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
-
-from momconv.errors import ResourceError
-from momconv.units import format_bytes
-
-_GRID = 32  # pixels; the resolutions that classification networks divide evenly
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Peak bytes of one training step as a function of its images."""
+    """Bytes as a function of the images."""
 
     fixed_bytes: int
     bytes_per_image: int  # at least 1
 
     @classmethod
     def through(cls, first: tuple[int, int], second: tuple[int, int]) -> Self:
-        """The line through two ``(images, peak bytes)``, in whole bytes and never below them.
+        """The line through two ``(images, bytes)``, in whole bytes and never below them.
 
         >>> Line.through((1, 110), (3, 130))
         Line(fixed_bytes=100, bytes_per_image=10)
@@ -37,12 +30,49 @@ class Line:
         return cls(max(0, low - slope * few), slope)
 
     def at(self, batch: int) -> int:
-        """The peak bytes of ``batch`` images."""
+        """The bytes of ``batch`` images."""
         return self.fixed_bytes + self.bytes_per_image * batch
 
     def largest_batch(self, budget_bytes: int) -> int:
-        """The most images whose peak is at most ``budget_bytes``; 0 where not even one fits."""
+        """The most images that take at most ``budget_bytes``; 0 where not even one fits."""
         return max(0, (budget_bytes - self.fixed_bytes) // self.bytes_per_image)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Peak bytes of a training step as a function of its images: the highest of some lines."""
+
+    lines: tuple[Line, ...]
+
+    @classmethod
+    def through(cls, first: tuple[int, Sequence[int]], second: tuple[int, Sequence[int]]) -> Self:
+        """The curve of a step from two ``(images, bytes at each of its moments)``.
+
+        >>> curve = Curve.through((2, [100, 40]), (4, [100, 80]))
+        >>> curve.at(3), curve.at(6), curve.largest_batch(200)
+        (101, 120, 10)
+        """
+        (few, low), (many, high) = first, second
+        if len(low) != len(high):  # other operations for another size, so moments cannot be matched
+            low, high = [max(low)], [max(high)]
+        fixed: dict[int, int] = {}
+        for pair in set(zip(low, high, strict=True)):
+            line = Line.through((few, pair[0]), (many, pair[1]))
+            fixed[line.bytes_per_image] = max(line.fixed_bytes, fixed.get(line.bytes_per_image, 0))
+        return cls(tuple(Line(fixed[slope], slope) for slope in sorted(fixed)))
+
+    @property
+    def bytes_per_image(self) -> int:
+        """What one image more takes where there are many."""
+        return max(line.bytes_per_image for line in self.lines)
+
+    def at(self, batch: int) -> int:
+        """The peak bytes of ``batch`` images."""
+        return max(line.at(batch) for line in self.lines)
+
+    def largest_batch(self, budget_bytes: int) -> int:
+        """The most images whose peak is at most ``budget_bytes``; 0 where not even one fits."""
+        return min(line.largest_batch(budget_bytes) for line in self.lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,71 +89,39 @@ class StaticBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatchPlan:
-    """A batch in parts that fit the memory."""
-
-    sizes: tuple[int, ...]  # images of each micro-batch, larger ones first
-    peak_bytes: int  # predicted, with everything in StaticBytes
-
-    @property
-    def steps(self) -> int:
-        """The micro-batches whose gradients are added before one step of the optimiser."""
-        return len(self.sizes)
+# Splitting
 
 
-def choose_micro_batch(
-    line: Line, static: StaticBytes, limit_bytes: int, batch_size: int, *, resolution: int
-) -> MicroBatchPlan:
-    """The fewest, evenly filled micro-batches that keep ``batch_size`` images under the limit.
+def count_steps(count: int, batch_size: int) -> int:
+    """How many batches an epoch of ``count`` images has.
 
-    ``resolution`` is the one that ``line`` was measured at; it only serves the advice that an
-    error gives.
+    A single image left over joins the batch before, as BatchNorm may not be able to take it alone.
 
-    >>> nothing = StaticBytes(weights=0, gradients=0, optimizer=0)
-    >>> choose_micro_batch(Line(0, 10), nothing, 240, batch_size=64, resolution=224).sizes
-    (22, 21, 21)
-
-    Raises:
-        ResourceError: Not even one image fits.
+    >>> count_steps(9, 4), count_steps(10, 4), count_steps(3, 1), count_steps(1, 4)
+    (2, 3, 3, 1)
     """
-    largest = line.largest_batch(limit_bytes - static.total)
-    if largest == 0:
-        raise _does_not_fit(line, static, limit_bytes, resolution)
-    sizes = split_evenly(batch_size, math.ceil(batch_size / largest))
-    return MicroBatchPlan(sizes, static.total + line.at(sizes[0]))
+    left_alone = count > batch_size > 1 and count % batch_size == 1
+    return math.ceil(count / batch_size) - left_alone
 
 
-def split_evenly(batch_size: int, steps: int) -> tuple[int, ...]:
-    """``batch_size`` images in so many parts that differ by at most one, larger ones first."""
-    size, larger = divmod(batch_size, steps)
+def split_evenly(batch: int, micro_batch: int) -> tuple[int, ...]:
+    """``batch`` images in even parts of at most ``micro_batch``, larger ones first.
+
+    Of an odd batch in pairs, one part has three, so that none has one.
+
+    >>> split_evenly(64, 24), split_evenly(5, 2)
+    ((22, 21, 21), (3, 2))
+    """
+    steps = math.ceil(batch / micro_batch)
+    if micro_batch > 1:
+        steps = min(steps, max(1, batch // 2))
+    size, larger = divmod(batch, steps)
     return (size + 1,) * larger + (size,) * (steps - larger)
 
 
-def _does_not_fit(
-    line: Line, static: StaticBytes, limit_bytes: int, resolution: int
-) -> ResourceError:
-    needed = static.total + line.at(1)
-    parts = {
-        "weights": static.weights,
-        "gradients": static.gradients,
-        "optimizer": static.optimizer,
-        "one image": line.at(1),
-    }
-    breakdown = " · ".join(f"{name} {format_bytes(count)}" for name, count in parts.items())
-    more_memory = f"--set train.memory={math.ceil(needed / 2**20)}MiB, if there is as much"
-    smaller = _resolution_that_fits(line, limit_bytes - static.total, resolution)
-    return ResourceError(
-        f"a micro-batch of 1 image does not fit: it needs {format_bytes(needed)}, "
-        f"the limit is {format_bytes(limit_bytes)}\n{breakdown}",
-        kind="memory.does_not_fit",
-        fix=f"--set data.resolution={smaller} (estimated), or {more_memory}"
-        if smaller
-        else more_memory,
-    )
-
-
-def _resolution_that_fits(line: Line, budget_bytes: int, resolution: int) -> int:
-    """The resolution at which one image fits, if an image's bytes follow its area; 0 if none."""
-    share = max(0, budget_bytes - line.fixed_bytes) / line.bytes_per_image
-    return math.floor(resolution * math.sqrt(share) / _GRID) * _GRID
+def largest_part(count: int, batch_size: int, micro_batch: int) -> int:
+    """The images of the largest micro-batch in an epoch of ``count`` images."""
+    steps = count_steps(count, batch_size)
+    last = count - (steps - 1) * batch_size
+    batches = {last, batch_size} if steps > 1 else {last}
+    return max(split_evenly(batch, micro_batch)[0] for batch in batches)

@@ -102,6 +102,24 @@ class PeakMemory:
         return self.static + self.batch + self.step + self.allowance
 
 
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What the memory of a step depends on besides the network, its strategy and its images."""
+
+    resolution: int  # pixels
+    precision: Precision = "fp32"
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    ema: bool = False
+    device: str = "cpu"  # or "cuda"
+
+
+class Prediction(NamedTuple):
+    """The peak, and all that is alive at each operation of the step, in bytes."""
+
+    peak: PeakMemory
+    moments: list[int]
+
+
 def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
     model: nn.Module,
     batch: int,
@@ -136,26 +154,40 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
         UsageError: The strategy or the device is unknown, or what the model computes depends on
             values, which fake tensors do not have.
     """
-    kind = _device_type(device)
+    training = Training(resolution, precision, optimizer, ema, device)
+    return predict(model, batch, training, strategy).peak
+
+
+def predict(
+    model: nn.Module,
+    batch: int,
+    training: Training,
+    strategy: Strategy | Literal["auto"] | None = None,
+) -> Prediction:
+    """As ``peak_memory``, with the whole course of the step."""
+    kind = _device_type(training.device)
     trace = _Trace(kind)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)  # such as a tensor that is no buffer
     traced = torch.device(kind if kind == "cpu" or torch.cuda.is_available() else "cpu")
     imitation = _imitate(model, fakes, traced)
     if strategy is not None:
         set_strategy(imitation, strategy)
+    side = training.resolution
     with _explaining(model), fakes:
-        images = torch.empty(batch, 3, resolution, resolution, device=traced)
+        images = torch.empty(batch, 3, side, side, device=traced)
         labels = torch.empty(batch, dtype=torch.long, device=traced)
-        trace.run(imitation, images, labels, precision)
-    static = static_bytes(model, optimizer)
-    return trace.report(
+        trace.run(imitation, images, labels, training.precision)
+    static = static_bytes(model, training.optimizer)
+    peak = trace.report(
         weights=static.weights,
         gradients=static.gradients,
         optimizer=static.optimizer,
-        ema=static.weights if ema else 0,
+        ema=static.weights if training.ema else 0,
         batch=images.nbytes + labels.nbytes,
         allowance=CONTEXT_BYTES + WORKSPACE_BYTES + SEGMENT_BYTES if kind == "cuda" else 0,
     )
+    rest = peak.total - peak.step
+    return Prediction(peak, [rest + alive for alive in trace.moments])
 
 
 class _Tensor(NamedTuple):
@@ -189,6 +221,7 @@ class _Trace(TorchDispatchMode):
         self._changes: list[tuple[int, _Tensor | None]] = []  # None: the end of a storage
         self._live = 0
         self._peak = _Peak(0, 0, 0, "", "")
+        self.moments: list[int] = []  # the live memory at each operation
         self._stage = ""
         self._in_forward = True
 
@@ -241,8 +274,9 @@ class _Trace(TorchDispatchMode):
             self._follow(tensor, None if _is_accumulating() else operation)
         within = peak_within(func, args, results) if self._on_cpu else 0
         scratch = max(0, before + within - self._live)
-        if self._live + scratch > self._peak.bytes:
-            now = self._live + scratch
+        now = self._live + scratch
+        self.moments.append(now)
+        if now > self._peak.bytes:
             self._peak = _Peak(now, len(self._changes), scratch, operation, self._stage)
         return out
 

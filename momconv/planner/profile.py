@@ -1,24 +1,24 @@
-"""The memory of a training step under each strategy, measured side by side."""
+"""The memory of a training step under each strategy, side by side."""
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from momconv.momentum.sequential import momentum_stages, set_strategy
-from momconv.planner.measurement import Precision, StepUsage, measure_step, static_bytes
-from momconv.planner.micro_batch import Line, StaticBytes
+from momconv.planner.measurement import per_image, static_bytes
+from momconv.planner.micro_batch import Curve, Line, StaticBytes
+from momconv.planner.prediction import PeakMemory, Training, predict
 
 # "plain" is the network before its conversion; the others are strategies of the converted one.
-Variant = Literal["plain", "store", "checkpoint", "momentum", "auto"]
+Variant = Literal["plain", "checkpoint", "segment", "momentum", "auto"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
+EXAMPLE = 32  # images of the step that is broken down
 
-_BATCHES = (2, 3)  # images; see momconv.planner.measurement.per_image
-MEASUREMENTS = len(VARIANTS) * len(_BATCHES)
+_FEW = 2  # images; BatchNorm may refuse one
 _FLOAT = 4  # bytes of one of an image's values
 
 
@@ -28,67 +28,68 @@ class Profile:
 
     Attributes:
         variant: Which one.
-        peak: The peak of one training step as a function of its images, which it includes; all
-            that training holds whatever the batch is comes on top.
-        peak_stage: Whose forward or backward pass ran at the peak.
-        held_bytes: What each stage holds for one image at the end of the forward pass.
+        predicted: The peak of a training step, everything included, as a function of its images.
+        example: What is alive at the peak of a step with ``EXAMPLE`` images, predicted.
+        measured: The same as ``predicted``, through two small steps that were run; None without.
     """
 
     variant: Variant
-    peak: Line
-    peak_stage: str
-    held_bytes: dict[str, int]
+    predicted: Curve
+    example: PeakMemory
+    measured: Line | None = None
+
+    @property
+    def peak(self) -> Curve:
+        """The measured peak, or else the predicted one."""
+        return self.predicted if self.measured is None else Curve((self.measured,))
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryProfile:
-    """What all variants need, each on top of the same ``static`` bytes."""
+    """What all variants need, each with the same ``static`` bytes in it."""
 
     static: StaticBytes
+    gamma: float  # the least of the stages'
     profiles: tuple[Profile, ...]
 
-    def largest_batch(self, profile: Profile, budget_bytes: int) -> int:
-        """The most images that one training step can take within ``budget_bytes``, all included.
-
-        >>> peak = Line(fixed_bytes=50, bytes_per_image=10)
-        >>> momentum = Profile("momentum", peak, peak_stage="layer1", held_bytes={})
-        >>> MemoryProfile(StaticBytes(10, 10, 10), (momentum,)).largest_batch(momentum, 120)
-        4
-        """
-        return profile.peak.largest_batch(budget_bytes - self.static.total)
+    def __getitem__(self, variant: Variant) -> Profile:
+        return next(profile for profile in self.profiles if profile.variant == variant)
 
 
 def profile(
     model: nn.Module,
-    resolution: int,
+    training: Training,
     *,
-    precision: Precision = "fp32",
-    optimizer: Literal["sgd", "adamw"] = "sgd",
-    device: torch.device,
+    measuring: bool = False,
     progress: Callable[[int, str], None] | None = None,
 ) -> MemoryProfile:
-    """Measure training steps of ``model``, which is converted and stays as it is.
+    """Predict training steps of ``model``, which is converted and stays as it is.
 
-    ``progress`` hears how many of the ``MEASUREMENTS`` are done, and which one is next.
+    Args:
+        model: On any device, ``torch.device("meta")`` included unless it is measured.
+        training: What a step is.
+        measuring: Whether small steps are run as well, on the device of ``training``.
+        progress: Hears how many of the ``VARIANTS`` are done, and which one is next.
 
     Raises:
         UsageError: The model cannot be inverted: it is not converted, or γ is 0.
     """
-    model = copy.deepcopy(model).to(device).train()
+    model = copy.deepcopy(model).train()
+    if measuring:
+        model.to(torch.device(training.device))
     set_strategy(model, "momentum")  # raises at once
     gammas = {name: stage.gamma for name, stage in momentum_stages(model).items()}
-    steps: list[StepUsage] = []
-    for variant, images in product(VARIANTS, _BATCHES):
+    profiles: list[Profile] = []
+    for variant in VARIANTS:
         if progress:
-            progress(len(steps), f"{variant}, {images} images")
+            progress(len(profiles), variant)
         _become(model, variant, gammas)
-        steps.append(measure_step(model, images, resolution, precision=precision, device=device))
-    image_bytes = 3 * resolution**2 * _FLOAT
-    profiles = (
-        _profile(variant, few, many, image_bytes)
-        for variant, few, many in zip(VARIANTS, steps[::2], steps[1::2], strict=True)
-    )
-    return MemoryProfile(static_bytes(model, optimizer), tuple(profiles))
+        few, example = (predict(model, images, training) for images in (_FEW, EXAMPLE))
+        curve = Curve.through((_FEW, few.moments), (EXAMPLE, example.moments))
+        measured = _measure(model, training) if measuring else None
+        profiles.append(Profile(variant, curve, example.peak, measured))
+    least = min(gamma for gamma in gammas.values() if gamma)
+    return MemoryProfile(static_bytes(model, training.optimizer), least, tuple(profiles))
 
 
 def _become(model: nn.Module, variant: Variant, gammas: dict[str, float]) -> None:
@@ -97,15 +98,9 @@ def _become(model: nn.Module, variant: Variant, gammas: dict[str, float]) -> Non
     set_strategy(model, "store" if variant == "plain" else variant)
 
 
-def _profile(variant: Variant, few: StepUsage, many: StepUsage, image_bytes: int) -> Profile:
-    """The line through the peaks of two batches, and what one image more makes each stage hold."""
-    peaks = [
-        (images, step.peak_bytes + images * image_bytes)
-        for images, step in zip(_BATCHES, (few, many), strict=True)
-    ]
-    added = _BATCHES[1] - _BATCHES[0]
-    held = {
-        stage: (many.held_bytes[stage] - few.held_bytes[stage]) // added
-        for stage in many.held_bytes
-    }
-    return Profile(variant, Line.through(*peaks), many.peak_stage, held)
+def _measure(model: nn.Module, training: Training) -> Line:
+    device = torch.device(training.device)
+    step = per_image(model, training.resolution, precision=training.precision, device=device)
+    static = static_bytes(model, training.optimizer)
+    image_bytes = 3 * training.resolution**2 * _FLOAT
+    return Line(static.total + step.fixed_bytes, step.bytes_per_image + image_bytes)

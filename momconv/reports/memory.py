@@ -1,44 +1,63 @@
 """The memory of a training step under each strategy, side by side."""
 
+import csv
+import io
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from string import ascii_lowercase
 from typing import Any
 
 from rich.console import RenderableType
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from momconv.planner.profile import MemoryProfile, Profile, Variant
+from momconv.planner.prediction import PeakMemory
+from momconv.planner.profile import EXAMPLE, VARIANTS, MemoryProfile, Profile, Variant
 from momconv.units import format_bytes
 
-_BAR = 12  # characters
+_BAR = 24  # characters
+_SHOWN = 3  # kinds of tensors alive at a peak
+_COLOURS = ("cyan", "blue", "green", "yellow", "magenta", "red")
 # What backward gets its activations from.
 _EXPLANATIONS: dict[Variant, str] = {
     "plain": "the network before its conversion, all activations stored",
-    "store": "converted, all stored: the steps of momentum are stored too",
     "checkpoint": "converted, each block recomputed from its stored input",
+    "segment": "converted, each stage recomputed from its input, with checkpoints",
     "momentum": "converted, inputs reconstructed backwards, each block recomputed",
-    "auto": "momentum in long runs of blocks, checkpointing elsewhere; the default",
+    "auto": "momentum in long runs of blocks, checkpointing elsewhere",
 }
 
 
 def show_memory(profile: MemoryProfile, budgets: Mapping[str, int]) -> Iterator[RenderableType]:
-    """The peak of each variant, what its stages hold, and what follows from it.
+    """The peak of each variant, what is alive at it, and what follows from that.
 
     ``budgets`` are bytes by what the user called them.
     """
-    yield Text("peak of a training step, and the largest batch in a budget")
-    yield _tabulate_peaks(profile, budgets)
+    letters = _assign_letters(profile)
+    yield Text("MiB an image at the peak of a training step, and the largest batch in a budget")
+    yield _tabulate_peaks(profile, budgets, letters)
+    yield Text(", ".join(f"{letter} {part}" for part, letter in letters.items()))
     static = profile.static
     yield Text(
-        f"\nall of them, on top: weights {format_bytes(static.weights)}, gradients "
+        f"\nin the budgets for all: weights {format_bytes(static.weights)}, gradients "
         f"{format_bytes(static.gradients)}, optimiser {format_bytes(static.optimizer)}"
     )
     for variant, explanation in _EXPLANATIONS.items():
         yield Text(f"{variant:<11}{explanation}")
-    yield Text("\nMiB that each stage holds for an image between forward and backward pass")
-    yield _tabulate_stages(profile)
+    yield Text(f"\nalive at the peak of {EXAMPLE} images, predicted, the largest first")
+    yield _tabulate_alive(profile)
+    yield Text(f"\n{_explain_side_information(profile)}")
     yield Text(f"\n{judge(profile)}", style="bold")
+
+
+def _explain_side_information(profile: MemoryProfile) -> str:
+    bits = math.log2(1 / profile.gamma)
+    alive = format_bytes(profile["momentum"].example.side_information / EXAMPLE)
+    return (
+        f"side information of momentum: log2(1/gamma) = {bits:.2f} bits for each value and "
+        f"block at gamma {profile.gamma:g}; {alive} an image alive at its peak"
+    )
 
 
 def judge(profile: MemoryProfile) -> str:
@@ -46,16 +65,18 @@ def judge(profile: MemoryProfile) -> str:
     needs = {p.variant: p.peak.bytes_per_image for p in profile.profiles}
     amounts = {variant: f"{format_bytes(need)} an image" for variant, need in needs.items()}
     least = min(needs, key=lambda variant: needs[variant])
+    checkpointing: tuple[Variant, ...] = ("checkpoint", "segment")
+    recomputed = min(checkpointing, key=lambda variant: needs[variant])
     verdict = f"{least} needs least: {amounts[least]}"
     if least != "plain":
         verdict += f", {_ratio(needs['plain'], needs[least])} the plain network"
     if least in ("momentum", "auto"):
-        verdict += f" and {_ratio(needs['checkpoint'], needs[least])} checkpointing each block"
-    if needs["momentum"] < needs["checkpoint"]:
+        verdict += f" and {_ratio(needs[recomputed], needs[least])} checkpointing ({recomputed})"
+    if min(needs["momentum"], needs["auto"]) < needs[recomputed]:
         return f"{verdict}."
     return (
         f"{verdict}. Momentum does not pay here: with it, it is {amounts['momentum']}; with "
-        f"checkpointing alone, {amounts['checkpoint']}."
+        f"checkpointing alone, {amounts[recomputed]}."
     )
 
 
@@ -68,54 +89,105 @@ def to_json(profile: MemoryProfile, budgets: Mapping[str, int]) -> dict[str, Any
             "gradients": static.gradients,
             "optimizer": static.optimizer,
         },
-        "variants": {p.variant: _variant_to_json(profile, p, budgets) for p in profile.profiles},
+        "gamma": profile.gamma,
+        "variants": {p.variant: _variant_to_json(p, budgets) for p in profile.profiles},
         "verdict": judge(profile),
     }
 
 
-def _variant_to_json(
-    profile: MemoryProfile, variant: Profile, budgets: Mapping[str, int]
-) -> dict[str, Any]:
+def to_csv(profile: MemoryProfile, budgets: Mapping[str, int]) -> str:
+    """A line for each variant."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(
+        ["strategy", "bytes_per_image", f"peak_bytes_of_{EXAMPLE}", "measured_bytes_per_image"]
+        + [f"largest_batch_in_{name}" for name in budgets]
+    )
+    for p in profile.profiles:
+        batches = [p.peak.largest_batch(budget) for budget in budgets.values()]
+        measured = p.measured.bytes_per_image if p.measured else None
+        writer.writerow(
+            [p.variant, p.predicted.bytes_per_image, p.example.total, measured, *batches]
+        )
+    return table.getvalue()
+
+
+def _variant_to_json(p: Profile, budgets: Mapping[str, int]) -> dict[str, Any]:
     return {
-        "bytes_per_image": variant.peak.bytes_per_image,
-        "fixed_bytes": variant.peak.fixed_bytes,
-        "peak_stage": variant.peak_stage,
-        "held_bytes_per_image": variant.held_bytes,
-        "largest_batch": {
-            name: profile.largest_batch(variant, budget) for name, budget in budgets.items()
-        },
+        "bytes_per_image": p.predicted.bytes_per_image,
+        "measured_bytes_per_image": p.measured.bytes_per_image if p.measured else None,
+        f"peak_of_{EXAMPLE}": asdict(p.example) | {"total": p.example.total},
+        "largest_batch": {name: p.peak.largest_batch(size) for name, size in budgets.items()},
     }
 
 
-def _tabulate_peaks(profile: MemoryProfile, budgets: Mapping[str, int]) -> Table:
+def _tabulate_peaks(
+    profile: MemoryProfile, budgets: Mapping[str, int], letters: Mapping[str, str]
+) -> Table:
     table = Table("strategy", box=None, pad_edge=False)
-    table.add_column("MiB an image", justify="right")
+    table.add_column("MiB", justify="right")
+    measured = any(p.measured for p in profile.profiles)
+    if measured:
+        table.add_column("measured", justify="right")
     table.add_column("")
-    table.add_column("peak in")
     for name in budgets:
         table.add_column(Text(name), justify="right")
-    largest = max(p.peak.bytes_per_image for p in profile.profiles)
+    largest = max(sum(_parts(p.example).values()) for p in profile.profiles)
     for p in profile.profiles:
-        need = p.peak.bytes_per_image
         table.add_row(
             p.variant,
-            _mebibytes(need),
-            ProgressBar(total=largest, completed=need, width=_BAR),
-            Text(p.peak_stage),
-            *(str(profile.largest_batch(p, budget)) for budget in budgets.values()),
+            _mebibytes(p.predicted.bytes_per_image),
+            *([_mebibytes(p.measured.bytes_per_image)] if p.measured else []),
+            _draw_bar(p.example, largest, letters),
+            *(str(p.peak.largest_batch(budget)) for budget in budgets.values()),
         )
     return table
 
 
-def _tabulate_stages(profile: MemoryProfile) -> Table:
-    """What each stage holds when the forward pass has ended."""
-    table = Table("stage", box=None, pad_edge=False)
+def _tabulate_alive(profile: MemoryProfile) -> Table:
+    """Where each peak is, and the largest kinds of tensors at it."""
+    table = Table(
+        "strategy", "peak in", "GiB", "tensors", "made by", "in", box=None, pad_edge=False
+    )
     for p in profile.profiles:
-        table.add_column(p.variant, justify="right")
-    for stage in profile.profiles[0].held_bytes:
-        held = (_mebibytes(p.held_bytes[stage]) for p in profile.profiles)
-        table.add_row(Text(stage), *held)
+        for row, alive in enumerate(p.example.alive[:_SHOWN]):
+            table.add_row(
+                p.variant if row == 0 else "",
+                Text(p.example.stage if row == 0 else ""),
+                f"{alive.bytes / 2**30:.3f}",
+                str(alive.count),
+                Text(alive.operation),
+                Text(alive.stage),
+            )
     return table
+
+
+def _parts(peak: PeakMemory) -> dict[str, int]:
+    """What grows with the images, by the name in the legend."""
+    return {
+        **peak.activations,
+        "images": peak.batch,
+        "side information": peak.side_information,
+        "recomputed and gradients": peak.transients,
+    }
+
+
+def _assign_letters(profile: MemoryProfile) -> dict[str, str]:
+    names: dict[str, None] = {}
+    for variant in VARIANTS:
+        names |= dict.fromkeys(profile[variant].example.activations)
+    rest = ["images", "side information", "recomputed and gradients"]
+    return dict(zip([*names, *rest], ascii_lowercase * (len(names) // 26 + 1), strict=False))
+
+
+def _draw_bar(peak: PeakMemory, largest: int, letters: Mapping[str, str]) -> Text:
+    bar, end, drawn = Text(), 0, 0
+    for number, (name, letter) in enumerate(letters.items()):
+        end += _parts(peak).get(name, 0)
+        width = round(_BAR * end / largest) - drawn
+        bar.append(letter * width, _COLOURS[number % len(_COLOURS)])
+        drawn += width
+    return bar
 
 
 def _mebibytes(count: int) -> str:

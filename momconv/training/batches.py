@@ -5,13 +5,12 @@ epoch, on another machine, as if nothing had happened.
 """
 
 import itertools
-import math
 import random
 from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
-from momconv.planner.micro_batch import split_evenly
+from momconv.planner.micro_batch import count_steps, split_evenly
 
 
 def split_epoch(count: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
@@ -30,35 +29,14 @@ def split_epoch(count: int, batch_size: int, *, seed: int, epoch: int) -> list[l
     return [order[i:j] for i, j in itertools.pairwise([*starts, count])]
 
 
-def count_steps(count: int, batch_size: int) -> int:
-    """How many batches ``split_epoch`` makes.
-
-    >>> count_steps(9, 4), count_steps(10, 4), count_steps(3, 1), count_steps(1, 4)
-    (2, 3, 3, 1)
-    """
-    left_alone = count > batch_size > 1 and count % batch_size == 1
-    return math.ceil(count / batch_size) - left_alone
-
-
 def split_batch(batch: Sequence[int], micro_batch: int) -> list[list[int]]:
     """``batch`` in even parts of at most ``micro_batch`` images.
-
-    Of an odd batch in pairs, one part has three, so that none has one.
 
     >>> split_batch([5, 3, 8, 1, 2], 4), split_batch([5, 3, 8, 1, 2], 2)
     ([[5, 3, 8], [1, 2]], [[5, 3, 8], [1, 2]])
     """
-    steps = math.ceil(len(batch) / micro_batch)
-    if micro_batch > 1:
-        steps = min(steps, max(1, len(batch) // 2))
     rest = iter(batch)
-    return [list(itertools.islice(rest, size)) for size in split_evenly(len(batch), steps)]
-
-
-def largest_part(count: int, batch_size: int, micro_batch: int) -> int:
-    """The images of the largest micro-batch in an epoch."""
-    sizes = {len(batch) for batch in split_epoch(count, batch_size, seed=0, epoch=0)}
-    return max(len(split_batch(range(size), micro_batch)[0]) for size in sizes)
+    return [list(itertools.islice(rest, size)) for size in split_evenly(len(batch), micro_batch)]
 
 
 class MicroBatches(Sampler[list[int]]):

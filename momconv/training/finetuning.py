@@ -25,7 +25,7 @@ from momconv.training.images import (
 )
 from momconv.training.loop import Job, train
 from momconv.training.optimisation import choose_precision, make_optimizer
-from momconv.training.planning import BatchPlan, Setting, plan_batches, still_holds
+from momconv.training.planning import BatchPlan, Setting, plan_again, plan_batches, warn_of_noise
 from momconv.training.progress import SILENT, EpochRow, Listener, Progress
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state, save_state
@@ -41,7 +41,7 @@ _FIXED = [
     *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
     *("momentum.calibrate", "momentum.anneal"),
     *("data.resolution", "data.val_frac", "data.split_seed"),
-    *("train.batch_size", "train.optimizer", "train.seed"),
+    *("train.batch_size", "train.optimizer", "train.seed", "train.freeze_bn"),
 ]
 
 
@@ -97,10 +97,10 @@ def _start(
         listener.tell(_NO_MOMENTUM)
     splits = keep_readable(found, recipe.data, listener)
     network.fit_head(model, splits.train.classes)
-    network.place(model, recipe.momentum, device)
-    setting = _describe_setting(recipe, splits, model, device)
-    plan = plan_batches(model.train(), setting, device)
-    listener.tell(f"note: {plan}")
+    network.place(model, device)
+    network.start_training(model, freeze_bn=recipe.train.freeze_bn)
+    plan = plan_batches(model, _describe_setting(recipe, splits, model, device))
+    _tell_of_plan(plan, model, listener)
     workers = _choose_workers(recipe.data, splits)
     if network.needs_calibration(model, recipe):
         _calibrate(model, recipe, splits, plan, workers, listener)
@@ -131,7 +131,7 @@ def _calibrate(
     """
     half = plan.setting.precision == "bf16"
     original = network.load_plain(recipe.model)
-    network.place(original, recipe.momentum, next(model.parameters()).device)
+    network.place(original, next(model.parameters()).device)
     network.calibrate_on(
         splits.train,
         model,
@@ -152,12 +152,14 @@ def _resume(
     splits = recall_images(run.split, recipe.data.path)
     saved = load_state(run.state)
     model, progress = saved.model, saved.progress
-    network.place(model, recipe.momentum, device)
+    network.place(model, device)
+    network.start_training(model, freeze_bn=recipe.train.freeze_bn)
     setting = _describe_setting(recipe, splits, model, device)
-    plan = BatchPlan.from_json(run.plan.read_text()) if run.plan.is_file() else None
-    if plan is None or not still_holds(plan, setting, model, device):
-        plan = plan_batches(model.train(), setting, device)
-        write_text(run.plan, plan.to_json())
+    if run.plan.is_file():
+        plan = plan_again(BatchPlan.from_json(run.plan.read_text()), setting, model)
+    else:
+        plan = plan_batches(model, setting)
+    write_text(run.plan, plan.to_json())
     optimizer = make_optimizer(model, recipe.train)
     saved.restore_optimizer(optimizer, model)
     saved.restore_random_states()
@@ -177,7 +179,7 @@ def _describe_setting(
         batch_size=train.batch_size,
         micro_batch=train.micro_batch,
         resolution=describe(model).preprocessing.resolution,
-        strategy=network.name_strategies(model),
+        strategy=recipe.momentum.strategy,
         precision=choose_precision(train, device),
         optimizer=train.optimizer,
         device=str(device),
@@ -191,6 +193,12 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def _tell_of_plan(plan: BatchPlan, model: nn.Module, listener: Listener) -> None:
+    listener.tell(f"note: {plan}")
+    if warning := warn_of_noise(plan, model):
+        listener.tell(warning)
 
 
 def _choose_workers(recipe: DataRecipe, splits: Splits) -> int:
@@ -232,7 +240,7 @@ def _tell_of_resuming(job: Job, progress: Progress, before: Recipe) -> None:
         return
     where = f"epoch {progress.epoch + 1}/{epochs}, step {progress.step}/{job.steps_per_epoch}"
     job.listener.tell(f"note: going on in {where}")
-    job.listener.tell(f"note: {job.plan}")
+    _tell_of_plan(job.plan, job.model, job.listener)
     if epochs != before.train.epochs:
         lr = job.rate_at(progress.epoch, progress.step)
         job.listener.tell(

@@ -5,7 +5,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +21,18 @@ from momconv.data.transforms import training_transform
 from momconv.errors import MomconvError, ResourceError
 from momconv.evaluation import Scores, evaluate
 from momconv.files import model_file
+from momconv.files.atomic import write_text
+from momconv.planner.measurement import measure, static_bytes
+from momconv.planner.micro_batch import count_steps
+from momconv.planner.search import has_batch_norm
 from momconv.recipe import Recipe
 from momconv.training.annealing import anneal
-from momconv.training.batches import MicroBatches, count_steps, split_batch, split_epoch
+from momconv.training.batches import MicroBatches, split_batch, split_epoch
 from momconv.training.interruption import Interrupted, catching_signals
-from momconv.training.network import read_gamma
+from momconv.training.network import read_gamma, start_training
 from momconv.training.optimisation import rate_at, set_rate
 from momconv.training.planning import BatchPlan
-from momconv.training.progress import EpochRow, Listener, Progress
+from momconv.training.progress import EpochRow, Halving, Listener, Progress
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import read_random_states, save_state, set_random_states
 from momconv.units import format_bytes
@@ -38,9 +43,9 @@ _SHOWN = 5  # files that an error names
 Part = tuple[Tensor, Tensor]  # the images and labels of a micro-batch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Job:
-    """What a run works with."""
+    """What a run works with. Its plan changes when memory runs out."""
 
     recipe: Recipe
     folder: RunFolder
@@ -77,26 +82,48 @@ def train(job: Job, progress: Progress) -> None:
     steps, report = _Steps(job), _Report(job, progress)
     with catching_signals(job.listener.tell) as check, _saving_on_failure(job, progress):
         while progress.epoch < job.recipe.train.epochs:
-            job.model.train()
+            start_training(job.model, freeze_bn=job.recipe.train.freeze_bn)
             _reset_peak(job.device)
             began = time.perf_counter()
             for step in steps.read(progress.epoch, first=progress.step):
-                with _all_or_nothing(job.model):
-                    loss = torch.zeros((), device=job.device)
-                    for images, labels in step.parts:
-                        loss += add_gradients(job, images, labels, len(labels) / step.images)
-                        report(len(labels))
-                        check()
-                    _require_finite(job, progress, loss, step)
+                loss = _add_up(job, progress, step, report, check)
+                if loss is None:
+                    _halve(job, progress)
+                    break
                 set_rate(job.optimizer, job.rate_at(progress.epoch, progress.step))
                 job.optimizer.step()
                 job.optimizer.zero_grad()
                 progress.count_step(step.images, float(loss), time.perf_counter() - began)
+                _note_peak(job)
                 done = progress.epoch + progress.step / job.steps_per_epoch
                 anneal(job.model, job.recipe.momentum, done)
                 began = time.perf_counter()
-            scores = _validate(job, report, check)
-            _finish_epoch(job, progress, scores, time.perf_counter() - began)
+            else:
+                scores = _validate(job, report, check)
+                _finish_epoch(job, progress, scores, time.perf_counter() - began)
+
+
+def _add_up(
+    job: Job, progress: Progress, step: "_Step", report: "_Report", check: Callable[[], None]
+) -> Tensor | None:
+    """Add up the gradients of a step; its loss, or None if memory ran out and nothing changed."""
+    loss, done = torch.zeros((), device=job.device), 0
+    try:
+        with _all_or_nothing(job.model):
+            for images, labels in step.parts:
+                share = len(labels) / step.images
+                if job.plan.measured_bytes is None and job.device.type == "cpu":
+                    loss += _measure_gradients(job, images, labels, share)
+                else:
+                    loss += add_gradients(job, images, labels, share)
+                done += len(labels)
+                report(len(labels))
+                check()
+            _require_finite(job, progress, loss, step)
+    except torch.OutOfMemoryError:
+        report(-done)
+        return None
+    return loss
 
 
 def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Tensor:
@@ -105,21 +132,74 @@ def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Ten
     The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
 
     Raises:
-        ResourceError: The micro-batch does not fit the GPU.
+        torch.OutOfMemoryError: The micro-batch does not fit the GPU.
     """
     layout = torch.channels_last if job.device.type == "cuda" else torch.contiguous_format
     images = images.to(job.device, non_blocking=True, memory_format=layout)
     labels = labels.to(job.device, non_blocking=True)
     half = job.plan.setting.precision == "bf16"
-    try:
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=half):
-            outputs = job.model(images)
-            smoothing = job.recipe.train.label_smoothing
-            loss = share * F.cross_entropy(outputs, labels, label_smoothing=smoothing)
-        loss.backward()
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(job, len(labels)) from error
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=half):
+        outputs = job.model(images)
+        smoothing = job.recipe.train.label_smoothing
+        loss = share * F.cross_entropy(outputs, labels, label_smoothing=smoothing)
+    loss.backward()
     return loss.detach()
+
+
+# Memory
+
+
+def _measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Tensor:
+    """As ``add_gradients``, and the plan learns the peak.
+
+    Raises:
+        torch.OutOfMemoryError: The peak is above the limit that was asked for, which nothing else
+            enforces on a CPU.
+    """
+    for parameter in job.model.parameters():
+        if parameter.requires_grad:  # as in every micro-batch but the first
+            parameter.grad = torch.zeros_like(parameter)
+    losses: list[Tensor] = []
+    work = partial(add_gradients, job, images, labels, share)
+    usage = measure(lambda: losses.append(work()), job.device)
+    static = static_bytes(job.model, job.recipe.train.optimizer)
+    _learn_peak(job, static.total + images.nbytes + labels.nbytes + usage.peak_bytes)
+    if job.recipe.train.memory is not None and job.plan.is_exceeded:
+        raise torch.OutOfMemoryError(f"above the limit of {job.recipe.train.memory}")
+    return losses[0]
+
+
+def _note_peak(job: Job) -> None:
+    """On a GPU, let the plan learn the peak of the first whole step."""
+    if job.device.type == "cuda" and job.plan.measured_bytes is None:
+        _learn_peak(job, torch.cuda.max_memory_allocated(job.device))
+
+
+def _learn_peak(job: Job, measured_bytes: int) -> None:
+    job.plan = replace(job.plan, measured_bytes=measured_bytes)
+    write_text(job.folder.plan, job.plan.to_json())
+
+
+def _halve(job: Job, progress: Progress) -> None:
+    """Go on with smaller micro-batches, at the step at which memory ran out.
+
+    Raises:
+        ResourceError: There are no smaller ones.
+    """
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
+    before = job.plan.micro_batch
+    smaller = job.plan.halve(fewest=2 if has_batch_norm(job.model) else 1)
+    if smaller is None:
+        raise _out_of_memory(job)
+    job.plan = smaller
+    progress.halvings.append(Halving(progress.epoch + 1, progress.step + 1, smaller.micro_batch))
+    write_text(job.folder.plan, smaller.to_json())
+    job.folder.write_history(progress)
+    job.listener.tell(
+        f"warning: {job.device} ran out of memory with micro-batches of {before}; epoch "
+        f"{progress.epoch + 1}, step {progress.step + 1} is done again, with {smaller.micro_batch}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +230,7 @@ class _Steps:
             persistent_workers=job.workers > 0,
             pin_memory=job.device.type == "cuda",
         )
-        self._recipe, self._micro_batch = job.recipe.train, job.plan.micro_batch
+        self._job, self._recipe = job, job.recipe.train
 
     def read(self, epoch: int, *, first: int) -> Iterator[_Step]:
         """The steps of ``epoch`` from its step ``first`` on. Each must be used up in turn."""
@@ -158,7 +238,8 @@ class _Steps:
             len(self._dataset), self._recipe.batch_size, seed=self._recipe.seed, epoch=epoch
         )[first:]
         self._dataset.set_epoch(epoch)
-        self._micro_batches.steps = [split_batch(batch, self._micro_batch) for batch in batches]
+        micro_batch = self._job.plan.micro_batch
+        self._micro_batches.steps = [split_batch(batch, micro_batch) for batch in batches]
         parts = read_batches(self._loader)
         for batch, split in zip(batches, self._micro_batches.steps, strict=True):
             yield _Step(batch, itertools.islice(parts, len(split)))
@@ -258,7 +339,7 @@ def _save(job: Job, progress: Progress) -> None:
     """Write the state; then, for people, the model and the numbers."""
     save_state(job.folder.state, job.model, job.optimizer, progress)
     _save_model(job, job.folder.last, progress)
-    job.folder.write_history(progress.history)
+    job.folder.write_history(progress)
 
 
 def _save_model(job: Job, path: Path, progress: Progress) -> None:
@@ -281,9 +362,7 @@ class _Report:
         if progress.images:
             parts.append(f"loss {progress.loss_sum / progress.images:.3f}")
             parts.append(f"{progress.images / progress.seconds:.1f} images/s")
-        if memory := _peak_bytes(self._job):
-            planned = "plan " if self._job.device.type == "cpu" else ""
-            parts.append(f"{planned}{format_bytes(memory)}")
+        parts.append(f"peak {format_bytes(_peak_bytes(self._job))}")
         text = " · ".join([f"epoch {progress.epoch + 1}/{self._job.recipe.train.epochs}", *parts])
         self._job.listener.advance("training", self._done, self._total, text)
 
@@ -293,16 +372,17 @@ def _reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _peak_bytes(job: Job) -> int | None:
-    """The peak since the epoch began; on the CPU, where nobody counts, the planned one."""
+def _peak_bytes(job: Job) -> int:
+    """The peak since the epoch began; on the CPU, where nobody counts, of the first step."""
     if job.device.type == "cuda":
         return torch.cuda.max_memory_allocated(job.device)
-    return job.plan.measured_bytes
+    return job.plan.measured_bytes or job.plan.predicted_bytes
 
 
-def _out_of_memory(job: Job, images: int) -> ResourceError:
+def _out_of_memory(job: Job) -> ResourceError:
     return ResourceError(
-        f"{job.device} ran out of memory with a micro-batch of {images}",
+        f"{job.device} ran out of memory with micro-batches of {job.plan.micro_batch}, and there "
+        "are no smaller ones; the state before it is saved",
         kind="memory.exhausted",
-        fix=f"{job.folder.resume_command} --micro-batch {max(1, images // 2)}",
+        fix=f"{job.folder.resume_command} with more --memory, or another --strategy",
     )

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.folder import ImageSet
 from momconv.data.transforms import evaluation_transform
 from momconv.files import model_file
-from momconv.momentum.sequential import momentum_stages, set_strategy
-from momconv.recipe import ModelRecipe, MomentumRecipe, Recipe
+from momconv.momentum.sequential import momentum_stages
+from momconv.recipe import ModelRecipe, Recipe
 from momconv.surgery.calibration import Calibration, calibrate
 from momconv.surgery.conversion import convert
 from momconv.training.annealing import gamma_at
@@ -58,13 +59,20 @@ def fit_head(model: nn.Module, classes: tuple[str, ...]) -> None:
         replace_head(model, classes)
 
 
-def place(model: nn.Module, recipe: MomentumRecipe, device: torch.device) -> None:
-    """Move ``model`` to ``device``, and give its stages the recipe's strategy."""
+def place(model: nn.Module, device: torch.device) -> None:
+    """Move ``model`` to ``device``."""
     # cuDNN's fast kernels want the channels last.
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-    if momentum_stages(model):
-        set_strategy(model, recipe.strategy)
+
+
+def start_training(model: nn.Module, *, freeze_bn: bool) -> None:
+    """Put ``model`` in training mode, but for BatchNorm's statistics and weights if frozen."""
+    model.train()
+    if freeze_bn:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval().requires_grad_(requires_grad=False)
 
 
 def name_strategies(model: nn.Module) -> str:

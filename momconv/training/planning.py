@@ -1,4 +1,4 @@
-"""Choosing the micro-batch from measured bytes, before the run."""
+"""How a run fits its memory: planned by prediction, and checked against its first step."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -8,16 +8,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from momconv.errors import ModelFileError, UsageError
-from momconv.planner.measurement import (
-    Precision,
-    available_bytes,
-    measure_step,
-    per_image,
-    static_bytes,
-)
-from momconv.planner.micro_batch import Line, choose_micro_batch
-from momconv.training.batches import largest_part, split_batch
+from momconv.errors import ModelFileError, ResourceError
+from momconv.momentum.sequential import momentum_stages, set_strategy
+from momconv.planner.measurement import Precision, available_bytes, static_bytes
+from momconv.planner.micro_batch import largest_part, split_evenly
+from momconv.planner.prediction import Training
+from momconv.planner.search import FEW, Choice, Request, has_batch_norm, search
+from momconv.training.network import name_strategies
 from momconv.units import format_bytes, parse_bytes
 
 
@@ -29,7 +26,7 @@ class Setting:
     batch_size: int
     micro_batch: int | Literal["auto"]
     resolution: int  # pixels
-    strategy: str
+    strategy: Choice  # "auto": the fastest that fits
     precision: Precision
     optimizer: Literal["sgd", "adamw"]
     device: str
@@ -40,26 +37,52 @@ class Setting:
         """The images of a full batch."""
         return min(self.images, self.batch_size)
 
-    @property
-    def picture_bytes(self) -> int:
-        """One image as the network's input."""
-        return 3 * self.resolution**2 * 4
+    def find_limit(self, model: nn.Module) -> int:
+        """The bytes for everything, the loaded ``model`` included."""
+        if self.memory is not None:
+            return parse_bytes(self.memory)
+        weights = static_bytes(model, self.optimizer).weights
+        return available_bytes(torch.device(self.device)) + weights
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How a batch is split, and what it takes; without a measurement the bytes are unknown."""
+    """How a batch is split, and what it takes.
+
+    On a GPU the prediction has the CUDA context and libraries in it, which the measurement, the
+    allocator's, has not.
+    """
 
     setting: Setting
+    strategy: Choice  # the chosen one
+    stages: str  # what that means for each stage
     micro_batch: int
-    predicted_bytes: int | None = None  # by a line through two small batches
-    measured_bytes: int | None = None  # of a step with the largest micro-batch of the epoch
-    limit_bytes: int | None = None
+    predicted_bytes: int  # at the peak of a step with the largest micro-batch of an epoch
+    limit_bytes: int
+    measured_bytes: int | None = None  # the same in the first step of the run
 
     @property
     def sizes(self) -> list[int]:
         """The images of each micro-batch of a full batch."""
-        return [len(part) for part in split_batch(range(self.setting.batch), self.micro_batch)]
+        return list(split_evenly(self.setting.batch, self.micro_batch))
+
+    def apply(self, model: nn.Module) -> None:
+        """Give the stages of ``model`` the chosen strategy."""
+        if momentum_stages(model):
+            set_strategy(model, self.strategy)
+
+    @property
+    def is_exceeded(self) -> bool:
+        """Whether the measured peak is above the limit."""
+        return self.measured_bytes is not None and self.measured_bytes > self.limit_bytes
+
+    def halve(self, *, fewest: int) -> Self | None:
+        """The plan after ``micro_batch`` images did not fit; None where parts cannot be smaller."""
+        smaller = max(fewest, self.micro_batch // 2)
+        images, batch = self.setting.images, self.setting.batch_size
+        if largest_part(images, batch, smaller) >= largest_part(images, batch, self.micro_batch):
+            return None
+        return replace(self, micro_batch=smaller, measured_bytes=None)
 
     def to_json(self) -> str:
         """The plan as a JSON document, with the sizes."""
@@ -83,75 +106,64 @@ class BatchPlan:
         parts = f"{len(sizes)} micro-batches of {sizes[0]}" if len(sizes) > 1 else "one micro-batch"
         if sizes[-1] < sizes[0]:
             parts += f" or {sizes[-1]}"
-        text = f"batch of {setting.batch} in {parts} ({setting.strategy}, {setting.precision})"
-        if self.measured_bytes is None or self.limit_bytes is None:
-            return f"{text}, as asked for"
-        peak, limit = format_bytes(self.measured_bytes), format_bytes(self.limit_bytes)
+        text = f"batch of {setting.batch} in {parts} ({self.stages}, {setting.precision})"
+        peak, limit = format_bytes(self.predicted_bytes), format_bytes(self.limit_bytes)
         whose = "the limit" if setting.memory else "what is free"
-        return f"{text}, {peak} at the peak; {whose} is {limit}"
+        return f"{text}, {peak} predicted at the peak; {whose} is {limit}"
 
 
-def plan_batches(model: nn.Module, setting: Setting, device: torch.device) -> BatchPlan:
-    """The largest micro-batch that fits, or the one that was asked for.
+def plan_batches(model: nn.Module, setting: Setting) -> BatchPlan:
+    """The fastest strategy and the largest micro-batch that fit, unless they are asked for.
 
-    ``model`` is measured as it is, in training mode and with its strategy. A line through two small
-    batches may be low, so a step with the chosen micro-batch has the last word.
+    ``model`` is planned for as it is, in training mode, and gets the strategy.
 
     Raises:
-        ResourceError: Not even one image fits.
+        ResourceError: Nothing fits.
         UsageError: Only one image fits or is asked for, and BatchNorm cannot take it alone.
     """
-    if setting.micro_batch != "auto":
-        if largest_part(setting.images, setting.batch_size, setting.micro_batch) == 1:
-            _measure(model, setting, device, 1)  # to know that it can be done
-        return BatchPlan(setting, min(setting.micro_batch, setting.batch))
-    static = static_bytes(model, setting.optimizer)
-    limit = _limit(setting, device, static.weights)
-    line = per_image(model, setting.resolution, precision=setting.precision, device=device)
-    line = replace(line, bytes_per_image=line.bytes_per_image + setting.picture_bytes)
-    size, predicted = setting.batch + 1, None
-    while True:
-        plan = choose_micro_batch(line, static, limit, setting.batch, resolution=setting.resolution)
-        size = min(plan.sizes[0], size - 1)
-        largest = largest_part(setting.images, setting.batch_size, size)
-        predicted = predicted or static.total + line.at(largest)
-        peak = _measure(model, setting, device, largest)
-        if static.total + peak <= limit:
-            return BatchPlan(setting, size, predicted, static.total + peak, limit)
-        line = Line.through((0, line.fixed_bytes), (largest, peak)) if size > 1 else Line(0, peak)
+    device = torch.device(setting.device).type
+    training = Training(setting.resolution, setting.precision, setting.optimizer, device=device)
+    limit = setting.find_limit(model)
+    found = search(
+        model,
+        Request(
+            training,
+            setting.batch_size,
+            limit,
+            setting.micro_batch,
+            setting.strategy,
+            setting.images,
+        ),
+    )
+    plan = BatchPlan(setting, found.strategy, "", found.micro_batch, found.peak.total, limit)
+    plan.apply(model)
+    return replace(plan, stages=name_strategies(model))
 
 
-def still_holds(plan: BatchPlan, setting: Setting, model: nn.Module, device: torch.device) -> bool:
-    """Whether a run that goes on can keep its ``plan``, and with it its exact results."""
-    if plan.setting != setting:
-        return False
-    if plan.measured_bytes is None:
-        return True
-    weights = static_bytes(model, setting.optimizer).weights
-    return plan.measured_bytes <= _limit(setting, device, weights)
+def plan_again(plan: BatchPlan, setting: Setting, model: nn.Module) -> BatchPlan:
+    """The plan for a run that goes on under ``setting``, if possible with the same micro-batch.
 
-
-def _limit(setting: Setting, device: torch.device, loaded_bytes: int) -> int:
-    """The memory for everything, the ``loaded_bytes`` of the network included."""
-    if setting.memory is not None:
-        return parse_bytes(setting.memory)
-    return available_bytes(device) + loaded_bytes
-
-
-def _measure(model: nn.Module, setting: Setting, device: torch.device, images: int) -> int:
-    """The peak of a step besides weights, gradients and optimiser state."""
+    Strategies give the same values, bit for bit, but BatchNorm sees the micro-batch.
+    """
+    peak = max(plan.predicted_bytes, plan.measured_bytes or 0)
+    if plan.setting == setting and peak <= setting.find_limit(model):
+        plan.apply(model)
+        return plan
+    if setting.micro_batch != "auto" or setting.batch_size != plan.setting.batch_size:
+        return plan_batches(model, setting)
     try:
-        step = measure_step(
-            model, images, setting.resolution, precision=setting.precision, device=device
-        )
-    except ValueError as error:
-        if images > 1:
-            raise
-        # BatchNorm, of a feature map that has shrunk to one pixel
-        raise UsageError(
-            f"at {setting.resolution} pixels the network cannot be trained on micro-batches of "
-            f"1 image\n{error}",
-            kind="usage.micro_batch_of_one",
-            fix="--micro-batch 2, with --batch-size 2 or more",
-        ) from error
-    return step.peak_bytes + images * setting.picture_bytes
+        same = plan_batches(model, replace(setting, micro_batch=plan.micro_batch))
+    except ResourceError:
+        return plan_batches(model, setting)
+    return replace(same, setting=setting)
+
+
+def warn_of_noise(plan: BatchPlan, model: nn.Module) -> str | None:
+    """What to tell if BatchNorm sees only a few images of a batch."""
+    fewest = plan.sizes[-1]
+    if fewest >= min(FEW, plan.setting.batch) or not has_batch_norm(model):
+        return None
+    return (
+        f"warning: BatchNorm sees only {fewest} of {plan.setting.batch} images at a time, whose "
+        "statistics are noise; --freeze-bn keeps the trained ones"
+    )

@@ -13,9 +13,18 @@ class EpochRow:
     val_top1: float | None  # a fraction
     lr: float  # of the last step
     images_per_second: float  # while training
-    peak_bytes: int | None  # measured on a GPU, planned on the CPU, None where nothing was planned
+    peak_bytes: int  # of the epoch on a GPU, of the first step on the CPU
     seconds: float  # with validation
     gamma: float = 0.0  # at its end; 0 in a plain network
+
+
+@dataclass(frozen=True, slots=True)
+class Halving:
+    """Memory ran out, and micro-batches became smaller."""
+
+    epoch: int  # from 1, as the step
+    step: int
+    micro_batch: int  # from there on
 
 
 @dataclass(slots=True)
@@ -27,6 +36,7 @@ class Progress:
     images: int = 0  # in them
     loss_sum: float = 0.0  # over those images
     seconds: float = 0.0  # spent on them
+    halvings: list[Halving] = field(default_factory=list)
 
     @property
     def epoch(self) -> int:

@@ -6,14 +6,14 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files.atomic import write_text
 from momconv.recipe import Recipe
-from momconv.training.progress import EpochRow
+from momconv.training.progress import EpochRow, Progress
 from momconv.units import format_bytes
 
 
@@ -67,7 +67,7 @@ class RunFolder:
 
     @property
     def events(self) -> Path:
-        """The same, an object for each line."""
+        """The same and what went wrong, an object for each line."""
         return self.path / "events.jsonl"
 
     @property
@@ -131,16 +131,18 @@ class RunFolder:
                 fix="-o with a folder on another disk",
             )
 
-    def write_history(self, history: Sequence[EpochRow]) -> None:
+    def write_history(self, progress: Progress) -> None:
         """Write ``metrics`` and ``events``, whole: after a resume they hold nothing twice."""
-        rows = [asdict(row) for row in history]
+        rows = [asdict(row) for row in progress.history]
         table = io.StringIO()
         writer = csv.DictWriter(table, [f.name for f in fields(EpochRow)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.metrics, table.getvalue())
-        lines = (json.dumps({"event": "epoch"} | _finite(row)) + "\n" for row in rows)
-        write_text(self.events, "".join(lines))
+        events = [{"event": "epoch"} | _finite(row) for row in rows]
+        events += [{"event": "out_of_memory"} | asdict(halving) for halving in progress.halvings]
+        events.sort(key=lambda event: (event["epoch"], event["event"] == "epoch"))
+        write_text(self.events, "".join(json.dumps(event) + "\n" for event in events))
 
     def _next_free(self) -> Path:
         numbered = (self.path.with_name(f"{self.path.name}-{n}") for n in range(2, 10**6))

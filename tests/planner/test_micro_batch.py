@@ -1,77 +1,54 @@
-"""The line and the plan are arithmetic, so every promise is checked on arbitrary numbers."""
-
-import re
+"""All of it is arithmetic, so every promise is checked on arbitrary numbers."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from momconv.errors import ResourceError
-from momconv.planner.micro_batch import Line, MicroBatchPlan, StaticBytes, choose_micro_batch
-from momconv.units import parse_bytes
-
-MIB = 2**20
-NOTHING = StaticBytes(weights=0, gradients=0, optimizer=0)
+from momconv.planner.micro_batch import Curve, Line, largest_part, split_evenly
 
 counts = st.integers(0, 2**40)
 lines = st.builds(Line, counts, st.integers(1, 2**32))
-statics = st.builds(StaticBytes, counts, counts, counts)
-batch_sizes = st.integers(1, 5000)
-
-
-def plan_with_room_for(images: int, line: Line, static: StaticBytes, batch: int) -> MicroBatchPlan:
-    limit = static.total + line.at(images) + line.bytes_per_image - 1  # a byte short of one more
-    return choose_micro_batch(line, static, limit, batch, resolution=224)
 
 
 @pytest.mark.parametrize(
-    ("batch", "fit", "sizes"),
+    ("batch", "micro_batch", "sizes"),
     [
         pytest.param(64, 24, (22, 21, 21), id="even rather than 24, 24, 16"),
         pytest.param(64, 64, (64,), id="all at once"),
         pytest.param(64, 1000, (64,), id="never more than the batch"),
         pytest.param(64, 63, (32, 32), id="one short"),
         pytest.param(3, 1, (1, 1, 1), id="one by one"),
+        pytest.param(5, 2, (3, 2), id="an odd batch in pairs"),
         pytest.param(1, 1, (1,), id="a batch of one"),
     ],
 )
-def test_a_batch_is_split_into_even_parts(batch: int, fit: int, sizes: tuple[int, ...]) -> None:
-    plan = plan_with_room_for(fit, Line(7, 10), NOTHING, batch)
-    assert plan.sizes == sizes
-    assert plan.steps == len(sizes)
-    assert plan.peak_bytes == 7 + 10 * sizes[0]
-
-
-@given(lines, statics, batch_sizes, st.integers(1, 5000))
-def test_the_batch_stays_whole_and_its_parts_differ_by_at_most_one(
-    line: Line, static: StaticBytes, batch: int, fit: int
+def test_a_batch_is_split_into_even_parts(
+    batch: int, micro_batch: int, sizes: tuple[int, ...]
 ) -> None:
-    sizes = plan_with_room_for(fit, line, static, batch).sizes
+    assert split_evenly(batch, micro_batch) == sizes
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_the_batch_stays_whole_and_its_parts_differ_by_at_most_one(
+    batch: int, micro_batch: int
+) -> None:
+    sizes = split_evenly(batch, micro_batch)
     assert sum(sizes) == batch
     assert max(sizes) - min(sizes) <= 1
     assert list(sizes) == sorted(sizes, reverse=True)
 
 
-@given(lines, statics, st.integers(0, 2**45), batch_sizes)
-def test_a_plan_never_exceeds_the_limit(
-    line: Line, static: StaticBytes, limit: int, batch: int
-) -> None:
-    try:
-        plan = choose_micro_batch(line, static, limit, batch, resolution=224)
-    except ResourceError:
-        assert static.total + line.at(1) > limit
-    else:
-        assert static.total + line.at(max(plan.sizes)) == plan.peak_bytes <= limit
-
-
-@given(lines, statics, batch_sizes, st.integers(1, 5000))
-def test_one_step_fewer_would_not_fit(
-    line: Line, static: StaticBytes, batch: int, fit: int
-) -> None:
-    plan = plan_with_room_for(fit, line, static, batch)
-    if plan.steps > 1:
-        larger = -(-batch // (plan.steps - 1))
-        assert larger > fit
+@pytest.mark.parametrize(
+    ("count", "batch", "micro", "largest"),
+    [
+        pytest.param(64, 32, 11, 11, id="as planned"),
+        pytest.param(33, 32, 32, 17, id="a batch that took one image more is split"),
+        pytest.param(10, 5, 2, 3, id="an odd batch in pairs"),
+        pytest.param(10, 5, 1, 1, id="one by one"),
+    ],
+)
+def test_the_largest_part_of_an_epoch(count: int, batch: int, micro: int, largest: int) -> None:
+    assert largest_part(count, batch, micro) == largest
 
 
 @given(lines, st.integers(0, 2**45))
@@ -98,38 +75,21 @@ def test_a_line_is_never_below_what_was_measured(
     assert line.fixed_bytes >= 0
 
 
-def failure(line: Line, static: StaticBytes, limit: int) -> ResourceError:
-    with pytest.raises(ResourceError) as caught:
-        choose_micro_batch(line, static, limit, 32, resolution=224)
-    return caught.value
+@given(st.lists(lines, min_size=1, max_size=5), st.integers(0, 2**45))
+def test_a_curve_fits_where_all_of_its_lines_do(several: list[Line], budget: int) -> None:
+    curve = Curve(tuple(several))
+    largest = curve.largest_batch(budget)
+    assert curve.at(largest + 1) > budget
+    assert largest == 0 or curve.at(largest) <= budget
 
 
-def test_what_does_not_fit_is_broken_down() -> None:
-    static = StaticBytes(weights=20 * MIB, gradients=10 * MIB, optimizer=40 * MIB)
-    error = failure(Line(10 * MIB, 100 * MIB), static, 100 * MIB)
-    assert error.kind == "memory.does_not_fit"
-    assert error.exit_code == 5
-    assert error.message.splitlines() == [
-        "a micro-batch of 1 image does not fit: it needs 180.0 MiB, the limit is 100.0 MiB",
-        "weights 20.0 MiB · gradients 10.0 MiB · optimizer 40.0 MiB · one image 110.0 MiB",
-    ]
+@given(st.lists(st.tuples(counts, st.integers(1, 2**30)), min_size=1), st.integers(1, 1000))
+def test_a_curve_is_the_highest_of_all_moments(moments: list[tuple[int, int]], images: int) -> None:
+    low, high = ([fixed + slope * n for fixed, slope in moments] for n in (2, 32))
+    curve = Curve.through((2, low), (32, high))
+    assert curve.at(images) == max(fixed + slope * images for fixed, slope in moments)
 
 
-def test_the_advised_resolution_fits_by_area_and_a_larger_one_does_not() -> None:
-    line, limit = Line(10 * MIB, 100 * MIB), 40 * MIB
-    advice = failure(line, NOTHING, limit).fix or ""
-    resolution = int(re.findall(r"data\.resolution=(\d+)", advice)[0])
-    assert line.fixed_bytes + line.bytes_per_image * (resolution / 224) ** 2 <= limit
-    assert line.fixed_bytes + line.bytes_per_image * ((resolution + 32) / 224) ** 2 > limit
-
-
-def test_no_resolution_is_advised_where_the_weights_alone_are_too_large() -> None:
-    fix = failure(Line(0, MIB), StaticBytes(50 * MIB, 0, 0), 40 * MIB).fix or ""
-    assert "resolution" not in fix
-
-
-@given(lines, statics)
-def test_the_advised_memory_is_enough(line: Line, static: StaticBytes) -> None:
-    fix = failure(line, static, 0).fix or ""
-    advised = parse_bytes(re.findall(r"train\.memory=(\w+)", fix)[0])
-    assert choose_micro_batch(line, static, advised, 32, resolution=224).sizes
+def test_steps_with_other_moments_still_give_a_line_through_their_peaks() -> None:
+    curve = Curve.through((2, [5, 30, 7]), (4, [50, 8]))
+    assert (curve.at(2), curve.at(4), curve.at(8)) == (30, 50, 90)

@@ -1,6 +1,4 @@
-"""Measured on real networks; what a step of a network costs is checked in test_measurement."""
-
-from dataclasses import replace
+"""Predictions are compared with measured steps in test_prediction."""
 
 import pytest
 import torch
@@ -8,92 +6,75 @@ from torch import nn
 
 from momconv.errors import UsageError
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.measurement import per_image
-from momconv.planner.micro_batch import Line, StaticBytes
-from momconv.planner.profile import (
-    MEASUREMENTS,
-    VARIANTS,
-    MemoryProfile,
-    Profile,
-    Variant,
-    profile,
-)
+from momconv.planner.prediction import Training, peak_memory
+from momconv.planner.profile import EXAMPLE, VARIANTS, MemoryProfile, Variant, profile
 from momconv.surgery.conversion import convert
 from momconv.zoo.networks import build
 
-CPU = torch.device("cpu")
 SIDE = 32
-IMAGE = 3 * SIDE**2 * 4  # bytes
 
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
-    torch.manual_seed(0)
     return convert(build("cifar_resnet44"), 0.9)
 
 
 @pytest.fixture(scope="module")
-def measured(network: nn.Module) -> MemoryProfile:
-    return profile(network, SIDE, device=CPU)
+def profiled(network: nn.Module) -> MemoryProfile:
+    return profile(network, Training(SIDE))
 
 
-def needs(measured: MemoryProfile) -> dict[Variant, int]:
-    return {p.variant: p.peak.bytes_per_image for p in measured.profiles}
+def needs(profiled: MemoryProfile) -> dict[Variant, int]:
+    return {p.variant: p.peak.bytes_per_image for p in profiled.profiles}
 
 
-def test_deep_stages_need_least_with_momentum(measured: MemoryProfile) -> None:
-    need = needs(measured)
+def test_deep_stages_need_least_with_momentum(profiled: MemoryProfile) -> None:
+    need = needs(profiled)
     assert list(need) == list(VARIANTS)
-    assert need["momentum"] < need["checkpoint"] < need["plain"] < need["store"]
+    assert need["momentum"] < need["checkpoint"] < need["plain"]
     assert need["auto"] <= need["momentum"]
 
 
-def test_plain_is_the_network_that_was_never_converted(measured: MemoryProfile) -> None:
-    line = per_image(build("cifar_resnet44").train(), SIDE, precision="fp32", device=CPU)
-    assert needs(measured)["plain"] == line.bytes_per_image + IMAGE
+def test_plain_is_the_network_that_was_never_converted(profiled: MemoryProfile) -> None:
+    theirs = peak_memory(build("cifar_resnet44").train(), EXAMPLE, SIDE)
+    assert profiled["plain"].example == theirs
 
 
-def test_what_a_stage_holds_does_not_grow_with_momentum_s_depth(measured: MemoryProfile) -> None:
-    held = {p.variant: p.held_bytes for p in measured.profiles}
-    deeper = profile(convert(build("cifar_resnet56"), 0.9), SIDE, device=CPU)
-    grown = {p.variant: p.held_bytes["layer1"] for p in deeper.profiles}
-    assert grown["momentum"] == held["momentum"]["layer1"]
-    x = 16 * SIDE**2 * 4
-    assert grown["checkpoint"] == held["checkpoint"]["layer1"] + 2 * x
-    assert grown["plain"] > held["plain"]["layer1"] + 2 * x
+def test_the_curve_is_the_peak_of_other_batches_too(
+    network: nn.Module, profiled: MemoryProfile
+) -> None:
+    peak = peak_memory(network.train(), 64, SIDE, strategy="checkpoint").total
+    assert profiled["checkpoint"].peak.at(64) == pytest.approx(peak, rel=0.01)
 
 
-def test_the_stages_are_those_of_the_network(measured: MemoryProfile) -> None:
-    for p in measured.profiles:
-        assert list(p.held_bytes) == ["stem", "layer1", "layer2", "layer3", "head"]
-        assert p.peak_stage in p.held_bytes
-
-
-def test_the_network_stays_as_it_is(network: nn.Module, measured: MemoryProfile) -> None:
+def test_the_network_stays_as_it_is(network: nn.Module, profiled: MemoryProfile) -> None:
     stages = momentum_stages(network).values()
     assert {(stage.gamma, stage.strategy) for stage in stages} == {(0.9, "momentum")}
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_progress_is_told_before_each_measurement() -> None:
+def test_a_measurement_agrees_and_progress_is_told_before_each_variant() -> None:
     told = list[tuple[int, str]]()
     network = convert(build("cifar_resnet20"), 0.9)
-    profile(network, 16, device=CPU, progress=lambda *args: told.append(args))
-    assert [done for done, _ in told] == list(range(MEASUREMENTS))
-    assert told[0][1] == "plain, 2 images"
+    measured = profile(
+        network, Training(16), measuring=True, progress=lambda *args: told.append(args)
+    )
+    assert told == list(enumerate(VARIANTS))
+    for p in measured.profiles:
+        assert p.measured is not None
+        assert p.measured.at(3) == pytest.approx(p.predicted.at(3), rel=0.03)
+        assert p.peak.at(3) == p.measured.at(3)
+
+
+def test_no_memory_is_needed_for_the_network() -> None:
+    with torch.device("meta"):
+        network = convert(build("cifar_resnet20"), 0.9)
+    real = profile(convert(build("cifar_resnet20"), 0.9), Training(16))
+    assert profile(network, Training(16)) == real
 
 
 def test_a_network_without_momentum_is_refused() -> None:
     plain = build("cifar_resnet20")
     for network in (plain, convert(plain, 0)):
         with pytest.raises(UsageError):
-            profile(network, SIDE, device=CPU)
-
-
-@pytest.mark.parametrize(("budget", "batch"), [(29, 0), (99, 0), (100, 1), (109, 1), (110, 2)])
-def test_a_budget_holds_everything(budget: int, batch: int) -> None:
-    one = Profile("plain", Line(fixed_bytes=60, bytes_per_image=10), "layer1", {})
-    measured = MemoryProfile(StaticBytes(weights=10, gradients=10, optimizer=10), (one,))
-    assert measured.largest_batch(one, budget) == batch
-    heavier = replace(measured, static=StaticBytes(weights=10, gradients=10, optimizer=20))
-    assert heavier.largest_batch(one, budget + 10) == batch
+            profile(network, Training(SIDE))

@@ -1,27 +1,49 @@
 import io
 import json
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from momconv.planner.micro_batch import Line, StaticBytes
-from momconv.planner.profile import VARIANTS, MemoryProfile, Profile
-from momconv.reports.memory import judge, show_memory, to_json
+from momconv.errors import UsageError
+from momconv.planner.micro_batch import Curve, Line, StaticBytes
+from momconv.planner.prediction import Alive, PeakMemory
+from momconv.planner.profile import VARIANTS, MemoryProfile, Profile, Variant
+from momconv.reports.memory import judge, show_memory, to_csv, to_json
+from momconv.reports.memory_plot import draw_memory, require_matplotlib
 
 MIB = 2**20
 BUDGETS = {"100MiB": 100 * MIB, "1GiB": 1024 * MIB}
 
 
-def measured(plain: float, store: float, checkpoint: float, momentum: float) -> MemoryProfile:
-    """A profile in which an image takes so many MiB."""
-    needs = dict(zip(VARIANTS, (plain, store, checkpoint, momentum, momentum), strict=True))
-    return MemoryProfile(
-        StaticBytes(weights=10 * MIB, gradients=10 * MIB, optimizer=20 * MIB),
-        tuple(
-            Profile(variant, Line(0, int(need * MIB)), "layer3", {"stem": 0, "layer3": 3 * MIB})
-            for variant, need in needs.items()
-        ),
+def need(variant: Variant, mebibytes: float) -> Profile:
+    """A variant of which an image takes so much, on top of 40 MiB."""
+    image = int(mebibytes * MIB)
+    alive = (Alive("convolution", "layer3", 7, 16 * image),)
+    peak = PeakMemory(
+        weights=10 * MIB,
+        gradients=10 * MIB,
+        optimizer=20 * MIB,
+        ema=0,
+        batch=0,
+        activations={"stem": 0, "layer3": 16 * image},
+        side_information=0,
+        transients=16 * image,
+        allowance=0,
+        stage="layer3",
+        operation="convolution",
+        alive=alive,
     )
+    return Profile(variant, Curve((Line(40 * MIB, image),)), peak)
+
+
+def profiled(plain: float, checkpoint: float, segment: float, momentum: float) -> MemoryProfile:
+    """A profile in which an image takes so many MiB."""
+    needs = dict(zip(VARIANTS, (plain, checkpoint, segment, momentum, momentum), strict=True))
+    static = StaticBytes(weights=10 * MIB, gradients=10 * MIB, optimizer=20 * MIB)
+    return MemoryProfile(static, 0.5, tuple(need(*item) for item in needs.items()))
 
 
 def shown(profile: MemoryProfile, *, width: int = 80, encoding: str = "utf-8") -> str:
@@ -33,23 +55,40 @@ def shown(profile: MemoryProfile, *, width: int = 80, encoding: str = "utf-8") -
     return buffer.read()
 
 
-def test_every_variant_has_its_need_its_peak_and_its_batches() -> None:
-    lines = shown(measured(12, 15, 6, 4)).splitlines()
-    rows = {line.split()[0]: line.split() for line in lines if "layer3" in line}
+def test_every_variant_has_its_need_its_batches_and_what_is_alive() -> None:
+    lines = shown(profiled(12, 15, 6, 4)).splitlines()
+    rows = {line.split()[0]: line.split() for line in lines[2:7]}
     assert [rows[v][1] for v in VARIANTS] == ["12.00", "15.00", "6.00", "4.00", "4.00"]
-    assert rows["plain"][-3:] == ["layer3", "5", "82"]  # (100 - 40) / 12 and (1024 - 40) / 12
-    assert rows["momentum"][-3:] == ["layer3", "15", "246"]
+    assert rows["plain"][-2:] == ["5", "82"]  # (100 - 40) / 12 and (1024 - 40) / 12
+    assert rows["momentum"][-2:] == ["15", "246"]
+    (alive,) = [line.split() for line in lines if "convolution" in line and "momentum" in line]
+    assert alive == ["momentum", "layer3", "0.062", "7", "convolution", "layer3"]
 
 
-def test_bars_are_in_proportion() -> None:
-    lines = [line for line in shown(measured(12, 12, 6, 3)).splitlines() if "━" in line]
-    bars = {line.split()[0]: line.count("━") for line in lines}
-    assert bars["plain"] == 2 * bars["checkpoint"] == 4 * bars["momentum"] > 0
+def test_bars_are_in_proportion_and_show_the_parts() -> None:
+    lines = shown(profiled(12, 6, 6, 3)).splitlines()[2:7]
+    bars = {line.split()[0]: line.split()[2] for line in lines}
+    assert bars["plain"] == "b" * 12 + "e" * 12
+    assert bars["checkpoint"] == "b" * 6 + "e" * 6
+    assert bars["momentum"] == "b" * 3 + "e" * 3
+    legend = "a stem, b layer3, c images, d side information, e recomputed and gradients"
+    assert legend in shown(profiled(12, 6, 6, 3))
+
+
+def test_measured_peaks_stand_beside_the_predicted_ones_and_decide() -> None:
+    profile = profiled(12, 15, 6, 4)
+    checked = replace(
+        profile,
+        profiles=tuple(replace(p, measured=Line(0, 10 * MIB)) for p in profile.profiles),
+    )
+    row = next(line.split() for line in shown(checked).splitlines() if line.startswith("plain"))
+    assert row[1:3] == ["12.00", "10.00"]
+    assert row[-2:] == ["10", "102"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_it_fits_80_columns_in_any_encoding(encoding: str) -> None:
-    text = shown(measured(1200.5, 1500, 600, 400), encoding=encoding)
+    text = shown(profiled(1200.5, 1500, 600, 400), encoding=encoding)
     assert max(map(len, text.splitlines())) <= 80
 
 
@@ -57,18 +96,18 @@ def test_it_fits_80_columns_in_any_encoding(encoding: str) -> None:
     ("needs", "verdict"),
     [
         (
-            (12, 15, 6, 4),
+            (12, 8, 6, 4),
             "momentum needs least: 4.0 MiB an image, 3.0 times less than the plain network and 1.5 "
-            "times less than checkpointing each block.",
+            "times less than checkpointing (segment).",
         ),
         (
-            (12, 15, 6, 6),
+            (12, 6, 7, 6),
             "checkpoint needs least: 6.0 MiB an image, 2.0 times less than the plain network. "
             "Momentum does not pay here: with it, it is 6.0 MiB an image; with checkpointing "
             "alone, 6.0 MiB an image.",
         ),
         (
-            (5, 15, 6, 7),
+            (5, 6, 8, 7),
             "plain needs least: 5.0 MiB an image. Momentum does not pay here: with it, it is "
             "7.0 MiB an image; with checkpointing alone, 6.0 MiB an image.",
         ),
@@ -76,21 +115,41 @@ def test_it_fits_80_columns_in_any_encoding(encoding: str) -> None:
     ids=["momentum", "checkpoint", "plain"],
 )
 def test_the_verdict_is_honest(needs: tuple[float, float, float, float], verdict: str) -> None:
-    assert judge(measured(*needs)) == verdict
+    assert judge(profiled(*needs)) == verdict
 
 
 def test_the_document_has_every_number() -> None:
-    document = json.loads(json.dumps(to_json(measured(12, 15, 6, 4), BUDGETS)))
+    document = json.loads(json.dumps(to_json(profiled(12, 15, 6, 4), BUDGETS)))
     assert document["static_bytes"] == {
         "weights": 10 * MIB,
         "gradients": 10 * MIB,
         "optimizer": 20 * MIB,
     }
     assert list(document["variants"]) == list(VARIANTS)
-    assert document["variants"]["momentum"] == {
-        "bytes_per_image": 4 * MIB,
-        "fixed_bytes": 0,
-        "peak_stage": "layer3",
-        "held_bytes_per_image": {"stem": 0, "layer3": 3 * MIB},
-        "largest_batch": {"100MiB": 15, "1GiB": 246},
-    }
+    momentum = document["variants"]["momentum"]
+    assert momentum["bytes_per_image"] == 4 * MIB
+    assert momentum["largest_batch"] == {"100MiB": 15, "1GiB": 246}
+    assert momentum["peak_of_32"]["total"] == 168 * MIB
+    assert momentum["peak_of_32"]["activations"] == {"stem": 0, "layer3": 64 * MIB}
+
+
+def test_the_csv_has_a_line_for_each_variant() -> None:
+    header, plain, *_ = to_csv(profiled(12, 15, 6, 4), BUDGETS).splitlines()
+    assert header.endswith("measured_bytes_per_image,largest_batch_in_100MiB,largest_batch_in_1GiB")
+    assert plain == f"plain,{12 * MIB},{(40 + 32 * 12) * MIB},,5,82"
+
+
+def test_the_picture_is_written_or_its_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for suffix in ("png", "svg"):
+        require_matplotlib(tmp_path / f"memory.{suffix}")
+        draw_memory(profiled(12, 15, 6, 4), BUDGETS, tmp_path / f"memory.{suffix}")
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "memory.svg").read_text()
+    with pytest.raises(UsageError, match="not one of"):
+        require_matplotlib(tmp_path / "memory.txt")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UsageError, match="needs matplotlib") as missing:
+        require_matplotlib(tmp_path / "memory.png")
+    assert (missing.value.fix or "").startswith("pip install")

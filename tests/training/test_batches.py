@@ -1,14 +1,8 @@
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from momconv.training.batches import (
-    MicroBatches,
-    count_steps,
-    largest_part,
-    split_batch,
-    split_epoch,
-)
+from momconv.planner.micro_batch import count_steps
+from momconv.training.batches import MicroBatches, split_batch, split_epoch
 
 counts = st.integers(2, 300)
 sizes = st.integers(1, 70)
@@ -55,19 +49,6 @@ def test_a_micro_batch_is_never_one_image_where_two_are_possible(
     parts = split_batch(range(count), micro_batch)
     assert min(map(len, parts)) >= 2
     assert max(map(len, parts)) <= max(3, micro_batch)
-
-
-@pytest.mark.parametrize(
-    ("count", "batch", "micro", "largest"),
-    [
-        pytest.param(64, 32, 11, 11, id="as planned"),
-        pytest.param(33, 32, 32, 17, id="a batch that took one image more is split"),
-        pytest.param(10, 5, 2, 3, id="an odd batch in pairs"),
-        pytest.param(10, 5, 1, 1, id="one by one"),
-    ],
-)
-def test_the_largest_part_of_an_epoch(count: int, batch: int, micro: int, largest: int) -> None:
-    assert largest_part(count, batch, micro) == largest
 
 
 def test_the_sampler_gives_the_micro_batches_of_whatever_steps_it_has() -> None:

@@ -21,7 +21,6 @@ from momconv.training.progress import Listener
 from momconv.training.run_folder import RunFolder
 from momconv.zoo.description import describe
 
-STRATEGIES = "layer1 momentum, layer2+layer3 checkpoint"
 MICRO_BATCHES = 7  # of an epoch of 18 images: 3 + 2, 3 + 2, 3 + 2, 3
 
 
@@ -120,12 +119,12 @@ def test_the_listener_hears_of_the_split_the_plan_the_progress_and_the_epochs(
     log = Log()
     finetune(small(colours, "train.micro_batch=auto"), tmp_path / "run", listener=log)
     assert log.told[0].startswith("note: no val/ folder; holding out 20% per class")
-    assert log.told[1].startswith(f"note: batch of 5 in one micro-batch ({STRATEGIES}, fp32), ")
+    assert log.told[1].startswith("note: batch of 5 in one micro-batch (store, fp32), ")
     training = [shown for shown in log.shown if shown[0] == "training"]
     assert training[0][1:3] == (5, 36)
     assert training[-1][1:3] == (36, 36)
     assert "epoch 2/2 · validating 6/6 · loss" in training[-1][3]
-    assert "plan " in training[-1][3]
+    assert "peak " in training[-1][3]
     assert [row.epoch for row in log.rows] == [1, 2]
 
 

@@ -1,12 +1,23 @@
+import itertools
+import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from runs import small
+from runs import Log, Signals, read_tensors, small
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 from momconv.data.folder import find_splits
+from momconv.errors import ResourceError
+from momconv.planner.measurement import Usage
+from momconv.training import loop
+from momconv.training.finetuning import finetune
+from momconv.training.interruption import Interrupted
 from momconv.training.loop import Job, add_gradients
 from momconv.training.optimisation import make_optimizer
 from momconv.training.planning import BatchPlan, Setting
@@ -16,12 +27,13 @@ from momconv.zoo.networks import build
 
 CPU = torch.device("cpu")
 SETTING = Setting(18, 5, 5, 32, "store", "fp32", "sgd", "cpu", None)
+PLAN = BatchPlan(SETTING, "store", "store", 5, 2**20, 2**30)
 
 
 def make_job(colours: Path, model: nn.Module) -> Job:
     recipe, splits = small(colours), find_splits(colours)
-    optimizer, plan = make_optimizer(model, recipe.train), BatchPlan(SETTING, 5)
-    return Job(recipe, RunFolder(Path()), splits, model, optimizer, plan, CPU, 0, SILENT)
+    optimizer = make_optimizer(model, recipe.train)
+    return Job(recipe, RunFolder(Path()), splits, model, optimizer, PLAN, CPU, 0, SILENT)
 
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:
@@ -59,18 +71,115 @@ def test_in_bf16_the_network_computes_in_bf16(colours: Path) -> None:
         lambda _m, _a, output: seen.append(output.dtype)
     )
     job = make_job(colours, model)
-    setting = Setting(18, 5, 5, 32, "store", "bf16", "sgd", "cpu", None)
-    half = Job(
-        job.recipe,
-        job.folder,
-        job.splits,
-        model,
-        job.optimizer,
-        BatchPlan(setting, 5),
-        CPU,
-        0,
-        SILENT,
-    )
-    add_gradients(half, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), 1.0)
+    job.plan = replace(PLAN, setting=replace(SETTING, precision="bf16"))
+    add_gradients(job, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), 1.0)
     assert seen == [torch.bfloat16]
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+# Out of memory
+
+
+def exhaust_memory(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
+    """Let these micro-batches, counted from 1, run out of memory after their forward pass."""
+    count = itertools.count(1)
+
+    def cross_entropy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(count) in calls:
+            raise torch.OutOfMemoryError
+        return F.cross_entropy(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "F", SimpleNamespace(cross_entropy=cross_entropy))
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
+    return plan
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    ours, theirs = read_tensors(one), read_tensors(other)
+    assert ours.keys() == theirs.keys()
+    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_step_that_ran_out_of_memory_is_done_again_in_smaller_parts(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """As if the run had been stopped before that step, and resumed with smaller parts."""
+    recipe = small(colours, "train.micro_batch=auto", f"data.workers={workers}")
+    with pytest.raises(Interrupted):
+        finetune(recipe, tmp_path / "other", listener=Signals(3))
+    smaller = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"micro_batch": 2})}
+    )
+    finetune(smaller, tmp_path / "other", resume=True)
+    exhaust_memory(monkeypatch, 3)
+    log = Log()
+    finetune(recipe, tmp_path / "run", listener=log)
+    assert_same_tensors(tmp_path / "run", tmp_path / "other")
+    (told,) = [text for text in log.told if "ran out of memory" in text]
+    assert "micro-batches of 5; epoch 1, step 3 is done again, with 2" in told
+    assert log.shown[-1][1] == log.shown[-1][2]
+    assert read_plan(tmp_path / "run")["micro_batch"] == 2
+    event = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
+    assert event == {"event": "out_of_memory", "epoch": 1, "step": 3, "micro_batch": 2}
+
+
+def test_with_frozen_batchnorm_smaller_parts_come_to_the_same(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(colours, "train.micro_batch=auto", "train.freeze_bn=true", "train.epochs=1")
+    finetune(recipe, tmp_path / "whole")
+    exhaust_memory(monkeypatch, 2)
+    finetune(recipe, tmp_path / "halved")
+    whole, halved = (
+        load_file(tmp_path / name / "last.safetensors") for name in ("whole", "halved")
+    )
+    for key, value in whole.items():
+        torch.testing.assert_close(halved[key], value, rtol=1e-3, atol=1e-5)
+    fresh = build("cifar_resnet20").state_dict()
+    kept = [key for key in whole if "running" in key]
+    assert kept
+    assert all(torch.equal(whole[key], fresh[key]) for key in kept)
+
+
+def test_a_first_step_above_the_limit_counts_as_out_of_memory(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = iter([2**31, 2**20])
+
+    def measure(work: Any, _device: torch.device) -> Usage:
+        work()
+        return Usage(next(peaks))
+
+    monkeypatch.setattr(loop, "measure", measure)
+    recipe = small(colours, "train.micro_batch=auto", "train.memory=1GiB")
+    finetune(recipe, tmp_path / "run")
+    plan = read_plan(tmp_path / "run")
+    assert (plan["sizes"], plan["limit_bytes"]) == ([3, 2], 2**30)
+    assert 2**20 < plan["measured_bytes"] < 2**24
+    monkeypatch.undo()
+    finetune(small(colours), tmp_path / "two")
+    assert_same_tensors(tmp_path / "run", tmp_path / "two")
+
+
+def test_where_parts_cannot_be_smaller_the_state_is_saved(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exhaust_memory(monkeypatch, 4)
+    with pytest.raises(ResourceError, match="micro-batches of 2, and there are no smaller ones"):
+        finetune(small(colours), tmp_path / "run")
+    monkeypatch.undo()
+    finetune(small(colours), tmp_path / "run", resume=True)
+    finetune(small(colours), tmp_path / "straight")
+    assert_same_tensors(tmp_path / "run", tmp_path / "straight")
+
+
+def test_the_plan_s_prediction_is_what_the_first_step_takes(colours: Path, tmp_path: Path) -> None:
+    for strategy in ("store", "checkpoint", "momentum"):
+        recipe = small(colours, f"momentum.strategy={strategy}", "train.epochs=1")
+        finetune(recipe, tmp_path / strategy)
+        plan = read_plan(tmp_path / strategy)
+        assert plan["predicted_bytes"] == pytest.approx(plan["measured_bytes"], rel=0.02)

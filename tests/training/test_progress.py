@@ -4,7 +4,7 @@ from momconv.training.progress import EpochRow, Progress
 
 
 def row(epoch: int, top1: float | None) -> EpochRow:
-    return EpochRow(epoch, 0.5, None if top1 is None else 0.5, top1, 0.1, 10.0, None, 3.0)
+    return EpochRow(epoch, 0.5, None if top1 is None else 0.5, top1, 0.1, 10.0, 2**20, 3.0)
 
 
 def test_the_best_epoch_is_the_first_with_the_highest_top1() -> None:

@@ -16,7 +16,7 @@ from momconv.training.state import load_state, save_state
 from momconv.zoo.description import describe
 from momconv.zoo.networks import build, replace_head
 
-PROGRESS = Progress([EpochRow(1, 0.1 + 0.2, None, 1 / 3, 1e-5, 7.5, None, 9.0)], 3, 12, 0.7, 1.5)
+PROGRESS = Progress([EpochRow(1, 0.1 + 0.2, None, 1 / 3, 1e-5, 7.5, 2**20, 9.0)], 3, 12, 0.7, 1.5)
 
 
 def sgd(model: nn.Module) -> Optimizer:
@@ -72,7 +72,7 @@ def test_a_state_before_the_first_step_is_one_too(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_survives(tmp_path: Path) -> None:
-    model, row = make_network(), EpochRow(1, 0.5, math.nan, 0.5, 0.1, math.inf, None, 1.0)
+    model, row = make_network(), EpochRow(1, 0.5, math.nan, 0.5, 0.1, math.inf, 2**20, 1.0)
     save_state(tmp_path / "state", model, sgd(model), Progress([row]))
     (again,) = load_state(tmp_path / "state").progress.history
     assert math.isnan(again.val_loss or 0)

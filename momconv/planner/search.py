@@ -1,0 +1,302 @@
+"""The fastest way to train with a batch within a limit of memory, found by prediction.
+
+A strategy is faster the less it recomputes, but needs more memory the more it stores. Gradients of
+micro-batches add up to exactly those of the batch, but BatchNorm sees only one micro-batch at a
+time. So the search takes the fastest strategy under which the whole batch fits at once; where none
+is, the one that comes closest, or, without BatchNorm, the fastest that leaves no tiny parts.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from momconv.errors import ResourceError, UsageError
+from momconv.momentum.autograd import Strategy
+from momconv.momentum.sequential import momentum_stages
+from momconv.planner.measurement import available_bytes, static_bytes
+from momconv.planner.micro_batch import largest_part, split_evenly
+from momconv.planner.prediction import PeakMemory, Training, predict
+from momconv.units import format_bytes, parse_bytes
+
+Choice = Strategy | Literal["auto"]
+
+# Time of a step relative to "store", the fastest first: ResNet-152 in benchmarks/speed.py; segment,
+# which computes each block three times, on a ResNet-50 of 96 × 96 pixels (checkpoint 1.33 there).
+SECONDS: dict[Choice, float] = {
+    "store": 1.0,
+    "checkpoint": 1.37,
+    "auto": 1.5,
+    "momentum": 1.5,
+    "segment": 1.7,
+}
+FEW = 8  # images; the statistics of fewer are noise
+_SLACK = 0.01  # of the limit; predictions were off by at most 0.1 % (benchmarks/RESULTS.md)
+_GRID = 32  # pixels; the resolutions that classification networks divide evenly
+_WORTH_TRYING = 1.1  # of the limit, for an estimate
+_TRIES = 3  # resolutions that an error tries out
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a batch goes through a network within a limit of memory.
+
+    Attributes:
+        strategy: For ``momconv.set_strategy``; "store" if the model has nothing to set.
+        batch_size: Images of an optimisation step.
+        micro_batch: The most images that go through the network at once.
+        peak: What is alive at the peak of a step with the largest micro-batch, predicted.
+        limit_bytes: The limit.
+        relative_seconds: The time of a step, about, as a multiple of storing everything.
+    """
+
+    strategy: Choice
+    batch_size: int
+    micro_batch: int
+    peak: PeakMemory
+    limit_bytes: int
+    relative_seconds: float
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The images of each micro-batch."""
+        return split_evenly(self.batch_size, self.micro_batch)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be planned for.
+
+    Attributes:
+        training: What a step is.
+        batch_size: Images of an optimisation step.
+        limit_bytes: For everything, what is loaded already included.
+        micro_batch: A number to keep to, or "auto".
+        strategy: One to keep to, or "auto" for the fastest that fits.
+        images: Of an epoch, whose last batch may be larger by one; None: one batch.
+    """
+
+    training: Training
+    batch_size: int
+    limit_bytes: int
+    micro_batch: int | Literal["auto"] = "auto"
+    strategy: Choice = "auto"
+    images: int | None = None
+
+    @property
+    def batch(self) -> int:
+        """The images of a full batch."""
+        return min(self.batch_size, self.images or self.batch_size)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The micro-batches to consider, evenly filled, the largest first."""
+        if self.micro_batch != "auto":
+            return [min(self.micro_batch, self.batch)]
+        evenly = {split_evenly(self.batch, size)[0] for size in range(1, self.batch + 1)}
+        return sorted(evenly, reverse=True)
+
+    @property
+    def usable_bytes(self) -> int:
+        """The limit, less what predictions may be off by."""
+        return int(self.limit_bytes * (1 - _SLACK))
+
+    def largest_part(self, micro_batch: int) -> int:
+        """The images that go through the network at once, at most."""
+        return largest_part(self.images or self.batch_size, self.batch_size, micro_batch)
+
+
+def plan(  # noqa: PLR0913 (each is a fact about the training)
+    model: nn.Module,
+    resolution: int,
+    memory: int | str | None = None,
+    batch_size: int = 32,
+    *,
+    micro_batch: int | Literal["auto"] = "auto",
+    strategy: Choice = "auto",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    device: str = "cpu",
+) -> Plan:
+    """Plan how ``model`` is trained fastest within ``memory``; nothing is run, ``model`` stays.
+
+    Args:
+        model: A network for RGB images, converted or not.
+        resolution: Pixels of their sides.
+        memory: For everything: bytes, or text like "3GiB"; None: what is free on ``device``.
+        batch_size: Images of an optimisation step. Memory never changes it.
+        micro_batch: Images that go through the network at once, or "auto" for as many as fit.
+        strategy: One to keep to; "auto" for the fastest that fits.
+        precision: "bf16" is autocast.
+        optimizer: Whose state counts.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ResourceError: Nothing fits; the error says what would.
+        UsageError: An argument is not allowed, or one image alone cannot be trained on.
+    """
+    if memory is None:
+        place = torch.device(device)
+        memory = available_bytes(place) + static_bytes(model, optimizer).weights
+    limit = parse_bytes(memory) if isinstance(memory, str) else memory
+    training = Training(resolution, precision, optimizer, device=device)
+    return search(model, Request(training, batch_size, limit, micro_batch, strategy))
+
+
+def search(model: nn.Module, request: Request) -> Plan:
+    """The plan for a request; see :func:`plan`.
+
+    Raises:
+        ResourceError: Nothing fits; the error says what would.
+        UsageError: One image alone cannot be trained on.
+    """
+    with _in_training(model):
+        peaks = _Peaks(model, request)
+        for strategy, size in _list_options(model, request):
+            if peaks.may_fit(strategy, size):
+                peak = peaks.predict(strategy, size)
+                if peak.total <= request.usable_bytes:
+                    seconds = SECONDS[strategy]
+                    return Plan(strategy, request.batch, size, peak, request.limit_bytes, seconds)
+        raise _does_not_fit(peaks)
+
+
+def _list_options(model: nn.Module, request: Request) -> Iterator[tuple[Choice, int]]:
+    """Strategies and micro-batches, the best first."""
+    strategies = _list_strategies(model, request.strategy)
+    enough = request.batch if has_batch_norm(model) else min(FEW, request.batch)
+    large = [size for size in request.sizes if size >= enough]
+    yield from itertools.product(strategies, large)
+    for size in request.sizes[len(large) :]:
+        yield from ((strategy, size) for strategy in strategies)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether what ``model`` computes for an image depends on the others."""
+    return any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
+
+
+class _Peaks:
+    """The predicted peaks of a network, each strategy's first for the largest micro-batch."""
+
+    def __init__(self, model: nn.Module, request: Request) -> None:
+        self.model, self.request = model, request
+        self.latest: dict[Choice, tuple[int, PeakMemory]] = {}
+
+    def may_fit(self, strategy: Choice, micro_batch: int) -> bool:
+        """Whether a prediction is worth its time: what a step allocates is almost linear."""
+        if strategy not in self.latest:
+            return True
+        images, peak = self.latest[strategy]
+        linear = (peak.step + peak.batch) * self.request.largest_part(micro_batch) / images
+        estimate = peak.total - peak.step - peak.batch + linear
+        return estimate <= _WORTH_TRYING * self.request.usable_bytes
+
+    def predict(self, strategy: Choice, micro_batch: int, **changes: Any) -> PeakMemory:
+        """The peak with micro-batches of at most so many images, under ``changes``."""
+        images = self.request.largest_part(micro_batch)
+        training = replace(self.request.training, **changes)
+        chosen = strategy if momentum_stages(self.model) else None
+        try:
+            peak = predict(self.model, images, training, chosen).peak
+        except ValueError as error:
+            if images > 1:
+                raise
+            raise _cannot_take_one(training, error) from error
+        if not changes:
+            self.latest[strategy] = images, peak
+        return peak
+
+
+def _cannot_take_one(training: Training, error: ValueError) -> UsageError:
+    """The error for BatchNorm of a feature map that has shrunk to one pixel."""
+    return UsageError(
+        f"at {training.resolution} pixels the network cannot be trained on micro-batches of "
+        f"1 image\n{error}",
+        kind="usage.micro_batch_of_one",
+        fix="--micro-batch 2, with --batch-size 2 or more",
+    )
+
+
+def _list_strategies(model: nn.Module, asked: Choice) -> list[Choice]:
+    """Those to choose from, the fastest first; "auto" has momentum in it."""
+    if not momentum_stages(model):
+        return ["store"]
+    return [asked] if asked != "auto" else [name for name in SECONDS if name != "momentum"]
+
+
+@contextmanager
+def _in_training(model: nn.Module) -> Iterator[None]:
+    """``model`` in training mode inside; if it is already, with its frozen parts as they are."""
+    modes = [(module, module.training) for module in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# What to say if nothing fits
+
+
+def _does_not_fit(peaks: _Peaks) -> ResourceError:
+    """The error, with a breakdown of the leanest strategy and changes that would fit."""
+    request = peaks.request
+    leanest = min(peaks.latest, key=lambda strategy: peaks.latest[strategy][1].total)
+    size = request.sizes[-1]
+    peak, images = peaks.predict(leanest, size), request.largest_part(size)
+    return ResourceError(
+        f"a micro-batch of {images} image{'s' if images > 1 else ''} does not fit: it needs "
+        f"{format_bytes(peak.total)} ({leanest}), the limit is "
+        f"{format_bytes(request.limit_bytes)}\n{_break_down(peak)}",
+        kind="memory.does_not_fit",
+        fix="\n".join(_find_fixes(peaks, leanest, peak)),
+    )
+
+
+def _break_down(peak: PeakMemory) -> str:
+    activations = sum(peak.activations.values())
+    parts = {
+        "weights": peak.weights,
+        "gradients": peak.gradients,
+        "optimizer": peak.optimizer,
+        "images": peak.batch,
+        "activations": activations,
+        "side information": peak.side_information,
+        "recomputed and gradients of activations": peak.transients,
+        "GPU context and libraries": peak.allowance,
+    }
+    return " · ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
+
+
+def _find_fixes(peaks: _Peaks, strategy: Choice, peak: PeakMemory) -> Iterator[str]:
+    """What would fit, each tried out by a prediction."""
+    request, size = peaks.request, peaks.request.sizes[-1]
+    training, usable = request.training, request.usable_bytes
+
+    def fits(strategy: Choice, size: int, **changes: Any) -> bool:
+        return peaks.predict(strategy, size, **changes).total <= usable
+
+    others = _list_strategies(peaks.model, "auto")
+    if strategy == request.strategy != "auto" and any(fits(other, size) for other in others):
+        yield "--strategy auto"
+    if request.micro_batch != "auto" and size > 2 and fits(strategy, 2):
+        yield "--micro-batch auto"
+    if training.precision == "fp32" and fits(strategy, size, precision="bf16"):
+        yield "--set train.precision=bf16"
+    needed = peak.step + peak.batch
+    share = max(0, usable - peak.total + needed) / needed
+    largest = math.floor(training.resolution * math.sqrt(share) / _GRID) * _GRID
+    for side in range(largest, 0, -_GRID)[:_TRIES]:
+        if fits(strategy, size, resolution=side):
+            yield f"--resolution {side}"
+            break
+    yield f"--memory {math.ceil(peak.total / (1 - _SLACK) / 2**20)}MiB, if there is as much"

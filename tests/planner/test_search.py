@@ -1,0 +1,155 @@
+"""Plans are checked against predictions; those are checked in test_prediction."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import momconv
+from momconv.errors import ResourceError, UsageError
+from momconv.planner.prediction import peak_memory
+from momconv.planner.search import plan
+from momconv.recipe import load_recipe
+from momconv.training.network import start_training
+from momconv.units import parse_bytes
+from momconv.zoo.networks import build
+
+MIB = 2**20
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def deep() -> nn.Module:
+    """Deep enough for every strategy to need another amount."""
+    with torch.device("meta"):
+        return momconv.convert(build("cifar_resnet20"), 0.9, stages="all").train()
+
+
+def peak_of(model: nn.Module, images: int, strategy: Any) -> int:
+    return peak_memory(model, images, SIDE, strategy=strategy).total
+
+
+def room_for(model: nn.Module, images: int, strategy: Any) -> int:
+    """A little more than so many images take."""
+    return int(peak_of(model, images, strategy) * 1.015)
+
+
+def test_everything_is_stored_where_it_fits(deep: nn.Module) -> None:
+    made = plan(deep, SIDE, "8GiB")
+    assert (made.strategy, made.sizes, made.relative_seconds) == ("store", (32,), 1.0)
+    assert made.peak.total == peak_of(deep, 32, "store")
+    assert made.limit_bytes == 8 * 2**30
+
+
+@pytest.mark.parametrize("strategy", ["store", "checkpoint", "auto"])
+def test_the_fastest_strategy_that_takes_the_whole_batch_wins(
+    deep: nn.Module, strategy: Any
+) -> None:
+    made = plan(deep, SIDE, room_for(deep, 32, strategy))
+    assert (made.strategy, made.sizes) == (strategy, (32,))
+    assert made.peak.total <= made.limit_bytes
+
+
+def test_where_none_does_batchnorm_gets_as_many_images_as_possible(deep: nn.Module) -> None:
+    limit = min(room_for(deep, 16, "auto"), peak_of(deep, 32, "segment"))
+    made = plan(deep, SIDE, limit)
+    assert made.sizes == (16, 16)
+    assert made.strategy in ("auto", "segment")
+    assert plan(deep, SIDE, limit, strategy="store").micro_batch < 8
+
+
+def test_without_batchnorm_speed_counts(deep: nn.Module) -> None:
+    """Micro-batches then come to the same as the batch, so nothing need be computed again."""
+    start_training(deep, freeze_bn=True)
+    try:
+        made = plan(deep, SIDE, room_for(deep, 9, "store"))
+    finally:
+        start_training(deep, freeze_bn=False)
+        deep.requires_grad_(requires_grad=True)
+    assert made.strategy == "store"
+    assert made.sizes == (8, 8, 8, 8)
+
+
+def test_a_network_without_momentum_stages_is_planned_as_it_is() -> None:
+    model = build("cifar_resnet20").train()
+    made = plan(model, SIDE, room_for(model, 8, None), batch_size=16)
+    assert (made.strategy, made.sizes) == ("store", (8, 8))
+
+
+def test_the_mode_of_the_network_does_not_matter_and_stays(deep: nn.Module) -> None:
+    trained = plan(deep, SIDE, "1GiB").peak
+    assert plan(deep.eval(), SIDE, "1GiB").peak == trained
+    assert not any(module.training for module in deep.modules())
+    deep.train()
+
+
+def test_without_a_limit_what_is_free_counts() -> None:
+    made = plan(build("cifar_resnet20"), SIDE)
+    assert made.sizes == (32,)
+    assert made.limit_bytes > made.peak.total
+
+
+# Nothing fits
+
+
+def refusal(model: nn.Module, memory: int, **changes: Any) -> ResourceError:
+    with pytest.raises(ResourceError) as refused:
+        plan(model, SIDE, memory, **changes)
+    assert refused.value.kind == "memory.does_not_fit"
+    return refused.value
+
+
+def test_every_advice_fits() -> None:
+    model = build("cifar_resnet20").train()
+    limit = peak_of(model, 1, None) - MIB
+    error = refusal(model, limit)
+    assert "micro-batch of 1 image does not fit" in error.message
+    assert "weights 1.0 MiB · gradients 1.0 MiB · optimizer 1.0 MiB" in error.message
+    fixes = (error.fix or "").splitlines()
+    (side,) = re.findall(r"--resolution (\d+)", error.fix or "") or [None]
+    (memory,) = re.findall(r"--memory (\w+),", error.fix or "")
+    assert plan(model, SIDE, memory).micro_batch >= 1
+    if "--set train.precision=bf16" in fixes:
+        assert plan(model, SIDE, limit, precision="bf16").micro_batch >= 1
+    if side:
+        assert plan(model, int(side), limit).micro_batch >= 1
+
+
+def test_a_smaller_resolution_is_advised() -> None:
+    model = build("cifar_resnet20").train()
+    limit = peak_memory(model, 1, 64).total + MIB
+    with pytest.raises(ResourceError) as refused:
+        plan(model, 256, limit)
+    (side,) = re.findall(r"--resolution (\d+)", refused.value.fix or "")
+    assert 64 <= int(side) < 256
+    assert plan(model, int(side), limit).micro_batch >= 1
+
+
+def test_a_leaner_strategy_and_smaller_parts_are_advised(deep: nn.Module) -> None:
+    limit = room_for(deep, 32, "auto")
+    assert "--strategy auto" in (refusal(deep, limit, strategy="store", micro_batch=32).fix or "")
+    fixes = refusal(deep, limit, strategy="store", micro_batch=32).fix or ""
+    assert "--micro-batch auto" in fixes
+    assert plan(deep, SIDE, limit, strategy="store").micro_batch < 32
+
+
+def test_momentum_without_gamma_is_refused() -> None:
+    with pytest.raises(UsageError, match="gamma is 0"):
+        plan(momconv.convert(build("cifar_resnet20"), 0), SIDE, "1GiB", strategy="momentum")
+
+
+def test_three_gibibytes_hold_twenty_images_at_once_instead_of_two() -> None:
+    """Weights, gradients, the optimiser's state and the images are in the 3 GiB."""
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes" / "three-gib.yaml")
+    side, memory = 500, "3GiB"
+    assert (recipe.data.resolution, recipe.train.memory) == (side, memory)
+    with torch.device("meta"):
+        plain = build(recipe.model.name).train()
+        model = momconv.convert(plain, recipe.momentum.gamma)
+    made = plan(model, side, memory, recipe.train.batch_size, strategy="auto")
+    assert (made.strategy, made.sizes) == ("auto", (20,))
+    limit = parse_bytes(memory)
+    assert peak_memory(plain, 2, side).total < limit < peak_memory(plain, 3, side).total
