@@ -188,5 +188,7 @@ def _facts(conversion: Conversion) -> Iterator[tuple[str, str]]:
 def _describe_calibration(calibration: Calibration | None) -> str:
     if calibration is None:
         return "statistics of the original network; --calibrate FOLDER re-estimates them"
+    if calibration.layers == 0:
+        return "the original's statistics, which come closer to it than re-estimated ones"
     layers = plural(calibration.layers, "layer")
     return f"statistics of {layers} re-estimated on {plural(calibration.images, 'image')}"

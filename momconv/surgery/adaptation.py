@@ -1,5 +1,6 @@
 """A converted network on its way back to its original, with the effect of every step measured."""
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Adaptation:
         self.interrupted = False
         self._reference = reference
         self._progress = progress or (lambda _what, _done, _total: None)
-        self._note("swapped")
+        self._note("swapped", model)
 
     @property
     def drift(self) -> Drift:
@@ -72,22 +73,24 @@ class Adaptation:
     def calibrate(self, batches: Iterable[Tensor], count: int, *, refine: bool = True) -> None:
         """Re-estimate statistics on ``count`` images in ``batches``, then refine gains and norms.
 
-        See :func:`momconv.calibrate`.
+        See :func:`momconv.calibrate`, which does not keep new statistics that are worse.
         """
         told = _counted(batches, lambda done: self._progress("statistics", done, count))
-        self.layers = calibrate(self.model, told).layers
-        self._note("statistics")
+        trial = copy.deepcopy(self.model) if refine else self.model
+        self.layers = calibrate(trial, told).layers
+        self._note("statistics", trial)
         if not refine:
             return
-        imitation = calibrate(
+        done = calibrate(
             self.model,
             batches,
             self._reference.network,
             progress=lambda done, total, _: self._progress("refining", done, total),
-        ).imitation
-        if imitation is not None:
-            self.interrupted = imitation.interrupted
-            self._note("refined")
+        )
+        self.layers = done.layers
+        if done.imitation is not None:
+            self.interrupted = done.imitation.interrupted
+            self._note("refined", self.model)
 
     def distill(self, batches: Iterable[Tensor], length: Distillation) -> None:
         """Train all parameters towards the original's outputs. See :func:`momconv.distill`."""
@@ -102,7 +105,7 @@ class Adaptation:
             progress=self._watch(length),
         )
         self.interrupted = imitation.interrupted
-        self._note("distilled")
+        self._note("distilled", self.model)
 
     def _watch(self, length: Distillation) -> Callable[[int, int, str], None]:
         """Progress in steps, or in seconds where they are what is limited."""
@@ -113,8 +116,10 @@ class Adaptation:
             "distilling (seconds)", min(seconds, round(time.monotonic() - began)), seconds
         )
 
-    def _note(self, name: Literal["swapped", "statistics", "refined", "distilled"]) -> None:
-        self.steps.append(Step(name, self._reference.compare(self.model)))
+    def _note(
+        self, name: Literal["swapped", "statistics", "refined", "distilled"], model: nn.Module
+    ) -> None:
+        self.steps.append(Step(name, self._reference.compare(model)))
 
 
 def _counted(batches: Iterable[Tensor], tell: Callable[[int], None]) -> Iterator[Tensor]:

@@ -148,3 +148,37 @@ def test_the_original_s_outputs_bring_it_closer_still(
 
 def top1(network: nn.Module, images: ImageSet) -> float:
     return evaluate(network, images, batch_size=100).top1
+
+
+def adapted(scale: float) -> nn.Module:
+    """A network whose statistics are those of images of some scale."""
+    torch.manual_seed(0)
+    network = build("cifar_resnet20", num_classes=5)
+    calibrate(network, pictures(scale))
+    return network
+
+
+def pictures(scale: float) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [scale * torch.randn(20, 3, 16, 16, generator=generator) for _ in range(2)]
+
+
+def test_statistics_that_bring_the_network_closer_to_the_original_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("momconv.surgery.calibration._STEPS", 1)
+    original = adapted(1)
+    model = convert(original, 0.9, stages="all", gain=False)
+    assert calibrate(model, pictures(1), original).layers == 19
+    assert dict(model.named_buffers())["bn1.num_batches_tracked"] == 2
+
+
+def test_statistics_of_unlike_images_are_not_taken_where_the_rule_changes_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("momconv.surgery.calibration._STEPS", 1)
+    original = adapted(1)
+    model = convert(original, 1e-3, stages="all")
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert calibrate(model, pictures(5), original).layers == 0
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
