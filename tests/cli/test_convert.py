@@ -24,6 +24,7 @@ SMALL: list[str | Path] = ["cifar_resnet20", "--weights", "none"]
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)  # of networks with random weights
     return tmp_path
 
 
