@@ -1,8 +1,7 @@
 """How good a network is on labelled images."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.folder import ImageSet, plural
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError
+from momconv.surgery.modes import in_eval_mode
 from momconv.zoo.description import describe
 
 _Z = 1.959964  # of the normal distribution, for 95 %
@@ -81,7 +81,7 @@ def evaluate(
     loader = make_loader(dataset, workers=workers, batch_size=batch_size)
     metrics, loss = _make_metrics(len(images.classes)).to(device), MeanMetric("disable").to(device)
     done = 0
-    with _evaluating(model.to(device)):
+    with in_eval_mode(model.to(device)), torch.no_grad():
         for pictures, labels in read_batches(loader):
             outputs, targets = model(pictures.to(device)), labels.to(device)
             metrics.update(outputs, targets)
@@ -107,19 +107,6 @@ def _check(images: ImageSet, num_classes: int) -> None:
             fix="name a folder of those classes, or train a head for these: momconv finetune "
             f"--from FILE --data {images.root}",
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; the training flags as before afterwards."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
 
 
 def _make_metrics(classes: int) -> MetricCollection:

@@ -19,6 +19,7 @@ from momconv.surgery.imitation import (
     norm_parameters,
     trainable_gains,
 )
+from momconv.surgery.modes import in_eval_mode
 
 _STEPS = 150
 _RATE = 1e-2
@@ -115,17 +116,14 @@ def _estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
 def _estimating(model: nn.Module) -> Iterator[list[_BatchNorm]]:
     """BatchNorm alone in training mode, averaging from nothing; afterwards all flags as before."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    training = {module: module.training for module in model.modules()}
     momenta = {layer: layer.momentum for layer in layers}
-    model.eval()
-    for layer in layers:
-        layer.train()
-        layer.reset_running_stats()
-        layer.momentum = None  # the plain average of all batches
-    try:
-        yield layers
-    finally:
-        for layer, momentum in momenta.items():
-            layer.momentum = momentum
-        for module, was_training in training.items():
-            module.training = was_training
+    with in_eval_mode(model):
+        for layer in layers:
+            layer.train()
+            layer.reset_running_stats()
+            layer.momentum = None  # the plain average of all batches
+        try:
+            yield layers
+        finally:
+            for layer, momentum in momenta.items():
+                layer.momentum = momentum

@@ -15,7 +15,8 @@ from momconv.momentum.equations import largest_magnitude, remainder_bounds
 from momconv.momentum.kernels import magnitude
 from momconv.momentum.sequential import MomentumSequential, momentum_stages, set_strategy
 from momconv.momentum.trajectory import narrowest
-from momconv.surgery.drift import Batch, Drift, evaluating, measure_drift, require_images, split
+from momconv.surgery.drift import Batch, Drift, measure_drift, require_images, split
+from momconv.surgery.modes import in_eval_mode
 
 REST = ""  # the name of everything outside the momentum stages
 
@@ -91,7 +92,7 @@ def certify(model: nn.Module, original: nn.Module, batches: Iterable[Batch]) -> 
     device = next(model.parameters()).device
     reference, logits, labels = list[Tensor](), list[Tensor](), list[Tensor]()
     pair = torch.empty(0)
-    with evaluating(model, original), _watching(model) as largest:
+    with in_eval_mode(model, original), torch.no_grad(), _watching(model) as largest:
         for batch in batches:
             images, targets = split(batch)
             images = images.to(device)

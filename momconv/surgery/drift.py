@@ -1,7 +1,6 @@
 """How far the outputs of a network are from those of another."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from momconv.errors import DataError
+from momconv.surgery.modes import in_eval_mode
 
 Batch = Tensor | tuple[Tensor, Tensor]  # images (B, 3, H, W), which may come with labels (B,)
 
@@ -100,19 +100,5 @@ def require_images(batches: list[Tensor]) -> Tensor:
 
 def _predict(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
     device = next(model.parameters()).device
-    with evaluating(model):
+    with in_eval_mode(model), torch.no_grad():
         return require_images([model(split(batch)[0].to(device)).cpu() for batch in batches])
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; the training flags as before afterwards."""
-    training = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training

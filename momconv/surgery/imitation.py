@@ -20,6 +20,7 @@ from torch.optim import Adam
 
 from momconv.errors import RangeOverflow
 from momconv.momentum.sequential import MomentumSequential, momentum_stages
+from momconv.surgery.modes import in_eval_mode
 from momconv.units import format_duration
 
 Progress = Callable[[int, int, str], None]
@@ -97,7 +98,7 @@ def imitate(
     an activation that leaves the exact range ends the training as well.
     """
     done, interrupted = 0, False
-    with _in_eval_mode(student, teacher), _training_only(student, groups), ExitStack() as undo:
+    with in_eval_mode(student, teacher), _training_only(student, groups), ExitStack() as undo:
         best = _Best(_Pair(student, teacher, held_out), [p for group, _ in groups for p in group])
         undo.callback(best.restore)
         optimizer = Adam([{"params": group, "lr": rate, "peak": rate} for group, rate in groups])
@@ -158,7 +159,7 @@ class _Pair:
 
 def measure_divergence(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor]) -> float:
     """Mean KL(teacher ‖ student) of the logits, in nats."""
-    with _in_eval_mode(student, teacher):
+    with in_eval_mode(student, teacher):
         return _Pair(student, teacher, batches).divergence()
 
 
@@ -216,18 +217,6 @@ def _training_only(
         for parameter, required in before:
             parameter.requires_grad_(required)
             parameter.grad = None
-
-
-@contextmanager
-def _in_eval_mode(*models: nn.Module) -> Iterator[None]:
-    training = {module: module.training for model in models for module in model.modules()}
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
 
 
 @contextmanager

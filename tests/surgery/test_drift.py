@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from momconv.errors import DataError
-from momconv.surgery.drift import Drift, Reference, evaluating, measure_drift
+from momconv.surgery.drift import Drift, Reference, measure_drift
 
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
 
@@ -60,16 +60,3 @@ def test_networks_are_compared_as_they_are_used() -> None:
     network = nn.Sequential(nn.Dropout(0.9), nn.Linear(2, 2)).train()
     assert Reference(network, [torch.randn(50, 2)]).compare(network).distance == 0
     assert all(module.training for module in network.modules())
-
-
-def test_flags_are_restored_after_a_failure() -> None:
-    network = nn.Linear(2, 2)
-
-    def fail() -> Tensor:
-        with evaluating(network):
-            assert not network.training
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert network.training
