@@ -136,6 +136,7 @@ def _calibrate(
         splits.train,
         model,
         original,
+        epochs=recipe.train.epochs,
         batch_size=max(1, plan.micro_batch // 2) if half else plan.micro_batch,
         workers=workers,
         listener=listener,

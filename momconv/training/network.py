@@ -98,16 +98,19 @@ def needs_calibration(model: nn.Module, recipe: Recipe) -> bool:
     return wanted and just_converted and read_gamma(model) > 0
 
 
-def calibrate_on(
+def calibrate_on(  # noqa: PLR0913 (one for each choice)
     images: ImageSet,
     model: nn.Module,
     original: nn.Module,
     *,
+    epochs: int,
     batch_size: int,
     workers: int,
     listener: Listener,
 ) -> None:
     """Adapt ``model`` to its ``original``, on some of the training images, without labels.
+
+    This sees no more images than ``epochs`` of training do, unless those are very few.
 
     Training normalises with the statistics of these images, so the original gets them first: what
     ``model`` is brought close to is the plain network as fine-tuning would find it.
@@ -122,6 +125,7 @@ def calibrate_on(
             model,
             batches,
             original,
+            most_images=epochs * len(images.samples),
             progress=lambda done, steps, _left: listener.advance("calibrating", done, steps),
         )
     if done.imitation and done.imitation.interrupted:
