@@ -39,6 +39,7 @@ def _readable_by_parse_bytes(text: str) -> str:
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Memory = Annotated[
@@ -95,6 +96,8 @@ class TrainRecipe(_Section):
     micro_batch: Count | Literal["auto"] = "auto"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: PositiveFloat | None = None  # None: see resolved_lr
+    head_lr: PositiveFloat | None = None  # of the head; None: the same
+    layer_decay: Fraction = 1  # factor of the rate from each stage to the one below it
     momentum: BelowOne = 0.9
     weight_decay: NonNegativeFloat = 1e-4
     warmup_epochs: NonNegativeFloat = 1
@@ -103,6 +106,7 @@ class TrainRecipe(_Section):
     seed: Seed = 0
     memory: Memory | None = None
     device: str = "auto"
+    freeze: list[str] = []  # stages that stay as they are, such as stem and layer1
     freeze_bn: bool = False  # BatchNorm keeps its statistics and weights
 
     @property

@@ -25,6 +25,7 @@ from momconv.training.images import (
 )
 from momconv.training.loop import Job, train
 from momconv.training.optimisation import choose_precision, make_optimizer
+from momconv.training.parameters import require_stages
 from momconv.training.planning import BatchPlan, Setting, plan_again, plan_batches, warn_of_noise
 from momconv.training.progress import SILENT, EpochRow, Listener, Progress
 from momconv.training.run_folder import RunFolder
@@ -41,7 +42,7 @@ _FIXED = [
     *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
     *("momentum.calibrate", "momentum.anneal"),
     *("data.resolution", "data.val_frac", "data.split_seed"),
-    *("train.batch_size", "train.optimizer", "train.seed", "train.freeze_bn"),
+    *("train.batch_size", "train.optimizer", "train.seed", "train.freeze", "train.freeze_bn"),
 ]
 
 
@@ -93,12 +94,13 @@ def _start(
     root = require_folder(recipe.data)
     found = find_images(root, recipe.data, listener)
     model = network.load(recipe)
+    require_stages(model, recipe.train.freeze)
     if recipe.momentum.gamma and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
     splits = keep_readable(found, recipe.data, listener)
     network.fit_head(model, splits.train.classes)
     network.place(model, device)
-    network.start_training(model, freeze_bn=recipe.train.freeze_bn)
+    network.start_training(model, recipe.train)
     plan = plan_batches(model, _describe_setting(recipe, splits, model, device))
     _tell_of_plan(plan, model, listener)
     workers = _choose_workers(recipe.data, splits)
@@ -153,7 +155,7 @@ def _resume(
     saved = load_state(run.state)
     model, progress = saved.model, saved.progress
     network.place(model, device)
-    network.start_training(model, freeze_bn=recipe.train.freeze_bn)
+    network.start_training(model, recipe.train)
     setting = _describe_setting(recipe, splits, model, device)
     if run.plan.is_file():
         plan = plan_again(BatchPlan.from_json(run.plan.read_text()), setting, model)

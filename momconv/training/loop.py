@@ -82,7 +82,7 @@ def train(job: Job, progress: Progress) -> None:
     steps, report = _Steps(job), _Report(job, progress)
     with catching_signals(job.listener.tell) as check, _saving_on_failure(job, progress):
         while progress.epoch < job.recipe.train.epochs:
-            start_training(job.model, freeze_bn=job.recipe.train.freeze_bn)
+            start_training(job.model, job.recipe.train)
             _reset_peak(job.device)
             began = time.perf_counter()
             for step in steps.read(progress.epoch, first=progress.step):

@@ -13,11 +13,12 @@ from momconv.data.folder import ImageSet
 from momconv.data.transforms import evaluation_transform
 from momconv.files import model_file
 from momconv.momentum.sequential import momentum_stages
-from momconv.recipe import ModelRecipe, Recipe
+from momconv.recipe import ModelRecipe, Recipe, TrainRecipe
 from momconv.surgery.calibration import Calibration, calibrate
 from momconv.surgery.conversion import convert
 from momconv.training.annealing import gamma_at
 from momconv.training.batches import split_epoch
+from momconv.training.parameters import freeze
 from momconv.training.progress import Listener
 from momconv.zoo.description import attach, describe
 from momconv.zoo.networks import head_name, replace_head
@@ -66,10 +67,11 @@ def place(model: nn.Module, device: torch.device) -> None:
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
 
 
-def start_training(model: nn.Module, *, freeze_bn: bool) -> None:
-    """Put ``model`` in training mode, but for BatchNorm's statistics and weights if frozen."""
+def start_training(model: nn.Module, recipe: TrainRecipe) -> None:
+    """Put ``model`` in training mode, but for what the recipe freezes."""
     model.train()
-    if freeze_bn:
+    freeze(model, recipe.freeze)
+    if recipe.freeze_bn:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval().requires_grad_(requires_grad=False)
