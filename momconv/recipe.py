@@ -85,7 +85,8 @@ class DataRecipe(_Section):
     split_seed: Seed = 0
     max_bad_fraction: UnitInterval = 0.05
     workers: NonNegativeInt | Literal["auto"] = "auto"
-    flip: bool = True
+    augment: Literal["none", "light", "trivial", "randaug"] = "light"
+    flip: bool = True  # mirrored half of the time; never with augment: none
 
 
 class TrainRecipe(_Section):
@@ -102,6 +103,8 @@ class TrainRecipe(_Section):
     weight_decay: NonNegativeFloat = 1e-4
     warmup_epochs: NonNegativeFloat = 1
     label_smoothing: BelowOne = 0.1
+    mixup: NonNegativeFloat = 0  # α of the Beta distribution; 0.2 is usual
+    cutmix: NonNegativeFloat = 0  # the same; 1 is usual
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: Seed = 0
     memory: Memory | None = None

@@ -29,6 +29,7 @@ from momconv.recipe import Recipe
 from momconv.training.annealing import anneal
 from momconv.training.batches import MicroBatches, split_batch, split_epoch
 from momconv.training.interruption import Interrupted, catching_signals
+from momconv.training.mixing import Mixer, Part
 from momconv.training.network import read_gamma, start_training
 from momconv.training.optimisation import rate_at, set_rate
 from momconv.training.planning import BatchPlan
@@ -40,7 +41,6 @@ from momconv.zoo.description import describe
 
 _EVALUATION_BATCH = 32
 _SHOWN = 5  # files that an error names
-Part = tuple[Tensor, Tensor]  # the images and labels of a micro-batch
 
 
 @dataclass(slots=True)
@@ -220,9 +220,11 @@ class _Steps:
     def __init__(self, job: Job) -> None:
         images = job.splits.train
         preprocessing = describe(job.model).preprocessing
-        transform = training_transform(preprocessing, flip=job.recipe.data.flip)
+        data = job.recipe.data
+        transform = training_transform(preprocessing, level=data.augment, flip=data.flip)
         self._dataset = LabelledImages(images, transform, seed=job.recipe.train.seed)
         self._micro_batches = MicroBatches()
+        self._mixer = Mixer(job.recipe.train, len(images.classes))
         self._loader = make_loader(
             self._dataset,
             workers=job.workers,
@@ -239,10 +241,13 @@ class _Steps:
         )[first:]
         self._dataset.set_epoch(epoch)
         micro_batch = self._job.plan.micro_batch
-        self._micro_batches.steps = [split_batch(batch, micro_batch) for batch in batches]
+        self._micro_batches.steps = [
+            self._mixer.extend(split_batch(batch, micro_batch)) for batch in batches
+        ]
         parts = read_batches(self._loader)
-        for batch, split in zip(batches, self._micro_batches.steps, strict=True):
-            yield _Step(batch, itertools.islice(parts, len(split)))
+        for step, batch in enumerate(batches):
+            own = itertools.islice(parts, len(self._micro_batches.steps[step]))
+            yield _Step(batch, self._mixer.mix(own, epoch=epoch, step=first + step))
 
 
 @contextmanager
