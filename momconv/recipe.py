@@ -101,6 +101,7 @@ class TrainRecipe(_Section):
     layer_decay: Fraction = 1  # factor of the rate from each stage to the one below it
     momentum: BelowOne = 0.9
     weight_decay: NonNegativeFloat = 1e-4
+    ema: BelowOne = 0  # decay of an average of the weights, which is then the result; 0: none
     warmup_epochs: NonNegativeFloat = 1
     label_smoothing: BelowOne = 0.1
     mixup: NonNegativeFloat = 0  # α of the Beta distribution; 0.2 is usual

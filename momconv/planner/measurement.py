@@ -116,12 +116,15 @@ def per_image(
     return Line.through((batches[0], few), (batches[1], many))
 
 
-def static_bytes(model: nn.Module, optimizer: Literal["sgd", "adamw"]) -> StaticBytes:
-    """The bytes of weights, gradients and optimiser state while ``model`` is trained."""
+def static_bytes(
+    model: nn.Module, optimizer: Literal["sgd", "adamw"], *, ema: bool = False
+) -> StaticBytes:
+    """The bytes of weights, gradients, optimiser state and average while ``model`` is trained."""
     parameters = list(model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
-    return StaticBytes(weights, gradients=trained, optimizer=_STATES[optimizer] * trained)
+    state = _STATES[optimizer] * trained
+    return StaticBytes(weights, gradients=trained, optimizer=state, ema=weights if ema else 0)
 
 
 def available_bytes(device: torch.device) -> int:

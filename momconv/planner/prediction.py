@@ -177,12 +177,12 @@ def predict(
         images = torch.empty(batch, 3, side, side, device=traced)
         labels = torch.empty(batch, dtype=torch.long, device=traced)
         trace.run(imitation, images, labels, training.precision)
-    static = static_bytes(model, training.optimizer)
+    static = static_bytes(model, training.optimizer, ema=training.ema)
     peak = trace.report(
         weights=static.weights,
         gradients=static.gradients,
         optimizer=static.optimizer,
-        ema=static.weights if training.ema else 0,
+        ema=static.ema,
         batch=images.nbytes + labels.nbytes,
         allowance=CONTEXT_BYTES + WORKSPACE_BYTES + SEGMENT_BYTES if kind == "cuda" else 0,
     )

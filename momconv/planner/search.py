@@ -268,6 +268,7 @@ def _break_down(peak: PeakMemory) -> str:
         "weights": peak.weights,
         "gradients": peak.gradients,
         "optimizer": peak.optimizer,
+        "average of the weights": peak.ema,
         "images": peak.batch,
         "activations": activations,
         "side information": peak.side_information,

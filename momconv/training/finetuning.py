@@ -16,6 +16,7 @@ from momconv.planner.devices import find_device
 from momconv.planner.measurement import static_bytes
 from momconv.recipe import DataRecipe, Recipe, dump_recipe, load_recipe
 from momconv.training import network
+from momconv.training.averaging import Average
 from momconv.training.images import (
     find_images,
     keep_readable,
@@ -43,6 +44,7 @@ _FIXED = [
     *("momentum.calibrate", "momentum.anneal"),
     *("data.resolution", "data.val_frac", "data.split_seed"),
     *("train.batch_size", "train.optimizer", "train.seed", "train.freeze", "train.freeze_bn"),
+    "train.ema",
 ]
 
 
@@ -107,14 +109,16 @@ def _start(
     if network.needs_calibration(model, recipe):
         _calibrate(model, recipe, splits, plan, workers, listener)
     optimizer, progress = make_optimizer(model, recipe.train), Progress()
-    static = static_bytes(model, recipe.train.optimizer)
-    state = static.weights + static.optimizer
+    average = _start_average(model, recipe)
+    static = static_bytes(model, recipe.train.optimizer, ema=average is not None)
+    state = static.weights + static.optimizer + static.ema
     run.make(2 * state + 3 * static.weights)  # a file is written before it replaces another
     write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
     write_text(run.plan, plan.to_json())
     remember_images(splits, root, run.split)
-    save_state(run.state, model, optimizer, progress)
-    job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
+    kept = average.tensors() if average else None
+    save_state(run.state, model, optimizer, progress, kept)
+    job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener, average)
     return job, progress
 
 
@@ -164,12 +168,18 @@ def _resume(
     write_text(run.plan, plan.to_json())
     optimizer = make_optimizer(model, recipe.train)
     saved.restore_optimizer(optimizer, model)
+    if average := _start_average(model, recipe):
+        average.restore(saved.average)
     saved.restore_random_states()
     write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
     workers = _choose_workers(recipe.data, splits)
-    job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
+    job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener, average)
     _tell_of_resuming(job, progress, before)
     return job, progress
+
+
+def _start_average(model: nn.Module, recipe: Recipe) -> Average | None:
+    return Average(model, recipe.train.ema) if recipe.train.ema else None
 
 
 def _describe_setting(
@@ -186,6 +196,7 @@ def _describe_setting(
         optimizer=train.optimizer,
         device=str(device),
         memory=train.memory,
+        ema=train.ema > 0,
     )
 
 

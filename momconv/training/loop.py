@@ -27,6 +27,7 @@ from momconv.planner.micro_batch import count_steps
 from momconv.planner.search import has_batch_norm
 from momconv.recipe import Recipe
 from momconv.training.annealing import anneal
+from momconv.training.averaging import Average
 from momconv.training.batches import MicroBatches, split_batch, split_epoch
 from momconv.training.interruption import Interrupted, catching_signals
 from momconv.training.mixing import Mixer, Part
@@ -56,6 +57,12 @@ class Job:
     device: torch.device
     workers: int
     listener: Listener
+    average: Average | None = None
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network, and its average if there is one; the last of them is the result."""
+        return [self.model, *([self.average.model] if self.average else [])]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,13 +97,12 @@ def train(job: Job, progress: Progress) -> None:
                 if loss is None:
                     _halve(job, progress)
                     break
-                set_rate(job.optimizer, job.rate_at(progress.epoch, progress.step))
-                job.optimizer.step()
-                job.optimizer.zero_grad()
+                _take_step(job, progress)
                 progress.count_step(step.images, float(loss), time.perf_counter() - began)
                 _note_peak(job)
                 done = progress.epoch + progress.step / job.steps_per_epoch
-                anneal(job.model, job.recipe.momentum, done)
+                for network in job.networks:
+                    anneal(network, job.recipe.momentum, done)
                 began = time.perf_counter()
             else:
                 scores = _validate(job, report, check)
@@ -146,6 +152,15 @@ def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Ten
     return loss.detach()
 
 
+def _take_step(job: Job, progress: Progress) -> None:
+    """Change the weights by the gradients that have been added up."""
+    set_rate(job.optimizer, job.rate_at(progress.epoch, progress.step))
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    if job.average:
+        job.average.update(job.model)
+
+
 # Memory
 
 
@@ -162,10 +177,11 @@ def _measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -
     losses: list[Tensor] = []
     work = partial(add_gradients, job, images, labels, share)
     usage = measure(lambda: losses.append(work()), job.device)
-    static = static_bytes(job.model, job.recipe.train.optimizer)
+    train = job.recipe.train
+    static = static_bytes(job.model, train.optimizer, ema=train.ema > 0)
     _learn_peak(job, static.total + images.nbytes + labels.nbytes + usage.peak_bytes)
-    if job.recipe.train.memory is not None and job.plan.is_exceeded:
-        raise torch.OutOfMemoryError(f"above the limit of {job.recipe.train.memory}")
+    if train.memory is not None and job.plan.is_exceeded:
+        raise torch.OutOfMemoryError(f"above the limit of {train.memory}")
     return losses[0]
 
 
@@ -312,7 +328,7 @@ def _validate(job: Job, report: "_Report", check: Callable[[], None]) -> Scores 
         check()
 
     return evaluate(
-        job.model,
+        job.networks[-1],
         job.splits.val,
         batch_size=min(_EVALUATION_BATCH, job.plan.micro_batch),
         device=job.device,
@@ -342,7 +358,8 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
 
 def _save(job: Job, progress: Progress) -> None:
     """Write the state; then, for people, the model and the numbers."""
-    save_state(job.folder.state, job.model, job.optimizer, progress)
+    average = job.average.tensors() if job.average else None
+    save_state(job.folder.state, job.model, job.optimizer, progress, average)
     _save_model(job, job.folder.last, progress)
     job.folder.write_history(progress)
 
@@ -350,7 +367,7 @@ def _save(job: Job, progress: Progress) -> None:
 def _save_model(job: Job, path: Path, progress: Progress) -> None:
     metrics = asdict(progress.history[-1]) if progress.history else None
     finished = {"epochs": progress.epoch, "steps": progress.step, "metrics": metrics}
-    model_file.save(job.model, path, {"training": finished})
+    model_file.save(job.networks[-1], path, {"training": finished})
 
 
 class _Report:
