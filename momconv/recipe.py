@@ -99,6 +99,7 @@ class TrainRecipe(_Section):
     lr: PositiveFloat | None = None  # None: see resolved_lr
     head_lr: PositiveFloat | None = None  # of the head; None: the same
     layer_decay: Fraction = 1  # factor of the rate from each stage to the one below it
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     momentum: BelowOne = 0.9
     weight_decay: NonNegativeFloat = 1e-4
     ema: BelowOne = 0  # decay of an average of the weights, which is then the result; 0: none
@@ -106,7 +107,12 @@ class TrainRecipe(_Section):
     label_smoothing: BelowOne = 0.1
     mixup: NonNegativeFloat = 0  # α of the Beta distribution; 0.2 is usual
     cutmix: NonNegativeFloat = 0  # the same; 1 is usual
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    clip: PositiveFloat | None = None  # the largest norm of the gradient
+    patience: Count | None = None  # epochs without a better top-1 after which to stop
+    min_delta: UnitInterval = 0  # what counts as better, as a fraction of the images
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False  # the residual blocks, by torch.compile
+    deterministic: bool = False  # algorithms that repeat their results on a GPU
     seed: Seed = 0
     memory: Memory | None = None
     device: str = "auto"

@@ -144,7 +144,7 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
         model: A network for RGB images, converted or not.
         batch: Images that go through the network at once.
         resolution: Pixels of their sides.
-        precision: "bf16" is autocast.
+        precision: "bf16" and "fp16" are autocast.
         optimizer: Whose state counts.
         strategy: As for ``momconv.set_strategy``; None keeps the model's.
         ema: Whether an averaged copy of the weights is kept.

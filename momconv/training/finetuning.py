@@ -16,7 +16,7 @@ from momconv.planner.devices import find_device
 from momconv.planner.measurement import static_bytes
 from momconv.recipe import DataRecipe, Recipe, dump_recipe, load_recipe
 from momconv.training import network
-from momconv.training.averaging import Average
+from momconv.training.determinism import deterministic
 from momconv.training.images import (
     find_images,
     keep_readable,
@@ -80,8 +80,12 @@ def finetune(
     """
     run = RunFolder(Path(folder))
     device = find_device(recipe.train.device)
+    choose_precision(recipe.train, device)
     begin = _resume if resume else _start
-    with _seeded(recipe.train.seed, device):
+    with (
+        _seeded(recipe.train.seed, device),
+        deterministic(wanted=recipe.train.deterministic),
+    ):
         job, progress = begin(recipe, run, device, listener)
         train(job, progress)
     assert progress.best is not None
@@ -100,6 +104,7 @@ def _start(
     if recipe.momentum.gamma and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
     splits = keep_readable(found, recipe.data, listener)
+    _require_validation(recipe, splits)
     network.fit_head(model, splits.train.classes)
     network.place(model, device)
     network.start_training(model, recipe.train)
@@ -109,16 +114,14 @@ def _start(
     if network.needs_calibration(model, recipe):
         _calibrate(model, recipe, splits, plan, workers, listener)
     optimizer, progress = make_optimizer(model, recipe.train), Progress()
-    average = _start_average(model, recipe)
-    static = static_bytes(model, recipe.train.optimizer, ema=average is not None)
+    job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
+    static = static_bytes(model, recipe.train.optimizer, ema=recipe.train.ema > 0)
     state = static.weights + static.optimizer + static.ema
     run.make(2 * state + 3 * static.weights)  # a file is written before it replaces another
     write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
     write_text(run.plan, plan.to_json())
     remember_images(splits, root, run.split)
-    kept = average.tensors() if average else None
-    save_state(run.state, model, optimizer, progress, kept)
-    job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener, average)
+    save_state(run.state, model, optimizer, progress, job.read_extras())
     return job, progress
 
 
@@ -133,9 +136,9 @@ def _calibrate(
     """Adapt the converted network to its original, which is loaded for that and then dropped.
 
     It weighs no more than the gradients, which do not exist yet. In single precision, in which this
-    is done, an image takes up to twice what it takes in bf16.
+    is done, an image takes up to twice what it takes in half precision.
     """
-    half = plan.setting.precision == "bf16"
+    half = plan.setting.precision != "fp32"
     original = network.load_plain(recipe.model)
     network.place(original, next(model.parameters()).device)
     network.calibrate_on(
@@ -168,18 +171,22 @@ def _resume(
     write_text(run.plan, plan.to_json())
     optimizer = make_optimizer(model, recipe.train)
     saved.restore_optimizer(optimizer, model)
-    if average := _start_average(model, recipe):
-        average.restore(saved.average)
     saved.restore_random_states()
     write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
     workers = _choose_workers(recipe.data, splits)
-    job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener, average)
+    job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
+    job.restore_extras(saved.extras)
     _tell_of_resuming(job, progress, before)
     return job, progress
 
 
-def _start_average(model: nn.Module, recipe: Recipe) -> Average | None:
-    return Average(model, recipe.train.ema) if recipe.train.ema else None
+def _require_validation(recipe: Recipe, splits: Splits) -> None:
+    if recipe.train.patience is not None and not splits.val.samples:
+        raise UsageError(
+            "train.patience: without held-out images nothing says when to stop",
+            kind="usage.no_validation",
+            fix="--set data.val_frac=0.2, or --set train.patience=null",
+        )
 
 
 def _describe_setting(

@@ -3,16 +3,17 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
@@ -22,13 +23,14 @@ from momconv.errors import MomconvError, ResourceError
 from momconv.evaluation import Scores, evaluate
 from momconv.files import model_file
 from momconv.files.atomic import write_text
-from momconv.planner.measurement import measure, static_bytes
+from momconv.planner.measurement import autocast, measure, static_bytes
 from momconv.planner.micro_batch import count_steps
 from momconv.planner.search import has_batch_norm
 from momconv.recipe import Recipe
 from momconv.training.annealing import anneal
 from momconv.training.averaging import Average
 from momconv.training.batches import MicroBatches, split_batch, split_epoch
+from momconv.training.compilation import compiling, uncompiled
 from momconv.training.interruption import Interrupted, catching_signals
 from momconv.training.mixing import Mixer, Part
 from momconv.training.network import read_gamma, start_training
@@ -36,7 +38,9 @@ from momconv.training.optimisation import rate_at, set_rate
 from momconv.training.planning import BatchPlan
 from momconv.training.progress import EpochRow, Halving, Listener, Progress
 from momconv.training.run_folder import RunFolder
+from momconv.training.scaling import make_scaler, read_scaler, restore_scaler
 from momconv.training.state import read_random_states, save_state, set_random_states
+from momconv.training.stopping import has_stalled
 from momconv.units import format_bytes
 from momconv.zoo.description import describe
 
@@ -57,7 +61,29 @@ class Job:
     device: torch.device
     workers: int
     listener: Listener
-    average: Average | None = None
+    average: Average | None = field(init=False)
+    scaler: GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        decay = self.recipe.train.ema
+        self.average = Average(self.model, decay) if decay else None
+        self.scaler = make_scaler(self.plan.setting.precision, self.device)
+
+    def read_extras(self) -> dict[str, Tensor]:
+        """What is part of the state besides network and optimiser."""
+        average = self.average.tensors() if self.average else {}
+        parts = {"ema/": average, "scaler/": read_scaler(self.scaler)}
+        return {prefix + key: value for prefix, own in parts.items() for key, value in own.items()}
+
+    def restore_extras(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of ``read_extras``."""
+        parts: dict[str, dict[str, Tensor]] = {"ema": {}, "scaler": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = value
+        if self.average:
+            self.average.restore(parts["ema"])
+        restore_scaler(self.scaler, parts["scaler"])
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -87,8 +113,12 @@ def train(job: Job, progress: Progress) -> None:
         ResourceError: Memory or disk is exhausted.
     """
     steps, report = _Steps(job), _Report(job, progress)
-    with catching_signals(job.listener.tell) as check, _saving_on_failure(job, progress):
-        while progress.epoch < job.recipe.train.epochs:
+    with (
+        catching_signals(job.listener.tell) as check,
+        _saving_on_failure(job, progress),
+        compiling(job.model, wanted=job.recipe.train.compile),
+    ):
+        while not _is_done(job, progress):
             start_training(job.model, job.recipe.train)
             _reset_peak(job.device)
             began = time.perf_counter()
@@ -109,6 +139,17 @@ def train(job: Job, progress: Progress) -> None:
                 _finish_epoch(job, progress, scores, time.perf_counter() - began)
 
 
+def _is_done(job: Job, progress: Progress) -> bool:
+    train = job.recipe.train
+    if progress.epoch < train.epochs and has_stalled(progress.history, train):
+        job.listener.tell(
+            f"note: stopped after {progress.epoch} of {train.epochs} epochs, the last "
+            f"{train.patience} of them without a better top-1 (train.patience)"
+        )
+        return True
+    return progress.epoch >= train.epochs
+
+
 def _add_up(
     job: Job, progress: Progress, step: "_Step", report: "_Report", check: Callable[[], None]
 ) -> Tensor | None:
@@ -125,6 +166,7 @@ def _add_up(
                 done += len(labels)
                 report(len(labels))
                 check()
+            job.scaler.unscale_(job.optimizer)
             _require_finite(job, progress, loss, step)
     except torch.OutOfMemoryError:
         report(-done)
@@ -140,22 +182,23 @@ def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Ten
     Raises:
         torch.OutOfMemoryError: The micro-batch does not fit the GPU.
     """
-    layout = torch.channels_last if job.device.type == "cuda" else torch.contiguous_format
-    images = images.to(job.device, non_blocking=True, memory_format=layout)
+    images = images.to(job.device, non_blocking=True, memory_format=torch.channels_last)
     labels = labels.to(job.device, non_blocking=True)
-    half = job.plan.setting.precision == "bf16"
-    with torch.autocast(job.device.type, torch.bfloat16, enabled=half):
+    with autocast(job.plan.setting.precision, job.device):
         outputs = job.model(images)
         smoothing = job.recipe.train.label_smoothing
         loss = share * F.cross_entropy(outputs, labels, label_smoothing=smoothing)
-    loss.backward()
+        job.scaler.scale(loss).backward()
     return loss.detach()
 
 
 def _take_step(job: Job, progress: Progress) -> None:
     """Change the weights by the gradients that have been added up."""
     set_rate(job.optimizer, job.rate_at(progress.epoch, progress.step))
-    job.optimizer.step()
+    if (clip := job.recipe.train.clip) is not None:
+        clip_grad_norm_(job.model.parameters(), clip)
+    job.scaler.step(job.optimizer)  # not where a gradient is too large for fp16
+    job.scaler.update()
     job.optimizer.zero_grad()
     if job.average:
         job.average.update(job.model)
@@ -302,6 +345,8 @@ def _require_finite(job: Job, progress: Progress, loss: Tensor, step: _Step) -> 
     gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
     if math.isfinite(loss) and math.isfinite(get_total_norm(gradients)):
         return
+    if math.isfinite(loss) and job.scaler.get_scale() > 1:
+        return  # the step is left out, and the next ones have a smaller scale
     what = "a gradient" if math.isfinite(loss) else f"the loss ({float(loss)})"
     names = [printable(job.splits.train.samples[index].path) for index in step.indices]
     more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
@@ -327,14 +372,15 @@ def _validate(job: Job, report: "_Report", check: Callable[[], None]) -> Scores 
         report(0, f"validating {done}/{total}")
         check()
 
-    return evaluate(
-        job.networks[-1],
-        job.splits.val,
-        batch_size=min(_EVALUATION_BATCH, job.plan.micro_batch),
-        device=job.device,
-        workers=job.workers,
-        progress=progress,
-    )
+    with uncompiled(wanted=job.recipe.train.compile):  # as in momconv eval
+        return evaluate(
+            job.networks[-1],
+            job.splits.val,
+            batch_size=min(_EVALUATION_BATCH, job.plan.micro_batch),
+            device=job.device,
+            workers=job.workers,
+            progress=progress,
+        )
 
 
 def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: float) -> None:
@@ -358,8 +404,7 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
 
 def _save(job: Job, progress: Progress) -> None:
     """Write the state; then, for people, the model and the numbers."""
-    average = job.average.tensors() if job.average else None
-    save_state(job.folder.state, job.model, job.optimizer, progress, average)
+    save_state(job.folder.state, job.model, job.optimizer, progress, job.read_extras())
     _save_model(job, job.folder.last, progress)
     job.folder.write_history(progress)
 

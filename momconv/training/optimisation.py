@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from momconv.errors import UsageError
 from momconv.planner.measurement import Precision
 from momconv.recipe import TrainRecipe
 from momconv.training.parameters import group
@@ -35,6 +36,8 @@ def rate_at(recipe: TrainRecipe, step: int, steps_per_epoch: int) -> float:
     """
     total = recipe.epochs * steps_per_epoch
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total // 2)
+    if recipe.schedule == "constant" and step >= warmup:
+        return recipe.resolved_lr
     return recipe.resolved_lr * share_of_rate(step, warmup=warmup, total=total)
 
 
@@ -50,7 +53,17 @@ def share_of_rate(step: int, *, warmup: int, total: int) -> float:
 
 
 def choose_precision(recipe: TrainRecipe, device: torch.device) -> Precision:
-    """The recipe's precision; "auto" is bf16 on GPUs that compute in it, and fp32 elsewhere."""
+    """The recipe's precision; "auto" is bf16 on GPUs that compute in it, and fp32 elsewhere.
+
+    Raises:
+        UsageError: It is fp16, and the device is no GPU.
+    """
+    if recipe.precision == "fp16" and device.type != "cuda":
+        raise UsageError(
+            f"train.precision: fp16 is for GPUs, and the device is {device}",
+            kind="usage.no_fp16",
+            fix="--set train.precision=bf16, or fp32",
+        )
     if recipe.precision != "auto":
         return recipe.precision
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

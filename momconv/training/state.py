@@ -24,7 +24,7 @@ from momconv.zoo.description import Description, attach, describe
 from momconv.zoo.networks import build
 
 _KEY = "momconv.run"
-_MODEL, _OPTIMIZER, _AVERAGE, _RANDOM = "model/", "optimizer/", "ema/", "random/"
+_MODEL, _OPTIMIZER, _EXTRAS, _RANDOM = "model/", "optimizer/", "extra/", "random/"
 
 
 class _Record(BaseModel):
@@ -42,11 +42,11 @@ def save_state(
     model: nn.Module,
     optimizer: Optimizer,
     progress: Progress,
-    average: Mapping[str, Tensor] | None = None,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the state of a run to ``path``, all or nothing.
 
-    ``average`` is what the average of the weights remembers, if there is one.
+    ``extras`` are further tensors, such as the average of the weights.
 
     Raises:
         ResourceError: The file cannot be written.
@@ -56,7 +56,7 @@ def save_state(
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{_OPTIMIZER}{key}/{name}"] = value
-    tensors |= {f"{_AVERAGE}{key}": value for key, value in (average or {}).items()}
+    tensors |= {f"{_EXTRAS}{key}": value for key, value in (extras or {}).items()}
     tensors |= {f"{_RANDOM}{device}": value for device, value in read_random_states().items()}
     # A copy for channels_last weights, which safetensors refuses; the others are passed through.
     plain = {key: value.cpu().contiguous() for key, value in tensors.items()}
@@ -84,9 +84,9 @@ class SavedState:
         optimizer.load_state_dict({"state": states, "param_groups": groups})
 
     @property
-    def average(self) -> dict[str, Tensor]:
-        """What the average of the weights remembers; empty without one."""
-        return _select(self.tensors, _AVERAGE)
+    def extras(self) -> dict[str, Tensor]:
+        """The further tensors."""
+        return _select(self.tensors, _EXTRAS)
 
     def restore_random_states(self) -> None:
         """Set the random generators to where they were."""

@@ -48,7 +48,7 @@ def test_a_run_s_results_are_the_average_which_resuming_keeps_exactly(
 
     state, last = load_file(tmp_path / "run" / "state.safetensors"), load_file(result.last)
     weight = "layer1.0.conv1.weight"
-    assert torch.equal(last[weight], state[f"ema/module.{weight}"])
+    assert torch.equal(last[weight], state[f"extra/ema/module.{weight}"])
     assert not torch.equal(last[weight], state[f"model/{weight}"])
     best = model_file.load(result.best)
     assert momentum_stages(best)["layer1"].gamma == 0.9
