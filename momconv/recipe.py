@@ -85,6 +85,7 @@ class DataRecipe(_Section):
     split_seed: Seed = 0
     max_bad_fraction: UnitInterval = 0.05
     workers: NonNegativeInt | Literal["auto"] = "auto"
+    balance: Literal["none", "loss", "sampler"] = "none"  # against classes of unequal size
     augment: Literal["none", "light", "trivial", "randaug"] = "light"
     flip: bool = True  # mirrored half of the time; never with augment: none
 
@@ -96,7 +97,7 @@ class TrainRecipe(_Section):
     batch_size: Count = 32
     micro_batch: Count | Literal["auto"] = "auto"
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: PositiveFloat | None = None  # None: see resolved_lr
+    lr: PositiveFloat | Literal["auto"] | None = None  # auto: looked for; None: see resolved_lr
     head_lr: PositiveFloat | None = None  # of the head; None: the same
     layer_decay: Fraction = 1  # factor of the rate from each stage to the one below it
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
@@ -121,8 +122,11 @@ class TrainRecipe(_Section):
 
     @property
     def resolved_lr(self) -> float:
-        """``lr``, or its default: in proportion to the batch for SGD, constant for AdamW."""
-        if self.lr is not None:
+        """``lr``, or its default: in proportion to the batch for SGD, constant for AdamW.
+
+        The default also stands for "auto" until a rate is found.
+        """
+        if isinstance(self.lr, float):
             return self.lr
         return 0.01 * self.batch_size / 32 if self.optimizer == "sgd" else 1e-4
 

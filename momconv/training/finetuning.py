@@ -16,6 +16,7 @@ from momconv.planner.devices import find_device
 from momconv.planner.measurement import static_bytes
 from momconv.recipe import DataRecipe, Recipe, dump_recipe, load_recipe
 from momconv.training import network
+from momconv.training.balancing import describe_imbalance
 from momconv.training.determinism import deterministic
 from momconv.training.images import (
     find_images,
@@ -24,11 +25,13 @@ from momconv.training.images import (
     remember_images,
     require_folder,
 )
-from momconv.training.loop import Job, train
+from momconv.training.job import Job
+from momconv.training.loop import train
 from momconv.training.optimisation import choose_precision, make_optimizer
 from momconv.training.parameters import require_stages
 from momconv.training.planning import BatchPlan, Setting, plan_again, plan_batches, warn_of_noise
 from momconv.training.progress import SILENT, EpochRow, Listener, Progress
+from momconv.training.rate_finder import find_rate
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state, save_state
 from momconv.zoo.description import describe
@@ -104,7 +107,7 @@ def _start(
     if recipe.momentum.gamma and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
     splits = keep_readable(found, recipe.data, listener)
-    _require_validation(recipe, splits)
+    _check_images(recipe, splits, listener)
     network.fit_head(model, splits.train.classes)
     network.place(model, device)
     network.start_training(model, recipe.train)
@@ -118,11 +121,23 @@ def _start(
     static = static_bytes(model, recipe.train.optimizer, ema=recipe.train.ema > 0)
     state = static.weights + static.optimizer + static.ema
     run.make(2 * state + 3 * static.weights)  # a file is written before it replaces another
-    write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
-    write_text(run.plan, plan.to_json())
+    if recipe.train.lr == "auto":
+        _choose_rate(job)
+    write_text(run.config, dump_recipe(_with_absolute_paths(job.recipe)))
+    write_text(run.plan, job.plan.to_json())
     remember_images(splits, root, run.split)
-    save_state(run.state, model, optimizer, progress, job.read_extras())
+    save_state(run.state, model, job.optimizer, progress, job.read_extras())
     return job, progress
+
+
+def _choose_rate(job: Job) -> None:
+    """Look for a learning rate, which from then on is the recipe's own."""
+    network.start_training(job.model, job.recipe.train)
+    rate = find_rate(job)
+    train = job.recipe.train.model_copy(update={"lr": rate})
+    job.recipe = job.recipe.model_copy(update={"train": train})
+    job.optimizer = make_optimizer(job.model, train)
+    job.listener.tell(f"note: learning rate {rate:g}, in the valley of the loss (lr_finder.csv)")
 
 
 def _calibrate(
@@ -180,7 +195,9 @@ def _resume(
     return job, progress
 
 
-def _require_validation(recipe: Recipe, splits: Splits) -> None:
+def _check_images(recipe: Recipe, splits: Splits, listener: Listener) -> None:
+    if imbalance := describe_imbalance(splits.train, recipe.data):
+        listener.tell(imbalance)
     if recipe.train.patience is not None and not splits.val.samples:
         raise UsageError(
             "train.patience: without held-out images nothing says when to stop",
@@ -242,6 +259,8 @@ def _refuse_changes(before: Recipe, now: Recipe, run: RunFolder) -> None:
         for old, new in [(getattr(before, section), getattr(now, section))]
         if getattr(old, name) != getattr(new, name)
     ]
+    if now.train.lr == "auto":
+        changes.append(f"train.lr from {before.train.resolved_lr:g} to auto")
     if changes:
         raise UsageError(
             f"a run that goes on cannot change {', '.join(changes)}",

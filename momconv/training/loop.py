@@ -1,104 +1,39 @@
 """The training loop: gradients of micro-batches add up to a step, steps to an epoch."""
 
-import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from torch.optim import Optimizer
 
-from momconv.data.dataset import LabelledImages, make_loader, read_batches
-from momconv.data.folder import Splits, printable
-from momconv.data.transforms import training_transform
+from momconv.data.folder import printable
 from momconv.errors import MomconvError, ResourceError
 from momconv.evaluation import Scores, evaluate
 from momconv.files import model_file
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import autocast, measure, static_bytes
-from momconv.planner.micro_batch import count_steps
 from momconv.planner.search import has_batch_norm
-from momconv.recipe import Recipe
 from momconv.training.annealing import anneal
-from momconv.training.averaging import Average
-from momconv.training.batches import MicroBatches, split_batch, split_epoch
 from momconv.training.compilation import compiling, uncompiled
 from momconv.training.interruption import Interrupted, catching_signals
-from momconv.training.mixing import Mixer, Part
+from momconv.training.job import Job
 from momconv.training.network import read_gamma, start_training
-from momconv.training.optimisation import rate_at, set_rate
-from momconv.training.planning import BatchPlan
-from momconv.training.progress import EpochRow, Halving, Listener, Progress
-from momconv.training.run_folder import RunFolder
-from momconv.training.scaling import make_scaler, read_scaler, restore_scaler
+from momconv.training.optimisation import set_rate
+from momconv.training.progress import EpochRow, Halving, Progress
 from momconv.training.state import read_random_states, save_state, set_random_states
+from momconv.training.steps import Step, Steps
 from momconv.training.stopping import has_stalled
 from momconv.units import format_bytes
-from momconv.zoo.description import describe
 
 _EVALUATION_BATCH = 32
 _SHOWN = 5  # files that an error names
-
-
-@dataclass(slots=True)
-class Job:
-    """What a run works with. Its plan changes when memory runs out."""
-
-    recipe: Recipe
-    folder: RunFolder
-    splits: Splits
-    model: nn.Module
-    optimizer: Optimizer
-    plan: BatchPlan
-    device: torch.device
-    workers: int
-    listener: Listener
-    average: Average | None = field(init=False)
-    scaler: GradScaler = field(init=False)
-
-    def __post_init__(self) -> None:
-        decay = self.recipe.train.ema
-        self.average = Average(self.model, decay) if decay else None
-        self.scaler = make_scaler(self.plan.setting.precision, self.device)
-
-    def read_extras(self) -> dict[str, Tensor]:
-        """What is part of the state besides network and optimiser."""
-        average = self.average.tensors() if self.average else {}
-        parts = {"ema/": average, "scaler/": read_scaler(self.scaler)}
-        return {prefix + key: value for prefix, own in parts.items() for key, value in own.items()}
-
-    def restore_extras(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of ``read_extras``."""
-        parts: dict[str, dict[str, Tensor]] = {"ema": {}, "scaler": {}}
-        for key, value in tensors.items():
-            part, _, name = key.partition("/")
-            parts[part][name] = value
-        if self.average:
-            self.average.restore(parts["ema"])
-        restore_scaler(self.scaler, parts["scaler"])
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """The network, and its average if there is one; the last of them is the result."""
-        return [self.model, *([self.average.model] if self.average else [])]
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The optimisation steps of an epoch."""
-        return count_steps(len(self.splits.train.samples), self.recipe.train.batch_size)
-
-    def rate_at(self, epoch: int, step: int) -> float:
-        """The learning rate of a step."""
-        done = epoch * self.steps_per_epoch + step
-        return rate_at(self.recipe.train, done, self.steps_per_epoch)
 
 
 def train(job: Job, progress: Progress) -> None:
@@ -112,7 +47,7 @@ def train(job: Job, progress: Progress) -> None:
         DataError: An image cannot be decoded any more.
         ResourceError: Memory or disk is exhausted.
     """
-    steps, report = _Steps(job), _Report(job, progress)
+    steps, report = Steps(job), _Report(job, progress)
     with (
         catching_signals(job.listener.tell) as check,
         _saving_on_failure(job, progress),
@@ -125,9 +60,9 @@ def train(job: Job, progress: Progress) -> None:
             for step in steps.read(progress.epoch, first=progress.step):
                 loss = _add_up(job, progress, step, report, check)
                 if loss is None:
-                    _halve(job, progress)
+                    halve(job, progress)
                     break
-                _take_step(job, progress)
+                take_step(job, job.rate_at(progress.epoch, progress.step))
                 progress.count_step(step.images, float(loss), time.perf_counter() - began)
                 _note_peak(job)
                 done = progress.epoch + progress.step / job.steps_per_epoch
@@ -151,7 +86,7 @@ def _is_done(job: Job, progress: Progress) -> bool:
 
 
 def _add_up(
-    job: Job, progress: Progress, step: "_Step", report: "_Report", check: Callable[[], None]
+    job: Job, progress: Progress, step: Step, report: "_Report", check: Callable[[], None]
 ) -> Tensor | None:
     """Add up the gradients of a step; its loss, or None if memory ran out and nothing changed."""
     loss, done = torch.zeros((), device=job.device), 0
@@ -178,6 +113,7 @@ def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Ten
     """Add the gradients of a micro-batch that is ``share`` of its batch; its part of the loss.
 
     The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
+    Weights of classes, whose mean over all images is 1, do not change what that is divided by.
 
     Raises:
         torch.OutOfMemoryError: The micro-batch does not fit the GPU.
@@ -187,14 +123,21 @@ def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Ten
     with autocast(job.plan.setting.precision, job.device):
         outputs = job.model(images)
         smoothing = job.recipe.train.label_smoothing
-        loss = share * F.cross_entropy(outputs, labels, label_smoothing=smoothing)
+        total = F.cross_entropy(
+            outputs,
+            labels,
+            weight=job.class_weights,
+            reduction="sum",
+            label_smoothing=smoothing,
+        )
+        loss = share / len(labels) * total
         job.scaler.scale(loss).backward()
     return loss.detach()
 
 
-def _take_step(job: Job, progress: Progress) -> None:
+def take_step(job: Job, lr: float) -> None:
     """Change the weights by the gradients that have been added up."""
-    set_rate(job.optimizer, job.rate_at(progress.epoch, progress.step))
+    set_rate(job.optimizer, lr)
     if (clip := job.recipe.train.clip) is not None:
         clip_grad_norm_(job.model.parameters(), clip)
     job.scaler.step(job.optimizer)  # not where a gradient is too large for fp16
@@ -239,7 +182,7 @@ def _learn_peak(job: Job, measured_bytes: int) -> None:
     write_text(job.folder.plan, job.plan.to_json())
 
 
-def _halve(job: Job, progress: Progress) -> None:
+def halve(job: Job, progress: Progress) -> None:
     """Go on with smaller micro-batches, at the step at which memory ran out.
 
     Raises:
@@ -259,54 +202,6 @@ def _halve(job: Job, progress: Progress) -> None:
         f"warning: {job.device} ran out of memory with micro-batches of {before}; epoch "
         f"{progress.epoch + 1}, step {progress.step + 1} is done again, with {smaller.micro_batch}"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """The images of one optimisation step, their number and their micro-batches."""
-
-    indices: list[int]
-    parts: Iterator[Part]
-
-    @property
-    def images(self) -> int:
-        return len(self.indices)
-
-
-class _Steps:
-    """Reads the steps of an epoch, in the order that its number and the seed give."""
-
-    def __init__(self, job: Job) -> None:
-        images = job.splits.train
-        preprocessing = describe(job.model).preprocessing
-        data = job.recipe.data
-        transform = training_transform(preprocessing, level=data.augment, flip=data.flip)
-        self._dataset = LabelledImages(images, transform, seed=job.recipe.train.seed)
-        self._micro_batches = MicroBatches()
-        self._mixer = Mixer(job.recipe.train, len(images.classes))
-        self._loader = make_loader(
-            self._dataset,
-            workers=job.workers,
-            batch_sampler=self._micro_batches,
-            persistent_workers=job.workers > 0,
-            pin_memory=job.device.type == "cuda",
-        )
-        self._job, self._recipe = job, job.recipe.train
-
-    def read(self, epoch: int, *, first: int) -> Iterator[_Step]:
-        """The steps of ``epoch`` from its step ``first`` on. Each must be used up in turn."""
-        batches = split_epoch(
-            len(self._dataset), self._recipe.batch_size, seed=self._recipe.seed, epoch=epoch
-        )[first:]
-        self._dataset.set_epoch(epoch)
-        micro_batch = self._job.plan.micro_batch
-        self._micro_batches.steps = [
-            self._mixer.extend(split_batch(batch, micro_batch)) for batch in batches
-        ]
-        parts = read_batches(self._loader)
-        for step, batch in enumerate(batches):
-            own = itertools.islice(parts, len(self._micro_batches.steps[step]))
-            yield _Step(batch, self._mixer.mix(own, epoch=epoch, step=first + step))
 
 
 @contextmanager
@@ -341,7 +236,7 @@ def _saving_on_failure(job: Job, progress: Progress) -> Iterator[None]:
         raise
 
 
-def _require_finite(job: Job, progress: Progress, loss: Tensor, step: _Step) -> None:
+def _require_finite(job: Job, progress: Progress, loss: Tensor, step: Step) -> None:
     gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
     if math.isfinite(loss) and math.isfinite(get_total_norm(gradients)):
         return
@@ -394,6 +289,8 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
         peak_bytes=_peak_bytes(job),
         seconds=progress.seconds + seconds,
         gamma=read_gamma(job.model),
+        val_macro_f1=scores.macro_f1 if scores else None,
+        val_macro_recall=scores.macro_recall if scores else None,
     )
     progress.finish_epoch(row)
     if progress.best is row:

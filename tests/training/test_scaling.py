@@ -15,11 +15,13 @@ from momconv.errors import MomconvError, UsageError
 from momconv.momentum.sequential import set_strategy
 from momconv.surgery.conversion import convert
 from momconv.training.finetuning import finetune
-from momconv.training.loop import Job, _add_up, _Report, _Step, _take_step
+from momconv.training.job import Job
+from momconv.training.loop import _add_up, _Report, take_step
 from momconv.training.optimisation import make_optimizer
 from momconv.training.progress import SILENT, Progress
 from momconv.training.run_folder import RunFolder
 from momconv.training.scaling import make_scaler, read_scaler, restore_scaler
+from momconv.training.steps import Step
 from momconv.zoo.networks import build
 
 CPU = torch.device("cpu")
@@ -38,7 +40,7 @@ def make_job(colours: Path, strategy: str) -> Job:
 
 def add_up(job: Job) -> None:
     progress = Progress()
-    step = _Step([0, 1, 2, 3, 4], iter([(IMAGES, LABELS)]))
+    step = Step([0, 1, 2, 3, 4], iter([(IMAGES, LABELS)]))
     assert _add_up(job, progress, step, _Report(job, progress), lambda: None) is not None
 
 
@@ -61,7 +63,7 @@ def test_a_step_that_overflows_is_left_out_until_the_scale_is_exhausted(colours:
     before = [parameter.clone() for parameter in job.model.parameters()]
     job.scaler = GradScaler("cpu", init_scale=2.0**126)
     add_up(job)
-    _take_step(job, Progress())
+    take_step(job, 0.1)
     assert all(map(torch.equal, before, job.model.parameters()))
     assert job.scaler.get_scale() == 2.0**125
     job.scaler = GradScaler("cpu", init_scale=1.0)
