@@ -131,7 +131,7 @@ def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Ten
             label_smoothing=smoothing,
         )
         loss = share / len(labels) * total
-        job.scaler.scale(loss).backward()
+    job.scaler.scale(loss).backward()
     return loss.detach()
 
 

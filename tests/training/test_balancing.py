@@ -84,7 +84,7 @@ def test_a_balanced_run_goes_on_exactly(unequal: Path, tmp_path: Path, balance: 
     recipe = small(unequal, f"data.balance={balance}", "train.epochs=1")
     log = Log()
     finetune(recipe, tmp_path / "straight", listener=log)
-    assert any("(3.5:1)" in text for text in log.told)
+    assert any("and red 2 (3.0:1)" in text for text in log.told)
     with pytest.raises(Interrupted):
         finetune(recipe, tmp_path / "run", listener=Signals(3))
     finetune(recipe, tmp_path / "run", resume=True)
