@@ -224,7 +224,8 @@ def finetune(  # noqa: PLR0913 (one for each option)
 def _read_options(context: typer.Context) -> list[str]:
     """The options that were given, as changes to the recipe; a JSON string is a YAML string."""
     given = {key: context.params[name] for name, key in _KEYS.items()}
-    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value not in (None, [])]
+    unset: tuple[object, ...] = (None, (), [])
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value not in unset]
 
 
 def _refuse_together(option: str, value: object, others: Mapping[str, object]) -> None:
