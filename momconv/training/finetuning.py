@@ -16,6 +16,8 @@ from momconv.planner.devices import find_device
 from momconv.planner.measurement import static_bytes
 from momconv.recipe import DataRecipe, Recipe, dump_recipe, load_recipe
 from momconv.training import network
+from momconv.training.balancing import describe_imbalance
+from momconv.training.determinism import deterministic
 from momconv.training.images import (
     find_images,
     keep_readable,
@@ -23,10 +25,13 @@ from momconv.training.images import (
     remember_images,
     require_folder,
 )
-from momconv.training.loop import Job, train
+from momconv.training.job import Job
+from momconv.training.loop import train
 from momconv.training.optimisation import choose_precision, make_optimizer
+from momconv.training.parameters import require_stages
 from momconv.training.planning import BatchPlan, Setting, plan_again, plan_batches, warn_of_noise
 from momconv.training.progress import SILENT, EpochRow, Listener, Progress
+from momconv.training.rate_finder import find_rate
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state, save_state
 from momconv.zoo.description import describe
@@ -41,7 +46,8 @@ _FIXED = [
     *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
     *("momentum.calibrate", "momentum.anneal"),
     *("data.resolution", "data.val_frac", "data.split_seed"),
-    *("train.batch_size", "train.optimizer", "train.seed", "train.freeze_bn"),
+    *("train.batch_size", "train.optimizer", "train.seed", "train.freeze", "train.freeze_bn"),
+    "train.ema",
 ]
 
 
@@ -77,8 +83,12 @@ def finetune(
     """
     run = RunFolder(Path(folder))
     device = find_device(recipe.train.device)
+    choose_precision(recipe.train, device)
     begin = _resume if resume else _start
-    with _seeded(recipe.train.seed, device):
+    with (
+        _seeded(recipe.train.seed, device),
+        deterministic(wanted=recipe.train.deterministic),
+    ):
         job, progress = begin(recipe, run, device, listener)
         train(job, progress)
     assert progress.best is not None
@@ -93,27 +103,41 @@ def _start(
     root = require_folder(recipe.data)
     found = find_images(root, recipe.data, listener)
     model = network.load(recipe)
+    require_stages(model, recipe.train.freeze)
     if recipe.momentum.gamma and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
     splits = keep_readable(found, recipe.data, listener)
+    _check_images(recipe, splits, listener)
     network.fit_head(model, splits.train.classes)
     network.place(model, device)
-    network.start_training(model, freeze_bn=recipe.train.freeze_bn)
+    network.start_training(model, recipe.train)
     plan = plan_batches(model, _describe_setting(recipe, splits, model, device))
     _tell_of_plan(plan, model, listener)
     workers = _choose_workers(recipe.data, splits)
     if network.needs_calibration(model, recipe):
         _calibrate(model, recipe, splits, plan, workers, listener)
     optimizer, progress = make_optimizer(model, recipe.train), Progress()
-    static = static_bytes(model, recipe.train.optimizer)
-    state = static.weights + static.optimizer
-    run.make(2 * state + 3 * static.weights)  # a file is written before it replaces another
-    write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
-    write_text(run.plan, plan.to_json())
-    remember_images(splits, root, run.split)
-    save_state(run.state, model, optimizer, progress)
     job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
+    static = static_bytes(model, recipe.train.optimizer, ema=recipe.train.ema > 0)
+    state = static.weights + static.optimizer + static.ema
+    run.make(2 * state + 3 * static.weights)  # a file is written before it replaces another
+    if recipe.train.lr == "auto":
+        _choose_rate(job)
+    write_text(run.config, dump_recipe(_with_absolute_paths(job.recipe)))
+    write_text(run.plan, job.plan.to_json())
+    remember_images(splits, root, run.split)
+    save_state(run.state, model, job.optimizer, progress, job.read_extras())
     return job, progress
+
+
+def _choose_rate(job: Job) -> None:
+    """Look for a learning rate, which from then on is the recipe's own."""
+    network.start_training(job.model, job.recipe.train)
+    rate = find_rate(job)
+    train = job.recipe.train.model_copy(update={"lr": rate})
+    job.recipe = job.recipe.model_copy(update={"train": train})
+    job.optimizer = make_optimizer(job.model, train)
+    job.listener.tell(f"note: learning rate {rate:g}, in the valley of the loss (lr_finder.csv)")
 
 
 def _calibrate(
@@ -127,9 +151,9 @@ def _calibrate(
     """Adapt the converted network to its original, which is loaded for that and then dropped.
 
     It weighs no more than the gradients, which do not exist yet. In single precision, in which this
-    is done, an image takes up to twice what it takes in bf16.
+    is done, an image takes up to twice what it takes in half precision.
     """
-    half = plan.setting.precision == "bf16"
+    half = plan.setting.precision != "fp32"
     original = network.load_plain(recipe.model)
     network.place(original, next(model.parameters()).device)
     network.calibrate_on(
@@ -154,7 +178,7 @@ def _resume(
     saved = load_state(run.state)
     model, progress = saved.model, saved.progress
     network.place(model, device)
-    network.start_training(model, freeze_bn=recipe.train.freeze_bn)
+    network.start_training(model, recipe.train)
     setting = _describe_setting(recipe, splits, model, device)
     if run.plan.is_file():
         plan = plan_again(BatchPlan.from_json(run.plan.read_text()), setting, model)
@@ -167,8 +191,20 @@ def _resume(
     write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
     workers = _choose_workers(recipe.data, splits)
     job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
+    job.restore_extras(saved.extras)
     _tell_of_resuming(job, progress, before)
     return job, progress
+
+
+def _check_images(recipe: Recipe, splits: Splits, listener: Listener) -> None:
+    if imbalance := describe_imbalance(splits.train, recipe.data):
+        listener.tell(imbalance)
+    if recipe.train.patience is not None and not splits.val.samples:
+        raise UsageError(
+            "train.patience: without held-out images nothing says when to stop",
+            kind="usage.no_validation",
+            fix="--set data.val_frac=0.2, or --set train.patience=null",
+        )
 
 
 def _describe_setting(
@@ -185,6 +221,7 @@ def _describe_setting(
         optimizer=train.optimizer,
         device=str(device),
         memory=train.memory,
+        ema=train.ema > 0,
     )
 
 
@@ -223,6 +260,8 @@ def _refuse_changes(before: Recipe, now: Recipe, run: RunFolder) -> None:
         for old, new in [(getattr(before, section), getattr(now, section))]
         if getattr(old, name) != getattr(new, name)
     ]
+    if now.train.lr == "auto":
+        changes.append(f"train.lr from {before.train.resolved_lr:g} to auto")
     if changes:
         raise UsageError(
             f"a run that goes on cannot change {', '.join(changes)}",

@@ -1,71 +1,39 @@
 """The training loop: gradients of micro-batches add up to a step, steps to an epoch."""
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import get_total_norm
-from torch.optim import Optimizer
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from momconv.data.dataset import LabelledImages, make_loader, read_batches
-from momconv.data.folder import Splits, printable
-from momconv.data.transforms import training_transform
+from momconv.data.folder import printable
 from momconv.errors import MomconvError, ResourceError
 from momconv.evaluation import Scores, evaluate
 from momconv.files import model_file
 from momconv.files.atomic import write_text
-from momconv.planner.measurement import measure, static_bytes
-from momconv.planner.micro_batch import count_steps
+from momconv.planner.measurement import autocast, measure, static_bytes
 from momconv.planner.search import has_batch_norm
-from momconv.recipe import Recipe
 from momconv.training.annealing import anneal
-from momconv.training.batches import MicroBatches, split_batch, split_epoch
+from momconv.training.compilation import compiling, uncompiled
 from momconv.training.interruption import Interrupted, catching_signals
+from momconv.training.job import Job
 from momconv.training.network import read_gamma, start_training
-from momconv.training.optimisation import rate_at, set_rate
-from momconv.training.planning import BatchPlan
-from momconv.training.progress import EpochRow, Halving, Listener, Progress
-from momconv.training.run_folder import RunFolder
+from momconv.training.optimisation import set_rate
+from momconv.training.progress import EpochRow, Halving, Progress
 from momconv.training.state import read_random_states, save_state, set_random_states
+from momconv.training.steps import Step, Steps
+from momconv.training.stopping import has_stalled
 from momconv.units import format_bytes
-from momconv.zoo.description import describe
 
 _EVALUATION_BATCH = 32
 _SHOWN = 5  # files that an error names
-Part = tuple[Tensor, Tensor]  # the images and labels of a micro-batch
-
-
-@dataclass(slots=True)
-class Job:
-    """What a run works with. Its plan changes when memory runs out."""
-
-    recipe: Recipe
-    folder: RunFolder
-    splits: Splits
-    model: nn.Module
-    optimizer: Optimizer
-    plan: BatchPlan
-    device: torch.device
-    workers: int
-    listener: Listener
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The optimisation steps of an epoch."""
-        return count_steps(len(self.splits.train.samples), self.recipe.train.batch_size)
-
-    def rate_at(self, epoch: int, step: int) -> float:
-        """The learning rate of a step."""
-        done = epoch * self.steps_per_epoch + step
-        return rate_at(self.recipe.train, done, self.steps_per_epoch)
 
 
 def train(job: Job, progress: Progress) -> None:
@@ -79,32 +47,46 @@ def train(job: Job, progress: Progress) -> None:
         DataError: An image cannot be decoded any more.
         ResourceError: Memory or disk is exhausted.
     """
-    steps, report = _Steps(job), _Report(job, progress)
-    with catching_signals(job.listener.tell) as check, _saving_on_failure(job, progress):
-        while progress.epoch < job.recipe.train.epochs:
-            start_training(job.model, freeze_bn=job.recipe.train.freeze_bn)
+    steps, report = Steps(job), _Report(job, progress)
+    with (
+        catching_signals(job.listener.tell) as check,
+        _saving_on_failure(job, progress),
+        compiling(job.model, wanted=job.recipe.train.compile),
+    ):
+        while not _is_done(job, progress):
+            start_training(job.model, job.recipe.train)
             _reset_peak(job.device)
             began = time.perf_counter()
             for step in steps.read(progress.epoch, first=progress.step):
                 loss = _add_up(job, progress, step, report, check)
                 if loss is None:
-                    _halve(job, progress)
+                    halve(job, progress)
                     break
-                set_rate(job.optimizer, job.rate_at(progress.epoch, progress.step))
-                job.optimizer.step()
-                job.optimizer.zero_grad()
+                take_step(job, job.rate_at(progress.epoch, progress.step))
                 progress.count_step(step.images, float(loss), time.perf_counter() - began)
                 _note_peak(job)
                 done = progress.epoch + progress.step / job.steps_per_epoch
-                anneal(job.model, job.recipe.momentum, done)
+                for network in job.networks:
+                    anneal(network, job.recipe.momentum, done)
                 began = time.perf_counter()
             else:
                 scores = _validate(job, report, check)
                 _finish_epoch(job, progress, scores, time.perf_counter() - began)
 
 
+def _is_done(job: Job, progress: Progress) -> bool:
+    train = job.recipe.train
+    if progress.epoch < train.epochs and has_stalled(progress.history, train):
+        job.listener.tell(
+            f"note: stopped after {progress.epoch} of {train.epochs} epochs, the last "
+            f"{train.patience} of them without a better top-1 (train.patience)"
+        )
+        return True
+    return progress.epoch >= train.epochs
+
+
 def _add_up(
-    job: Job, progress: Progress, step: "_Step", report: "_Report", check: Callable[[], None]
+    job: Job, progress: Progress, step: Step, report: "_Report", check: Callable[[], None]
 ) -> Tensor | None:
     """Add up the gradients of a step; its loss, or None if memory ran out and nothing changed."""
     loss, done = torch.zeros((), device=job.device), 0
@@ -119,6 +101,7 @@ def _add_up(
                 done += len(labels)
                 report(len(labels))
                 check()
+            job.scaler.unscale_(job.optimizer)
             _require_finite(job, progress, loss, step)
     except torch.OutOfMemoryError:
         report(-done)
@@ -130,20 +113,38 @@ def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Ten
     """Add the gradients of a micro-batch that is ``share`` of its batch; its part of the loss.
 
     The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
+    Weights of classes, whose mean over all images is 1, do not change what that is divided by.
 
     Raises:
         torch.OutOfMemoryError: The micro-batch does not fit the GPU.
     """
-    layout = torch.channels_last if job.device.type == "cuda" else torch.contiguous_format
-    images = images.to(job.device, non_blocking=True, memory_format=layout)
+    images = images.to(job.device, non_blocking=True, memory_format=torch.channels_last)
     labels = labels.to(job.device, non_blocking=True)
-    half = job.plan.setting.precision == "bf16"
-    with torch.autocast(job.device.type, torch.bfloat16, enabled=half):
+    with autocast(job.plan.setting.precision, job.device):
         outputs = job.model(images)
         smoothing = job.recipe.train.label_smoothing
-        loss = share * F.cross_entropy(outputs, labels, label_smoothing=smoothing)
-    loss.backward()
+        total = F.cross_entropy(
+            outputs,
+            labels,
+            weight=job.class_weights,
+            reduction="sum",
+            label_smoothing=smoothing,
+        )
+        loss = share / len(labels) * total
+    job.scaler.scale(loss).backward()
     return loss.detach()
+
+
+def take_step(job: Job, lr: float) -> None:
+    """Change the weights by the gradients that have been added up."""
+    set_rate(job.optimizer, lr)
+    if (clip := job.recipe.train.clip) is not None:
+        clip_grad_norm_(job.model.parameters(), clip)
+    job.scaler.step(job.optimizer)  # not where a gradient is too large for fp16
+    job.scaler.update()
+    job.optimizer.zero_grad()
+    if job.average:
+        job.average.update(job.model)
 
 
 # Memory
@@ -162,10 +163,11 @@ def _measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -
     losses: list[Tensor] = []
     work = partial(add_gradients, job, images, labels, share)
     usage = measure(lambda: losses.append(work()), job.device)
-    static = static_bytes(job.model, job.recipe.train.optimizer)
+    train = job.recipe.train
+    static = static_bytes(job.model, train.optimizer, ema=train.ema > 0)
     _learn_peak(job, static.total + images.nbytes + labels.nbytes + usage.peak_bytes)
-    if job.recipe.train.memory is not None and job.plan.is_exceeded:
-        raise torch.OutOfMemoryError(f"above the limit of {job.recipe.train.memory}")
+    if train.memory is not None and job.plan.is_exceeded:
+        raise torch.OutOfMemoryError(f"above the limit of {train.memory}")
     return losses[0]
 
 
@@ -180,7 +182,7 @@ def _learn_peak(job: Job, measured_bytes: int) -> None:
     write_text(job.folder.plan, job.plan.to_json())
 
 
-def _halve(job: Job, progress: Progress) -> None:
+def halve(job: Job, progress: Progress) -> None:
     """Go on with smaller micro-batches, at the step at which memory ran out.
 
     Raises:
@@ -200,49 +202,6 @@ def _halve(job: Job, progress: Progress) -> None:
         f"warning: {job.device} ran out of memory with micro-batches of {before}; epoch "
         f"{progress.epoch + 1}, step {progress.step + 1} is done again, with {smaller.micro_batch}"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """The images of one optimisation step, their number and their micro-batches."""
-
-    indices: list[int]
-    parts: Iterator[Part]
-
-    @property
-    def images(self) -> int:
-        return len(self.indices)
-
-
-class _Steps:
-    """Reads the steps of an epoch, in the order that its number and the seed give."""
-
-    def __init__(self, job: Job) -> None:
-        images = job.splits.train
-        preprocessing = describe(job.model).preprocessing
-        transform = training_transform(preprocessing, flip=job.recipe.data.flip)
-        self._dataset = LabelledImages(images, transform, seed=job.recipe.train.seed)
-        self._micro_batches = MicroBatches()
-        self._loader = make_loader(
-            self._dataset,
-            workers=job.workers,
-            batch_sampler=self._micro_batches,
-            persistent_workers=job.workers > 0,
-            pin_memory=job.device.type == "cuda",
-        )
-        self._job, self._recipe = job, job.recipe.train
-
-    def read(self, epoch: int, *, first: int) -> Iterator[_Step]:
-        """The steps of ``epoch`` from its step ``first`` on. Each must be used up in turn."""
-        batches = split_epoch(
-            len(self._dataset), self._recipe.batch_size, seed=self._recipe.seed, epoch=epoch
-        )[first:]
-        self._dataset.set_epoch(epoch)
-        micro_batch = self._job.plan.micro_batch
-        self._micro_batches.steps = [split_batch(batch, micro_batch) for batch in batches]
-        parts = read_batches(self._loader)
-        for batch, split in zip(batches, self._micro_batches.steps, strict=True):
-            yield _Step(batch, itertools.islice(parts, len(split)))
 
 
 @contextmanager
@@ -277,10 +236,12 @@ def _saving_on_failure(job: Job, progress: Progress) -> Iterator[None]:
         raise
 
 
-def _require_finite(job: Job, progress: Progress, loss: Tensor, step: _Step) -> None:
+def _require_finite(job: Job, progress: Progress, loss: Tensor, step: Step) -> None:
     gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
     if math.isfinite(loss) and math.isfinite(get_total_norm(gradients)):
         return
+    if math.isfinite(loss) and job.scaler.get_scale() > 1:
+        return  # the step is left out, and the next ones have a smaller scale
     what = "a gradient" if math.isfinite(loss) else f"the loss ({float(loss)})"
     names = [printable(job.splits.train.samples[index].path) for index in step.indices]
     more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
@@ -306,14 +267,15 @@ def _validate(job: Job, report: "_Report", check: Callable[[], None]) -> Scores 
         report(0, f"validating {done}/{total}")
         check()
 
-    return evaluate(
-        job.model,
-        job.splits.val,
-        batch_size=min(_EVALUATION_BATCH, job.plan.micro_batch),
-        device=job.device,
-        workers=job.workers,
-        progress=progress,
-    )
+    with uncompiled(wanted=job.recipe.train.compile):  # as in momconv eval
+        return evaluate(
+            job.networks[-1],
+            job.splits.val,
+            batch_size=min(_EVALUATION_BATCH, job.plan.micro_batch),
+            device=job.device,
+            workers=job.workers,
+            progress=progress,
+        )
 
 
 def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: float) -> None:
@@ -327,6 +289,8 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
         peak_bytes=_peak_bytes(job),
         seconds=progress.seconds + seconds,
         gamma=read_gamma(job.model),
+        val_macro_f1=scores.macro_f1 if scores else None,
+        val_macro_recall=scores.macro_recall if scores else None,
     )
     progress.finish_epoch(row)
     if progress.best is row:
@@ -337,7 +301,7 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
 
 def _save(job: Job, progress: Progress) -> None:
     """Write the state; then, for people, the model and the numbers."""
-    save_state(job.folder.state, job.model, job.optimizer, progress)
+    save_state(job.folder.state, job.model, job.optimizer, progress, job.read_extras())
     _save_model(job, job.folder.last, progress)
     job.folder.write_history(progress)
 
@@ -345,7 +309,7 @@ def _save(job: Job, progress: Progress) -> None:
 def _save_model(job: Job, path: Path, progress: Progress) -> None:
     metrics = asdict(progress.history[-1]) if progress.history else None
     finished = {"epochs": progress.epoch, "steps": progress.step, "metrics": metrics}
-    model_file.save(job.model, path, {"training": finished})
+    model_file.save(job.networks[-1], path, {"training": finished})
 
 
 class _Report:

@@ -31,6 +31,7 @@ class Setting:
     optimizer: Literal["sgd", "adamw"]
     device: str
     memory: str | None  # None: what is free
+    ema: bool = False  # whether an average of the weights is kept
 
     @property
     def batch(self) -> int:
@@ -122,7 +123,9 @@ def plan_batches(model: nn.Module, setting: Setting) -> BatchPlan:
         UsageError: Only one image fits or is asked for, and BatchNorm cannot take it alone.
     """
     device = torch.device(setting.device).type
-    training = Training(setting.resolution, setting.precision, setting.optimizer, device=device)
+    training = Training(
+        setting.resolution, setting.precision, setting.optimizer, setting.ema, device
+    )
     limit = setting.find_limit(model)
     found = search(
         model,

@@ -4,6 +4,7 @@ A safetensors file: the tensors of the model, of the optimiser and of the random
 rest is JSON in the metadata. Nothing that is read from it is run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from momconv.zoo.description import Description, attach, describe
 from momconv.zoo.networks import build
 
 _KEY = "momconv.run"
-_MODEL, _OPTIMIZER, _RANDOM = "model/", "optimizer/", "random/"
+_MODEL, _OPTIMIZER, _EXTRAS, _RANDOM = "model/", "optimizer/", "extra/", "random/"
 
 
 class _Record(BaseModel):
@@ -36,8 +37,16 @@ class _Record(BaseModel):
     progress: Progress
 
 
-def save_state(path: Path, model: nn.Module, optimizer: Optimizer, progress: Progress) -> None:
+def save_state(
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    progress: Progress,
+    extras: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write the state of a run to ``path``, all or nothing.
+
+    ``extras`` are further tensors, such as the average of the weights.
 
     Raises:
         ResourceError: The file cannot be written.
@@ -47,6 +56,7 @@ def save_state(path: Path, model: nn.Module, optimizer: Optimizer, progress: Pro
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{_OPTIMIZER}{key}/{name}"] = value
+    tensors |= {f"{_EXTRAS}{key}": value for key, value in (extras or {}).items()}
     tensors |= {f"{_RANDOM}{device}": value for device, value in read_random_states().items()}
     # A copy for channels_last weights, which safetensors refuses; the others are passed through.
     plain = {key: value.cpu().contiguous() for key, value in tensors.items()}
@@ -72,6 +82,11 @@ class SavedState:
             states.setdefault(ordered.index(name), {})[kind] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        """The further tensors."""
+        return _select(self.tensors, _EXTRAS)
 
     def restore_random_states(self) -> None:
         """Set the random generators to where they were."""
