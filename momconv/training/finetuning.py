@@ -23,12 +23,14 @@ from momconv.training.images import (
     remember_images,
     require_folder,
 )
-from momconv.training.loop import Job, train
+from momconv.training.job import Job
+from momconv.training.loop import train
 from momconv.training.optimisation import choose_precision, make_optimizer
 from momconv.training.planning import BatchPlan, Setting, plan_again, plan_batches, warn_of_noise
 from momconv.training.progress import SILENT, EpochRow, Listener, Progress
 from momconv.training.run_folder import RunFolder
-from momconv.training.state import load_state, save_state
+from momconv.training.saving import publish
+from momconv.training.state import load_newest, save_state
 from momconv.zoo.description import describe
 
 _NO_MOMENTUM = (
@@ -107,11 +109,11 @@ def _start(
     optimizer, progress = make_optimizer(model, recipe.train), Progress()
     static = static_bytes(model, recipe.train.optimizer)
     state = static.weights + static.optimizer
-    run.make(2 * state + 3 * static.weights)  # a file is written before it replaces another
+    run.make(3 * state + 3 * static.weights)  # a file is written before it replaces another
     write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
     write_text(run.plan, plan.to_json())
     remember_images(splits, root, run.split)
-    save_state(run.state, model, optimizer, progress)
+    save_state(run, model, optimizer, progress)
     job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
     return job, progress
 
@@ -147,10 +149,11 @@ def _resume(
 ) -> tuple[Job, Progress]:
     """A run as it was when its state was saved, but for what ``recipe`` changes."""
     run.require_state()
+    run.make(0)
     before = load_recipe(run.config)
     _refuse_changes(before, recipe, run)
     splits = recall_images(run.split, recipe.data.path)
-    saved = load_state(run.state)
+    saved = load_newest(run, listener.tell)
     model, progress = saved.model, saved.progress
     network.place(model, device)
     network.start_training(model, freeze_bn=recipe.train.freeze_bn)
@@ -166,6 +169,7 @@ def _resume(
     write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
     workers = _choose_workers(recipe.data, splits)
     job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
+    publish(job, progress)
     _tell_of_resuming(job, progress, before)
     return job, progress
 

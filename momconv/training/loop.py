@@ -5,67 +5,37 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
-from torch.optim import Optimizer
 
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
-from momconv.data.folder import Splits, printable
+from momconv.data.folder import printable
 from momconv.data.transforms import training_transform
 from momconv.errors import MomconvError, ResourceError
 from momconv.evaluation import Scores, evaluate
-from momconv.files import model_file
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import measure, static_bytes
-from momconv.planner.micro_batch import count_steps
 from momconv.planner.search import has_batch_norm
-from momconv.recipe import Recipe
 from momconv.training.annealing import anneal
 from momconv.training.batches import MicroBatches, split_batch, split_epoch
-from momconv.training.interruption import Interrupted, catching_signals
+from momconv.training.interruption import catching_signals
+from momconv.training.job import Job
 from momconv.training.network import read_gamma, start_training
-from momconv.training.optimisation import rate_at, set_rate
-from momconv.training.planning import BatchPlan
-from momconv.training.progress import EpochRow, Halving, Listener, Progress
-from momconv.training.run_folder import RunFolder
-from momconv.training.state import read_random_states, save_state, set_random_states
+from momconv.training.optimisation import set_rate
+from momconv.training.progress import EpochRow, Halving, Progress
+from momconv.training.saving import Autosave, save, saving_on_failure
+from momconv.training.state import read_random_states, set_random_states
 from momconv.units import format_bytes
 from momconv.zoo.description import describe
 
 _EVALUATION_BATCH = 32
 _SHOWN = 5  # files that an error names
 Part = tuple[Tensor, Tensor]  # the images and labels of a micro-batch
-
-
-@dataclass(slots=True)
-class Job:
-    """What a run works with. Its plan changes when memory runs out."""
-
-    recipe: Recipe
-    folder: RunFolder
-    splits: Splits
-    model: nn.Module
-    optimizer: Optimizer
-    plan: BatchPlan
-    device: torch.device
-    workers: int
-    listener: Listener
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The optimisation steps of an epoch."""
-        return count_steps(len(self.splits.train.samples), self.recipe.train.batch_size)
-
-    def rate_at(self, epoch: int, step: int) -> float:
-        """The learning rate of a step."""
-        done = epoch * self.steps_per_epoch + step
-        return rate_at(self.recipe.train, done, self.steps_per_epoch)
 
 
 def train(job: Job, progress: Progress) -> None:
@@ -79,8 +49,8 @@ def train(job: Job, progress: Progress) -> None:
         DataError: An image cannot be decoded any more.
         ResourceError: Memory or disk is exhausted.
     """
-    steps, report = _Steps(job), _Report(job, progress)
-    with catching_signals(job.listener.tell) as check, _saving_on_failure(job, progress):
+    steps, report, autosave = _Steps(job), _Report(job, progress), Autosave(job, progress)
+    with catching_signals(job.listener.tell) as check, saving_on_failure(job, progress):
         while progress.epoch < job.recipe.train.epochs:
             start_training(job.model, freeze_bn=job.recipe.train.freeze_bn)
             _reset_peak(job.device)
@@ -97,6 +67,7 @@ def train(job: Job, progress: Progress) -> None:
                 _note_peak(job)
                 done = progress.epoch + progress.step / job.steps_per_epoch
                 anneal(job.model, job.recipe.momentum, done)
+                autosave()
                 began = time.perf_counter()
             else:
                 scores = _validate(job, report, check)
@@ -268,15 +239,6 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         undo.pop_all()
 
 
-@contextmanager
-def _saving_on_failure(job: Job, progress: Progress) -> Iterator[None]:
-    try:
-        yield
-    except (Interrupted, MomconvError):
-        _save(job, progress)
-        raise
-
-
 def _require_finite(job: Job, progress: Progress, loss: Tensor, step: _Step) -> None:
     gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
     if math.isfinite(loss) and math.isfinite(get_total_norm(gradients)):
@@ -329,23 +291,8 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
         gamma=read_gamma(job.model),
     )
     progress.finish_epoch(row)
-    if progress.best is row:
-        _save_model(job, job.folder.best, progress)
-    _save(job, progress)
+    save(job, progress)
     job.listener.finish_epoch(row, job.recipe.train.epochs)
-
-
-def _save(job: Job, progress: Progress) -> None:
-    """Write the state; then, for people, the model and the numbers."""
-    save_state(job.folder.state, job.model, job.optimizer, progress)
-    _save_model(job, job.folder.last, progress)
-    job.folder.write_history(progress)
-
-
-def _save_model(job: Job, path: Path, progress: Progress) -> None:
-    metrics = asdict(progress.history[-1]) if progress.history else None
-    finished = {"epochs": progress.epoch, "steps": progress.step, "metrics": metrics}
-    model_file.save(job.model, path, {"training": finished})
 
 
 class _Report:

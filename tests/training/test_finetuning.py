@@ -19,6 +19,7 @@ from momconv.training.images import recall_images
 from momconv.training.interruption import Interrupted
 from momconv.training.progress import Listener
 from momconv.training.run_folder import RunFolder
+from momconv.training.state import load_state
 from momconv.zoo.description import describe
 
 MICRO_BATCHES = 7  # of an epoch of 18 images: 3 + 2, 3 + 2, 3 + 2, 3
@@ -60,6 +61,7 @@ def test_a_run_leaves_a_folder_with_all_that_it_came_to(straight: Result) -> Non
         "metrics.csv",
         "plan.json",
         "split.json",
+        "state.previous.safetensors",
         "state.safetensors",
     }
     assert [row["epoch"] for row in read_metrics(straight.folder)] == ["1", "2"]
@@ -207,6 +209,29 @@ def test_a_run_that_was_killed_goes_on_from_its_last_epoch(
         finetune(small(colours), tmp_path / "run", listener=Signals(MICRO_BATCHES + 6, times=2))
     resume(tmp_path / "run")
     assert_same(straight.folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("every", "step"), [("2", 2), ("0.000001 s", 3)])
+def test_the_state_is_saved_inside_an_epoch_too(
+    straight: Result, colours: Path, tmp_path: Path, every: str, step: int
+) -> None:
+    recipe = small(colours, f"train.save_every={every}")
+    with pytest.raises(SystemExit):
+        finetune(recipe, tmp_path / "run", listener=Signals(MICRO_BATCHES, times=2))
+    assert load_state(RunFolder(tmp_path / "run").state).progress.step == step
+    resume(tmp_path / "run")
+    assert_same(straight.folder, tmp_path / "run")
+
+
+def test_models_and_numbers_that_a_kill_prevented_are_written_on_resuming(
+    straight: Result, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(straight.folder, tmp_path / "run"))
+    for name in ("best.safetensors", "last.safetensors", "metrics.csv", "events.jsonl"):
+        (folder / name).unlink()
+    assert straight.best_epoch.epoch == 2
+    resume(folder)
+    assert_same(straight.folder, folder)
 
 
 def test_adamw_goes_on_exactly_too(colours: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from momconv.planner.measurement import Usage
 from momconv.training import loop
 from momconv.training.finetuning import finetune
 from momconv.training.interruption import Interrupted
-from momconv.training.loop import Job, add_gradients
+from momconv.training.job import Job
+from momconv.training.loop import add_gradients
 from momconv.training.optimisation import make_optimizer
 from momconv.training.planning import BatchPlan, Setting
 from momconv.training.progress import SILENT

@@ -44,6 +44,25 @@ def test_a_used_folder_is_refused_with_what_can_be_done(tmp_path: Path) -> None:
     )
 
 
+def test_what_a_killed_start_left_counts_as_nothing(tmp_path: Path) -> None:
+    run, left = RunFolder(tmp_path), tmp_path / f".plan.json.{'0' * 32}.tmp"
+    for path in (run.config, run.plan, run.split, left):
+        path.touch()
+    run.require_unused()
+    run.make(0)
+    assert not left.exists()
+    run.previous.touch()
+    with pytest.raises(UsageError, match="not empty"):
+        run.require_unused()
+
+
+def test_a_run_can_be_resumed_between_two_names_of_its_state(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for path in (run.config, run.previous):
+        path.touch()
+    run.require_state()
+
+
 def test_what_cannot_be_resumed_is_named_with_what_can(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"does not exist: .*/x \(looked for state"):
         RunFolder(tmp_path / "x").require_state()

@@ -1,0 +1,74 @@
+"""When a run is saved, and in which order.
+
+The state comes first, and the rest follows from it: a run that is killed in between writes the rest
+when it is resumed.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from momconv.errors import MomconvError
+from momconv.files import model_file
+from momconv.training.interruption import Interrupted
+from momconv.training.job import Job
+from momconv.training.progress import Progress
+from momconv.training.state import save_state
+from momconv.units import parse_duration
+
+
+def save(job: Job, progress: Progress) -> None:
+    """Write the state; then, for people, the models and the numbers."""
+    save_state(job.folder, job.model, job.optimizer, progress)
+    publish(job, progress)
+
+
+def publish(job: Job, progress: Progress) -> None:
+    """Write the models and the numbers that belong to the state."""
+    epoch_ended = progress.history and not progress.step
+    if epoch_ended and progress.best is progress.history[-1]:
+        _save_model(job, job.folder.best, progress)
+    _save_model(job, job.folder.last, progress)
+    job.folder.write_history(progress)
+
+
+@contextmanager
+def saving_on_failure(job: Job, progress: Progress) -> Iterator[None]:
+    """Save if what happens inside is interrupted, or fails for a reason that is known."""
+    try:
+        yield
+    except (Interrupted, MomconvError):
+        save(job, progress)
+        raise
+
+
+class Autosave:
+    """Saves the state inside an epoch whenever ``train.save_every`` has passed since the last one.
+
+    To be called after each step. Nothing but the state is written, which changes nothing in a run.
+    """
+
+    def __init__(self, job: Job, progress: Progress) -> None:
+        self._job, self._progress = job, progress
+        self._saved = time.monotonic()
+
+    def __call__(self) -> None:
+        """Save if it is time."""
+        if self._is_due():
+            job = self._job
+            save_state(job.folder, job.model, job.optimizer, self._progress)
+            self._saved = time.monotonic()
+
+    def _is_due(self) -> bool:
+        every = self._job.recipe.train.save_every
+        if isinstance(every, int):
+            return self._progress.step % every == 0
+        return time.monotonic() - self._saved >= parse_duration(every)
+
+
+def _save_model(job: Job, path: Path, progress: Progress) -> None:
+    metrics = asdict(progress.history[-1]) if progress.history else None
+    finished = {"epochs": progress.epoch, "steps": progress.step, "metrics": metrics}
+    model_file.save(job.model, path, {"training": finished})
