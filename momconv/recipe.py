@@ -113,6 +113,7 @@ class TrainRecipe(_Section):
     memory: Memory | None = None
     device: str = "auto"
     save_every: Count | Duration = "10min"  # steps or time, inside an epoch; its end always
+    time_limit: Duration | None = None  # after which a process stops, to be resumed
     freeze_bn: bool = False  # BatchNorm keeps its statistics and weights
 
     @property

@@ -1,5 +1,6 @@
 """Fine-tuning from a recipe: from a folder of images to a folder with the best model."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from momconv.training.progress import SILENT, EpochRow, Listener, Progress
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import publish
 from momconv.training.state import load_newest, save_state
+from momconv.units import parse_duration
 from momconv.zoo.description import describe
 
 _NO_MOMENTUM = (
@@ -76,12 +78,15 @@ def finetune(
         ResourceError: Memory, disk, device or network is not there.
         MomconvError: The loss is not finite.
         Interrupted: SIGINT or SIGTERM came; the run can be resumed.
+        TimeUp: The recipe's time limit is reached; the run can be resumed.
     """
-    run = RunFolder(Path(folder))
+    began, run = time.monotonic(), RunFolder(Path(folder))
     device = find_device(recipe.train.device)
     begin = _resume if resume else _start
     with _seeded(recipe.train.seed, device):
         job, progress = begin(recipe, run, device, listener)
+        if recipe.train.time_limit is not None:
+            job.ends = began + parse_duration(recipe.train.time_limit)
         train(job, progress)
     assert progress.best is not None
     return Result(run.path, run.best, run.last, progress.best, progress.epoch)
@@ -155,6 +160,8 @@ def _resume(
     splits = recall_images(run.split, recipe.data.path)
     saved = load_newest(run, listener.tell)
     model, progress = saved.model, saved.progress
+    if recipe.train.resolved_lr != before.train.resolved_lr:
+        progress.lr_factor = 1.0
     network.place(model, device)
     network.start_training(model, freeze_bn=recipe.train.freeze_bn)
     setting = _describe_setting(recipe, splits, model, device)

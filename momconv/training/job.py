@@ -1,5 +1,6 @@
 """What a run works with."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ class Job:
     device: torch.device
     workers: int
     listener: Listener
+    ends: float = math.inf  # by time.monotonic
+    evaluation_batch: int = 32  # images, at most
 
     @property
     def steps_per_epoch(self) -> int:

@@ -156,6 +156,7 @@ class RunFolder:
         write_text(self.metrics, table.getvalue())
         events = [{"event": "epoch"} | _finite(row) for row in rows]
         events += [{"event": "out_of_memory"} | asdict(halving) for halving in progress.halvings]
+        events += [{"event": "not_finite"} | asdict(back) for back in progress.rollbacks]
         events.sort(key=lambda event: (event["epoch"], event["event"] == "epoch"))
         write_text(self.events, "".join(json.dumps(event) + "\n" for event in events))
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from momconv.errors import MomconvError
 from momconv.files import model_file
-from momconv.training.interruption import Interrupted
+from momconv.training.annealing import anneal
+from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.job import Job
-from momconv.training.progress import Progress
-from momconv.training.state import save_state
+from momconv.training.progress import Progress, Rollback
+from momconv.training.state import load_newest, save_state
 from momconv.units import parse_duration
 
 
@@ -36,12 +37,56 @@ def publish(job: Job, progress: Progress) -> None:
 
 @contextmanager
 def saving_on_failure(job: Job, progress: Progress) -> Iterator[None]:
-    """Save if what happens inside is interrupted, or fails for a reason that is known."""
+    """Save if what happens inside is interrupted, or fails for a reason that is known.
+
+    Not if the numbers are spoilt: then the last saved state is the one to keep.
+    """
     try:
         yield
-    except (Interrupted, MomconvError):
+    except NotFinite:
+        raise
+    except (Interrupted, TimeUp, MomconvError):
         save(job, progress)
         raise
+
+
+class NotFinite(MomconvError):
+    """The loss or a gradient is infinite or not a number."""
+
+
+def go_back(job: Job, progress: Progress) -> None:
+    """Return to the state that was saved last.
+
+    Raises:
+        ModelFileError: It is damaged or gone.
+    """
+    saved = load_newest(job.folder, job.listener.tell)
+    job.model.load_state_dict(saved.model.state_dict())
+    job.optimizer.zero_grad()
+    saved.restore_optimizer(job.optimizer, job.model)
+    saved.restore_random_states()
+    progress.go_back(saved.progress)
+    done = progress.epoch + progress.step / job.steps_per_epoch
+    anneal(job.model, job.recipe.momentum, done)
+
+
+def go_back_and_slow_down(job: Job, progress: Progress, error: NotFinite) -> None:
+    """Return to the state that was saved last, with half the learning rate, but only once.
+
+    Raises:
+        NotFinite: It happened before.
+    """
+    if progress.lr_factor < 1:
+        raise error
+    progress.rollbacks.append(Rollback(progress.epoch + 1, progress.step + 1))
+    what = error.message.partition("\n")[0]
+    go_back(job, progress)
+    progress.lr_factor = 0.5
+    save(job, progress)
+    job.listener.tell(
+        f"warning: {what}; going back to epoch {progress.epoch + 1}, step {progress.step}, and on "
+        "with half the learning rate"
+    )
 
 
 class Autosave:
