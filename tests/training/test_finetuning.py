@@ -3,6 +3,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -304,14 +305,14 @@ class Poison(Log):
     def __init__(self, monkeypatch: pytest.MonkeyPatch, first: int, times: int) -> None:
         super().__init__()
         self.calls, self.first, self.times = 0, first, times
-        self.original = functional.cross_entropy
-        monkeypatch.setattr("momconv.training.loop.F.cross_entropy", self.cross_entropy)
+        functions = SimpleNamespace(cross_entropy=self.cross_entropy)
+        monkeypatch.setattr("momconv.training.loop.F", functions)
 
     def cross_entropy(self, outputs: Tensor, labels: Tensor, **options: Any) -> Tensor:
         self.calls += 1
         if self.first <= self.calls < self.first + self.times:
             return outputs.sum() * float("nan")
-        return self.original(outputs, labels, **options)
+        return functional.cross_entropy(outputs, labels, **options)
 
 
 def test_after_a_loss_that_is_not_finite_a_run_goes_back_and_on_with_half_the_rate(
