@@ -6,7 +6,7 @@ pydantic, which knows the type of the key it belongs to, reads it: ``lr: 1e-3`` 
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,15 +26,20 @@ from pydantic import (
 )
 
 from momconv.errors import UsageError
-from momconv.units import parse_bytes
+from momconv.units import parse_bytes, parse_duration
 
 
-def _readable_by_parse_bytes(text: str) -> str:
-    try:
-        parse_bytes(text)
-    except UsageError as error:
-        raise ValueError(error.message) from None
-    return text
+def _readable_by(parse: Callable[[str], object]) -> AfterValidator:
+    """Texts that ``parse`` can read."""
+
+    def check(text: str) -> str:
+        try:
+            parse(text)
+        except UsageError as error:
+            raise ValueError(error.message) from None
+        return text
+
+    return AfterValidator(check)
 
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
@@ -44,10 +49,14 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Memory = Annotated[
     str,
-    AfterValidator(_readable_by_parse_bytes),
+    _readable_by(parse_bytes),
     WithJsonSchema({"description": "an amount of memory like 3GiB"}),
 ]
-
+Duration = Annotated[
+    str,
+    _readable_by(parse_duration),
+    WithJsonSchema({"description": "a duration like 10min"}),
+]
 
 ANNEAL_FROM = 0.1  # γ where annealing begins: the rule is still close to that of the ResNet
 
@@ -118,6 +127,8 @@ class TrainRecipe(_Section):
     memory: Memory | None = None
     device: str = "auto"
     freeze: list[str] = []  # stages that stay as they are, such as stem and layer1
+    save_every: Count | Duration = "10min"  # steps or time, inside an epoch; its end always
+    time_limit: Duration | None = None  # after which a process stops, to be resumed
     freeze_bn: bool = False  # BatchNorm keeps its statistics and weights
 
     @property

@@ -4,6 +4,7 @@ A command joins with one import and one line: ``app.command("eval")(guarded(eval
 """
 
 import os
+import signal
 import sys
 from io import TextIOWrapper
 from typing import Annotated
@@ -63,4 +64,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _quit)
     app()
+
+
+def _quit(number: int, _frame: object) -> None:
+    """End as Ctrl-C does, with the processes that read images."""
+    raise SystemExit(128 + number)

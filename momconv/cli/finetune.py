@@ -45,6 +45,7 @@ _KEYS = {
     "balance": "data.balance",
     "max_bad_fraction": "data.max_bad_fraction",
     "device": "train.device",
+    "time_limit": "train.time_limit",
 }
 
 
@@ -173,6 +174,10 @@ def finetune(  # noqa: PLR0913 (one for each option)
             rich_help_panel=_MOMENTUM,
         ),
     ] = False,
+    time_limit: Annotated[
+        str | None,
+        _option("--time-limit", "TIME", "Such as 2h: then save and stop, to be resumed.", _RUN),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A recipe in YAML.", rich_help_panel=_RUN),
@@ -198,7 +203,7 @@ def finetune(  # noqa: PLR0913 (one for each option)
 ) -> None:
     """Fine-tune a network on a folder of images, within a limit of memory."""
     from momconv.training.finetuning import finetune as run
-    from momconv.training.interruption import Interrupted
+    from momconv.training.interruption import Interrupted, TimeUp
     from momconv.training.run_folder import RunFolder, name_folder
 
     _refuse_together("--resume", resume, {"--recipe": recipe, "--output": output})
@@ -218,6 +223,10 @@ def finetune(  # noqa: PLR0913 (one for each option)
     except Interrupted as interrupted:
         note(f"stopped, and saved. To go on: {RunFolder(folder).resume_command}")
         raise typer.Exit(128 + interrupted.signal) from None
+    except TimeUp:
+        limit, command = wanted.train.time_limit, RunFolder(folder).resume_command
+        note(f"stopped after {limit}, and saved. To go on: {command}")
+        return
     _print_result(result, wanted)
 
 

@@ -1,12 +1,15 @@
 """Files that appear complete or not at all."""
 
 import os
+import re
 import shlex
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from momconv.errors import ResourceError, UsageError
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
@@ -29,8 +32,14 @@ def require_free(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[Path], None], *, previous: Path | None = None
+) -> None:
     """Let ``write`` fill a temporary file beside ``path``, and rename it once it is on the disk.
+
+    After that, not even a loss of power brings the old file back. What ``write`` raises leaves it
+    in place. If ``previous`` is given, the old file gets that name instead of being given up; at
+    any moment at least one of the two is there, and whole.
 
     Raises:
         ResourceError: The folder does not exist, or the file cannot be written.
@@ -40,13 +49,36 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         _flush(temporary)
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except OSError as error:
         raise ResourceError(
             f"cannot write {path}: {error.strerror}", kind="output.unwritable"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether ``path`` is named like the temporary files of ``write_atomically``."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that a process left in ``folder`` when it was killed.
+
+    Raises:
+        ResourceError: One cannot be removed.
+    """
+    for path in filter(is_temporary, folder.iterdir()):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot remove {path}: {error.strerror}", kind="output.unwritable"
+            ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,3 +107,14 @@ def _flush(path: Path) -> None:
     """Wait until the file's bytes are on the disk, so that the rename cannot overtake them."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Wait until the names in ``folder`` are on the disk, where a folder can be opened for that."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,5 +1,6 @@
 """Fine-tuning from a recipe: from a folder of images to a folder with the best model."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ from momconv.training.planning import BatchPlan, Setting, plan_again, plan_batch
 from momconv.training.progress import SILENT, EpochRow, Listener, Progress
 from momconv.training.rate_finder import find_rate
 from momconv.training.run_folder import RunFolder
-from momconv.training.state import load_state, save_state
+from momconv.training.saving import publish
+from momconv.training.state import load_newest, save_state
+from momconv.units import parse_duration
 from momconv.zoo.description import describe
 
 _NO_MOMENTUM = (
@@ -80,8 +83,9 @@ def finetune(
         ResourceError: Memory, disk, device or network is not there.
         MomconvError: The loss is not finite.
         Interrupted: SIGINT or SIGTERM came; the run can be resumed.
+        TimeUp: The recipe's time limit is reached; the run can be resumed.
     """
-    run = RunFolder(Path(folder))
+    began, run = time.monotonic(), RunFolder(Path(folder))
     device = find_device(recipe.train.device)
     choose_precision(recipe.train, device)
     begin = _resume if resume else _start
@@ -90,6 +94,8 @@ def finetune(
         deterministic(wanted=recipe.train.deterministic),
     ):
         job, progress = begin(recipe, run, device, listener)
+        if recipe.train.time_limit is not None:
+            job.ends = began + parse_duration(recipe.train.time_limit)
         train(job, progress)
     assert progress.best is not None
     return Result(run.path, run.best, run.last, progress.best, progress.epoch)
@@ -120,13 +126,13 @@ def _start(
     job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
     static = static_bytes(model, recipe.train.optimizer, ema=recipe.train.ema > 0)
     state = static.weights + static.optimizer + static.ema
-    run.make(2 * state + 3 * static.weights)  # a file is written before it replaces another
+    run.make(3 * state + 3 * static.weights)  # a file is written before it replaces another
     if recipe.train.lr == "auto":
         _choose_rate(job)
     write_text(run.config, dump_recipe(_with_absolute_paths(job.recipe)))
     write_text(run.plan, job.plan.to_json())
     remember_images(splits, root, run.split)
-    save_state(run.state, model, job.optimizer, progress, job.read_extras())
+    save_state(run, model, job.optimizer, progress, job.read_extras())
     return job, progress
 
 
@@ -172,11 +178,14 @@ def _resume(
 ) -> tuple[Job, Progress]:
     """A run as it was when its state was saved, but for what ``recipe`` changes."""
     run.require_state()
+    run.make(0)
     before = load_recipe(run.config)
     _refuse_changes(before, recipe, run)
     splits = recall_images(run.split, recipe.data.path)
-    saved = load_state(run.state)
+    saved = load_newest(run, listener.tell)
     model, progress = saved.model, saved.progress
+    if recipe.train.resolved_lr != before.train.resolved_lr:
+        progress.lr_factor = 1.0
     network.place(model, device)
     network.start_training(model, recipe.train)
     setting = _describe_setting(recipe, splits, model, device)
@@ -192,6 +201,7 @@ def _resume(
     workers = _choose_workers(recipe.data, splits)
     job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
     job.restore_extras(saved.extras)
+    publish(job, progress)
     _tell_of_resuming(job, progress, before)
     return job, progress
 

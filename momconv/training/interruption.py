@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first ends a run at the next safe place, the second at once."""
+"""How a run ends early: by Ctrl-C or SIGTERM, of which a second one quits at once, or in time."""
 
 import signal
 import threading
@@ -18,6 +18,10 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(f"interrupted by {signal.Signals(number).name}")
         self.signal = number
+
+
+class TimeUp(Exception):
+    """A run used up its ``train.time_limit``, and ended with its state saved."""
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What a run works with."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -33,6 +34,8 @@ class Job:
     device: torch.device
     workers: int
     listener: Listener
+    ends: float = math.inf  # by time.monotonic
+    evaluation_batch: int = 32  # images, at most
     average: Average | None = field(init=False)
     scaler: GradScaler = field(init=False)
     class_weights: Tensor | None = field(init=False)  # of the loss

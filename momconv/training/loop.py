@@ -4,9 +4,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +13,31 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from momconv.data.folder import printable
-from momconv.errors import MomconvError, ResourceError
+from momconv.errors import ResourceError
 from momconv.evaluation import Scores, evaluate
-from momconv.files import model_file
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import autocast, measure, static_bytes
 from momconv.planner.search import has_batch_norm
 from momconv.training.annealing import anneal
 from momconv.training.compilation import compiling, uncompiled
-from momconv.training.interruption import Interrupted, catching_signals
+from momconv.training.interruption import TimeUp, catching_signals
 from momconv.training.job import Job
 from momconv.training.network import read_gamma, start_training
 from momconv.training.optimisation import set_rate
 from momconv.training.progress import EpochRow, Halving, Progress
-from momconv.training.state import read_random_states, save_state, set_random_states
+from momconv.training.saving import (
+    Autosave,
+    NotFinite,
+    go_back,
+    go_back_and_slow_down,
+    save,
+    saving_on_failure,
+)
+from momconv.training.state import read_random_states, set_random_states
 from momconv.training.steps import Step, Steps
 from momconv.training.stopping import has_stalled
 from momconv.units import format_bytes
 
-_EVALUATION_BATCH = 32
 _SHOWN = 5  # files that an error names
 
 
@@ -43,14 +48,16 @@ def train(job: Job, progress: Progress) -> None:
 
     Raises:
         Interrupted: SIGINT or SIGTERM came.
-        MomconvError: The loss or a gradient is not finite.
+        TimeUp: The time limit is reached.
+        MomconvError: The loss or a gradient is not finite, again after a return to the last saved
+            state, which is then the one that the folder holds.
         DataError: An image cannot be decoded any more.
         ResourceError: Memory or disk is exhausted.
     """
-    steps, report = Steps(job), _Report(job, progress)
+    steps, report, autosave = Steps(job), _Report(job, progress), Autosave(job, progress)
     with (
         catching_signals(job.listener.tell) as check,
-        _saving_on_failure(job, progress),
+        saving_on_failure(job, progress),
         compiling(job.model, wanted=job.recipe.train.compile),
     ):
         while not _is_done(job, progress):
@@ -59,19 +66,22 @@ def train(job: Job, progress: Progress) -> None:
             began = time.perf_counter()
             for step in steps.read(progress.epoch, first=progress.step):
                 loss = _add_up(job, progress, step, report, check)
-                if loss is None:
-                    halve(job, progress)
+                if loss is None or not _step(job, progress):
+                    report.start_over()
                     break
-                take_step(job, job.rate_at(progress.epoch, progress.step))
                 progress.count_step(step.images, float(loss), time.perf_counter() - began)
                 _note_peak(job)
                 done = progress.epoch + progress.step / job.steps_per_epoch
                 for network in job.networks:
                     anneal(network, job.recipe.momentum, done)
+                autosave()
+                _require_time(job)
                 began = time.perf_counter()
             else:
                 scores = _validate(job, report, check)
                 _finish_epoch(job, progress, scores, time.perf_counter() - began)
+                if not _is_done(job, progress):
+                    _require_time(job)
 
 
 def _is_done(job: Job, progress: Progress) -> bool:
@@ -88,8 +98,11 @@ def _is_done(job: Job, progress: Progress) -> bool:
 def _add_up(
     job: Job, progress: Progress, step: Step, report: "_Report", check: Callable[[], None]
 ) -> Tensor | None:
-    """Add up the gradients of a step; its loss, or None if memory ran out and nothing changed."""
-    loss, done = torch.zeros((), device=job.device), 0
+    """Add up the gradients of a step; its loss, or None if it cannot be.
+
+    Then the run is to go on from wherever ``progress`` is, prepared not to fail again.
+    """
+    loss = torch.zeros((), device=job.device)
     try:
         with _all_or_nothing(job.model):
             for images, labels in step.parts:
@@ -98,15 +111,33 @@ def _add_up(
                     loss += _measure_gradients(job, images, labels, share)
                 else:
                     loss += add_gradients(job, images, labels, share)
-                done += len(labels)
                 report(len(labels))
                 check()
             job.scaler.unscale_(job.optimizer)
             _require_finite(job, progress, loss, step)
     except torch.OutOfMemoryError:
-        report(-done)
+        halve(job, progress)
+        return None
+    except NotFinite as error:
+        go_back_and_slow_down(job, progress, error)
         return None
     return loss
+
+
+def _step(job: Job, progress: Progress) -> bool:
+    """Change the weights. False if memory ran out: some may have changed, so the run went back."""
+    try:
+        take_step(job, progress.lr_factor * job.rate_at(progress.epoch, progress.step))
+    except torch.OutOfMemoryError:
+        go_back(job, progress)
+        halve(job, progress)
+        return False
+    return True
+
+
+def _require_time(job: Job) -> None:
+    if time.monotonic() >= job.ends:
+        raise TimeUp
 
 
 def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Tensor:
@@ -193,7 +224,7 @@ def halve(job: Job, progress: Progress) -> None:
     before = job.plan.micro_batch
     smaller = job.plan.halve(fewest=2 if has_batch_norm(job.model) else 1)
     if smaller is None:
-        raise _out_of_memory(job)
+        raise _out_of_memory(job, f"with micro-batches of {before}")
     job.plan = smaller
     progress.halvings.append(Halving(progress.epoch + 1, progress.step + 1, smaller.micro_batch))
     write_text(job.folder.plan, smaller.to_json())
@@ -227,15 +258,6 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         undo.pop_all()
 
 
-@contextmanager
-def _saving_on_failure(job: Job, progress: Progress) -> Iterator[None]:
-    try:
-        yield
-    except (Interrupted, MomconvError):
-        _save(job, progress)
-        raise
-
-
 def _require_finite(job: Job, progress: Progress, loss: Tensor, step: Step) -> None:
     gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
     if math.isfinite(loss) and math.isfinite(get_total_norm(gradients)):
@@ -246,9 +268,9 @@ def _require_finite(job: Job, progress: Progress, loss: Tensor, step: Step) -> N
     names = [printable(job.splits.train.samples[index].path) for index in step.indices]
     more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     lower = job.recipe.train.resolved_lr / 10
-    raise MomconvError(
+    raise NotFinite(
         f"{what} is not finite, in epoch {progress.epoch + 1}, step {progress.step + 1} of "
-        f"{job.steps_per_epoch}; the state before it is saved\nits images:\n"
+        f"{job.steps_per_epoch}\nits images:\n"
         + "\n".join(f"  {name}" for name in [*names[:_SHOWN], *more]),
         kind="train.not_finite",
         fix=f"{job.folder.resume_command} --lr {lower:g}",
@@ -258,7 +280,10 @@ def _require_finite(job: Job, progress: Progress, loss: Tensor, step: Step) -> N
 def _validate(job: Job, report: "_Report", check: Callable[[], None]) -> Scores | None:
     """The scores on the held-out images; None without any.
 
-    Without gradients an image needs less than in training, so the micro-batch fits here too.
+    Without gradients an image needs less than in training, so the micro-batch should fit here too.
+
+    Raises:
+        ResourceError: Not even one image does.
     """
     if not job.splits.val.samples:
         return None
@@ -267,14 +292,27 @@ def _validate(job: Job, report: "_Report", check: Callable[[], None]) -> Scores 
         report(0, f"validating {done}/{total}")
         check()
 
-    with uncompiled(wanted=job.recipe.train.compile):  # as in momconv eval
-        return evaluate(
-            job.networks[-1],
-            job.splits.val,
-            batch_size=min(_EVALUATION_BATCH, job.plan.micro_batch),
-            device=job.device,
-            workers=job.workers,
-            progress=progress,
+    while True:
+        size = min(job.evaluation_batch, job.plan.micro_batch)
+        try:
+            with uncompiled(wanted=job.recipe.train.compile):  # as in momconv eval
+                return evaluate(
+                    job.networks[-1],
+                    job.splits.val,
+                    batch_size=size,
+                    device=job.device,
+                    workers=job.workers,
+                    progress=progress,
+                )
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise _out_of_memory(job, "validating 1 image at a time") from None
+            job.evaluation_batch = size // 2
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+        job.listener.tell(
+            f"warning: {job.device} ran out of memory while validating {size} images at once; it "
+            f"is done again, with {size // 2}"
         )
 
 
@@ -284,7 +322,7 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
         train_loss=progress.loss_sum / progress.images,
         val_loss=scores.loss if scores else None,
         val_top1=scores.top1 if scores else None,
-        lr=job.rate_at(progress.epoch, progress.step - 1),
+        lr=progress.lr_factor * job.rate_at(progress.epoch, progress.step - 1),
         images_per_second=progress.images / progress.seconds,
         peak_bytes=_peak_bytes(job),
         seconds=progress.seconds + seconds,
@@ -293,32 +331,22 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
         val_macro_recall=scores.macro_recall if scores else None,
     )
     progress.finish_epoch(row)
-    if progress.best is row:
-        _save_model(job, job.folder.best, progress)
-    _save(job, progress)
+    save(job, progress)
     job.listener.finish_epoch(row, job.recipe.train.epochs)
-
-
-def _save(job: Job, progress: Progress) -> None:
-    """Write the state; then, for people, the model and the numbers."""
-    save_state(job.folder.state, job.model, job.optimizer, progress, job.read_extras())
-    _save_model(job, job.folder.last, progress)
-    job.folder.write_history(progress)
-
-
-def _save_model(job: Job, path: Path, progress: Progress) -> None:
-    metrics = asdict(progress.history[-1]) if progress.history else None
-    finished = {"epochs": progress.epoch, "steps": progress.step, "metrics": metrics}
-    model_file.save(job.networks[-1], path, {"training": finished})
 
 
 class _Report:
     """Tells the listener how far the run is, whenever it hears of further images."""
 
     def __init__(self, job: Job, progress: Progress) -> None:
-        self._job, self._progress, self._done = job, progress, 0
-        epochs, images = job.recipe.train.epochs, len(job.splits.train.samples)
-        self._total = (epochs - progress.epoch) * images - progress.images
+        self._job, self._progress = job, progress
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Begin to count where the run is now."""
+        progress, train = self._progress, self._job.recipe.train
+        images = len(self._job.splits.train.samples)
+        self._done, self._total = 0, (train.epochs - progress.epoch) * images - progress.images
 
     def __call__(self, further: int, doing: str = "") -> None:
         self._done += further
@@ -343,10 +371,10 @@ def _peak_bytes(job: Job) -> int:
     return job.plan.measured_bytes or job.plan.predicted_bytes
 
 
-def _out_of_memory(job: Job) -> ResourceError:
+def _out_of_memory(job: Job, doing: str) -> ResourceError:
     return ResourceError(
-        f"{job.device} ran out of memory with micro-batches of {job.plan.micro_batch}, and there "
-        "are no smaller ones; the state before it is saved",
+        f"{job.device} ran out of memory {doing}, and there are no smaller ones; the state before "
+        "it is saved",
         kind="memory.exhausted",
         fix=f"{job.folder.resume_command} with more --memory, or another --strategy",
     )

@@ -29,6 +29,14 @@ class Halving:
     micro_batch: int  # from there on
 
 
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """The loss or a gradient was not finite, and the run went back to its last saved state."""
+
+    epoch: int  # from 1, as the step
+    step: int
+
+
 @dataclass(slots=True)
 class Progress:
     """The counters of a run. Together with weights and optimiser they are its whole state."""
@@ -39,6 +47,8 @@ class Progress:
     loss_sum: float = 0.0  # over those images
     seconds: float = 0.0  # spent on them
     halvings: list[Halving] = field(default_factory=list)
+    rollbacks: list[Rollback] = field(default_factory=list)
+    lr_factor: float = 1.0  # of the recipe's learning rate: a rollback halves it
 
     @property
     def epoch(self) -> int:
@@ -64,6 +74,11 @@ class Progress:
         self.images += images
         self.loss_sum += loss * images
         self.seconds += seconds
+
+    def go_back(self, earlier: "Progress") -> None:
+        """Take the counters of an ``earlier`` moment; what went wrong since is not forgotten."""
+        self.history, self.step, self.images = earlier.history, earlier.step, earlier.images
+        self.loss_sum, self.seconds = earlier.loss_sum, earlier.seconds
 
     def finish_epoch(self, row: EpochRow) -> None:
         """Close the epoch under way."""

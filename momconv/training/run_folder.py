@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
-from momconv.files.atomic import write_text
+from momconv.files.atomic import is_temporary, sweep, write_text
 from momconv.recipe import Recipe
 from momconv.training.progress import EpochRow, Progress
 from momconv.units import format_bytes
@@ -51,6 +51,16 @@ class RunFolder:
         return self.path / "state.safetensors"
 
     @property
+    def previous(self) -> Path:
+        """The state that was saved before the last one, should that be damaged."""
+        return self.path / "state.previous.safetensors"
+
+    @property
+    def damaged(self) -> Path:
+        """A state that could not be read."""
+        return self.path / "state.damaged.safetensors"
+
+    @property
     def best(self) -> Path:
         """The model of the best epoch."""
         return self.path / "best.safetensors"
@@ -78,13 +88,15 @@ class RunFolder:
     def require_unused(self) -> None:
         """Do nothing if the folder is missing or empty.
 
+        What a run left that was killed before its first state counts as nothing.
+
         Raises:
             UsageError: It holds something.
         """
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if not self.path.exists() or (self.path.is_dir() and not self._holds_something()):
             return
         kind = "not empty" if self.path.is_dir() else "a file"
-        offers = [self.resume_command] if self.state.is_file() else []
+        offers = [self.resume_command] if self._has_state else []
         raise UsageError(
             f"output folder already exists and is {kind}: {self.path}",
             kind="usage.output_exists",
@@ -97,7 +109,7 @@ class RunFolder:
         Raises:
             ModelFileError: There is none; the message names others that there are.
         """
-        if self.state.is_file() and self.config.is_file():
+        if self._has_state and self.config.is_file():
             return
         others = sorted(self.path.parent.glob("*/state.safetensors"))
         listed = ", ".join(str(other.parent) for other in others)
@@ -112,6 +124,8 @@ class RunFolder:
     def make(self, needed_bytes: int) -> None:
         """Make the folder and those above it, on a disk with room for ``needed_bytes``.
 
+        Temporary files of a killed process are removed.
+
         Raises:
             ResourceError: That is not allowed, or there is no room.
         """
@@ -123,6 +137,7 @@ class RunFolder:
                 kind="output.unwritable",
                 fix="-o with a folder that can be written",
             ) from error
+        sweep(self.path)
         free = shutil.disk_usage(self.path).free
         if free < needed_bytes:
             raise ResourceError(
@@ -141,8 +156,17 @@ class RunFolder:
         write_text(self.metrics, table.getvalue())
         events = [{"event": "epoch"} | _finite(row) for row in rows]
         events += [{"event": "out_of_memory"} | asdict(halving) for halving in progress.halvings]
+        events += [{"event": "not_finite"} | asdict(back) for back in progress.rollbacks]
         events.sort(key=lambda event: (event["epoch"], event["event"] == "epoch"))
         write_text(self.events, "".join(json.dumps(event) + "\n" for event in events))
+
+    @property
+    def _has_state(self) -> bool:
+        return self.state.is_file() or self.previous.is_file()
+
+    def _holds_something(self) -> bool:
+        before = {self.config, self.plan, self.split}  # written before the first state
+        return any(p not in before and not is_temporary(p) for p in self.path.iterdir())
 
     def _next_free(self) -> Path:
         numbered = (self.path.with_name(f"{self.path.name}-{n}") for n in range(2, 10**6))

@@ -4,26 +4,30 @@ A safetensors file: the tensors of the model, of the optimiser and of the random
 rest is JSON in the metadata. Nothing that is read from it is run.
 """
 
-from collections.abc import Mapping
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from momconv.errors import ModelFileError, UsageError
+from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files.atomic import write_atomically
 from momconv.surgery.conversion import apply_schemes, read_schemes
 from momconv.training.progress import Progress
+from momconv.training.run_folder import RunFolder
 from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, attach, describe
 from momconv.zoo.networks import build
 
-_KEY = "momconv.run"
+_KEY, _CHECKSUM = "momconv.run", "momconv.sha256"
 _MODEL, _OPTIMIZER, _EXTRAS, _RANDOM = "model/", "optimizer/", "extra/", "random/"
 
 
@@ -38,18 +42,20 @@ class _Record(BaseModel):
 
 
 def save_state(
-    path: Path,
+    folder: RunFolder,
     model: nn.Module,
     optimizer: Optimizer,
     progress: Progress,
     extras: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the state of a run to ``path``, all or nothing.
+    """Write the state of a run, all or nothing, and keep the one before.
+
+    What was written is read again before the state before the last is given up.
 
     ``extras`` are further tensors, such as the average of the weights.
 
     Raises:
-        ResourceError: The file cannot be written.
+        ResourceError: The file cannot be written, or does not hold what was written.
     """
     record = _Record(description=describe(model), stages=read_schemes(model), progress=progress)
     tensors = {f"{_MODEL}{key}": value for key, value in model.state_dict().items()}
@@ -60,8 +66,14 @@ def save_state(
     tensors |= {f"{_RANDOM}{device}": value for device, value in read_random_states().items()}
     # A copy for channels_last weights, which safetensors refuses; the others are passed through.
     plain = {key: value.cpu().contiguous() for key, value in tensors.items()}
-    metadata = {_KEY: record.model_dump_json()}
-    write_atomically(path, lambda target: save_file(plain, target, metadata))
+    text = record.model_dump_json()
+    metadata = {_KEY: text, _CHECKSUM: _checksum(text, sorted(plain), plain.__getitem__)}
+
+    def write(path: Path) -> None:
+        save_file(plain, path, metadata)
+        _verify(path)
+
+    write_atomically(folder.state, write, previous=folder.previous)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +105,28 @@ class SavedState:
         set_random_states(_select(self.tensors, _RANDOM))
 
 
+def load_newest(folder: RunFolder, tell: Callable[[str], None]) -> SavedState:
+    """The newest whole state of a run.
+
+    A damaged one is put aside, so that it never takes the place of the one before.
+
+    Raises:
+        ModelFileError: There is none.
+    """
+    try:
+        return load_state(folder.state)
+    except ModelFileError as error:
+        if not folder.previous.is_file():
+            raise
+        saved = load_state(folder.previous)
+        if folder.state.exists():
+            os.replace(folder.state, folder.damaged)
+            tell(f"warning: {error.message}")
+        os.replace(folder.previous, folder.state)
+        tell(f"warning: going on from the state before, of {folder.previous.name}")
+        return saved
+
+
 def load_state(path: Path) -> SavedState:
     """Read a state, and rebuild its network.
 
@@ -114,6 +148,8 @@ def load_state(path: Path) -> SavedState:
     weights = _select(tensors, _MODEL)
     if difference := checkpoints.difference(model, weights):
         raise _damaged(path, f"tensors {difference}")
+    if metadata.get(_CHECKSUM) != _checksum(metadata[_KEY], sorted(tensors), tensors.__getitem__):
+        raise _damaged(path, "its checksum is another")
     model.load_state_dict(weights)
     attach(model, record.description)
     return SavedState(model, record.progress, tensors)
@@ -132,6 +168,28 @@ def set_random_states(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def _verify(path: Path) -> None:
+    """Do nothing if the file holds what its checksum was made of."""
+    with safe_open(path, "pt") as file:
+        metadata, keys = file.metadata(), sorted(file.keys())
+        found = _checksum(metadata[_KEY], keys, file.get_tensor)
+    if found != metadata[_CHECKSUM]:
+        raise ResourceError(
+            f"{path.parent} does not keep what is written to it: a checksum is another",
+            kind="output.unreliable",
+            fix="-o with a folder on another disk",
+        )
+
+
+def _checksum(text: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for key in keys:
+        tensor = read(key)
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

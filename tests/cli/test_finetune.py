@@ -87,6 +87,16 @@ def test_sigterm_is_143(colours: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "state.safetensors").is_file()
 
 
+def test_when_the_time_is_up_a_run_says_how_to_go_on_and_has_not_failed(
+    colours: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    ran = run("--data", colours, *SMALL, *IN_PROCESS, "--time-limit", "0.01s", "-o", folder)
+    assert (ran.exit_code, ran.stdout) == (0, "")
+    command = f"momconv finetune --resume {folder}"
+    assert ran.stderr.endswith(f"note: stopped after 0.01s, and saved. To go on: {command}\n")
+
+
 def test_results_are_on_stdout_and_the_rest_on_stderr(colours: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ran = run("--data", colours, *SMALL, *IN_PROCESS, "--epochs", "1", "-o", folder)
@@ -191,6 +201,7 @@ def test_the_run_folder_has_a_default_name(
         pytest.param(["--data", "/nope"], 3, "data folder does not exist: /nope", id="no data"),
         pytest.param(["--epochs", "many"], 2, "train.epochs: 'many' is not an integer ≥ 1"),
         pytest.param(["--batch-size", "-5"], 2, "train.batch_size: '-5' is not an integer ≥ 1"),
+        pytest.param(["--time-limit", "2"], 2, "train.time_limit: '2' is not a duration like"),
         pytest.param(["--set", "train.epohcs=3"], 2, "did you mean train.epochs?"),
         pytest.param(["--memory", "much"], 2, "train.memory: 'much' is not"),
         pytest.param(["--recipe", "none.yaml"], 2, "recipe does not exist: none.yaml"),

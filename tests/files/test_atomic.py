@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from momconv.errors import ResourceError, UsageError
-from momconv.files.atomic import require_free, write_atomically, write_text
+from momconv.files.atomic import require_free, sweep, write_atomically, write_text
 
 
 def test_the_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -89,3 +89,58 @@ def test_a_folder_is_never_overwritten(tmp_path: Path) -> None:
 def test_nothing_is_free_in_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="folder does not exist"):
         require_free(tmp_path / "nope" / "new", overwrite=False)
+
+
+def test_the_file_and_then_its_name_are_on_the_disk_before_it_counts_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def note_replace(source: Path, target: Path) -> None:
+        done.append(f"replace {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    write_text(tmp_path / "a", "text")
+    assert done == ["file", "replace a", "folder"]
+
+
+def test_the_old_file_can_be_kept_under_another_name(tmp_path: Path) -> None:
+    path, previous = tmp_path / "a", tmp_path / "b"
+    for text in ("1", "2", "3"):
+        write_atomically(path, lambda target, t=text: target.write_text(t), previous=previous)  # type: ignore[misc]
+    assert (path.read_text(), previous.read_text()) == ("3", "2")
+
+
+def test_one_of_both_is_there_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, previous = tmp_path / "a", tmp_path / "b"
+    path.write_text("old")
+
+    def die(*_: Path) -> None:
+        raise SystemExit
+
+    def replace_once(source: Path, target: Path) -> None:
+        source.rename(target)
+        monkeypatch.setattr(os, "replace", die)
+
+    monkeypatch.setattr(os, "replace", replace_once)
+    with pytest.raises(SystemExit):
+        write_atomically(path, lambda target: target.touch(), previous=previous)
+    assert previous.read_text() == "old"
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    kept = [tmp_path / name for name in ("a", ".a.tmp", "mine.tmp", ".env")]
+    left = tmp_path / f".a.{'0a' * 16}.tmp"
+    for path in (*kept, left):
+        path.touch()
+    sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)

@@ -1,12 +1,17 @@
 import hashlib
+import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from runs import Log, Signals, read_metrics, read_tensors, small
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
 
 from momconv.errors import DataError, MomconvError, UsageError
 from momconv.evaluation import evaluate
@@ -16,9 +21,10 @@ from momconv.recipe import Recipe, load_recipe
 from momconv.training import network
 from momconv.training.finetuning import Result, finetune
 from momconv.training.images import recall_images
-from momconv.training.interruption import Interrupted
+from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.progress import Listener
 from momconv.training.run_folder import RunFolder
+from momconv.training.state import load_state
 from momconv.zoo.description import describe
 
 MICRO_BATCHES = 7  # of an epoch of 18 images: 3 + 2, 3 + 2, 3 + 2, 3
@@ -60,6 +66,7 @@ def test_a_run_leaves_a_folder_with_all_that_it_came_to(straight: Result) -> Non
         "metrics.csv",
         "plan.json",
         "split.json",
+        "state.previous.safetensors",
         "state.safetensors",
     }
     assert [row["epoch"] for row in read_metrics(straight.folder)] == ["1", "2"]
@@ -209,6 +216,29 @@ def test_a_run_that_was_killed_goes_on_from_its_last_epoch(
     assert_same(straight.folder, tmp_path / "run")
 
 
+@pytest.mark.parametrize(("every", "step"), [("2", 2), ("0.000001 s", 3)])
+def test_the_state_is_saved_inside_an_epoch_too(
+    straight: Result, colours: Path, tmp_path: Path, every: str, step: int
+) -> None:
+    recipe = small(colours, f"train.save_every={every}")
+    with pytest.raises(SystemExit):
+        finetune(recipe, tmp_path / "run", listener=Signals(MICRO_BATCHES, times=2))
+    assert load_state(RunFolder(tmp_path / "run").state).progress.step == step
+    resume(tmp_path / "run")
+    assert_same(straight.folder, tmp_path / "run")
+
+
+def test_models_and_numbers_that_a_kill_prevented_are_written_on_resuming(
+    straight: Result, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(straight.folder, tmp_path / "run"))
+    for name in ("best.safetensors", "last.safetensors", "metrics.csv", "events.jsonl"):
+        (folder / name).unlink()
+    assert straight.best_epoch.epoch == 2
+    resume(folder)
+    assert_same(straight.folder, folder)
+
+
 def test_adamw_goes_on_exactly_too(colours: Path, tmp_path: Path) -> None:
     recipe = small(colours, "train.optimizer=adamw")
     finetune(recipe, tmp_path / "straight")
@@ -269,31 +299,66 @@ def test_a_run_that_cannot_start_leaves_no_folder(
 # Failing
 
 
-def test_a_loss_that_is_not_finite_is_named_and_undone(
-    straight: Result, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class Poison(Log):
+    """From a micro-batch on, lets so many of them have a loss that is not a number."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, first: int, times: int) -> None:
+        super().__init__()
+        self.calls, self.first, self.times = 0, first, times
+        functions = SimpleNamespace(cross_entropy=self.cross_entropy)
+        monkeypatch.setattr("momconv.training.loop.F", functions)
+
+    def cross_entropy(self, outputs: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        self.calls += 1
+        if self.first <= self.calls < self.first + self.times:
+            return outputs.sum() * float("nan")
+        return functional.cross_entropy(outputs, labels, **options)
+
+
+def test_after_a_loss_that_is_not_finite_a_run_goes_back_and_on_with_half_the_rate(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Poison(Listener):
-        """Ends the fifth micro-batch with a network that computes NaN."""
+    """Nothing was saved since the start, so it is a run with half the learning rate."""
+    log = Poison(monkeypatch, 5, times=1)
+    finetune(small(colours, "train.epochs=1"), tmp_path / "run", listener=log)
+    monkeypatch.undo()
+    told = log.told[-1]
+    assert told.startswith("warning: the loss (nan) is not finite, in epoch 1, step 3 of 4; going")
+    assert "back to epoch 1, step 0, and on with half the learning rate" in told
+    assert log.shown[-1][1] == log.shown[-1][2]
+    event = (tmp_path / "run" / "events.jsonl").read_text().splitlines()[0]
+    assert json.loads(event) == {"event": "not_finite", "epoch": 1, "step": 3}
+    half = small(colours).train.resolved_lr / 2
+    finetune(small(colours, "train.epochs=1", f"train.lr={half}"), tmp_path / "half")
+    assert_same(tmp_path / "half", tmp_path / "run")
 
-        calls = 0
 
-        def advance(self, title: str, done: int, total: int, text: str = "") -> None:
-            self.calls += title == "training"
-            if self.calls == 4:
-                monkeypatch.setattr("momconv.training.loop.F.cross_entropy", nan)
-
-    def nan(outputs: torch.Tensor, _labels: torch.Tensor, **_: float) -> torch.Tensor:
-        return outputs.sum() * float("nan")
-
+def test_a_second_loss_that_is_not_finite_is_named_and_the_saved_state_kept(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(colours, "train.epochs=1")
     with pytest.raises(MomconvError, match=r"the loss \(nan\) is not finite") as failed:
-        finetune(small(colours), tmp_path / "run", listener=Poison())
+        finetune(recipe, tmp_path / "run", listener=Poison(monkeypatch, 5, times=99))
     assert failed.value.kind == "train.not_finite"
-    assert "in epoch 1, step 3 of 4" in failed.value.message
+    assert "in epoch 1, step 1 of 4" in failed.value.message
     assert failed.value.message.count(".png") == 5
     assert failed.value.fix is not None
     assert failed.value.fix.endswith("--lr 0.00015625")
     monkeypatch.undo()
-    resume(tmp_path / "run")
+    resume(tmp_path / "run", "train.lr=0.00015625")
+    finetune(small(colours, "train.epochs=1", "train.lr=0.00015625"), tmp_path / "slow")
+    assert_same(tmp_path / "slow", tmp_path / "run")
+
+
+def test_a_run_stops_when_its_time_is_up_and_each_process_gets_a_step_further(
+    straight: Result, colours: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TimeUp):
+        finetune(small(colours, "train.time_limit=0.001s"), tmp_path / "run")
+    with pytest.raises(TimeUp):
+        resume(tmp_path / "run")
+    assert load_state(RunFolder(tmp_path / "run").state).progress.step == 2
+    resume(tmp_path / "run", "train.time_limit=")
     assert_same(straight.folder, tmp_path / "run")
 
 

@@ -11,9 +11,11 @@ from runs import Log, Signals, read_tensors, small
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import SGD
 
 from momconv.data.folder import find_splits
 from momconv.errors import ResourceError
+from momconv.evaluation import evaluate
 from momconv.planner.measurement import Usage
 from momconv.training import loop
 from momconv.training.finetuning import finetune
@@ -176,6 +178,47 @@ def test_where_parts_cannot_be_smaller_the_state_is_saved(
     finetune(small(colours), tmp_path / "run", resume=True)
     finetune(small(colours), tmp_path / "straight")
     assert_same_tensors(tmp_path / "run", tmp_path / "straight")
+
+
+def test_a_step_of_the_optimiser_that_runs_out_of_memory_is_undone(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the weights are new then, so the run goes back to its last saved state."""
+    steps, step = itertools.count(1), SGD.step
+
+    def exhaust(optimizer: SGD) -> None:
+        step(optimizer)
+        if next(steps) == 3:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(SGD, "step", exhaust)
+    recipe = small(colours, "train.micro_batch=auto", "train.epochs=1")
+    finetune(recipe, tmp_path / "run")
+    assert read_plan(tmp_path / "run")["micro_batch"] == 2
+    monkeypatch.undo()
+    finetune(small(colours, "train.epochs=1"), tmp_path / "two")
+    assert_same_tensors(tmp_path / "run", tmp_path / "two")
+
+
+def test_validation_that_runs_out_of_memory_is_done_again_with_fewer_images(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(model: nn.Module, images: Any, *, batch_size: int, **options: Any) -> Any:
+        if batch_size > fits:
+            raise torch.OutOfMemoryError
+        return evaluate(model, images, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(loop, "evaluate", exhaust)
+    log, recipe, fits = Log(), small(colours, "train.epochs=1"), 1
+    finetune(recipe, tmp_path / "run", listener=log)
+    assert log.told[-1].endswith("while validating 2 images at once; it is done again, with 1")
+    assert log.rows[0].val_top1 is not None
+    fits = 0
+    with pytest.raises(ResourceError, match="validating 1 image"):
+        finetune(recipe, tmp_path / "other")
+    monkeypatch.undo()
+    finetune(recipe, tmp_path / "other", resume=True)
+    assert_same_tensors(tmp_path / "run", tmp_path / "other")
 
 
 def test_the_plan_s_prediction_is_what_the_first_step_takes(colours: Path, tmp_path: Path) -> None:

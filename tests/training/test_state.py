@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from momconv.errors import ModelFileError
+from momconv.errors import ModelFileError, ResourceError
 from momconv.surgery.conversion import convert, read_schemes
 from momconv.training.progress import EpochRow, Progress
-from momconv.training.state import load_state, save_state
+from momconv.training.run_folder import RunFolder
+from momconv.training.state import load_newest, load_state, save_state
 from momconv.zoo.description import describe
 from momconv.zoo.networks import build, replace_head
 
@@ -46,10 +47,10 @@ def test_what_was_saved_goes_on_as_if_it_had_not_been(
     model = make_network()
     optimizer = make(model)
     step(model, optimizer)
-    save_state(tmp_path / "state", model, optimizer, PROGRESS)
+    save_state(RunFolder(tmp_path), model, optimizer, PROGRESS)
     step(model, optimizer)  # draws random images
 
-    saved = load_state(tmp_path / "state")
+    saved = load_state(RunFolder(tmp_path).state)
     again = make(saved.model)
     saved.restore_optimizer(again, saved.model)
     saved.restore_random_states()
@@ -63,8 +64,8 @@ def test_what_was_saved_goes_on_as_if_it_had_not_been(
 
 def test_a_state_before_the_first_step_is_one_too(tmp_path: Path) -> None:
     model = make_network()
-    save_state(tmp_path / "state", model, sgd(model), Progress())
-    saved = load_state(tmp_path / "state")
+    save_state(RunFolder(tmp_path), model, sgd(model), Progress())
+    saved = load_state(RunFolder(tmp_path).state)
     optimizer = sgd(saved.model)
     saved.restore_optimizer(optimizer, saved.model)
     step(saved.model.train(), optimizer)
@@ -73,8 +74,8 @@ def test_a_state_before_the_first_step_is_one_too(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_survives(tmp_path: Path) -> None:
     model, row = make_network(), EpochRow(1, 0.5, math.nan, 0.5, 0.1, math.inf, 2**20, 1.0)
-    save_state(tmp_path / "state", model, sgd(model), Progress([row]))
-    (again,) = load_state(tmp_path / "state").progress.history
+    save_state(RunFolder(tmp_path), model, sgd(model), Progress([row]))
+    (again,) = load_state(RunFolder(tmp_path).state).progress.history
     assert math.isnan(again.val_loss or 0)
     assert again.images_per_second == math.inf
 
@@ -107,17 +108,79 @@ def test_a_damaged_state_is_named(
     message: str,
 ) -> None:
     model = make_network()
-    save_state(tmp_path / "state", model, sgd(model), Progress())
-    damage(tmp_path / "state", change)
+    save_state(RunFolder(tmp_path), model, sgd(model), Progress())
+    damage(RunFolder(tmp_path).state, change)
     with pytest.raises(ModelFileError, match=message) as refused:
-        load_state(tmp_path / "state")
-    assert str(tmp_path / "state") in refused.value.message
+        load_state(RunFolder(tmp_path).state)
+    assert str(RunFolder(tmp_path).state) in refused.value.message
 
 
 def test_a_truncated_state_is_named(tmp_path: Path) -> None:
     model = make_network()
-    path = tmp_path / "state"
-    save_state(path, model, sgd(model), Progress())
+    path = RunFolder(tmp_path).state
+    save_state(RunFolder(tmp_path), model, sgd(model), Progress())
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ModelFileError, match="is truncated"):
         load_state(path)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_single_wrong_bit_is_noticed(tmp_path: Path) -> None:
+    model = make_network()
+    save_state(RunFolder(tmp_path), model, sgd(model), Progress())
+    flip_a_bit(RunFolder(tmp_path).state)
+    with pytest.raises(ModelFileError, match="its checksum is another"):
+        load_state(RunFolder(tmp_path).state)
+
+
+def test_a_disk_that_does_not_keep_what_is_written_is_named_and_the_old_state_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, model = RunFolder(tmp_path), make_network()
+    save_state(folder, model, sgd(model), Progress())
+
+    def save_badly(tensors: dict[str, torch.Tensor], path: Path, texts: dict[str, str]) -> None:
+        save_file(tensors, path, texts)
+        flip_a_bit(path)
+
+    monkeypatch.setattr("momconv.training.state.save_file", save_badly)
+    with pytest.raises(ResourceError, match="does not keep what is written"):
+        save_state(folder, model, sgd(model), PROGRESS)
+    assert load_state(folder.state).progress == Progress()
+    assert list(tmp_path.iterdir()) == [folder.state]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (flip_a_bit, ["checksum is another", "going on from the state before"]),
+        (Path.unlink, ["going on from the state before"]),
+    ],
+)
+def test_without_the_newest_state_the_one_before_is_used_and_kept(
+    tmp_path: Path, spoil: Callable[[Path], None], told: list[str]
+) -> None:
+    folder, model, heard = RunFolder(tmp_path), make_network(), list[str]()
+    for progress in (PROGRESS, Progress()):
+        save_state(folder, model, sgd(model), progress)
+    spoil(folder.state)
+    assert load_newest(folder, heard.append).progress == PROGRESS
+    assert [part in text for part, text in zip(told, heard, strict=True)] == [True] * len(told)
+    assert load_newest(folder, heard.append).progress == PROGRESS  # which is the newest now
+    assert len(heard) == len(told)
+
+
+def test_two_damaged_states_are_an_error_that_moves_nothing(tmp_path: Path) -> None:
+    folder, model = RunFolder(tmp_path), make_network()
+    for _ in range(2):
+        save_state(folder, model, sgd(model), Progress())
+    for path in (folder.state, folder.previous):
+        flip_a_bit(path)
+    with pytest.raises(ModelFileError, match="checksum"):
+        load_newest(folder, pytest.fail)
+    assert all(path.is_file() for path in (folder.state, folder.previous))

@@ -1,0 +1,230 @@
+"""Whether a run survives kill -9 at any moment.
+
+Real `momconv finetune` processes, with a process that reads images, are killed: half of them after
+a random time, the others just after the n-th temporary file has appeared in the run folder, so
+while files are being written and renamed. After each kill the same command is given again, or
+`--resume` once there is a state. Checked are
+
+* after each kill: whatever file has its final name is whole, and once a state was written there is
+  one to resume, of the same or a later step;
+* after each start that got as far as training: no temporary file of a killed process is left;
+* at the end of each run: metrics and all tensors (weights, optimiser, random state, both models)
+  equal those of a run that nobody killed, bit for bit. The images come in a new order in every
+  epoch, so the weights are equal only if that is.
+
+A run that reaches its end is checked, and another one begins, until there were enough kills.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from random import Random
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from momconv.errors import ModelFileError
+from momconv.files import model_file
+from momconv.files.atomic import is_temporary
+from momconv.training.progress import Progress
+from momconv.training.run_folder import RunFolder
+from momconv.training.state import load_state
+
+OPTIONS = ["--model", "cifar_resnet20", "--weights", "none", "--device", "cpu"]
+OPTIONS += ["--batch-size", "5", "--micro-batch", "3"]
+OPTIONS += ["--set", "data.workers=1", "--set", "train.save_every=1"]
+CLOCKED = ("images_per_second", "seconds")
+_LONGEST = 20.0  # seconds after which a process is killed at the latest
+_POLL = 0.0005  # seconds between two looks at the folder
+_MOST_FILES = 25  # a run writes about twice as many
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """When a process is killed: so long after ``files`` temporary files, or after its start."""
+
+    seconds: float
+    files: int = 0
+
+    @classmethod
+    def draw(cls, random: Random) -> "Kill":
+        """Any moment, or one at which something is being written."""
+        if random.random() < 0.5:
+            return cls(random.uniform(0, _LONGEST / 2))
+        return cls(random.uniform(0, 0.02), random.randint(1, _MOST_FILES))
+
+    def __str__(self) -> str:
+        if self.files:
+            return f"{1000 * self.seconds:.0f} ms after temporary file {self.files}"
+        return f"after {self.seconds:.1f} s"
+
+
+class Damage(AssertionError):
+    """What a killed run must not leave."""
+
+
+def make_images(root: Path, images: int = 8) -> None:
+    """Write a folder of three classes of so many noisy images."""
+    noise = np.random.default_rng(0)
+    for label in range(3):
+        folder = root / f"class{label}"
+        folder.mkdir(parents=True)
+        for number in range(images):
+            pixels = noise.integers(0, 170 + 40 * label, (34, 36, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+def command(data: Path, folder: Path, epochs: int) -> list[str]:
+    """What a person would type: the run from its beginning, or from its state."""
+    run = RunFolder(folder)
+    if run.config.is_file() and (run.state.is_file() or run.previous.is_file()):
+        options = ["--resume", str(folder)]
+    else:
+        options = ["--data", str(data), "-o", str(folder), "--epochs", str(epochs), *OPTIONS]
+    return [sys.executable, "-m", "momconv", "finetune", *options]
+
+
+def run_and_kill(words: list[str], folder: Path, kill: Kill) -> bool:
+    """Whether the process came to its end before it was killed.
+
+    Raises:
+        Damage: It failed.
+    """
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+        )
+        _wait(process, folder, kill)
+        process.send_signal(signal.SIGKILL)
+        code = process.wait()
+        log.seek(0)
+        if code not in (0, -signal.SIGKILL):
+            raise Damage(f"{' '.join(words[1:])} ended with {code}:\n{log.read().decode()}")
+        return code == 0
+
+
+def _wait(process: "subprocess.Popen[bytes]", folder: Path, kill: Kill) -> None:
+    """Until the moment of the kill, or until the process has ended by itself."""
+    seen, deadline = set[str](), time.monotonic() + (_LONGEST if kill.files else kill.seconds)
+    while process.poll() is None and time.monotonic() < deadline:
+        seen |= {path.name for path in temporary_files(folder)}
+        if kill.files and len(seen) >= kill.files:
+            time.sleep(kill.seconds)
+            return
+        time.sleep(_POLL)
+
+
+def temporary_files(folder: Path) -> list[Path]:
+    """The files in ``folder`` that are not, or not yet, what their names will say."""
+    return [path for path in folder.iterdir() if is_temporary(path)] if folder.is_dir() else []
+
+
+def check_files(folder: Path) -> Progress | None:
+    """How far the state of a killed run is; None without one.
+
+    Raises:
+        Damage: A file is not whole.
+    """
+    run = RunFolder(folder)
+    try:
+        for path in (run.best, run.last):
+            if path.is_file():
+                model_file.load(path)
+        for path in (run.plan, run.split):
+            if path.is_file():
+                json.loads(path.read_text())
+        if run.events.is_file():
+            list(map(json.loads, run.events.read_text().splitlines()))
+        states = [load_state(p).progress for p in (run.state, run.previous) if p.is_file()]
+    except (ModelFileError, ValueError) as error:
+        raise Damage(str(error)) from error
+    return states[0] if states else None
+
+
+def read_result(folder: Path) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
+    """The metrics, but for those that depend on the clock, and all tensors."""
+    run = RunFolder(folder)
+    with run.metrics.open() as file:
+        rows = [{k: v for k, v in row.items() if k not in CLOCKED} for row in csv.DictReader(file)]
+    files = {path.stem: load_file(path) for path in (run.state, run.best, run.last)}
+    return rows, {f"{name}/{k}": v for name, file in files.items() for k, v in file.items()}
+
+
+def compare(folder: Path, reference: Path) -> None:
+    """Do nothing if both runs came to the same.
+
+    Raises:
+        Damage: They did not.
+    """
+    (ours, tensors), (theirs, others) = read_result(folder), read_result(reference)
+    if ours != theirs:
+        raise Damage(f"other metrics: {ours} instead of {theirs}")
+    differing = [k for k in tensors.keys() | others if not torch.equal(tensors[k], others[k])]
+    if differing:
+        raise Damage(f"other values: {', '.join(sorted(differing))}")
+    if left := temporary_files(folder):
+        raise Damage(f"left behind: {left}")
+
+
+def torture(data: Path, folder: Path, epochs: int, kills: Iterator[Kill]) -> Iterator[str]:
+    """Go on with a run after each of ``kills`` until it is complete; a line for each.
+
+    Raises:
+        Damage: A state is lost or damaged.
+    """
+    reached = None
+    for kill in kills:
+        words, old = command(data, folder, epochs), temporary_files(folder)
+        if run_and_kill(words, folder, kill):
+            return
+        progress = check_files(folder)
+        now = (progress.epoch, progress.step) if progress else None
+        if reached and (now is None or now < reached):
+            raise Damage(f"the state of epoch, step {reached} is lost; there is {now}")
+        if now != reached and (stale := [path for path in old if path.exists()]):
+            raise Damage(f"not swept: {stale}")
+        reached = now
+        where = "epoch {}, step {}".format(*now) if now else "no state yet"
+        yield f"{kill}: {where}; {len(temporary_files(folder))} half-written"
+
+
+def main(
+    kills: Annotated[int, typer.Option(help="How many.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Of each run.")] = 6,
+) -> None:
+    """Kill runs, and compare them with one that was not."""
+    console, random, done, runs = Console(soft_wrap=True), Random(seed), 0, 0
+    moments = (Kill.draw(random) for _ in count())
+    with tempfile.TemporaryDirectory() as temporary:
+        data, reference = Path(temporary) / "data", Path(temporary) / "reference"
+        make_images(data)
+        subprocess.run(command(data, reference, epochs), check=True, capture_output=True)
+        while done < kills:
+            folder = Path(temporary) / f"run{runs}"
+            for line in torture(data, folder, epochs, moments):
+                done += 1
+                console.print(f"{done}/{kills} {line}")
+            compare(folder, reference)
+            runs += 1
+            console.print(f"run {runs} is complete, and the same as the one that was not killed")
+    console.print(f"{done} kills in {runs} runs: nothing was lost")
+
+
+if __name__ == "__main__":
+    typer.run(main)
