@@ -77,11 +77,11 @@ def _check(images: "ImageSet", max_bad_fraction: float) -> "ImageSet":
     from momconv.data.inspection import check_images
 
     with progress("checking images", len(images.samples)) as report:
-        readable, notes = check_images(
+        inspection = check_images(
             images,
             max_bad_fraction=max_bad_fraction,
             progress=lambda done, _: report(done, ""),
         )
-    for text in (*images.notes, *notes):
+    for text in (*images.notes, *inspection.notes):
         tell(text)
-    return readable
+    return inspection.images
