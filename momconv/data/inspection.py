@@ -36,6 +36,7 @@ def check_images(
     image_set: ImageSet,
     *,
     max_bad_fraction: float = 0.05,
+    every_class: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
     """Decode every image that was not decoded before, and leave out those that cannot be read.
@@ -43,16 +44,21 @@ def check_images(
     ``progress`` is called with the number of images done and the number of all.
 
     Raises:
-        DataError: more than ``max_bad_fraction`` of the images cannot be read, or none of a class.
+        DataError: more than ``max_bad_fraction`` of the images cannot be read; or, with
+            ``every_class``, none of a class.
     """
     paths = [sample.path for sample in image_set.samples]
     findings = examine_all(image_set.root, paths, progress)
     good = [index for index, path in enumerate(paths) if findings[path].problem is None]
     readable = image_set.select(good)
     bad = [f"{printable(p)}: {f.problem}" for p, f in findings.items() if f.problem]
-    _refuse_lost_class(image_set, readable, bad)
-    warning = _warn_of_bad(bad, len(paths), max_bad_fraction)
-    return Inspection(readable, findings, (*warning, *_note_converted(findings)))
+    warnings = _warn_of_bad(bad, len(paths), max_bad_fraction)
+    if lost := _find_lost_classes(image_set, readable):
+        problem = f"no image of {plural(len(lost), 'class')} can be read: {', '.join(lost)}"
+        if every_class:
+            raise _lost(problem, lost[0], bad)
+        warnings += (f"warning: {problem}",)
+    return Inspection(readable, findings, (*warnings, *_note_converted(findings)))
 
 
 def find_duplicates(train: Inspection, val: Inspection) -> list[tuple[Path, Path]]:
@@ -78,16 +84,17 @@ def warn_of_duplicates(duplicates: Sequence[tuple[Path, Path]], validation: int)
     )
 
 
-def _refuse_lost_class(before: ImageSet, after: ImageSet, bad: Sequence[str]) -> None:
+def _find_lost_classes(before: ImageSet, after: ImageSet) -> list[str]:
     left = after.counts()
-    lost = [name for name, count in before.counts().items() if count and not left[name]]
-    if lost:
-        raise DataError(
-            f"no image of {plural(len(lost), 'class')} can be read: "
-            f"{', '.join(printable(name) for name in lost)}\n{_shown(bad)}",
-            kind="data.class_unreadable",
-            fix=f"replace the images of {printable(lost[0])}, or take its folder away",
-        )
+    return [printable(name) for name, n in before.counts().items() if n and not left[name]]
+
+
+def _lost(problem: str, name: str, bad: Sequence[str]) -> DataError:
+    return DataError(
+        f"{problem}\n{_shown(bad)}",
+        kind="data.class_unreadable",
+        fix=f"replace the images of {name}, or take its folder away",
+    )
 
 
 def _warn_of_bad(bad: Sequence[str], total: int, limit: float) -> tuple[str, ...]:

@@ -55,6 +55,11 @@ class DataReport:
     duplicates: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
+    @property
+    def unreadable(self) -> dict[str, str]:
+        """Why each image that was left out cannot be read."""
+        return self.train.unreadable | self.val.unreadable
+
     def to_json(self) -> dict[str, Any]:
         """The same as values that JSON knows."""
         return asdict(self)

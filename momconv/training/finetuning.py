@@ -126,7 +126,7 @@ def _start(
         _choose_rate(job)
     write_text(run.config, dump_recipe(_with_absolute_paths(job.recipe)))
     write_text(run.plan, job.plan.to_json())
-    remember_images(images, root, run)
+    remember_images(images, root, run, listener)
     save_state(run.state, model, job.optimizer, progress, job.read_extras())
     return job, progress
 

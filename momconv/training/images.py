@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from momconv.data.examination import Finding, examine_all
 from momconv.data.folder import ImageSet, Sample, Splits, find_splits, plural, printable
@@ -27,8 +27,14 @@ from momconv.training.run_folder import RunFolder
 _SHOWN = 5  # files that an error names
 
 
+def _below(path: Path) -> Path:
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{printable(path)} is not below a folder")
+    return path
+
+
 class _File(NamedTuple):
-    path: Path  # below the folder of its part
+    path: Annotated[Path, AfterValidator(_below)]  # below the folder of its part
     class_name: str
     sha256: str
 
@@ -106,8 +112,8 @@ def keep_readable(splits: Splits, recipe: DataRecipe, listener: Listener) -> Che
     Raises:
         DataError: Too many cannot.
     """
-    train = _check(splits.train, recipe, listener, "checking the training images")
-    val = _check(splits.val, recipe, listener, "checking the held-out images")
+    train = _check(splits.train, recipe, listener, every_class=True)
+    val = _check(splits.val, recipe, listener)
     duplicates = find_duplicates(train, val)
     warning = warn_of_duplicates(duplicates, len(val.images.samples))
     _tell(warning, recipe, listener)
@@ -117,13 +123,17 @@ def keep_readable(splits: Splits, recipe: DataRecipe, listener: Listener) -> Che
     return CheckedImages(readable, found, {path: f.sha256 for path, f in findings.items()})
 
 
-def remember_images(images: CheckedImages, root: Path, run: RunFolder) -> None:
+def remember_images(
+    images: CheckedImages, root: Path, run: RunFolder, listener: Listener = SILENT
+) -> None:
     """Write down which images below ``root`` a run trains on, which it holds out, and the rest."""
     train, val = (_to_part(part, root, images) for part in (images.splits.train, images.splits.val))
     classes = images.splits.train.classes
     split = _Split(data=root.absolute(), classes=classes, train=train, val=val)
     write_text(run.split, split.model_dump_json(indent=1) + "\n")
     write_text(run.data_report, json.dumps(images.report.to_json(), indent=1) + "\n")
+    if images.report.unreadable:
+        listener.tell(f"note: all unreadable images are listed in {run.data_report}")
 
 
 def recall_images(path: Path, root: Path | None = None, listener: Listener = SILENT) -> Splits:
@@ -159,12 +169,17 @@ def find_held_out(path: Path, root: Path) -> ImageSet | None:
     return _from_part(split.val, split.classes, root)
 
 
-def _check(images: ImageSet, recipe: DataRecipe, listener: Listener, title: str) -> Inspection:
+def _check(
+    images: ImageSet, recipe: DataRecipe, listener: Listener, *, every_class: bool = False
+) -> Inspection:
+    """Look at the training images, of which every class needs some, or those held out."""
     if not images.samples:
         return Inspection(images, {})
+    title = f"checking the {'training' if every_class else 'held-out'} images"
     inspection = check_images(
         images,
         max_bad_fraction=recipe.max_bad_fraction,
+        every_class=every_class,
         progress=partial(listener.advance, title),
     )
     _tell(inspection.notes, recipe, listener)

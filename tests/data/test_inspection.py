@@ -61,8 +61,11 @@ def test_the_limit_itself_is_accepted(tmp_path: Path) -> None:
 
 
 def test_a_class_must_not_vanish(tmp_path: Path) -> None:
+    images = damaged(tmp_path, 2, 98, bad=2)
+    expected = "warning: no image of 1 class can be read: ants"
+    assert check_images(images, max_bad_fraction=0.5).notes[1] == expected
     with pytest.raises(DataError) as caught:
-        check_images(damaged(tmp_path, 2, 98, bad=2), max_bad_fraction=0.5)
+        check_images(images, max_bad_fraction=0.5, every_class=True)
     assert caught.value.kind == "data.class_unreadable"
     assert "no image of 1 class can be read: ants" in caught.value.message
     assert caught.value.fix
