@@ -1,7 +1,7 @@
 """``momconv eval``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,12 +12,18 @@ if TYPE_CHECKING:
     from momconv.zoo.description import Description
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 (one for each option)
     *,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A converted or fine-tuned model.")],
     data: Annotated[
         Path, typer.Option(metavar="FOLDER", help="The folder of classes, or one with val/ in it.")
     ],
+    split: Annotated[
+        Literal["val", "test", "train"], typer.Option(help="Which of the folders in it.")
+    ] = "val",
+    unknown_classes: Annotated[
+        Literal["error", "skip"], typer.Option(help="What to do with classes of its own.")
+    ] = "error",
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images at once.")] = 32,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")
@@ -31,6 +37,7 @@ def evaluate(
 ) -> None:
     """Say how good a model is on a folder of images: top-1, each class, the confusions."""
     from momconv.data.dataset import count_workers
+    from momconv.data.folder import find_evaluation_set
     from momconv.evaluation import evaluate as score
     from momconv.files.model_file import load
     from momconv.planner.devices import find_device
@@ -39,7 +46,12 @@ def evaluate(
 
     where = find_device(device)
     model = load(file)
-    images = _check(_find_images(file, data, describe(model)), max_bad_fraction)
+    held_out = _find_held_out(file, data, describe(model)) if split == "val" else None
+    found = held_out or find_evaluation_set(
+        data, describe(model).classes, split=split, unknown=unknown_classes
+    )
+    _note_classes(file, found, describe(model))
+    images = _check(found, max_bad_fraction)
     with progress("evaluating", len(images.samples)) as report:
         scores = score(
             model,
@@ -56,20 +68,23 @@ def evaluate(
         out.print(part)
 
 
-def _find_images(file: Path, data: Path, description: "Description") -> "ImageSet":
-    """The images to evaluate on, numbered as the model numbers its classes."""
-    from momconv.data.folder import find_evaluation_set, plural
+def _find_held_out(file: Path, data: Path, description: "Description") -> "ImageSet | None":
+    """The images of ``data`` that the run of ``file`` held out, if it did."""
+    from momconv.data.folder import plural, printable
     from momconv.training.images import find_held_out
     from momconv.training.run_folder import RunFolder
 
     images = find_held_out(RunFolder(file.parent).split, data)
-    if images is not None and images.classes == description.classes:
-        note(f"only the {plural(len(images.samples), 'image')} that the run held out of {data}")
-    else:
-        images = find_evaluation_set(data, description.classes)
+    if images is None or images.classes != description.classes:
+        return None
+    count = plural(len(images.samples), "image")
+    note(f"only the {count} that the run held out of {printable(data)}")
+    return images
+
+
+def _note_classes(file: Path, images: "ImageSet", description: "Description") -> None:
     if description.classes is None and len(images.classes) == description.num_classes:
         note(f"{file} names no classes; taking those of the folder, in their order")
-    return images
 
 
 def _check(images: "ImageSet", max_bad_fraction: float) -> "ImageSet":
@@ -77,11 +92,11 @@ def _check(images: "ImageSet", max_bad_fraction: float) -> "ImageSet":
     from momconv.data.inspection import check_images
 
     with progress("checking images", len(images.samples)) as report:
-        readable, notes = check_images(
+        inspection = check_images(
             images,
             max_bad_fraction=max_bad_fraction,
             progress=lambda done, _: report(done, ""),
         )
-    for text in (*images.notes, *notes):
+    for text in (*images.notes, *inspection.notes):
         tell(text)
-    return readable
+    return inspection.images

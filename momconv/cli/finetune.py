@@ -18,7 +18,8 @@ from momconv.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from momconv.training.finetuning import Result
 
-_OPTIMISATION, _MEMORY, _MOMENTUM, _RUN = "Optimisation", "Memory", "Momentum", "Recipe and run"
+_IMAGES, _OPTIMISATION, _MEMORY = "Images", "Optimisation", "Memory"
+_MOMENTUM, _RUN = "Momentum", "Recipe and run"
 _LEARNING = "What is learnt, and from what"
 _KEYS = {
     "data": "data.path",
@@ -43,6 +44,10 @@ _KEYS = {
     "hflip": "data.flip",
     "mixup": "train.mixup",
     "balance": "data.balance",
+    "train_dir": "data.train_dir",
+    "val_dir": "data.val_dir",
+    "unknown_classes": "data.unknown_classes",
+    "strict": "data.strict",
     "max_bad_fraction": "data.max_bad_fraction",
     "device": "train.device",
     "time_limit": "train.time_limit",
@@ -134,9 +139,35 @@ def finetune(  # noqa: PLR0913 (one for each option)
             "--balance", "HOW", "none, loss or sampler, for classes of unequal size.", _LEARNING
         ),
     ] = None,
+    train_dir: Annotated[
+        str | None, _option("--train-dir", "FOLDER", "Train on this one instead.", _IMAGES)
+    ] = None,
+    val_dir: Annotated[
+        str | None, _option("--val-dir", "FOLDER", "Validate on this one instead.", _IMAGES)
+    ] = None,
+    unknown_classes: Annotated[
+        str | None,
+        _option(
+            "--unknown-classes",
+            "WHAT",
+            "Classes only in val/: error (default), or skip.",
+            _IMAGES,
+        ),
+    ] = None,
     max_bad_fraction: Annotated[
         str | None,
-        _option("--max-bad-fraction", "F", "Of unreadable images, left out. (default: 0.05)"),
+        _option(
+            "--max-bad-fraction", "F", "Of unreadable images, left out. (default: 0.05)", _IMAGES
+        ),
+    ] = None,
+    strict: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict",
+            help="Take any warning about the images for an error.",
+            rich_help_panel=_IMAGES,
+            show_default=False,
+        ),
     ] = None,
     memory: Annotated[
         str | None,
@@ -248,10 +279,12 @@ def _refuse_together(option: str, value: object, others: Mapping[str, object]) -
 
 
 def _print_result(result: "Result", recipe: Recipe) -> None:
+    from momconv.data.folder import printable
+
     best = result.best_epoch
     if best.val_top1 is not None:
         out.print(f"best top-1  {best.val_top1:.1%} (epoch {best.epoch} of {result.epochs})")
-    data = shlex.quote(str(recipe.data.path))
+    data = shlex.quote(str(recipe.data.path or recipe.data.val_dir or recipe.data.train_dir))
     rows = {
         "best model": result.best,
         "last model": result.last,
@@ -259,4 +292,4 @@ def _print_result(result: "Result", recipe: Recipe) -> None:
         "next": f"momconv eval {shlex.quote(str(result.best))} --data {data}",
     }
     for label, value in rows.items():
-        out.print(Text(f"{label:<11} {value}"), soft_wrap=True)
+        out.print(Text(f"{label:<11} {printable(str(value))}"), soft_wrap=True)

@@ -112,7 +112,8 @@ def _start(
     require_stages(model, recipe.train.freeze)
     if recipe.momentum.gamma and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
-    splits = keep_readable(found, recipe.data, listener)
+    images = keep_readable(found, recipe.data, listener)
+    splits = images.splits
     _check_images(recipe, splits, listener)
     network.fit_head(model, splits.train.classes)
     network.place(model, device)
@@ -131,7 +132,7 @@ def _start(
         _choose_rate(job)
     write_text(run.config, dump_recipe(_with_absolute_paths(job.recipe)))
     write_text(run.plan, job.plan.to_json())
-    remember_images(splits, root, run.split)
+    remember_images(images, root, run, listener)
     save_state(run, model, job.optimizer, progress, job.read_extras())
     return job, progress
 
@@ -181,7 +182,7 @@ def _resume(
     run.make(0)
     before = load_recipe(run.config)
     _refuse_changes(before, recipe, run)
-    splits = recall_images(run.split, recipe.data.path)
+    splits = recall_images(run.split, recipe.data.path, listener)
     saved = load_newest(run, listener.tell)
     model, progress = saved.model, saved.progress
     if recipe.train.resolved_lr != before.train.resolved_lr:
@@ -257,8 +258,10 @@ def _choose_workers(recipe: DataRecipe, splits: Splits) -> int:
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe as it must be to be replayed from another working directory."""
-    path, file = recipe.data.path, recipe.model.from_file
-    data = recipe.data.model_copy(update={"path": path and path.absolute()})
+    folders = {name: getattr(recipe.data, name) for name in ("path", "train_dir", "val_dir")}
+    absolute = {name: folder and folder.absolute() for name, folder in folders.items()}
+    data = recipe.data.model_copy(update=absolute)
+    file = recipe.model.from_file
     model = recipe.model.model_copy(update={"from_file": file and file.absolute()})
     return recipe.model_copy(update={"data": data, "model": model})
 

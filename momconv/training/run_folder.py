@@ -46,6 +46,11 @@ class RunFolder:
         return self.path / "split.json"
 
     @property
+    def data_report(self) -> Path:
+        """What was found in the images."""
+        return self.path / "data-report.json"
+
+    @property
     def state(self) -> Path:
         """Weights, optimiser, random state and counters of one moment: what resuming needs."""
         return self.path / "state.safetensors"

@@ -118,4 +118,5 @@ class Autosave:
 def _save_model(job: Job, path: Path, progress: Progress) -> None:
     metrics = asdict(progress.history[-1]) if progress.history else None
     finished = {"epochs": progress.epoch, "steps": progress.step, "metrics": metrics}
-    model_file.save(job.networks[-1], path, {"training": finished})
+    data = {"fingerprint": job.splits.fingerprint}
+    model_file.save(job.networks[-1], path, {"training": finished, "data": data})

@@ -95,7 +95,7 @@ def test_mistakes_are_explained(model: Path, colours: Path, tmp_path: Path) -> N
     model_file.save(build("cifar_resnet20"), ten)
     (wolves / "red").rename(wolves / "wolf")
     mistakes: list[tuple[list[str | Path], int, str]] = [
-        ([model, "--data", wolves], 3, "1 class that the model does not: wolf (8 images)"),
+        ([model, "--data", wolves], 3, "1 class that the model does not have: wolf (8 images)"),
         ([ten, "--data", colours], 3, "has 3 classes, the model tells 10 apart"),
         ([model, "--data", tmp_path / "nope"], 3, "data folder does not exist"),
         ([tmp_path / "m.safetensors", "--data", colours], 4, "file does not exist"),
