@@ -20,6 +20,7 @@ LAYERS = [
     "planner",
     "data",
     "evaluation",
+    "prediction",
     "training",
     "demo",
     "reports",

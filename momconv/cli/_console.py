@@ -8,10 +8,10 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -59,8 +59,17 @@ def tell(text: str) -> None:
 
 def print_json(document: object) -> None:
     """Print ``document`` on stdout; numbers that JSON does not have (NaN, Infinity) become null."""
-    finite = json.loads(json.dumps(document, default=str), parse_constant=lambda _: None)
-    out.print(Text(json.dumps(finite, indent=2)), soft_wrap=True)
+    out.print(Text(json.dumps(_finite(document), indent=2)), soft_wrap=True)
+
+
+def print_json_lines(documents: Iterable[object]) -> None:
+    """As ``print_json``, each document on a line of its own."""
+    for document in documents:
+        out.print(Text(json.dumps(_finite(document))), soft_wrap=True)
+
+
+def _finite(document: object) -> Any:
+    return json.loads(json.dumps(document, default=str), parse_constant=lambda _: None)
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
