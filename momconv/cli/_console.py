@@ -106,12 +106,19 @@ class _Failure:
 
     def report(self, *, as_json: bool) -> None:
         if as_json:
-            error = {name: getattr(self, name) for name in ("code", "kind", "message", "hints")}
-            print_json({"ok": False, "error": error})
+            print_json({"ok": False, "error": self.to_json()})
             return
         _say(self.label, self.message, "bold red")
         for hint in self.hints:
             _say("fix", hint, "green")
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("code", "kind", "message", "hints")}
+
+
+def describe_error(error: MomconvError) -> dict[str, Any]:
+    """What a JSON document says of an ``error``, for a command that prints its results too."""
+    return _failure(error).to_json()
 
 
 def _failure(error: BaseException) -> _Failure:
