@@ -23,6 +23,7 @@ LAYERS = [
     "prediction",
     "training",
     "demo",
+    "diagnosis",
     "reports",
     "__init__",
     "cli",
