@@ -87,6 +87,15 @@ def inspect_file(path: Path) -> Inspection:
     )
 
 
+def describe_input(p: Preprocessing) -> str:
+    """How an image becomes the input, in the order in which it is done."""
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (p.mean, p.std))
+    return (
+        f"shorter side to {p.resize} ({p.interpolation}), centre {p.resolution} × {p.resolution}, "
+        f"minus ({mean}), over ({std})"
+    )
+
+
 def _check(path: Path, name: str, kind: Any, value: object) -> Any:
     """The ``value`` that someone wrote under ``name``, as a ``kind``."""
     try:
@@ -105,7 +114,7 @@ def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
     description, certificate = inspection.description, inspection.certificate
     yield "network", f"{description.architecture}, {plural(description.num_classes, 'class')}"
     yield "classes", _list_classes(description)
-    yield "input", _describe_input(description.preprocessing)
+    yield "input", describe_input(description.preprocessing)
     sha256 = f" (sha256 {description.source_sha256})" if description.source_sha256 else ""
     yield "weights", printable(f"from {description.source}{sha256}")
     if certificate:
@@ -130,15 +139,6 @@ def _list_classes(description: Description) -> str:
     shown = ", ".join(map(printable, description.classes[:_SHOWN]))
     more = description.num_classes - _SHOWN
     return f"{shown} and {more} more" if more > 0 else shown
-
-
-def _describe_input(p: Preprocessing) -> str:
-    """In the order in which it is done."""
-    mean, std = (", ".join(f"{value:g}" for value in values) for values in (p.mean, p.std))
-    return (
-        f"shorter side to {p.resize} ({p.interpolation}), centre {p.resolution} × {p.resolution}, "
-        f"minus ({mean}), over ({std})"
-    )
 
 
 def _describe(record: Mapping[str, Any]) -> str:
