@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from momconv.cli._console import note, out
+from momconv.cli._console import note, out, progress, tell, warn
 from momconv.cli._display import Display
-from momconv.errors import UsageError
+from momconv.errors import MomconvError, UsageError
 from momconv.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -251,6 +251,7 @@ def finetune(  # noqa: PLR0913 (one for each option)
     try:
         with ExitStack() as bars:
             result = run(wanted, folder, resume=resume is not None, listener=Display(bars))
+        _report(result, wanted)
     except Interrupted as interrupted:
         note(f"stopped, and saved. To go on: {RunFolder(folder).resume_command}")
         raise typer.Exit(128 + interrupted.signal) from None
@@ -278,6 +279,21 @@ def _refuse_together(option: str, value: object, others: Mapping[str, object]) -
         )
 
 
+def _report(result: "Result", recipe: Recipe) -> None:
+    """Add to the folder what people want to see; a run that cannot be described is still done."""
+    from momconv.reports.run import report_run
+
+    total = len(result.splits.val.samples)
+    try:
+        with progress("describing the run", total) as report:
+            notes = report_run(result, recipe, lambda done, _: report(done, ""))
+    except MomconvError as error:
+        warn(f"the run is done, but could not be described\n{error}")
+        return
+    for text in notes:
+        tell(text)
+
+
 def _print_result(result: "Result", recipe: Recipe) -> None:
     from momconv.data.folder import printable
 
@@ -289,6 +305,7 @@ def _print_result(result: "Result", recipe: Recipe) -> None:
         "best model": result.best,
         "last model": result.last,
         "numbers": result.folder / "metrics.csv",
+        "card": result.folder / "README.md",
         "next": f"momconv eval {shlex.quote(str(result.best))} --data {data}",
     }
     for label, value in rows.items():

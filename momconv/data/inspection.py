@@ -100,16 +100,28 @@ def _lost(problem: str, name: str, bad: Sequence[str]) -> DataError:
 def _warn_of_bad(bad: Sequence[str], total: int, limit: float) -> tuple[str, ...]:
     if not bad:
         return ()
+    refuse_many_unreadable(bad, total, limit)
+    return (f"warning: {_summarise(bad, total)}\n{_shown(bad)}",)
+
+
+def refuse_many_unreadable(bad: Sequence[str], total: int, limit: float) -> None:
+    """Do nothing if the unreadable images ``bad`` are at most the fraction ``limit`` of ``total``.
+
+    Raises:
+        DataError: They are more.
+    """
     fraction = len(bad) / total
-    summary = f"{len(bad)} of {plural(total, 'image')} unreadable ({fraction:.1%})"
     if fraction > limit:
         enough = math.ceil(fraction * 20) / 20
         raise DataError(
-            f"{summary}, more than the accepted {limit:.1%}\n{_shown(bad)}",
+            f"{_summarise(bad, total)}, more than the accepted {limit:.1%}\n{_shown(bad)}",
             kind="data.too_many_unreadable",
             fix=f"--max-bad-fraction {enough:g} to continue without them",
         )
-    return (f"warning: {summary}\n{_shown(bad)}",)
+
+
+def _summarise(bad: Sequence[str], total: int) -> str:
+    return f"{len(bad)} of {plural(total, 'image')} unreadable ({len(bad) / total:.1%})"
 
 
 def _note_converted(findings: Mapping[Path, Finding]) -> tuple[str, ...]:

@@ -63,6 +63,9 @@ class Result:
     last: Path
     best_epoch: EpochRow
     epochs: int
+    history: tuple[EpochRow, ...]
+    splits: Splits
+    plan: BatchPlan
 
 
 def finetune(
@@ -98,7 +101,8 @@ def finetune(
             job.ends = began + parse_duration(recipe.train.time_limit)
         train(job, progress)
     assert progress.best is not None
-    return Result(run.path, run.best, run.last, progress.best, progress.epoch)
+    done = (progress.best, progress.epoch, tuple(progress.history), job.splits, job.plan)
+    return Result(run.path, run.best, run.last, *done)
 
 
 def _start(
