@@ -74,10 +74,10 @@ def make(task: Task, kind: str, seed: int, gamma: float = GAMMA) -> nn.Module:
     return convert(network, gamma, "all", velocity, gain=False)
 
 
-def train(task: Task, kind: str, seed: int) -> float:
-    """The accuracy after training, in percent."""
-    network = make(task, kind, seed)
-    file = f"{task.name}-{kind}-{seed}.pt".replace(" ", "-")
+def train(task: Task, kind: str, seed: int, gamma: float = GAMMA) -> nn.Module:
+    """The trained network; if runs/paper/ has a checkpoint, it goes on from there."""
+    network = make(task, kind, seed, gamma)
+    file = f"{task.name}, {kind}, {gamma:g}, {seed}.pt"
     console = Console(stderr=True)
     cifar.train(
         network,
@@ -86,7 +86,12 @@ def train(task: Task, kind: str, seed: int) -> float:
         cifar.RUNS / file,
         lambda epoch: console.print(f"{task.name}, {kind}, seed {seed}: epoch {epoch}"),
     )
-    return cifar.accuracy(network, task.val)
+    return network
+
+
+def measure(task: Task, kind: str) -> list[float]:
+    """The accuracies of every seed, in percent."""
+    return [cifar.accuracy(train(task, kind, seed), task.val) for seed in range(task.seeds)]
 
 
 def judge(results: Results, tolerance: float) -> Claim:
@@ -119,10 +124,7 @@ def main(
 ) -> None:
     """Train every kind of network."""
     tasks = [large(10), large(100)] if full else [small(data)]
-    results: Results = {
-        task.name: {kind: [train(task, kind, seed) for seed in range(task.seeds)] for kind in KINDS}
-        for task in tasks
-    }
+    results = {task.name: {kind: measure(task, kind) for kind in KINDS} for task in tasks}
     rows: list[Row] = [
         {"network": kind} | {task: spread(kinds[kind]) for task, kinds in results.items()}
         for kind in KINDS
