@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.transforms import training_transform
 from momconv.training.balancing import draw, repeat, weigh_images
@@ -62,7 +64,18 @@ class Steps:
         for step, batch in enumerate(batches):
             own = itertools.islice(parts, len(self._micro_batches.steps[step]))
             indices = [index % self._count for index in batch]
-            yield Step(indices, self._mixer.mix(own, epoch=epoch, step=first + step))
+            parts_of_step = self._mixer.mix(own, epoch=epoch, step=first + step)
+            yield Step(indices, map(self._lay_out, parts_of_step))
+
+    def _lay_out(self, part: Part) -> Part:
+        """``part`` as the network wants it; a GPU lays it out itself, after the transfer.
+
+        Nobody keeps what it was before, so it never takes memory twice.
+        """
+        images, labels = part
+        if self._job.device.type == "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels
 
     def _split(self, epoch: int) -> list[list[int]]:
         size, seed = self._recipe.batch_size, self._recipe.seed
