@@ -45,7 +45,8 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
         bool, typer.Option("--measure", help="Run small steps as well, and trust them instead.")
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw memory over the batch, .png or .svg.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw memory over batch and depth, .png or .svg."),
     ] = None,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the table as CSV.")

@@ -11,6 +11,7 @@ the measurement: work that frees such memory is not credited for it.
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -114,6 +115,22 @@ def per_image(
         for batch in batches
     )
     return Line.through((batches[0], few), (batches[1], many))
+
+
+def time_step(
+    model: nn.Module, batch: int, resolution: int, precision: Precision, device: torch.device
+) -> float:
+    """The seconds of one training step as in ``measure_step``, after another to warm up."""
+    with _keeping_state(model, device):
+        images = torch.randn(batch, 3, resolution, resolution, device=device)
+        labels = torch.zeros(batch, dtype=torch.long, device=device)
+        for _ in range(2):
+            began = time.perf_counter()
+            run_step(model, images, labels, precision, lambda: None)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - began
+    return seconds
 
 
 def static_bytes(

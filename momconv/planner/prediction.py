@@ -114,10 +114,17 @@ class Training:
 
 
 class Prediction(NamedTuple):
-    """The peak, and all that is alive at each operation of the step, in bytes."""
+    """The peak, and the course of the step.
+
+    Attributes:
+        peak: The peak.
+        moments: All that is alive at each operation, in bytes.
+        places: Where each operation runs: in the forward pass or not, and the stage.
+    """
 
     peak: PeakMemory
     moments: list[int]
+    places: list[tuple[bool, str]]
 
 
 def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
@@ -187,7 +194,7 @@ def predict(
         allowance=CONTEXT_BYTES + WORKSPACE_BYTES + SEGMENT_BYTES if kind == "cuda" else 0,
     )
     rest = peak.total - peak.step
-    return Prediction(peak, [rest + alive for alive in trace.moments])
+    return Prediction(peak, [rest + alive for alive in trace.moments], trace.places)
 
 
 class _Tensor(NamedTuple):
@@ -222,6 +229,7 @@ class _Trace(TorchDispatchMode):
         self._live = 0
         self._peak = _Peak(0, 0, 0, "", "")
         self.moments: list[int] = []  # the live memory at each operation
+        self.places: list[tuple[bool, str]] = []  # its pass and stage
         self._stage = ""
         self._in_forward = True
 
@@ -276,6 +284,7 @@ class _Trace(TorchDispatchMode):
         scratch = max(0, before + within - self._live)
         now = self._live + scratch
         self.moments.append(now)
+        self.places.append((self._in_forward, self._stage))
         if now > self._peak.bytes:
             self._peak = _Peak(now, len(self._changes), scratch, operation, self._stage)
         return out

@@ -1,17 +1,19 @@
 """The memory of a training step under each strategy, side by side."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from momconv.momentum.sequential import momentum_stages, set_strategy
-from momconv.planner.measurement import per_image, static_bytes
+from momconv.planner.measurement import find_stages, per_image, static_bytes, time_step
 from momconv.planner.micro_batch import Curve, Line, StaticBytes
-from momconv.planner.prediction import PeakMemory, Training, predict
+from momconv.planner.prediction import PeakMemory, Prediction, Training, predict
+from momconv.planner.search import SECONDS
 
 # "plain" is the network before its conversion; the others are strategies of the converted one.
 Variant = Literal["plain", "checkpoint", "segment", "momentum", "auto"]
@@ -19,6 +21,7 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 EXAMPLE = 32  # images of the step that is broken down
 
 _FEW = 2  # images; BatchNorm may refuse one
+_TIMED = 4  # images
 _FLOAT = 4  # bytes of one of an image's values
 
 
@@ -30,18 +33,28 @@ class Profile:
         variant: Which one.
         predicted: The peak of a training step, everything included, as a function of its images.
         example: What is alive at the peak of a step with ``EXAMPLE`` images, predicted.
+        course: The way of that step through the stages and back: how many are done, and what is
+            alive then.
         measured: The same as ``predicted``, through two small steps that were run; None without.
+        images_per_second: Of another small step, without an optimiser; None without.
     """
 
     variant: Variant
     predicted: Curve
     example: PeakMemory
+    course: tuple[tuple[float, int], ...] = ()
     measured: Line | None = None
+    images_per_second: float | None = None
 
     @property
     def peak(self) -> Curve:
         """The measured peak, or else the predicted one."""
         return self.predicted if self.measured is None else Curve((self.measured,))
+
+    @property
+    def relative_seconds(self) -> float:
+        """The time of a step as a multiple of the plain network's, about."""
+        return SECONDS["store" if self.variant == "plain" else self.variant]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +63,7 @@ class MemoryProfile:
 
     static: StaticBytes
     gamma: float  # the least of the stages'
+    stages: tuple[str, ...]  # from the image to the logits
     profiles: tuple[Profile, ...]
 
     def __getitem__(self, variant: Variant) -> Profile:
@@ -79,6 +93,7 @@ def profile(
         model.to(torch.device(training.device))
     set_strategy(model, "momentum")  # raises at once
     gammas = {name: stage.gamma for name, stage in momentum_stages(model).items()}
+    stages = tuple(dict.fromkeys(find_stages(model).values()))
     profiles: list[Profile] = []
     for variant in VARIANTS:
         if progress:
@@ -86,10 +101,12 @@ def profile(
         _become(model, variant, gammas)
         few, example = (predict(model, images, training) for images in (_FEW, EXAMPLE))
         curve = Curve.through((_FEW, few.moments), (EXAMPLE, example.moments))
-        measured = _measure(model, training) if measuring else None
-        profiles.append(Profile(variant, curve, example.peak, measured))
+        course = tuple(_follow(example, stages))
+        found = Profile(variant, curve, example.peak, course)
+        profiles.append(_measure(found, model, training) if measuring else found)
+    static = static_bytes(model, training.optimizer)
     least = min(gamma for gamma in gammas.values() if gamma)
-    return MemoryProfile(static_bytes(model, training.optimizer), least, tuple(profiles))
+    return MemoryProfile(static, least, stages, tuple(profiles))
 
 
 def _become(model: nn.Module, variant: Variant, gammas: dict[str, float]) -> None:
@@ -98,9 +115,23 @@ def _become(model: nn.Module, variant: Variant, gammas: dict[str, float]) -> Non
     set_strategy(model, "store" if variant == "plain" else variant)
 
 
-def _measure(model: nn.Module, training: Training) -> Line:
+def _follow(prediction: Prediction, stages: Sequence[str]) -> Iterator[tuple[float, int]]:
+    """How far each operation is on the way through the stages and back, and what is alive then."""
+    operations, seen = Counter(prediction.places), Counter[tuple[bool, str]]()
+    for place, alive in zip(prediction.places, prediction.moments, strict=True):
+        in_forward, stage = place
+        number = stages.index(stage)
+        before = number if in_forward else 2 * len(stages) - 1 - number
+        yield before + seen[place] / operations[place], alive
+        seen[place] += 1
+
+
+def _measure(found: Profile, model: nn.Module, training: Training) -> Profile:
+    """The profile with what small steps of ``model`` take."""
     device = torch.device(training.device)
     step = per_image(model, training.resolution, precision=training.precision, device=device)
     static = static_bytes(model, training.optimizer)
     image_bytes = 3 * training.resolution**2 * _FLOAT
-    return Line(static.total + step.fixed_bytes, step.bytes_per_image + image_bytes)
+    line = Line(static.total + step.fixed_bytes, step.bytes_per_image + image_bytes)
+    seconds = time_step(model, _TIMED, training.resolution, training.precision, device)
+    return replace(found, measured=line, images_per_second=_TIMED / seconds)

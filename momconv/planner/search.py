@@ -8,7 +8,7 @@ is, the one that comes closest, or, without BatchNorm, the fastest that leaves n
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from momconv.errors import ResourceError, UsageError
 from momconv.momentum.autograd import Strategy
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.measurement import Precision, available_bytes, static_bytes
+from momconv.planner.measurement import Precision, available_bytes, find_stages, static_bytes
 from momconv.planner.micro_batch import largest_part, split_evenly
 from momconv.planner.prediction import PeakMemory, Training, predict
 from momconv.units import format_bytes, parse_bytes
@@ -40,7 +40,8 @@ FEW = 8  # images; the statistics of fewer are noise
 _SLACK = 0.01  # of the limit; predictions were off by at most 0.1 % (benchmarks/RESULTS.md)
 _GRID = 32  # pixels; the resolutions that classification networks divide evenly
 _WORTH_TRYING = 1.1  # of the limit, for an estimate
-_TRIES = 3  # resolutions that an error tries out
+_TRIES = 3  # resolutions, or stages to freeze, that an error tries out
+_GAMMAS = (0.95, 0.99, 1.0)  # with less side information than the default
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,17 +202,22 @@ class _Peaks:
     def predict(self, strategy: Choice, micro_batch: int, **changes: Any) -> PeakMemory:
         """The peak with micro-batches of at most so many images, under ``changes``."""
         images = self.request.largest_part(micro_batch)
+        peak = self.try_out(strategy, micro_batch, **changes)
+        if not changes:
+            self.latest[strategy] = images, peak
+        return peak
+
+    def try_out(self, strategy: Choice, micro_batch: int, **changes: Any) -> PeakMemory:
+        """The same for a model that was changed for this, which is not to be remembered."""
+        images = self.request.largest_part(micro_batch)
         training = replace(self.request.training, **changes)
         chosen = strategy if momentum_stages(self.model) else None
         try:
-            peak = predict(self.model, images, training, chosen).peak
+            return predict(self.model, images, training, chosen).peak
         except ValueError as error:
             if images > 1:
                 raise
             raise _cannot_take_one(training, error) from error
-        if not changes:
-            self.latest[strategy] = images, peak
-        return peak
 
 
 def _cannot_take_one(training: Training, error: ValueError) -> UsageError:
@@ -278,6 +284,53 @@ def _break_down(peak: PeakMemory) -> str:
     return " · ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
 
 
+def _find_less_training(peaks: _Peaks, strategy: Choice, size: int) -> Iterator[str]:
+    """The fewest stages from the input on that are to be frozen, and the least larger γ."""
+    usable = peaks.request.usable_bytes
+    stages = find_stages(peaks.model)
+    *names, _head = dict.fromkeys(stages.values())
+    for count in range(1, min(_TRIES, len(names)) + 1):
+        with _frozen([module for module, name in stages.items() if name in names[:count]]):
+            if peaks.try_out(strategy, size).total <= usable:
+                yield f"--set train.freeze=[{','.join(names[:count])}]"
+                break
+    for gamma in _GAMMAS:
+        with _larger_gamma(peaks.model, gamma) as is_larger:
+            if is_larger and peaks.try_out(strategy, size).total <= usable:
+                yield f"--gamma {gamma:g}, if the network is yet to be converted"
+                break
+
+
+@contextmanager
+def _frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, ``modules`` are not trained, and BatchNorm in them has its statistics."""
+    parts = [part for module in modules for part in module.modules()]
+    modes = [(part, part.training) for part in parts]
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    try:
+        for module in modules:
+            module.eval().requires_grad_(requires_grad=False)
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        for parameter in trained:
+            parameter.requires_grad = True
+
+
+@contextmanager
+def _larger_gamma(model: nn.Module, gamma: float) -> Iterator[bool]:
+    """Inside, no momentum stage has a smaller γ; whether that changes one."""
+    smaller = {s: s.gamma for s in momentum_stages(model).values() if 0 < s.gamma < gamma}
+    try:
+        for stage in smaller:
+            stage.gamma = gamma
+        yield bool(smaller)
+    finally:
+        for stage, before in smaller.items():
+            stage.gamma = before
+
+
 def _find_fixes(peaks: _Peaks, strategy: Choice, peak: PeakMemory) -> Iterator[str]:
     """What would fit, each tried out by a prediction."""
     request, size = peaks.request, peaks.request.sizes[-1]
@@ -293,6 +346,7 @@ def _find_fixes(peaks: _Peaks, strategy: Choice, peak: PeakMemory) -> Iterator[s
         yield "--micro-batch auto"
     if training.precision == "fp32" and fits(strategy, size, precision="bf16"):
         yield "--set train.precision=bf16"
+    yield from _find_less_training(peaks, strategy, size)
     needed = peak.step + peak.batch
     share = max(0, usable - peak.total + needed) / needed
     largest = math.floor(training.resolution * math.sqrt(share) / _GRID) * _GRID

@@ -26,6 +26,7 @@ from momconv.zoo.weights import load_network
 
 _CALIBRATION_IMAGES = 2000
 _CALIBRATION_BATCH = 100
+_SHARE = 2  # of the images that training sees
 
 
 def load(recipe: Recipe) -> nn.Module:
@@ -112,7 +113,7 @@ def calibrate_on(  # noqa: PLR0913 (one for each choice)
 ) -> None:
     """Adapt ``model`` to its ``original``, on some of the training images, without labels.
 
-    This sees no more images than ``epochs`` of training do, unless those are very few.
+    This sees at most twice as many images as ``epochs`` of training, unless those are very few.
 
     Training normalises with the statistics of these images, so the original gets them first: what
     ``model`` is brought close to is the plain network as fine-tuning would find it.
@@ -127,7 +128,7 @@ def calibrate_on(  # noqa: PLR0913 (one for each choice)
             model,
             batches,
             original,
-            most_images=epochs * len(images.samples),
+            most_images=_SHARE * epochs * len(images.samples),
             progress=lambda done, steps, _left: listener.advance("calibrating", done, steps),
         )
     if done.imitation and done.imitation.interrupted:

@@ -40,6 +40,18 @@ def test_plain_is_the_network_that_was_never_converted(profiled: MemoryProfile) 
     assert profiled["plain"].example == theirs
 
 
+def test_the_course_goes_through_all_stages_and_back_and_over_the_peak(
+    profiled: MemoryProfile,
+) -> None:
+    assert profiled.stages == ("stem", "layer1", "layer2", "layer3", "head")
+    for p in profiled.profiles:
+        places, alive = zip(*p.course, strict=True)
+        assert {int(place) for place in places} == set(range(10))
+        assert max(alive) == p.example.total
+    deep = {p.variant: max(b for x, b in p.course if int(x) == 4) for p in profiled.profiles}
+    assert deep["momentum"] < deep["checkpoint"] < deep["plain"]
+
+
 def test_the_curve_is_the_peak_of_other_batches_too(
     network: nn.Module, profiled: MemoryProfile
 ) -> None:
@@ -64,6 +76,8 @@ def test_a_measurement_agrees_and_progress_is_told_before_each_variant() -> None
         assert p.measured is not None
         assert p.measured.at(3) == pytest.approx(p.predicted.at(3), rel=0.03)
         assert p.peak.at(3) == p.measured.at(3)
+        assert p.images_per_second is not None
+        assert p.images_per_second > 0
 
 
 def test_no_memory_is_needed_for_the_network() -> None:

@@ -1,5 +1,6 @@
 """Plans are checked against predictions; those are checked in test_prediction."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from torch import nn
 
 import momconv
 from momconv.errors import ResourceError, UsageError
+from momconv.momentum.sequential import momentum_stages
 from momconv.planner.prediction import peak_memory
 from momconv.planner.search import plan
 from momconv.recipe import TrainRecipe, load_recipe
 from momconv.training.network import start_training
+from momconv.training.parameters import freeze
 from momconv.units import parse_bytes
 from momconv.zoo.networks import build
 
@@ -30,6 +33,10 @@ def deep() -> nn.Module:
 
 def peak_of(model: nn.Module, images: int, strategy: Any) -> int:
     return peak_memory(model, images, SIDE, strategy=strategy).total
+
+
+def read_modes(model: nn.Module) -> list[Any]:
+    return [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
 
 
 def room_for(model: nn.Module, images: int, strategy: Any) -> int:
@@ -134,6 +141,24 @@ def test_a_leaner_strategy_and_smaller_parts_are_advised(deep: nn.Module) -> Non
     fixes = refusal(deep, limit, strategy="store", micro_batch=32).fix or ""
     assert "--micro-batch auto" in fixes
     assert plan(deep, SIDE, limit, strategy="store").micro_batch < 32
+
+
+def test_frozen_stages_and_a_larger_gamma_are_advised_where_they_are_enough() -> None:
+    """The numbers are predicted for a changed network, which is then as it was."""
+    with torch.device("meta"):
+        model = momconv.convert(build("cifar_resnet56"), 0.1).train()
+    modes = read_modes(model)
+    limit = int(peak_of(model, 32, "momentum") * 0.98)
+    error = refusal(model, limit, strategy="momentum", micro_batch=32)
+    assert modes == read_modes(model)
+    assert {stage.gamma for stage in momentum_stages(model).values()} == {0.1}
+    (names,) = re.findall(r"train\.freeze=\[([\w,]+)\]", error.fix or "")
+    (gamma,) = re.findall(r"--gamma ([\d.]+)", error.fix or "")
+    frozen = copy.deepcopy(model)
+    freeze(frozen, names.split(","))
+    for stage in momentum_stages(model).values():
+        stage.gamma = float(gamma)
+    assert max(peak_of(changed, 32, "momentum") for changed in (frozen, model)) <= limit
 
 
 def test_momentum_without_gamma_is_refused() -> None:

@@ -36,14 +36,17 @@ def need(variant: Variant, mebibytes: float) -> Profile:
         operation="convolution",
         alive=alive,
     )
-    return Profile(variant, Curve((Line(40 * MIB, image),)), peak)
+    course = ((0.0, 0), (1.5, 2 * image), (2.5, 32 * image), (3.5, 0))
+    return Profile(variant, Curve((Line(40 * MIB, image),)), peak, course)
 
 
 def profiled(plain: float, checkpoint: float, segment: float, momentum: float) -> MemoryProfile:
     """A profile in which an image takes so many MiB."""
     needs = dict(zip(VARIANTS, (plain, checkpoint, segment, momentum, momentum), strict=True))
     static = StaticBytes(weights=10 * MIB, gradients=10 * MIB, optimizer=20 * MIB)
-    return MemoryProfile(static, 0.5, tuple(need(*item) for item in needs.items()))
+    return MemoryProfile(
+        static, 0.5, ("stem", "layer3"), tuple(need(*item) for item in needs.items())
+    )
 
 
 def shown(profile: MemoryProfile, *, width: int = 80, encoding: str = "utf-8") -> str:
@@ -67,7 +70,7 @@ def test_every_variant_has_its_need_its_batches_and_what_is_alive() -> None:
 
 def test_bars_are_in_proportion_and_show_the_parts() -> None:
     lines = shown(profiled(12, 6, 6, 3)).splitlines()[2:7]
-    bars = {line.split()[0]: line.split()[2] for line in lines}
+    bars = {line.split()[0]: line.split()[3] for line in lines}
     assert bars["plain"] == "b" * 12 + "e" * 12
     assert bars["checkpoint"] == "b" * 6 + "e" * 6
     assert bars["momentum"] == "b" * 3 + "e" * 3
