@@ -148,7 +148,9 @@ def _choose_rate(job: Job) -> None:
     train = job.recipe.train.model_copy(update={"lr": rate})
     job.recipe = job.recipe.model_copy(update={"train": train})
     job.optimizer = make_optimizer(job.model, train)
-    job.listener.tell(f"note: learning rate {rate:g}, in the valley of the loss (lr_finder.csv)")
+    job.listener.tell(
+        f"note: learning rate {rate:g}, a tenth of that with the lowest loss (lr_finder.csv)"
+    )
 
 
 def _calibrate(

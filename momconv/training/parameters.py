@@ -1,7 +1,8 @@
 """The parameters of a network by stage: which are frozen, and how fast and how freely each learns.
 
-Stages are named as in ``momconv.planner.measurement.find_stages``: "stem", the stages by their own
-names (such as "layer3"), and "head".
+"stem" is what comes before the stages and "head" what comes after them; a stage has the name of
+its module, such as "layer3" in a ResNet, "features.2" in a ConvNeXt or
+"encoder.layers.encoder_layer_0" in a vision transformer, where each block is one.
 """
 
 from collections.abc import Sequence
@@ -10,13 +11,35 @@ from typing import Any
 from torch import nn
 
 from momconv.errors import UsageError
-from momconv.planner.measurement import find_stages
 from momconv.recipe import TrainRecipe
 
+_TRUNK = 0.9  # of the parameters: a module with more has the stages inside
 
-def name_stages(model: nn.Module) -> list[str]:
-    """The stages of ``model``, from the image to the logits."""
-    return list(dict.fromkeys(find_stages(model).values()))
+
+def find_stages(model: nn.Module) -> dict[str, list[str]]:
+    """The names of the modules of each stage, from the image to the logits."""
+    head = [name for name, child in model.named_children() if _count(child)][-1]
+    stages: dict[str, list[str]] = {"stem": []}
+    after: list[str] = []
+    module, path = model, ""
+    while True:
+        kids = {
+            f"{path}{name}": child
+            for name, child in module.named_children()
+            if _count(child) and f"{path}{name}" != head
+        }
+        names, total = list(kids), sum(map(_count, kids.values()))
+        trunks = [name for name in names if _count(kids[name]) > _TRUNK * total]
+        inside = trunks or [n for n in names if isinstance(kids[n], nn.Sequential | nn.ModuleList)]
+        first, last = (names.index((inside or names)[end]) for end in (0, -1))
+        stages["stem"] += names[:first]
+        after = [*names[last + 1 :], *after]
+        if not trunks or not any(map(_count, kids[trunks[0]].children())):
+            break
+        module, path = kids[trunks[0]], f"{trunks[0]}."
+    stages |= {name: [name] for name in names[first : last + 1]}
+    stages["head"] = [*after, head]
+    return {stage: modules for stage, modules in stages.items() if modules}
 
 
 def require_stages(model: nn.Module, wanted: Sequence[str]) -> None:
@@ -25,7 +48,7 @@ def require_stages(model: nn.Module, wanted: Sequence[str]) -> None:
     Raises:
         UsageError: It has not.
     """
-    known = name_stages(model)
+    known = list(find_stages(model))
     some = f"train.freeze with some of {', '.join(known)}"
     if unknown := [name for name in wanted if name not in known]:
         problem = f"train.freeze: this {type(model).__name__} has no stage {unknown[0]!r}"
@@ -37,9 +60,13 @@ def require_stages(model: nn.Module, wanted: Sequence[str]) -> None:
 
 def freeze(model: nn.Module, wanted: Sequence[str]) -> None:
     """Let the stages ``wanted`` compute what they compute now, BatchNorm's statistics included."""
-    for module, name in find_stages(model).items():
-        if name in wanted:
-            module.eval().requires_grad_(requires_grad=False)
+    stages = find_stages(model)
+    for name in wanted:
+        for module in stages[name]:
+            model.get_submodule(module).eval()
+    for parameter, stage in _assign(model).items():
+        if stage in wanted:
+            parameter.requires_grad = False
 
 
 def group(model: nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
@@ -50,15 +77,11 @@ def group(model: nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
     (``--norm-weight-decay 0``), nor do biases, of which torchvision leaves the choice.
     """
     scales = _scale_stages(model, recipe)
-    children = dict(model.named_children())
-    stages = find_stages(model)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for decays in (True, False):
-        for name, parameter in model.named_parameters():
+        for parameter, stage in _assign(model).items():
             if parameter.requires_grad and (parameter.dim() > 1) is decays:
-                child = children.get(name.partition(".")[0])
-                stage = stages.get(child, "stem") if child is not None else "stem"
-                key = (scales.get(stage, 1.0), recipe.weight_decay if decays else 0.0)
+                key = (scales[stage], recipe.weight_decay if decays else 0.0)
                 groups.setdefault(key, []).append(parameter)
     return [
         {"params": parameters, "scale": scale, "weight_decay": decay}
@@ -67,6 +90,22 @@ def group(model: nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
 
 
 def _scale_stages(model: nn.Module, recipe: TrainRecipe) -> dict[str, float]:
-    *body, head = name_stages(model)
+    *body, head = find_stages(model)
     scales = {name: recipe.layer_decay**k for k, name in enumerate(reversed(body), start=1)}
     return scales | {head: (recipe.head_lr or recipe.resolved_lr) / recipe.resolved_lr}
+
+
+def _assign(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The stage of each parameter; those outside all modules, a class token, say: the first."""
+    stages = find_stages(model)
+    modules = {name: stage for stage, names in stages.items() for name in names}
+    found: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
+        found[parameter] = next((modules[p] for p in prefixes if p in modules), next(iter(stages)))
+    return found
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -5,6 +5,7 @@ import torch
 from runs import Log, Signals, read_tensors, small
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.models import get_model
 
 from momconv.errors import UsageError
 from momconv.planner.measurement import measure_step
@@ -15,7 +16,28 @@ from momconv.training.finetuning import finetune
 from momconv.training.interruption import Interrupted
 from momconv.training.network import start_training
 from momconv.training.optimisation import make_optimizer, set_rate
+from momconv.training.parameters import find_stages
 from momconv.zoo.networks import build
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("resnet50", ["stem", "layer1", "layer2", "layer3", "layer4", "head"]),
+        ("regnet_y_400mf", ["stem", *(f"trunk_output.block{n}" for n in range(1, 5)), "head"]),
+        ("convnext_tiny", [*(f"features.{n}" for n in range(8)), "head"]),
+        ("mobilenet_v2", [*(f"features.{n}" for n in range(19)), "head"]),
+        ("vit_b_32", ["stem", *(f"encoder.layers.encoder_layer_{n}" for n in range(12)), "head"]),
+    ],
+)
+def test_stages_are_found_in_every_family(name: str, stages: list[str]) -> None:
+    with torch.device("meta" if name.startswith("vit") else "cpu"):
+        model = get_model(name)
+    assert list(find_stages(model)) == stages
+    start_training(model, TrainRecipe(freeze=stages[:-1]))
+    head = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    assert 2 <= len(head) <= 4
+    assert model.get_parameter(list(model.state_dict())[-1]) in head
 
 
 def rates(model: nn.Module, recipe: TrainRecipe, lr: float) -> dict[str, float]:
