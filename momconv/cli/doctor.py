@@ -22,16 +22,23 @@ def doctor(
     ] = False,
 ) -> None:
     """Look whether this machine has what is needed, and try a small network; to report a bug."""
-    from momconv.diagnosis import diagnose
+    try:
+        from momconv.diagnosis import diagnose
+    except (ImportError, OSError) as error:
+        raise ResourceError(
+            f"a library that momconv needs cannot be loaded: {error}",
+            kind="doctor.import",
+            fix="pip install --force-reinstall momconv",
+        ) from error
 
     with progress("looking", 1) as report:
         findings = diagnose(lambda done, total: report(done // total, ""))
     broken = [finding for finding in findings if finding.is_broken]
     failure = _fail(broken) if broken else None
     if json_output:
-        error = {"error": describe_error(failure)} if failure else {}
-        document = {**error, "findings": [finding.to_json() for finding in findings]}
-        print_json({"ok": failure is None, **document})
+        failed = {"error": describe_error(failure)} if failure else {}
+        found = [finding.to_json() for finding in findings]
+        print_json({"ok": failure is None, **failed, "findings": found})
         raise typer.Exit(failure.exit_code if failure else 0)
     for finding in findings:
         _print(finding)

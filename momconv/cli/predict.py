@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from momconv.cli._console import out, print_json, print_json_lines, progress, warn
+from momconv.cli._console import note, out, print_json, print_json_lines, progress, warn
 from momconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,10 +46,13 @@ def predict(  # noqa: PLR0913 (one for each option)
     from momconv.planner.devices import find_device
     from momconv.prediction import list_files
     from momconv.prediction import predict as say
+    from momconv.zoo.description import describe
 
     where = find_device(device)
     files = list_files(paths)
     model = load(file)
+    if describe(model).classes is None:
+        note(f"{file} names no classes; they are called by their numbers, from 0")
     with progress("predicting", len(files)) as report:
         done = say(
             model,

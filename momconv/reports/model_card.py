@@ -103,6 +103,8 @@ def _describe_data(result: Result, recipe: Recipe) -> Iterator[str]:
     if len(trained) <= _MOST_ROWS:
         rows = ((_escape(name), count, held_out[name]) for name, count in trained.items())
         yield _tabulate(("class", "training", "held out"), rows)
+    if result.splits.fingerprint:
+        yield f"Fingerprint of the files: `{result.splits.fingerprint}`.\n"
 
 
 def _describe_training(result: Result, recipe: Recipe) -> Iterator[str]:
@@ -114,6 +116,7 @@ def _describe_training(result: Result, recipe: Recipe) -> Iterator[str]:
         f"weight decay {train.weight_decay:g}",
         "label smoothing": f"{train.label_smoothing:g}",
         "precision": plan.setting.precision,
+        **_list_changes(recipe),
         "seed": train.seed,
         "device": plan.setting.device,
         "memory at the peak": _describe_memory(result),
@@ -121,6 +124,18 @@ def _describe_training(result: Result, recipe: Recipe) -> Iterator[str]:
     yield "## Training\n"
     yield _tabulate(("setting", "value"), settings.items())
     yield "`config.yaml` has all settings: `momconv finetune --recipe config.yaml` repeats it.\n"
+
+
+def _list_changes(recipe: Recipe) -> dict[str, object]:
+    """What else was asked for, by its key; paths of this machine are nobody's business."""
+    told = {"train.epochs", "train.batch_size", "train.seed", "train.device", "train.memory"}
+    return {
+        f"`{section}.{key}`": _escape(str(value))
+        for section, own in recipe
+        for key, value in own
+        if value != getattr(getattr(Recipe(), section), key)
+        if not isinstance(value, Path) and f"{section}.{key}" not in told
+    }
 
 
 def _describe_memory(result: Result) -> str:

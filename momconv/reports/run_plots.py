@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from PIL import Image, ImageOps
+
 from momconv.data.decoding import decode
 from momconv.data.folder import printable
 from momconv.evaluation import Mistake, Scores
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 _MOST_CLASSES = 30  # above, only those that are confused most
 _MOST_COUNTS = 12  # classes, up to which the counts are written in
 _COLUMNS = 5  # of images
-_SIDE = 240  # pixels of an image
+_CELL = 240  # pixels of an image with its words
+_SIDE = 190  # pixels of the image
+_DPI = 100
 _LENGTH = 24  # characters of a class
 
 
@@ -31,24 +35,24 @@ def can_draw() -> bool:
 
 
 def draw_curves(history: Sequence[EpochRow], path: Path) -> None:
-    """Loss, top-1, learning rate and γ over the epochs."""
+    """Loss, top-1, learning rate and, where it changes, γ over the epochs."""
     epochs = [row.epoch for row in history]
     validated = [row for row in history if row.val_loss is not None]
     held_out = [row.epoch for row in validated]
-    with _figure(path, (10, 6)) as figure:
-        loss, top1, rate, gamma = figure.subplots(2, 2, sharex=True).flat
+    titles = ["loss", "top-1 of held-out images, %", "learning rate"]
+    titles += ["γ"] if len({row.gamma for row in history}) > 1 else []
+    with _figure(path, (4 * len(titles), 3)) as figure:
+        loss, top1, rate, *gamma = panels = figure.subplots(1, len(titles))
         loss.plot(epochs, [row.train_loss for row in history], ".-", label="training")
         loss.plot(held_out, [row.val_loss for row in validated], ".-", label="held out")
         loss.legend()
         top1.plot(held_out, [100 * (row.val_top1 or 0) for row in validated], ".-")
         rate.plot(epochs, [row.lr for row in history], ".-")
-        gamma.plot(epochs, [row.gamma for row in history], ".-")
-        titles = ("loss", "top-1 of held-out images, %", "learning rate", "γ")
-        for axes, title in zip((loss, top1, rate, gamma), titles, strict=True):
-            axes.set_title(title)
+        for axes in gamma:
+            axes.plot(epochs, [row.gamma for row in history], ".-")
+        for axes, title in zip(panels, titles, strict=True):
+            axes.set(title=title, xlabel="epoch", xlim=(0.5, epochs[-1] + 0.5))
             axes.xaxis.get_major_locator().set_params(integer=True)
-        for axes in (rate, gamma):
-            axes.set(xlabel="epoch")
 
 
 def draw_confusion(scores: Scores, path: Path) -> None:
@@ -77,17 +81,19 @@ def draw_confusion(scores: Scores, path: Path) -> None:
 
 def draw_mistakes(mistakes: Sequence[Mistake], path: Path) -> None:
     """The images themselves, with what was said and what is right."""
-    rows = math.ceil(len(mistakes) / _COLUMNS)
-    with _figure(path, (2.4 * _COLUMNS, 3 * rows)) as figure:
-        grid = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
-        for axes in grid:
-            axes.axis("off")
-        for axes, mistake in zip(grid, mistakes, strict=False):
-            image = decode(mistake.path)
-            image.thumbnail((_SIDE, _SIDE))
-            axes.imshow(image)
+    width, height = _COLUMNS * _CELL, math.ceil(len(mistakes) / _COLUMNS) * _CELL
+    sheet = Image.new("RGB", (width, height), "white")
+    with _figure(path, (width / _DPI, height / _DPI)) as figure:
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.axis("off")
+        for number, mistake in enumerate(mistakes):
+            x, y = _CELL * (number % _COLUMNS), _CELL * (number // _COLUMNS)
+            image = ImageOps.contain(decode(mistake.path), (_SIDE, _SIDE))
+            sheet.paste(image, (x + (_CELL - image.width) // 2, y))
             said = f"said {_shorten(mistake.said)} ({mistake.probability:.0%})"
-            axes.set_title(f"{said}\nis {_shorten(mistake.truth)}", fontsize=9)
+            text = f"{said}\nis {_shorten(mistake.truth)}"
+            axes.text(x + _CELL / 2, y + _SIDE + 4, text, fontsize=9, ha="center", va="top")
+        axes.imshow(sheet, aspect="auto")
 
 
 def draw_memory(plan: BatchPlan, path: Path) -> None:
@@ -138,4 +144,4 @@ def _figure(path: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
 
 
 def _save(figure: "Figure") -> Callable[[Path], None]:
-    return lambda target: figure.savefig(target, format="png", dpi=100)
+    return lambda target: figure.savefig(target, format="png", dpi=_DPI)

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def test_what_only_some_need_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> N
     assert (ran.exit_code, ran.stderr) == (0, "")
     assert ran.stdout.splitlines()[0] == "! extra plot     none"
     assert "fix: pip install it" in ran.stdout
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "momconv.diagnosis", None)
+    ran = run("--json")
+    error = json.loads(ran.stdout)["error"]
+    assert (ran.exit_code, error["kind"]) == (5, "doctor.import")
+    assert error["message"].startswith("a library that momconv needs cannot be loaded: ")
 
 
 def test_a_network_that_is_inverted_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,14 @@ def test_unreadable_images_are_named_on_stderr(model: Path, colours: Path, tmp_p
     assert len(ran.stdout.splitlines()) == 1 + 8
 
 
+def test_classes_without_names_are_numbers(colours: Path, tmp_path: Path) -> None:
+    model_file.save(build("cifar_resnet20", 3), tmp_path / "m.safetensors")
+    ran = run(tmp_path / "m.safetensors", colours / "red" / "0.png", "--json")
+    (image,) = json.loads(ran.stdout)["predictions"]
+    assert sorted(guess["name"] for guess in image["guesses"]) == ["0", "1", "2"]
+    assert "names no classes" in ran.stderr
+
+
 def test_mistakes_are_explained(model: Path, colours: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.png"
     bad.touch()

@@ -78,9 +78,19 @@ def test_the_card_has_the_figures_of_the_run(folder: Path, run: tuple[Result, Re
     assert "colours: 18 images to train on, 6 held out." in card
     assert "| red | 6 | 2 |" in card
     assert "momconv predict best.safetensors PHOTO.jpg" in card
+    assert f"Fingerprint of the files: `{run[0].splits.fingerprint}`" in card
     top1 = run[0].best_epoch.val_top1
     assert f"| top-1 | {top1:.2%} " in card
     assert "![confusion](plots/confusion.png)" in card
+
+
+def test_the_card_has_what_was_asked_for_and_no_path(
+    folder: Path, run: tuple[Result, Recipe]
+) -> None:
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| `model.name` | cifar\\_resnet20 |" in card
+    assert "`train.momentum`" not in card  # a default
+    assert str(run[1].data.path) not in card
 
 
 def test_the_config_has_timm_s_keys(folder: Path) -> None:
