@@ -267,6 +267,9 @@ def _parse(text: bytes | str, source: str, key: str = "") -> Iterator[_Setting]:
             raise UsageError(problem, kind="usage.bad_recipe")
     except yaml.YAMLError as error:
         raise _not_yaml(error, source, key) from None
+    except RecursionError:
+        problem = f"{source or key}: not a recipe: nested too deeply"
+        raise UsageError(problem, kind="usage.bad_yaml") from None
 
 
 def _walk(

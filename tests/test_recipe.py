@@ -349,3 +349,9 @@ def test_the_hymenoptera_recipe_is_the_paper_s_at_3_gib() -> None:
     assert (recipe.model.name, recipe.model.weights) == ("resnet152", "none")
     assert (recipe.data.resolution, recipe.train.memory) == (500, "3GiB")
     assert recipe.momentum.gamma == 0.9
+
+
+def test_endless_nesting_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("train: " + "[" * 5000)
+    with pytest.raises(UsageError, match=r"r\.yaml: not a recipe: nested too deeply"):
+        load_recipe(tmp_path / "r.yaml")

@@ -7,6 +7,7 @@ and ``read_batches`` raises the error that names it.
 
 import hashlib
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -21,10 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from momconv.data.decoding import decode
 from momconv.data.folder import ImageSet
-from momconv.errors import DataError
+from momconv.errors import DataError, ResourceError
 
 Transform = Callable[[Image.Image], Tensor]
 _NONE = -1
+_SHARED_MEMORY = Path("/dev/shm")  # where processes hand over tensors, on Linux
+_ALMOST_NOTHING = 2**20  # bytes of free space
 _MOST_WORKERS = 8
 _IMAGES_PER_WORKER = 32  # fewer are read before a process has started
 
@@ -115,10 +118,13 @@ def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
 
     Raises:
         DataError: a file cannot be decoded, whichever process found out.
+        ResourceError: a process was killed, or there is no shared memory left.
     """
+    iterator = iter(loader)
     try:
-        yield from loader
+        yield from iterator
     except RuntimeError as error:
+        _explain_death(iterator, error)
         # The traceback holds the loader's iterator. Without it the workers stop at once; as cyclic
         # garbage they would wait for a message that never comes.
         traceback.clear_frames(error.__traceback__)
@@ -126,6 +132,27 @@ def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
         if isinstance(dataset, _ImageFiles):
             dataset.raise_failure()
         raise
+
+
+def _explain_death(iterator: object, error: RuntimeError) -> None:
+    """Raise what a reading process died of, if it did; DataLoader says it in a long text only."""
+    codes = {process.exitcode for process in getattr(iterator, "_workers", ())}
+    if -signal.SIGBUS in codes or _is_full(_SHARED_MEMORY):
+        raise ResourceError(
+            f"no shared memory left for the processes that read images: {_SHARED_MEMORY} is full",
+            kind="memory.shared",
+            fix="--set data.workers=0\ndocker run --shm-size=8g, in a container",
+        ) from error
+    if -signal.SIGKILL in codes:
+        raise ResourceError(
+            "a process that reads images was killed, as happens where memory runs out",
+            kind="memory.killed",
+            fix="--set data.workers=0",
+        ) from error
+
+
+def _is_full(folder: Path) -> bool:
+    return folder.is_dir() and shutil.disk_usage(folder).free < _ALMOST_NOTHING
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

@@ -10,7 +10,7 @@ import struct
 import threading
 import warnings
 import zlib
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,10 +103,9 @@ def decode_bytes(data: bytes, path: Path) -> Picture:
     Raises:
         UnreadableImage: as ``decode``.
     """
-    file = _File(data)
     with _quiet:
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             large = image.width * image.height > _LARGE_PICTURE
             with _one_at_a_time if large else nullcontext():
                 return _load(image)
@@ -115,8 +114,7 @@ def decode_bytes(data: bytes, path: Path) -> Picture:
         except Image.DecompressionBombError as error:
             raise UnreadableImage(path, "image too large") from error
         except _DAMAGE as error:
-            reason = "truncated image" if file.overrun else "unreadable image"
-            raise UnreadableImage(path, reason) from error
+            raise UnreadableImage(path, _describe_damage(data)) from error
 
 
 def _load(image: Image.Image) -> Picture:
@@ -124,6 +122,14 @@ def _load(image: Image.Image) -> Picture:
     image.load()
     rgb, converted = _to_rgb(image)
     return Picture(rgb, stored, converted)
+
+
+def _describe_damage(data: bytes) -> str:
+    """How the bytes of an image, which cannot be decoded, are damaged."""
+    file = _File(data)
+    with suppress(*_DAMAGE):
+        Image.open(file, formats=FORMATS).load()
+    return "truncated image" if file.overrun else "unreadable image"
 
 
 def _describe_other(data: bytes) -> str:
@@ -190,14 +196,16 @@ def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     if image.mode in {"RGBA", "RGBa", "LA", "PA"} or "transparency" in image.info:
         converted.append("transparent, put on white")
         image = _on_white(image)
-    return image.convert("RGB"), tuple(converted)
+    # A conversion to the same mode would copy.
+    return image if image.mode == "RGB" else image.convert("RGB"), tuple(converted)
 
 
 def _turn_upright(image: Image.Image) -> bool:
     """Turn ``image`` as its EXIF says, and tell whether it says so; broken EXIF says nothing."""
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-        ImageOps.exif_transpose(image, in_place=True)
+        if turned:
+            ImageOps.exif_transpose(image, in_place=True)
     except _DAMAGE:
         return False
     return turned

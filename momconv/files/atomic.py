@@ -1,14 +1,21 @@
 """Files that appear complete or not at all."""
 
+import errno
 import os
 import re
 import shlex
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from momconv.errors import ResourceError, UsageError
+from safetensors import SafetensorError
 
+from momconv.errors import ResourceError, UsageError
+from momconv.units import format_bytes
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, and limit of a process
+_ALMOST_NOTHING = 2**20  # bytes of free space
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
@@ -53,10 +60,8 @@ def write_atomically(
             os.replace(path, previous)
         os.replace(temporary, path)
         _flush_folder(path.parent)
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write {path}: {error.strerror}", kind="output.unwritable"
-        ) from error
+    except (OSError, SafetensorError) as error:  # the latter hides the number of the former
+        raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -97,6 +102,24 @@ def _require_parent(path: Path) -> None:
             kind="output.no_folder",
             fix=f"mkdir -p {shlex.quote(str(path.parent))}",
         )
+
+
+def _unwritable(path: Path, error: OSError | SafetensorError) -> ResourceError:
+    """The error for a file that cannot be written, with the room that there is if that is why."""
+    full = error.errno in _FULL if isinstance(error, OSError) else False
+    free = shutil.disk_usage(path.parent).free
+    reason = error.strerror if isinstance(error, OSError) else error
+    if full or free < _ALMOST_NOTHING:
+        return ResourceError(
+            f"cannot write {path}: {reason}\n{format_bytes(free)} free on its disk",
+            kind="output.no_space",
+            fix="make room there, or name a folder on another disk with -o",
+        )
+    return ResourceError(
+        f"cannot write {path}: {reason}",
+        kind="output.unwritable",
+        fix=f"make {path.parent} writable, or name another folder with -o",
+    )
 
 
 def _write_utf8(path: Path, text: str) -> None:

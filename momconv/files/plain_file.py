@@ -1,10 +1,12 @@
 """A network's tensors alone, as torchvision's ``load_state_dict`` takes them."""
 
+import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from momconv.errors import UsageError
 from momconv.files.atomic import write_atomically
@@ -37,7 +39,7 @@ def save_plain(model: nn.Module, path: Path) -> None:
     check_suffix(path)
     state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     if path.suffix in _PICKLED:
-        write_atomically(path, lambda target: torch.save(state, target))
+        write_atomically(path, lambda target: _pickle(state, target))
     else:
         write_atomically(
             path, lambda target: safetensors.torch.save_file(state, target, {"format": "pt"})
@@ -52,3 +54,9 @@ def load_command(architecture: str, num_classes: int, path: Path) -> str:
     read = "torch.load" if path.suffix in _PICKLED else "safetensors.torch.load_file"
     network = f"torchvision.models.{architecture}(num_classes={num_classes})"
     return f"{network}.load_state_dict({read}({file!r}))"
+
+
+def _pickle(state: Mapping[str, Tensor], path: Path) -> None:
+    content = io.BytesIO()  # given a path, torch.save hides what is wrong with it
+    torch.save(state, content)
+    path.write_bytes(content.getbuffer())

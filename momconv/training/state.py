@@ -101,8 +101,16 @@ class SavedState:
         return _select(self.tensors, _EXTRAS)
 
     def restore_random_states(self) -> None:
-        """Set the random generators to where they were."""
-        set_random_states(_select(self.tensors, _RANDOM))
+        """Set the random generators to where they were.
+
+        Raises:
+            ModelFileError: They cannot have been there.
+        """
+        try:
+            set_random_states(_select(self.tensors, _RANDOM))
+        except (KeyError, RuntimeError, TypeError) as error:
+            problem = "the state of the run has no state of the random generators, or a damaged one"
+            raise ModelFileError(problem, kind="run.bad_state") from error
 
 
 def load_newest(folder: RunFolder, tell: Callable[[str], None]) -> SavedState:
@@ -150,6 +158,8 @@ def load_state(path: Path) -> SavedState:
         raise _damaged(path, f"tensors {difference}")
     if metadata.get(_CHECKSUM) != _checksum(metadata[_KEY], sorted(tensors), tensors.__getitem__):
         raise _damaged(path, "its checksum is another")
+    if unfitting := _find_unfitting(model, _select(tensors, _OPTIMIZER)):
+        raise _damaged(path, f"{_OPTIMIZER}{unfitting} fits no parameter")
     model.load_state_dict(weights)
     attach(model, record.description)
     return SavedState(model, record.progress, tensors)
@@ -190,6 +200,16 @@ def _checksum(text: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> 
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _find_unfitting(model: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+    """A name in the optimiser's state that no parameter has, or not in this shape."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for key, value in tensors.items():
+        shape = shapes.get(key.partition("/")[2])
+        if shape is None or value.shape not in (shape, torch.Size([])):
+            return key
+    return None
 
 
 def _select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -12,8 +12,10 @@ import re
 import shlex
 import struct
 import warnings
+import zipfile
 from io import BufferedReader
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -26,15 +28,19 @@ from momconv.zoo.networks import build, head_name, names
 
 State = dict[str, Tensor]
 
+_LARGEST_HEADER = 100_000_000  # bytes, as for the safetensors library itself
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
 
 # What torch.load raises on damaged bytes, beside UnpicklingError.
 _DAMAGE = (
+    ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
+    ImportError,
     LookupError,
+    MemoryError,
     OSError,
-    OverflowError,
     RuntimeError,
     TypeError,
     ValueError,
@@ -63,7 +69,7 @@ def read_state(path: Path) -> State:
         read_metadata(path)  # explains a truncated file
         return _read_safetensors(path)
     content = _unwrap(_read_checkpoint(path))
-    state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    state = {str(key): value for key, value in content.items() if _is_dense(value)}
     if not state or len(state) < len(content):
         raise ModelFileError(
             f"{path} holds no state dict\nexpected a dictionary of tensors, or one under "
@@ -83,7 +89,9 @@ def read_metadata(path: Path) -> dict[str, str]:
         size = os.fstat(file.fileno()).st_size
         header_size = int.from_bytes(file.read(8), "little")
         # Never more than the file has: the length itself may be damaged.
-        text = file.read(min(header_size, size))
+        text = file.read(min(header_size, size, _LARGEST_HEADER))
+    if _LARGEST_HEADER < header_size < size:
+        raise _damaged(path, f"its header: {header_size:,} bytes, at most {_LARGEST_HEADER:,}")
     promised = 8 + header_size
     if promised <= size:
         header = _parse_header(text, path)
@@ -182,6 +190,7 @@ def _read_checkpoint(path: Path) -> object:
     # keeps torch.load from going by the suffix.
     try:
         with _open(path) as file, warnings.catch_warnings(action="ignore"):
+            _refuse_compressed(file, path)
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelFileError(
@@ -194,6 +203,29 @@ def _read_checkpoint(path: Path) -> object:
         explains = isinstance(error, OSError | RuntimeError)  # the others come from wrong bytes
         reason = str(error).partition("\n")[0] if explains else "its bytes are no checkpoint"
         raise _damaged(path, reason) from error
+
+
+def _refuse_compressed(file: BufferedReader, path: Path) -> None:
+    """torch.save stores without compression; a little that is unpacked could fill the memory."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, *_DAMAGE):
+        unpacked = 0  # of PyTorch's older format, or damaged, which torch.load finds out
+    if unpacked > os.fstat(file.fileno()).st_size:
+        raise _damaged(path, f"it unpacks to {unpacked:,} bytes, more than it has")
+    file.seek(0)
+
+
+def _is_dense(value: object) -> TypeGuard[Tensor]:
+    """Whether ``value`` is a tensor with memory for each of its numbers.
+
+    Others may claim any shape in a few bytes: sparse ones, those on no device, and expanded ones.
+    """
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        return False
+    needed = value.numel() * value.element_size()
+    return value.device.type == "cpu" and value.untyped_storage().nbytes() >= needed
 
 
 def _unwrap(content: object) -> dict[object, object]:

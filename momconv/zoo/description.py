@@ -10,7 +10,7 @@ from torch import nn
 
 from momconv.errors import UsageError
 
-Pixels = Annotated[int, Field(gt=0, le=2**14)]
+Pixels = Annotated[int, Field(gt=0, le=2**12)]  # bounds what a stranger's file can ask for
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 Interpolation = Literal[
     "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"

@@ -1,3 +1,6 @@
+import os
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from momconv.data.dataset import LabelledImages, UnlabelledImages, read_batches
 from momconv.data.folder import ImageSet, find_evaluation_set, find_splits, list_images
 from momconv.data.inspection import check_images
 from momconv.data.transforms import evaluation_transform, training_transform
-from momconv.errors import DataError
+from momconv.errors import DataError, ResourceError
 from momconv.zoo.description import Preprocessing
 
 TINY = Preprocessing(resolution=8, resize=8, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
@@ -129,6 +132,34 @@ def test_other_failures_in_a_worker_are_not_hidden(images: ImageSet) -> None:
 
     loader = DataLoader(LabelledImages(images, fail, seed=0), num_workers=1)
     with pytest.raises(RuntimeError, match="not the file's fault"):
+        list(read_batches(loader))
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGBUS, "memory.shared"), (signal.SIGKILL, "memory.killed")]
+)
+def test_a_process_that_was_killed_is_explained(
+    images: ImageSet, number: signal.Signals, kind: str
+) -> None:
+    def die(image: object) -> Tensor:
+        os.kill(os.getpid(), number)
+        raise AssertionError
+
+    loader = DataLoader(LabelledImages(images, die, seed=0), num_workers=1)
+    with pytest.raises(ResourceError) as caught:
+        list(read_batches(loader))
+    assert caught.value.kind == kind
+    assert caught.value.fix is not None
+    assert "data.workers=0" in caught.value.fix
+
+
+def test_full_shared_memory_is_named(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(image: object) -> Tensor:
+        raise RuntimeError("unable to allocate shared memory")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 99, 1))
+    loader = DataLoader(LabelledImages(images, fail, seed=0), num_workers=1)
+    with pytest.raises(ResourceError, match="/dev/shm is full"):
         list(read_batches(loader))
 
 

@@ -1,11 +1,18 @@
+import errno
 import os
+import resource
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from momconv.errors import ResourceError, UsageError
 from momconv.files.atomic import require_free, sweep, write_atomically, write_text
+from momconv.files.plain_file import save_plain
 
 
 def test_the_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -40,12 +47,57 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_is_named(tmp_path: Path) -> None:
-    def write(temporary: Path) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file can have more than 1000 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    with pytest.raises(ResourceError, match=r"cannot write .*/a.txt: No space left on device"):
+
+def _save_tensors(path: Path) -> None:
+    save_file({"x": torch.zeros(1000)}, path)
+
+
+def _save_bytes(path: Path) -> None:
+    path.write_bytes(bytes(4000))
+
+
+@pytest.mark.usefixtures("small_disk")
+@pytest.mark.parametrize("write", [_save_tensors, _save_bytes])
+def test_a_file_that_does_not_fit_is_named(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    with pytest.raises(ResourceError, match=r"cannot write .*/a: .*File too large") as caught:
+        write_atomically(tmp_path / "a", write)
+    assert caught.value.fix
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small_disk")
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_model_that_does_not_fit_is_named(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(ResourceError, match="cannot write"):
+        save_plain(nn.Linear(100, 100), tmp_path / f"a{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "fix"),
+    [
+        (errno.ENOSPC, "output.no_space", "make room there, or name a folder on another disk"),
+        (errno.EROFS, "output.unwritable", "make {} writable, or name another folder"),
+    ],
+)
+def test_what_the_system_refuses_has_a_fix(
+    tmp_path: Path, number: int, kind: str, fix: str
+) -> None:
+    def write(temporary: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(ResourceError, match=os.strerror(number)) as caught:
         write_atomically(tmp_path / "a.txt", write)
+    assert caught.value.kind == kind
+    assert caught.value.fix == f"{fix.format(tmp_path)} with -o"
 
 
 def test_a_missing_folder_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from momconv.errors import ModelFileError, ResourceError
 from momconv.surgery.conversion import convert, read_schemes
+from momconv.training import state
 from momconv.training.progress import EpochRow, Progress
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_newest, load_state, save_state
@@ -78,6 +79,29 @@ def test_a_loss_that_is_no_number_survives(tmp_path: Path) -> None:
     (again,) = load_state(RunFolder(tmp_path).state).progress.history
     assert math.isnan(again.val_loss or 0)
     assert again.images_per_second == math.inf
+
+
+def test_a_stranger_s_state_is_refused_where_it_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = make_network(), RunFolder(tmp_path).state
+    optimizer = sgd(model)
+    step(model, optimizer)
+    monkeypatch.setattr(state, "_checksum", lambda *_: "its own")  # a stranger can compute it
+    monkeypatch.setattr(state, "_verify", lambda _: None)
+    save_state(RunFolder(tmp_path), model, optimizer, Progress())
+    sound = path.read_bytes()
+    key = "optimizer/momentum_buffer/conv1.weight"
+    for name, value in {"optimizer/x/nowhere": torch.ones(1), key: torch.ones(2)}.items():
+        path.write_bytes(sound)
+        damage(path, lambda tensors, _, n=name, v=value: tensors.update({n: v}))  # type: ignore[misc]
+        with pytest.raises(ModelFileError, match=f"{name} fits no parameter"):
+            load_state(path)
+    for value in (torch.ones(9), torch.zeros_like(torch.get_rng_state())):
+        path.write_bytes(sound)
+        damage(path, lambda tensors, _, v=value: tensors.update({"random/cpu": v}))  # type: ignore[misc]
+        with pytest.raises(ModelFileError, match="random generators"):
+            load_state(path).restore_random_states()
 
 
 def damage(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> None:

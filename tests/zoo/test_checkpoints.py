@@ -1,5 +1,6 @@
 import io
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,41 @@ def test_a_damaged_length_reads_no_more_than_the_file_has(tmp_path: Path) -> Non
     path.write_bytes(b"\xff" * 8 + b"{}")
     with pytest.raises(ModelFileError, match="file has 10"):
         read_state(path)
+
+
+def test_a_header_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write((2 * 10**8).to_bytes(8, "little") + b"{")
+        file.truncate(3 * 10**8)  # takes no room on the disk
+    with pytest.raises(ModelFileError, match="its header: 200,000,000 bytes"):
+        read_state(path)
+
+
+def test_what_unpacks_to_more_than_it_has_is_not_unpacked(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(10**5)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in plain.infolist():
+            bomb.writestr(entry.filename, plain.read(entry))
+    with pytest.raises(ModelFileError, match=r"unpacks to 40\d,"):
+        read_state(tmp_path / "bomb.pth")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(1).expand(10**9), torch.zeros(9, 9).to_sparse(), torch.zeros(9, device="meta")],
+    ids=["expanded", "sparse", "meta"],
+)
+def test_a_tensor_that_claims_more_than_it_holds_is_refused(
+    tmp_path: Path, tensor: torch.Tensor
+) -> None:
+    torch.save({"fc.weight": tensor}, tmp_path / "file.pth")
+    with pytest.raises(ModelFileError) as caught:
+        read_state(tmp_path / "file.pth")
+    assert caught.value.kind == "model_file.no_state_dict"
 
 
 def test_a_missing_file_is_answered_with_the_closest_one(tmp_path: Path) -> None:
