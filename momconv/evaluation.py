@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
@@ -69,6 +70,9 @@ def evaluate(
     The model moves to ``device``; its training flags are afterwards what they were. ``progress`` is
     called with the number of images done and the number of all.
 
+    In a job of torch.distributed each process takes a share of the images, and all get the scores
+    of all images.
+
     Raises:
         UsageError: The model has no description.
         DataError: There are no images, they have more or fewer classes than the model, or one
@@ -77,7 +81,7 @@ def evaluate(
     description = describe(model)
     _check(images, description.num_classes)
     transform = evaluation_transform(description.preprocessing)
-    dataset = LabelledImages(images, transform, seed=None)
+    dataset = LabelledImages(_own_share(images), transform, seed=None)
     loader = make_loader(dataset, workers=workers, batch_size=batch_size)
     metrics, loss = _make_metrics(len(images.classes)).to(device), MeanMetric("disable").to(device)
     done = 0
@@ -107,6 +111,13 @@ def _check(images: ImageSet, num_classes: int) -> None:
             fix="name a folder of those classes, or train a head for these: momconv finetune "
             f"--from FILE --data {images.root}",
         )
+
+
+def _own_share(images: ImageSet) -> ImageSet:
+    """The images of this process. The metrics add up those of all processes by themselves."""
+    if not dist.is_initialized():
+        return images
+    return images.select(range(dist.get_rank(), len(images.samples), dist.get_world_size()))
 
 
 def _make_metrics(classes: int) -> MetricCollection:

@@ -12,6 +12,7 @@ from momconv.planner.micro_batch import count_steps
 from momconv.recipe import Recipe
 from momconv.training.optimisation import rate_at
 from momconv.training.planning import BatchPlan
+from momconv.training.processes import ALONE, Processes
 from momconv.training.progress import Listener
 from momconv.training.run_folder import RunFolder
 
@@ -29,6 +30,7 @@ class Job:
     device: torch.device
     workers: int
     listener: Listener
+    processes: Processes = ALONE
     ends: float = math.inf  # by time.monotonic
     evaluation_batch: int = 32  # images, at most
 

@@ -18,23 +18,24 @@ from momconv.data.folder import printable
 from momconv.data.transforms import training_transform
 from momconv.errors import ResourceError
 from momconv.evaluation import Scores, evaluate
-from momconv.files.atomic import write_text
 from momconv.planner.measurement import measure, static_bytes
 from momconv.planner.search import has_batch_norm
 from momconv.training.annealing import anneal
 from momconv.training.batches import MicroBatches, split_batch, split_epoch
-from momconv.training.interruption import TimeUp, catching_signals
+from momconv.training.interruption import Interrupted, TimeUp, catching_signals
 from momconv.training.job import Job
 from momconv.training.network import read_gamma, start_training
 from momconv.training.optimisation import set_rate
 from momconv.training.progress import EpochRow, Halving, Progress
 from momconv.training.saving import (
     Autosave,
+    HalfDone,
     NotFinite,
     go_back,
     go_back_and_slow_down,
     save,
     saving_on_failure,
+    write_plan,
 )
 from momconv.training.state import read_random_states, set_random_states
 from momconv.units import format_bytes
@@ -73,13 +74,13 @@ def train(job: Job, progress: Progress) -> None:
                 done = progress.epoch + progress.step / job.steps_per_epoch
                 anneal(job.model, job.recipe.momentum, done)
                 autosave()
-                _require_time(job)
+                _stop_if_asked(job, check)
                 began = time.perf_counter()
             else:
                 scores = _validate(job, report, check)
                 _finish_epoch(job, progress, scores, time.perf_counter() - began)
                 if progress.epoch < job.recipe.train.epochs:
-                    _require_time(job)
+                    _stop_if_asked(job, check)
 
 
 def _add_up(
@@ -89,17 +90,11 @@ def _add_up(
 
     Then the run is to go on from wherever ``progress`` is, prepared not to fail again.
     """
-    loss = torch.zeros((), device=job.device)
     try:
         with _all_or_nothing(job.model):
-            for images, labels in step.parts:
-                share = len(labels) / step.images
-                if job.plan.measured_bytes is None and job.device.type == "cpu":
-                    loss += _measure_gradients(job, images, labels, share)
-                else:
-                    loss += add_gradients(job, images, labels, share)
-                report(len(labels))
-                check()
+            loss = _add_share(job, step, report, check)
+            job.processes.add([loss])
+            job.processes.add_gradients(job.model)
             _require_finite(job, progress, loss, step)
     except torch.OutOfMemoryError:
         _halve(job, progress)
@@ -110,12 +105,50 @@ def _add_up(
     return loss
 
 
+def _add_share(job: Job, step: "_Step", report: "_Report", check: Callable[[], None]) -> Tensor:
+    """Add up the gradients of this process's images of a step; their part of its loss.
+
+    Raises:
+        torch.OutOfMemoryError: In this process or in another one.
+    """
+    loss, left, exhausted = torch.zeros((), device=job.device), step.images, False
+    try:
+        for images, labels in step.parts:
+            share = len(labels) / step.images
+            if job.plan.measured_bytes is None and job.device.type == "cpu":
+                loss += _measure_gradients(job, images, labels, share)
+            else:
+                loss += add_gradients(job, images, labels, share)
+            left -= len(labels)
+            report(len(labels))
+            if job.processes.count == 1:  # several stop together, between two steps
+                check()
+    except torch.OutOfMemoryError:
+        exhausted = True
+    if any(job.processes.largest(exhausted)):
+        raise torch.OutOfMemoryError
+    if left:
+        report(left)  # those of the other processes
+    return loss
+
+
 def _step(job: Job, progress: Progress) -> bool:
-    """Change the weights. False if memory ran out: some may have changed, so the run went back."""
+    """Change the weights. False if memory ran out: some may have changed, so the run went back.
+
+    Raises:
+        HalfDone: Memory ran out in one of several processes, which cannot go back by itself.
+    """
     set_rate(job.optimizer, progress.lr_factor * job.rate_at(progress.epoch, progress.step))
     try:
         job.optimizer.step()
     except torch.OutOfMemoryError:
+        if job.processes.count > 1:
+            raise HalfDone(
+                f"{job.device} ran out of memory while changing the weights; the state that was "
+                "saved last is kept",
+                kind="memory.exhausted",
+                fix="resume with a smaller --micro-batch",
+            ) from None
         go_back(job, progress)
         _halve(job, progress)
         return False
@@ -123,8 +156,23 @@ def _step(job: Job, progress: Progress) -> bool:
     return True
 
 
-def _require_time(job: Job) -> None:
-    if time.monotonic() >= job.ends:
+def _stop_if_asked(job: Job, check: Callable[[], None]) -> None:
+    """Do nothing if no process was signalled, and the leader has time left.
+
+    Raises:
+        Interrupted: One was signalled.
+        TimeUp: There is no time left.
+    """
+    number = 0
+    try:
+        check()
+    except Interrupted as interrupted:
+        number = interrupted.signal
+    own = job.processes.leads and time.monotonic() >= job.ends
+    number, late = job.processes.largest(number, own)
+    if number:
+        raise Interrupted(number)
+    if late:
         raise TimeUp
 
 
@@ -179,7 +227,7 @@ def _note_peak(job: Job) -> None:
 
 def _learn_peak(job: Job, measured_bytes: int) -> None:
     job.plan = replace(job.plan, measured_bytes=measured_bytes)
-    write_text(job.folder.plan, job.plan.to_json())
+    write_plan(job)
 
 
 def _halve(job: Job, progress: Progress) -> None:
@@ -191,13 +239,14 @@ def _halve(job: Job, progress: Progress) -> None:
     if job.device.type == "cuda":
         torch.cuda.empty_cache()
     before = job.plan.micro_batch
-    smaller = job.plan.halve(fewest=2 if has_batch_norm(job.model) else 1)
+    smaller = job.plan.halve(fewest=_fewest_images(job.model))
     if smaller is None:
         raise _out_of_memory(job, f"with micro-batches of {before}")
     job.plan = smaller
     progress.halvings.append(Halving(progress.epoch + 1, progress.step + 1, smaller.micro_batch))
-    write_text(job.folder.plan, smaller.to_json())
-    job.folder.write_history(progress)
+    write_plan(job)
+    if job.processes.leads:
+        job.folder.write_history(progress)
     job.listener.tell(
         f"warning: {job.device} ran out of memory with micro-batches of {before}; epoch "
         f"{progress.epoch + 1}, step {progress.step + 1} is done again, with {smaller.micro_batch}"
@@ -206,7 +255,7 @@ def _halve(job: Job, progress: Progress) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """The images of one optimisation step, their number and their micro-batches."""
+    """The images of one optimisation step, their number, and this process's micro-batches."""
 
     indices: list[int]
     parts: Iterator[Part]
@@ -240,11 +289,17 @@ class _Steps:
             len(self._dataset), self._recipe.batch_size, seed=self._recipe.seed, epoch=epoch
         )[first:]
         self._dataset.set_epoch(epoch)
-        micro_batch = self._job.plan.micro_batch
-        self._micro_batches.steps = [split_batch(batch, micro_batch) for batch in batches]
+        micro_batch, fewest = self._job.plan.micro_batch, _fewest_images(self._job.model)
+        shares = [self._job.processes.share(batch, fewest=fewest) for batch in batches]
+        self._micro_batches.steps = [split_batch(share, micro_batch) for share in shares]
         parts = read_batches(self._loader)
         for batch, split in zip(batches, self._micro_batches.steps, strict=True):
             yield _Step(batch, itertools.islice(parts, len(split)))
+
+
+def _fewest_images(model: nn.Module) -> int:
+    """How many images ``model`` needs at once: BatchNorm may not be able to take one alone."""
+    return 2 if has_batch_norm(model) else 1
 
 
 @contextmanager
@@ -300,19 +355,21 @@ def _validate(job: Job, report: "_Report", check: Callable[[], None]) -> Scores 
 
     def progress(done: int, total: int) -> None:
         report(0, f"validating {done}/{total}")
-        check()
+        if job.processes.count == 1:
+            check()
 
     while True:
         size = min(job.evaluation_batch, job.plan.micro_batch)
         try:
-            return evaluate(
-                job.model,
-                job.splits.val,
-                batch_size=size,
-                device=job.device,
-                workers=job.workers,
-                progress=progress,
-            )
+            with job.processes.noticing_losses():
+                return evaluate(
+                    job.model,
+                    job.splits.val,
+                    batch_size=size,
+                    device=job.device,
+                    workers=job.workers,
+                    progress=progress,
+                )
         except torch.OutOfMemoryError:
             if size == 1:
                 raise _out_of_memory(job, "validating 1 image at a time") from None
