@@ -51,6 +51,12 @@ class Scores:
     classes: tuple[ClassScore, ...]
     confusion: tuple[tuple[int, ...], ...]  # images of the row's class predicted as the column's
 
+    @property
+    def macro_recall(self) -> float:
+        """The mean recall over the classes that have images, or balanced accuracy."""
+        present = [score.recall for score in self.classes if score.support]
+        return sum(present) / len(present)
+
     def to_json(self) -> dict[str, Any]:
         """The same as values that JSON knows."""
         return asdict(self)

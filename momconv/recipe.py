@@ -44,6 +44,7 @@ def _readable_by(parse: Callable[[str], object]) -> AfterValidator:
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Memory = Annotated[
@@ -93,7 +94,9 @@ class DataRecipe(_Section):
     split_seed: Seed = 0
     max_bad_fraction: UnitInterval = 0.05
     workers: NonNegativeInt | Literal["auto"] = "auto"
-    flip: bool = True
+    balance: Literal["none", "loss", "sampler"] = "none"  # against classes of unequal size
+    augment: Literal["none", "light", "trivial", "randaug"] = "light"
+    flip: bool = True  # mirrored half of the time; never with augment: none
 
 
 class TrainRecipe(_Section):
@@ -103,23 +106,38 @@ class TrainRecipe(_Section):
     batch_size: Count = 32
     micro_batch: Count | Literal["auto"] = "auto"
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: PositiveFloat | None = None  # None: see resolved_lr
+    lr: PositiveFloat | Literal["auto"] | None = None  # auto: looked for; None: see resolved_lr
+    head_lr: PositiveFloat | None = None  # of the head; None: the same
+    layer_decay: Fraction = 1  # factor of the rate from each stage to the one below it
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     momentum: BelowOne = 0.9
     weight_decay: NonNegativeFloat = 1e-4
+    ema: BelowOne = 0  # decay of an average of the weights, which is then the result; 0: none
     warmup_epochs: NonNegativeFloat = 1
     label_smoothing: BelowOne = 0.1
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    mixup: NonNegativeFloat = 0  # α of the Beta distribution; 0.2 is usual
+    cutmix: NonNegativeFloat = 0  # the same; 1 is usual
+    clip: PositiveFloat | None = None  # the largest norm of the gradient
+    patience: Count | None = None  # epochs without a better top-1 after which to stop
+    min_delta: UnitInterval = 0  # what counts as better, as a fraction of the images
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False  # the residual blocks, by torch.compile
+    deterministic: bool = False  # algorithms that repeat their results on a GPU
     seed: Seed = 0
     memory: Memory | None = None
     device: str = "auto"
+    freeze: list[str] = []  # stages that stay as they are, such as stem and layer1
     save_every: Count | Duration = "10min"  # steps or time, inside an epoch; its end always
     time_limit: Duration | None = None  # after which a process stops, to be resumed
     freeze_bn: bool = False  # BatchNorm keeps its statistics and weights
 
     @property
     def resolved_lr(self) -> float:
-        """``lr``, or its default: in proportion to the batch for SGD, constant for AdamW."""
-        if self.lr is not None:
+        """``lr``, or its default: in proportion to the batch for SGD, constant for AdamW.
+
+        The default also stands for "auto" until a rate is found.
+        """
+        if isinstance(self.lr, float):
             return self.lr
         return 0.01 * self.batch_size / 32 if self.optimizer == "sgd" else 1e-4
 

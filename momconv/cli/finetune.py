@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from momconv.training.finetuning import Result
 
 _OPTIMISATION, _MEMORY, _MOMENTUM, _RUN = "Optimisation", "Memory", "Momentum", "Recipe and run"
+_LEARNING = "What is learnt, and from what"
 _KEYS = {
     "data": "data.path",
     "model": "model.name",
@@ -34,6 +35,14 @@ _KEYS = {
     "gamma": "momentum.gamma",
     "strategy": "momentum.strategy",
     "seed": "train.seed",
+    "freeze": "train.freeze",
+    "layer_decay": "train.layer_decay",
+    "ema": "train.ema",
+    "patience": "train.patience",
+    "augment": "data.augment",
+    "hflip": "data.flip",
+    "mixup": "train.mixup",
+    "balance": "data.balance",
     "max_bad_fraction": "data.max_bad_fraction",
     "device": "train.device",
     "time_limit": "train.time_limit",
@@ -76,7 +85,8 @@ def finetune(  # noqa: PLR0913 (one for each option)
         ),
     ] = None,
     lr: Annotated[
-        str | None, _option("--lr", "RATE", "Highest learning rate.", _OPTIMISATION)
+        str | None,
+        _option("--lr", "RATE", "Highest learning rate, or auto to look for one.", _OPTIMISATION),
     ] = None,
     resolution: Annotated[
         str | None,
@@ -84,6 +94,45 @@ def finetune(  # noqa: PLR0913 (one for each option)
     ] = None,
     seed: Annotated[
         str | None, _option("--seed", "N", "Of the order, augmentation and head.", _OPTIMISATION)
+    ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        _option("--freeze", "STAGE", "Keep stem, layer1, … as it is; may be repeated.", _LEARNING),
+    ] = None,
+    layer_decay: Annotated[
+        str | None,
+        _option("--layer-decay", "F", "Of the rate from stage to stage. (default: 1)", _LEARNING),
+    ] = None,
+    ema: Annotated[
+        str | None,
+        _option("--ema", "DECAY", "Average the weights, such as with 0.999.", _LEARNING),
+    ] = None,
+    patience: Annotated[
+        str | None,
+        _option("--patience", "N", "Stop after N epochs without a better top-1.", _LEARNING),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        _option("--augment", "LEVEL", "none, light (default), trivial or randaug.", _LEARNING),
+    ] = None,
+    hflip: Annotated[
+        bool | None,
+        typer.Option(
+            "--hflip/--no-hflip",
+            help="Mirror images, but not digits or text. (default: yes)",
+            rich_help_panel=_LEARNING,
+            show_default=False,
+        ),
+    ] = None,
+    mixup: Annotated[
+        str | None,
+        _option("--mixup", "ALPHA", "Blend pairs of images, such as with 0.2.", _LEARNING),
+    ] = None,
+    balance: Annotated[
+        str | None,
+        _option(
+            "--balance", "HOW", "none, loss or sampler, for classes of unequal size.", _LEARNING
+        ),
     ] = None,
     max_bad_fraction: Annotated[
         str | None,
@@ -188,7 +237,8 @@ def finetune(  # noqa: PLR0913 (one for each option)
 def _read_options(context: typer.Context) -> list[str]:
     """The options that were given, as changes to the recipe; a JSON string is a YAML string."""
     given = {key: context.params[name] for name, key in _KEYS.items()}
-    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    unset: tuple[object, ...] = (None, (), [])
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value not in unset]
 
 
 def _refuse_together(option: str, value: object, others: Mapping[str, object]) -> None:

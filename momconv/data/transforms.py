@@ -5,6 +5,7 @@ for bit, given the same Preprocessing.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, ToTensor, v2
@@ -14,6 +15,9 @@ from momconv.zoo.description import Preprocessing
 _SMALLEST_SCALE = 0.35  # of the image's area in a random crop; 0.08 is for training from scratch
 _TINY = 64  # pixels; images of CIFAR's kind are shifted rather than cropped
 _SHIFT = 4  # pixels
+_ERASED = {"trivial": 0.1, "randaug": 0.25}  # share of the images from which a rectangle is erased
+
+Augmentation = Literal["none", "light", "trivial", "randaug"]
 
 
 def evaluation_transform(p: Preprocessing) -> v2.Compose:
@@ -21,10 +25,24 @@ def evaluation_transform(p: Preprocessing) -> v2.Compose:
     return v2.Compose([_resize(p), v2.CenterCrop(p.resolution), *_to_normalised_tensor(p)])
 
 
-def training_transform(p: Preprocessing, *, flip: bool = True) -> v2.Compose:
-    """A random crop, mirrored half of the time if ``flip``."""
+def training_transform(
+    p: Preprocessing, *, level: Augmentation = "light", flip: bool = True
+) -> v2.Compose:
+    """What an image goes through in training.
+
+    Args:
+        p: As for evaluation.
+        level: "none": as in evaluation. "light": a random crop, mirrored half of the time.
+            "trivial": TrivialAugment too (Müller and Hutter 2021), and a tenth of the images lose
+            a random rectangle, as in torchvision's recipes of 2021. "randaug": RandAugment instead
+            (Cubuk et al. 2020; two operations of magnitude 9), and a quarter, as DeiT's recipes.
+        flip: Whether to mirror at all.
+    """
+    if level == "none":
+        return evaluation_transform(p)
     mirror = [v2.RandomHorizontalFlip()] if flip else []
-    return v2.Compose([*_random_crop(p), *mirror, *_to_normalised_tensor(p)])
+    steps = [*_random_crop(p), *mirror, *_policy(p, level), *_to_normalised_tensor(p)]
+    return v2.Compose([*steps, *_erasing(level)])
 
 
 def _random_crop(p: Preprocessing) -> list[v2.Transform]:
@@ -33,6 +51,17 @@ def _random_crop(p: Preprocessing) -> list[v2.Transform]:
     mode = InterpolationMode(p.interpolation)
     scale = (_SMALLEST_SCALE, 1.0)
     return [v2.RandomResizedCrop(p.resolution, scale, interpolation=mode, antialias=True)]
+
+
+def _policy(p: Preprocessing, level: Augmentation) -> list[v2.Transform]:
+    mode = InterpolationMode(p.interpolation)
+    if level == "trivial":
+        return [v2.TrivialAugmentWide(interpolation=mode)]
+    return [v2.RandAugment(interpolation=mode)] if level == "randaug" else []
+
+
+def _erasing(level: Augmentation) -> list[v2.Transform]:
+    return [v2.RandomErasing(_ERASED[level])] if level in _ERASED else []
 
 
 def _resize(p: Preprocessing) -> v2.Transform:

@@ -3,13 +3,14 @@
 import os
 import re
 import shlex
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from momconv.errors import ResourceError, UsageError
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-z_]{8,32}\.tmp")  # these, and those of tempfile
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
@@ -67,14 +68,17 @@ def is_temporary(path: Path) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files that a process left in ``folder`` when it was killed.
+    """Remove the temporary files and folders that a process left in ``folder`` when it was killed.
 
     Raises:
         ResourceError: One cannot be removed.
     """
     for path in filter(is_temporary, folder.iterdir()):
         try:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise ResourceError(
                 f"cannot remove {path}: {error.strerror}", kind="output.unwritable"

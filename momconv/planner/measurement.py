@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from momconv.planner.micro_batch import Line, StaticBytes
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 _RESERVE = 0.1  # of the free memory: fragmentation, and what no allocator reports
 _STATES = {"sgd": 1, "adamw": 2}  # per trainable parameter
@@ -116,12 +116,15 @@ def per_image(
     return Line.through((batches[0], few), (batches[1], many))
 
 
-def static_bytes(model: nn.Module, optimizer: Literal["sgd", "adamw"]) -> StaticBytes:
-    """The bytes of weights, gradients and optimiser state while ``model`` is trained."""
+def static_bytes(
+    model: nn.Module, optimizer: Literal["sgd", "adamw"], *, ema: bool = False
+) -> StaticBytes:
+    """The bytes of weights, gradients, optimiser state and average while ``model`` is trained."""
     parameters = list(model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
-    return StaticBytes(weights, gradients=trained, optimizer=_STATES[optimizer] * trained)
+    state = _STATES[optimizer] * trained
+    return StaticBytes(weights, gradients=trained, optimizer=state, ema=weights if ema else 0)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -207,6 +210,12 @@ def _keeping_state(model: nn.Module, device: torch.device) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Mixed precision inside, or none for "fp32"."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
 def run_step(
     model: nn.Module,
     images: Tensor,
@@ -215,9 +224,8 @@ def run_step(
     enter_loss: Callable[[], None],
 ) -> None:
     """The forward pass, the loss, before which ``enter_loss`` is called, and the backward pass."""
-    autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16")
     with torch.enable_grad():
-        with autocast:
+        with autocast(precision, images.device):
             outputs = model(images)
             enter_loss()
             loss = F.cross_entropy(outputs, labels)

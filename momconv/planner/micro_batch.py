@@ -82,11 +82,12 @@ class StaticBytes:
     weights: int  # parameters and buffers
     gradients: int
     optimizer: int
+    ema: int = 0  # the average of the weights
 
     @property
     def total(self) -> int:
-        """The sum of the three."""
-        return self.weights + self.gradients + self.optimizer
+        """The sum of all."""
+        return self.weights + self.gradients + self.optimizer + self.ema
 
 
 # Splitting

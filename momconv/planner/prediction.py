@@ -144,7 +144,7 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
         model: A network for RGB images, converted or not.
         batch: Images that go through the network at once.
         resolution: Pixels of their sides.
-        precision: "bf16" is autocast.
+        precision: "bf16" and "fp16" are autocast.
         optimizer: Whose state counts.
         strategy: As for ``momconv.set_strategy``; None keeps the model's.
         ema: Whether an averaged copy of the weights is kept.
@@ -177,12 +177,12 @@ def predict(
         images = torch.empty(batch, 3, side, side, device=traced)
         labels = torch.empty(batch, dtype=torch.long, device=traced)
         trace.run(imitation, images, labels, training.precision)
-    static = static_bytes(model, training.optimizer)
+    static = static_bytes(model, training.optimizer, ema=training.ema)
     peak = trace.report(
         weights=static.weights,
         gradients=static.gradients,
         optimizer=static.optimizer,
-        ema=static.weights if training.ema else 0,
+        ema=static.ema,
         batch=images.nbytes + labels.nbytes,
         allowance=CONTEXT_BYTES + WORKSPACE_BYTES + SEGMENT_BYTES if kind == "cuda" else 0,
     )

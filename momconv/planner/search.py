@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from momconv.errors import ResourceError, UsageError
 from momconv.momentum.autograd import Strategy
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.measurement import available_bytes, static_bytes
+from momconv.planner.measurement import Precision, available_bytes, static_bytes
 from momconv.planner.micro_batch import largest_part, split_evenly
 from momconv.planner.prediction import PeakMemory, Training, predict
 from momconv.units import format_bytes, parse_bytes
@@ -120,7 +120,7 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
     *,
     micro_batch: int | Literal["auto"] = "auto",
     strategy: Choice = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
     optimizer: Literal["sgd", "adamw"] = "sgd",
     device: str = "cpu",
 ) -> Plan:
@@ -133,7 +133,7 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
         batch_size: Images of an optimisation step. Memory never changes it.
         micro_batch: Images that go through the network at once, or "auto" for as many as fit.
         strategy: One to keep to; "auto" for the fastest that fits.
-        precision: "bf16" is autocast.
+        precision: "bf16" and "fp16" are autocast.
         optimizer: Whose state counts.
         device: "cpu" or "cuda".
 
@@ -268,6 +268,7 @@ def _break_down(peak: PeakMemory) -> str:
         "weights": peak.weights,
         "gradients": peak.gradients,
         "optimizer": peak.optimizer,
+        "average of the weights": peak.ema,
         "images": peak.batch,
         "activations": activations,
         "side information": peak.side_information,

@@ -1,5 +1,6 @@
 """Making up, on unlabelled images, for what a conversion has changed."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from momconv.surgery.imitation import (
+    CHUNK,
     Images,
     Imitation,
     Progress,
@@ -21,8 +23,8 @@ from momconv.surgery.imitation import (
 )
 from momconv.surgery.modes import in_eval_mode
 
-_STEPS = 150
-_RATE = 1e-2
+_STEPS, _FEWEST_STEPS = 150, 20
+_RATE = 1e-2  # for the most steps; fewer take larger ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +45,17 @@ def calibrate(
     batches: Iterable[Tensor],
     original: nn.Module | None = None,
     *,
+    most_images: int | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Adapt ``model`` to the momentum rule, which shifts the distribution of its activations.
 
     First, BatchNorm's running statistics become their average over ``batches``; given the
     ``original``, only if that brings the network closer to it. Then the gains of the runs and the
-    scales and shifts of all normalisation layers are trained for 150 steps to reproduce its logits
-    and the outputs of its stages. No label is used, no weight of a convolution or linear layer
-    changes. On a fifth of the images, held out, the result is never further from the original than
-    the network was before.
+    scales and shifts of all normalisation layers are trained, for 150 steps of up to 50 images, to
+    reproduce its logits and the outputs of its stages. No label is used, no weight of a convolution
+    or linear layer changes. On a fifth of the images, held out, the result is never further from
+    the original than the network was before.
 
     Args:
         model: The converted network, on any device. Its training flags stay as they are.
@@ -61,6 +64,8 @@ def calibrate(
             they should be of one size, and large: 100 images or more.
         original: The network that ``model`` was converted from, on the same device. It stays as it
             is.
+        most_images: Take fewer steps, but 20 at least, so as not to read more than so many images,
+            each time that one is read counted.
         progress: Hears of steps done, of all steps, and of the time left. A KeyboardInterrupt
             during the training, from here too, ends it early with the best values so far.
     """
@@ -69,14 +74,21 @@ def calibrate(
         return Calibration(_estimate_statistics(model, batches), None)
     layers = _estimate_if_closer(model, batches, original, images)
     with trainable_gains(model) as gains:
-        groups = [(gains + norm_parameters(model), _RATE)]
-        steps = _read(images, progress)
-        return Calibration(layers, imitate(model, original, groups, steps, images.held_out))
+        steps = _count_steps(most_images)
+        groups = [(gains + norm_parameters(model), _RATE * math.sqrt(_STEPS / steps))]
+        chunks = _read(images, Schedule(steps, progress))
+        return Calibration(layers, imitate(model, original, groups, chunks, images.held_out))
 
 
-def _read(images: Images, progress: Progress | None) -> Iterator[Step]:
-    """150 steps' images, from as many passes as it takes."""
-    schedule, done = Schedule(_STEPS, progress), 0
+def _count_steps(most_images: int | None) -> int:
+    if most_images is None:
+        return _STEPS
+    return min(_STEPS, max(_FEWEST_STEPS, most_images // CHUNK))
+
+
+def _read(images: Images, schedule: Schedule) -> Iterator[Step]:
+    """The images of each step, from as many passes as it takes."""
+    done = 0
     while True:
         for chunk in images.read():
             share = schedule.share(done)

@@ -26,7 +26,7 @@ from momconv.units import format_duration
 Progress = Callable[[int, int, str], None]
 Step = tuple[Tensor, float]  # images, and which share of the work is done before them
 
-_CHUNK = 50  # images of a step
+CHUNK = 50  # images of a step
 _HELD_OUT = 5  # one image in so many
 _HELD_OUT_BATCHES = 8  # in which some are held out; they stay in memory
 _CHECK = 25  # steps between two looks at the images held out
@@ -68,13 +68,13 @@ class Images:
             kept = _kept(number, batch)
             if kept < len(batch):
                 self.held_out.append(batch[kept:].clone())
-            self.steps += math.ceil(kept / _CHUNK)
+            self.steps += math.ceil(kept / CHUNK)
 
     def read(self) -> Iterator[Tensor]:
         """The images of one step after the other, in an order that the number of passes gives."""
         for number, batch in enumerate(self._batches):
             order = torch.randperm(_kept(number, batch), generator=self._generator)
-            for indices in order.chunk(math.ceil(len(order) / _CHUNK)):
+            for indices in order.chunk(math.ceil(len(order) / CHUNK)):
                 yield batch[indices]
 
 

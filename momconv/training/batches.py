@@ -16,17 +16,23 @@ from momconv.planner.micro_batch import count_steps, split_evenly
 def split_epoch(count: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
     """The images 0 … count − 1, shuffled, in batches of ``batch_size``; the last may be smaller.
 
-    A single image left over joins the batch before, as BatchNorm may not be able to take it alone.
-
     >>> [len(batch) for batch in split_epoch(9, 4, seed=0, epoch=0)]
     [4, 5]
     """
     # Only random() is promised to give the same numbers in every version of Python.
     draw = random.Random(f"{seed} {epoch}").random
-    order = sorted(range(count), key=lambda _: draw())
+    return split_order(sorted(range(count), key=lambda _: draw()), batch_size)
+
+
+def split_order(order: Sequence[int], batch_size: int) -> list[list[int]]:
+    """The images of an epoch in batches of ``batch_size``; the last may be smaller.
+
+    A single image left over joins the batch before, as BatchNorm may not be able to take it alone.
+    """
+    count = len(order)
     starts = list(range(0, count, batch_size))
     del starts[count_steps(count, batch_size) :]
-    return [order[i:j] for i, j in itertools.pairwise([*starts, count])]
+    return [list(order[i:j]) for i, j in itertools.pairwise([*starts, count])]
 
 
 def split_batch(batch: Sequence[int], micro_batch: int) -> list[list[int]]:

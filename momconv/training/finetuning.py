@@ -17,6 +17,8 @@ from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
 from momconv.recipe import Recipe, dump_recipe, load_recipe
 from momconv.training import network
+from momconv.training.balancing import describe_imbalance
+from momconv.training.determinism import deterministic
 from momconv.training.images import (
     find_images,
     keep_readable,
@@ -27,6 +29,7 @@ from momconv.training.images import (
 from momconv.training.job import Job
 from momconv.training.loop import train
 from momconv.training.optimisation import choose_precision, make_optimizer
+from momconv.training.parameters import require_stages
 from momconv.training.planning import (
     BatchPlan,
     Setting,
@@ -37,6 +40,7 @@ from momconv.training.planning import (
 )
 from momconv.training.processes import Processes, find_own_device, joined
 from momconv.training.progress import SILENT, EpochRow, Listener, Progress
+from momconv.training.rate_finder import find_rate
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import publish, save, write_plan
 from momconv.training.state import load_newest, save_state
@@ -53,7 +57,8 @@ _FIXED = [
     *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
     *("momentum.calibrate", "momentum.anneal"),
     *("data.resolution", "data.val_frac", "data.split_seed"),
-    *("train.batch_size", "train.optimizer", "train.seed", "train.freeze_bn"),
+    *("train.batch_size", "train.optimizer", "train.seed", "train.freeze", "train.freeze_bn"),
+    "train.ema",
 ]
 
 
@@ -90,7 +95,12 @@ def finetune(
     """
     began, run = time.monotonic(), RunFolder(Path(folder))
     device = find_own_device(recipe.train.device)
-    with joined() as processes, _seeded(recipe.train.seed, device):
+    choose_precision(recipe.train, device)
+    with (
+        joined() as processes,
+        _seeded(recipe.train.seed, device),
+        deterministic(wanted=recipe.train.deterministic),
+    ):
         task = _Task(recipe, run, device, listener if processes.leads else SILENT, processes)
         job, progress = _begin(task, resume=resume)
         job.plan = plan_together(job.plan, job.model, processes)
@@ -136,26 +146,41 @@ def _start(task: _Task) -> tuple[Job, Progress]:
     root = require_folder(recipe.data)
     found = find_images(root, recipe.data, listener)
     model = network.load(recipe)
+    require_stages(model, recipe.train.freeze)
     if recipe.momentum.gamma and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
     splits = keep_readable(found, recipe.data, listener)
+    _check_images(recipe, splits, listener)
     network.fit_head(model, splits.train.classes)
     network.place(model, device)
-    network.start_training(model, freeze_bn=recipe.train.freeze_bn)
+    network.start_training(model, recipe.train)
     plan = plan_batches(model, _describe_setting(task, splits, model))
     _tell_of_plan(plan, model, listener)
     workers = _choose_workers(task, splits)
     if network.needs_calibration(model, recipe):
         _calibrate(model, recipe, splits, plan, workers, listener)
     optimizer, progress = make_optimizer(model, recipe.train), Progress()
-    static = static_bytes(model, recipe.train.optimizer)
-    state = static.weights + static.optimizer
+    job = _make_job(task, splits, model, optimizer, plan)
+    static = static_bytes(model, recipe.train.optimizer, ema=recipe.train.ema > 0)
+    state = static.weights + static.optimizer + static.ema
     run.make(3 * state + 3 * static.weights)  # a file is written before it replaces another
-    write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
-    write_text(run.plan, plan.to_json())
+    if recipe.train.lr == "auto":
+        _choose_rate(job)
+    write_text(run.config, dump_recipe(_with_absolute_paths(job.recipe)))
+    write_text(run.plan, job.plan.to_json())
     remember_images(splits, root, run.split)
-    save_state(run, model, optimizer, progress)
-    return _make_job(task, splits, model, optimizer, plan), progress
+    save_state(run, model, job.optimizer, progress, job.read_extras())
+    return job, progress
+
+
+def _choose_rate(job: Job) -> None:
+    """Look for a learning rate, which from then on is the recipe's own."""
+    network.start_training(job.model, job.recipe.train)
+    rate = find_rate(job)
+    train = job.recipe.train.model_copy(update={"lr": rate})
+    job.recipe = job.recipe.model_copy(update={"train": train})
+    job.optimizer = make_optimizer(job.model, train)
+    job.listener.tell(f"note: learning rate {rate:g}, in the valley of the loss (lr_finder.csv)")
 
 
 def _calibrate(
@@ -169,15 +194,16 @@ def _calibrate(
     """Adapt the converted network to its original, which is loaded for that and then dropped.
 
     It weighs no more than the gradients, which do not exist yet. In single precision, in which this
-    is done, an image takes up to twice what it takes in bf16.
+    is done, an image takes up to twice what it takes in half precision.
     """
-    half = plan.setting.precision == "bf16"
+    half = plan.setting.precision != "fp32"
     original = network.load_plain(recipe.model)
     network.place(original, next(model.parameters()).device)
     network.calibrate_on(
         splits.train,
         model,
         original,
+        epochs=recipe.train.epochs,
         batch_size=max(1, plan.micro_batch // 2) if half else plan.micro_batch,
         workers=workers,
         listener=listener,
@@ -186,35 +212,49 @@ def _calibrate(
 
 def _resume(task: _Task) -> tuple[Job, Progress]:
     """A run as it was when its state was saved, but for what the recipe changes."""
-    recipe, run, listener, leads = task.recipe, task.run, task.listener, task.processes.leads
+    recipe, run = task.recipe, task.run
     run.require_state()
-    if leads:
+    if task.processes.leads:
         run.make(0)
     before = load_recipe(run.config)
     _refuse_changes(before, recipe, run)
     splits = recall_images(run.split, recipe.data.path)
-    saved = load_newest(run, listener.tell)
+    saved = load_newest(run, task.listener.tell)
     model, progress = saved.model, saved.progress
     network.place(model, task.device)
-    network.start_training(model, freeze_bn=recipe.train.freeze_bn)
-    setting = _describe_setting(task, splits, model)
-    if run.plan.is_file():
-        plan = plan_again(BatchPlan.from_json(run.plan.read_text()), setting, model)
-    else:
-        plan = plan_batches(model, setting)
+    network.start_training(model, recipe.train)
+    plan = _recall_plan(run, _describe_setting(task, splits, model), model)
     optimizer = make_optimizer(model, recipe.train)
     saved.restore_optimizer(optimizer, model)
     saved.restore_random_states()
     job = _make_job(task, splits, model, optimizer, plan)
+    job.restore_extras(saved.extras)
     if recipe.train.resolved_lr != before.train.resolved_lr:
         progress.lr_factor = 1.0
         save(job, progress)
-    if leads:
+    if task.processes.leads:
         write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
     write_plan(job)
     publish(job, progress)
     _tell_of_resuming(job, progress, before)
     return job, progress
+
+
+def _recall_plan(run: RunFolder, setting: Setting, model: nn.Module) -> BatchPlan:
+    if not run.plan.is_file():
+        return plan_batches(model, setting)
+    return plan_again(BatchPlan.from_json(run.plan.read_text()), setting, model)
+
+
+def _check_images(recipe: Recipe, splits: Splits, listener: Listener) -> None:
+    if imbalance := describe_imbalance(splits.train, recipe.data):
+        listener.tell(imbalance)
+    if recipe.train.patience is not None and not splits.val.samples:
+        raise UsageError(
+            "train.patience: without held-out images nothing says when to stop",
+            kind="usage.no_validation",
+            fix="--set data.val_frac=0.2, or --set train.patience=null",
+        )
 
 
 def _make_job(
@@ -239,6 +279,7 @@ def _describe_setting(task: _Task, splits: Splits, model: nn.Module) -> Setting:
         optimizer=train.optimizer,
         device=str(task.device),
         memory=train.memory,
+        ema=train.ema > 0,
         processes=processes.count,
         sharers=processes.on_this_machine if task.device.type == "cpu" else 1,
     )
@@ -281,6 +322,8 @@ def _refuse_changes(before: Recipe, now: Recipe, run: RunFolder) -> None:
         for old, new in [(getattr(before, section), getattr(now, section))]
         if getattr(old, name) != getattr(new, name)
     ]
+    if now.train.lr == "auto":
+        changes.append(f"train.lr from {before.train.resolved_lr:g} to auto")
     if changes:
         raise UsageError(
             f"a run that goes on cannot change {', '.join(changes)}",

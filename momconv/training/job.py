@@ -1,20 +1,25 @@
 """What a run works with."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from momconv.data.folder import Splits
 from momconv.planner.micro_batch import count_steps
 from momconv.recipe import Recipe
+from momconv.training.averaging import Average
+from momconv.training.balancing import weigh_classes
 from momconv.training.optimisation import rate_at
 from momconv.training.planning import BatchPlan
 from momconv.training.processes import ALONE, Processes
 from momconv.training.progress import Listener
 from momconv.training.run_folder import RunFolder
+from momconv.training.scaling import make_scaler, read_scaler, restore_scaler
 
 
 @dataclass(slots=True)
@@ -33,6 +38,39 @@ class Job:
     processes: Processes = ALONE
     ends: float = math.inf  # by time.monotonic
     evaluation_batch: int = 32  # images, at most
+    average: Average | None = field(init=False)
+    scaler: GradScaler = field(init=False)
+    class_weights: Tensor | None = field(init=False)  # of the loss
+
+    def __post_init__(self) -> None:
+        decay = self.recipe.train.ema
+        self.average = Average(self.model, decay) if decay else None
+        self.scaler = make_scaler(self.plan.setting.precision, self.device)
+        self.class_weights = None
+        if self.recipe.data.balance == "loss":
+            weights = weigh_classes(list(self.splits.train.counts().values()))
+            self.class_weights = torch.tensor(weights, device=self.device)
+
+    def read_extras(self) -> dict[str, Tensor]:
+        """What is part of the state besides network and optimiser."""
+        average = self.average.tensors() if self.average else {}
+        parts = {"ema/": average, "scaler/": read_scaler(self.scaler)}
+        return {prefix + key: value for prefix, own in parts.items() for key, value in own.items()}
+
+    def restore_extras(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of ``read_extras``."""
+        parts: dict[str, dict[str, Tensor]] = {"ema": {}, "scaler": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = value
+        if self.average:
+            self.average.restore(parts["ema"])
+        restore_scaler(self.scaler, parts["scaler"])
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network, and its average if there is one; the last of them is the result."""
+        return [self.model, *([self.average.model] if self.average else [])]
 
     @property
     def steps_per_epoch(self) -> int:

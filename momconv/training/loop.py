@@ -1,27 +1,22 @@
 """The training loop: gradients of micro-batches add up to a step, steps to an epoch."""
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.folder import printable
-from momconv.data.transforms import training_transform
 from momconv.errors import ResourceError
 from momconv.evaluation import Scores, evaluate
-from momconv.planner.measurement import measure, static_bytes
-from momconv.planner.search import has_batch_norm
-from momconv.training.annealing import anneal
-from momconv.training.batches import MicroBatches, split_batch, split_epoch
+from momconv.planner.measurement import autocast, measure, static_bytes
+from momconv.training.compilation import compiling, uncompiled
 from momconv.training.interruption import Interrupted, TimeUp, catching_signals
 from momconv.training.job import Job
 from momconv.training.network import read_gamma, start_training
@@ -31,6 +26,7 @@ from momconv.training.saving import (
     Autosave,
     HalfDone,
     NotFinite,
+    anneal_networks,
     go_back,
     go_back_and_slow_down,
     save,
@@ -38,11 +34,11 @@ from momconv.training.saving import (
     write_plan,
 )
 from momconv.training.state import read_random_states, set_random_states
+from momconv.training.steps import Step, Steps, fewest_images
+from momconv.training.stopping import has_stalled
 from momconv.units import format_bytes
-from momconv.zoo.description import describe
 
 _SHOWN = 5  # files that an error names
-Part = tuple[Tensor, Tensor]  # the images and labels of a micro-batch
 
 
 def train(job: Job, progress: Progress) -> None:
@@ -58,10 +54,14 @@ def train(job: Job, progress: Progress) -> None:
         DataError: An image cannot be decoded any more.
         ResourceError: Memory or disk is exhausted.
     """
-    steps, report, autosave = _Steps(job), _Report(job, progress), Autosave(job, progress)
-    with catching_signals(job.listener.tell) as check, saving_on_failure(job, progress):
-        while progress.epoch < job.recipe.train.epochs:
-            start_training(job.model, freeze_bn=job.recipe.train.freeze_bn)
+    steps, report, autosave = Steps(job), _Report(job, progress), Autosave(job, progress)
+    with (
+        catching_signals(job.listener.tell) as check,
+        saving_on_failure(job, progress),
+        compiling(job.model, wanted=job.recipe.train.compile),
+    ):
+        while not _is_done(job, progress):
+            start_training(job.model, job.recipe.train)
             _reset_peak(job.device)
             began = time.perf_counter()
             for step in steps.read(progress.epoch, first=progress.step):
@@ -71,8 +71,7 @@ def train(job: Job, progress: Progress) -> None:
                     break
                 progress.count_step(step.images, float(loss), time.perf_counter() - began)
                 _note_peak(job)
-                done = progress.epoch + progress.step / job.steps_per_epoch
-                anneal(job.model, job.recipe.momentum, done)
+                anneal_networks(job, progress)
                 autosave()
                 _stop_if_asked(job, check)
                 began = time.perf_counter()
@@ -83,8 +82,19 @@ def train(job: Job, progress: Progress) -> None:
                     _stop_if_asked(job, check)
 
 
+def _is_done(job: Job, progress: Progress) -> bool:
+    train = job.recipe.train
+    if progress.epoch < train.epochs and has_stalled(progress.history, train):
+        job.listener.tell(
+            f"note: stopped after {progress.epoch} of {train.epochs} epochs, the last "
+            f"{train.patience} of them without a better top-1 (train.patience)"
+        )
+        return True
+    return progress.epoch >= train.epochs
+
+
 def _add_up(
-    job: Job, progress: Progress, step: "_Step", report: "_Report", check: Callable[[], None]
+    job: Job, progress: Progress, step: Step, report: "_Report", check: Callable[[], None]
 ) -> Tensor | None:
     """Add up the gradients of a step; its loss, or None if it cannot be.
 
@@ -95,9 +105,11 @@ def _add_up(
             loss = _add_share(job, step, report, check)
             job.processes.add([loss])
             job.processes.add_gradients(job.model)
+            job.scaler.scale(loss)  # a process without an image has not made its scale yet
+            job.scaler.unscale_(job.optimizer)
             _require_finite(job, progress, loss, step)
     except torch.OutOfMemoryError:
-        _halve(job, progress)
+        halve(job, progress)
         return None
     except NotFinite as error:
         go_back_and_slow_down(job, progress, error)
@@ -105,7 +117,7 @@ def _add_up(
     return loss
 
 
-def _add_share(job: Job, step: "_Step", report: "_Report", check: Callable[[], None]) -> Tensor:
+def _add_share(job: Job, step: Step, report: "_Report", check: Callable[[], None]) -> Tensor:
     """Add up the gradients of this process's images of a step; their part of its loss.
 
     Raises:
@@ -138,9 +150,9 @@ def _step(job: Job, progress: Progress) -> bool:
     Raises:
         HalfDone: Memory ran out in one of several processes, which cannot go back by itself.
     """
-    set_rate(job.optimizer, progress.lr_factor * job.rate_at(progress.epoch, progress.step))
+    lr = progress.lr_factor * job.rate_at(progress.epoch, progress.step)
     try:
-        job.optimizer.step()
+        take_step(job, lr)
     except torch.OutOfMemoryError:
         if job.processes.count > 1:
             raise HalfDone(
@@ -150,9 +162,8 @@ def _step(job: Job, progress: Progress) -> bool:
                 fix="resume with a smaller --micro-batch",
             ) from None
         go_back(job, progress)
-        _halve(job, progress)
+        halve(job, progress)
         return False
-    job.optimizer.zero_grad()
     return True
 
 
@@ -180,20 +191,38 @@ def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Ten
     """Add the gradients of a micro-batch that is ``share`` of its batch; its part of the loss.
 
     The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
+    Weights of classes, whose mean over all images is 1, do not change what that is divided by.
 
     Raises:
         torch.OutOfMemoryError: The micro-batch does not fit the GPU.
     """
-    layout = torch.channels_last if job.device.type == "cuda" else torch.contiguous_format
-    images = images.to(job.device, non_blocking=True, memory_format=layout)
+    images = images.to(job.device, non_blocking=True, memory_format=torch.channels_last)
     labels = labels.to(job.device, non_blocking=True)
-    half = job.plan.setting.precision == "bf16"
-    with torch.autocast(job.device.type, torch.bfloat16, enabled=half):
+    with autocast(job.plan.setting.precision, job.device):
         outputs = job.model(images)
         smoothing = job.recipe.train.label_smoothing
-        loss = share * F.cross_entropy(outputs, labels, label_smoothing=smoothing)
-    loss.backward()
+        total = F.cross_entropy(
+            outputs,
+            labels,
+            weight=job.class_weights,
+            reduction="sum",
+            label_smoothing=smoothing,
+        )
+        loss = share / len(labels) * total
+    job.scaler.scale(loss).backward()
     return loss.detach()
+
+
+def take_step(job: Job, lr: float) -> None:
+    """Change the weights by the gradients that have been added up."""
+    set_rate(job.optimizer, lr)
+    if (clip := job.recipe.train.clip) is not None:
+        clip_grad_norm_(job.model.parameters(), clip)
+    job.scaler.step(job.optimizer)  # not where a gradient is too large for fp16
+    job.scaler.update()
+    job.optimizer.zero_grad()
+    if job.average:
+        job.average.update(job.model)
 
 
 # Memory
@@ -212,10 +241,11 @@ def _measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -
     losses: list[Tensor] = []
     work = partial(add_gradients, job, images, labels, share)
     usage = measure(lambda: losses.append(work()), job.device)
-    static = static_bytes(job.model, job.recipe.train.optimizer)
+    train = job.recipe.train
+    static = static_bytes(job.model, train.optimizer, ema=train.ema > 0)
     _learn_peak(job, static.total + images.nbytes + labels.nbytes + usage.peak_bytes)
-    if job.recipe.train.memory is not None and job.plan.is_exceeded:
-        raise torch.OutOfMemoryError(f"above the limit of {job.recipe.train.memory}")
+    if train.memory is not None and job.plan.is_exceeded:
+        raise torch.OutOfMemoryError(f"above the limit of {train.memory}")
     return losses[0]
 
 
@@ -230,7 +260,7 @@ def _learn_peak(job: Job, measured_bytes: int) -> None:
     write_plan(job)
 
 
-def _halve(job: Job, progress: Progress) -> None:
+def halve(job: Job, progress: Progress) -> None:
     """Go on with smaller micro-batches, at the step at which memory ran out.
 
     Raises:
@@ -239,7 +269,7 @@ def _halve(job: Job, progress: Progress) -> None:
     if job.device.type == "cuda":
         torch.cuda.empty_cache()
     before = job.plan.micro_batch
-    smaller = job.plan.halve(fewest=_fewest_images(job.model))
+    smaller = job.plan.halve(fewest=fewest_images(job.model))
     if smaller is None:
         raise _out_of_memory(job, f"with micro-batches of {before}")
     job.plan = smaller
@@ -251,55 +281,6 @@ def _halve(job: Job, progress: Progress) -> None:
         f"warning: {job.device} ran out of memory with micro-batches of {before}; epoch "
         f"{progress.epoch + 1}, step {progress.step + 1} is done again, with {smaller.micro_batch}"
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """The images of one optimisation step, their number, and this process's micro-batches."""
-
-    indices: list[int]
-    parts: Iterator[Part]
-
-    @property
-    def images(self) -> int:
-        return len(self.indices)
-
-
-class _Steps:
-    """Reads the steps of an epoch, in the order that its number and the seed give."""
-
-    def __init__(self, job: Job) -> None:
-        images = job.splits.train
-        preprocessing = describe(job.model).preprocessing
-        transform = training_transform(preprocessing, flip=job.recipe.data.flip)
-        self._dataset = LabelledImages(images, transform, seed=job.recipe.train.seed)
-        self._micro_batches = MicroBatches()
-        self._loader = make_loader(
-            self._dataset,
-            workers=job.workers,
-            batch_sampler=self._micro_batches,
-            persistent_workers=job.workers > 0,
-            pin_memory=job.device.type == "cuda",
-        )
-        self._job, self._recipe = job, job.recipe.train
-
-    def read(self, epoch: int, *, first: int) -> Iterator[_Step]:
-        """The steps of ``epoch`` from its step ``first`` on. Each must be used up in turn."""
-        batches = split_epoch(
-            len(self._dataset), self._recipe.batch_size, seed=self._recipe.seed, epoch=epoch
-        )[first:]
-        self._dataset.set_epoch(epoch)
-        micro_batch, fewest = self._job.plan.micro_batch, _fewest_images(self._job.model)
-        shares = [self._job.processes.share(batch, fewest=fewest) for batch in batches]
-        self._micro_batches.steps = [split_batch(share, micro_batch) for share in shares]
-        parts = read_batches(self._loader)
-        for batch, split in zip(batches, self._micro_batches.steps, strict=True):
-            yield _Step(batch, itertools.islice(parts, len(split)))
-
-
-def _fewest_images(model: nn.Module) -> int:
-    """How many images ``model`` needs at once: BatchNorm may not be able to take one alone."""
-    return 2 if has_batch_norm(model) else 1
 
 
 @contextmanager
@@ -325,10 +306,12 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         undo.pop_all()
 
 
-def _require_finite(job: Job, progress: Progress, loss: Tensor, step: _Step) -> None:
+def _require_finite(job: Job, progress: Progress, loss: Tensor, step: Step) -> None:
     gradients = [p.grad for p in job.model.parameters() if p.grad is not None]
     if math.isfinite(loss) and math.isfinite(get_total_norm(gradients)):
         return
+    if math.isfinite(loss) and job.scaler.get_scale() > 1:
+        return  # the step is left out, and the next ones have a smaller scale
     what = "a gradient" if math.isfinite(loss) else f"the loss ({float(loss)})"
     names = [printable(job.splits.train.samples[index].path) for index in step.indices]
     more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
@@ -361,9 +344,10 @@ def _validate(job: Job, report: "_Report", check: Callable[[], None]) -> Scores 
     while True:
         size = min(job.evaluation_batch, job.plan.micro_batch)
         try:
-            with job.processes.noticing_losses():
+            # Uncompiled, as in momconv eval.
+            with uncompiled(wanted=job.recipe.train.compile), job.processes.noticing_losses():
                 return evaluate(
-                    job.model,
+                    job.networks[-1],
                     job.splits.val,
                     batch_size=size,
                     device=job.device,
@@ -393,6 +377,8 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
         peak_bytes=_peak_bytes(job),
         seconds=progress.seconds + seconds,
         gamma=read_gamma(job.model),
+        val_macro_f1=scores.macro_f1 if scores else None,
+        val_macro_recall=scores.macro_recall if scores else None,
     )
     progress.finish_epoch(row)
     save(job, progress)

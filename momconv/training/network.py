@@ -13,11 +13,12 @@ from momconv.data.folder import ImageSet
 from momconv.data.transforms import evaluation_transform
 from momconv.files import model_file
 from momconv.momentum.sequential import momentum_stages
-from momconv.recipe import ModelRecipe, Recipe
+from momconv.recipe import ModelRecipe, Recipe, TrainRecipe
 from momconv.surgery.calibration import Calibration, calibrate
 from momconv.surgery.conversion import convert
 from momconv.training.annealing import gamma_at
 from momconv.training.batches import split_epoch
+from momconv.training.parameters import freeze
 from momconv.training.progress import Listener
 from momconv.zoo.description import attach, describe
 from momconv.zoo.networks import head_name, replace_head
@@ -61,15 +62,16 @@ def fit_head(model: nn.Module, classes: tuple[str, ...]) -> None:
 
 def place(model: nn.Module, device: torch.device) -> None:
     """Move ``model`` to ``device``."""
-    # cuDNN's fast kernels want the channels last.
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    # cuDNN's fast kernels want the channels last; with oneDNN's, on a CPU, a step of a ResNet-50
+    # takes 5 to 7 % less time, one of a ResNet-18 8 to 16 %.
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def start_training(model: nn.Module, *, freeze_bn: bool) -> None:
-    """Put ``model`` in training mode, but for BatchNorm's statistics and weights if frozen."""
+def start_training(model: nn.Module, recipe: TrainRecipe) -> None:
+    """Put ``model`` in training mode, but for what the recipe freezes."""
     model.train()
-    if freeze_bn:
+    freeze(model, recipe.freeze)
+    if recipe.freeze_bn:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval().requires_grad_(requires_grad=False)
@@ -98,16 +100,19 @@ def needs_calibration(model: nn.Module, recipe: Recipe) -> bool:
     return wanted and just_converted and read_gamma(model) > 0
 
 
-def calibrate_on(
+def calibrate_on(  # noqa: PLR0913 (one for each choice)
     images: ImageSet,
     model: nn.Module,
     original: nn.Module,
     *,
+    epochs: int,
     batch_size: int,
     workers: int,
     listener: Listener,
 ) -> None:
     """Adapt ``model`` to its ``original``, on some of the training images, without labels.
+
+    This sees no more images than ``epochs`` of training do, unless those are very few.
 
     Training normalises with the statistics of these images, so the original gets them first: what
     ``model`` is brought close to is the plain network as fine-tuning would find it.
@@ -122,6 +127,7 @@ def calibrate_on(
             model,
             batches,
             original,
+            most_images=epochs * len(images.samples),
             progress=lambda done, steps, _left: listener.advance("calibrating", done, steps),
         )
     if done.imitation and done.imitation.interrupted:

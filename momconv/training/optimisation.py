@@ -6,28 +6,26 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from momconv.errors import UsageError
 from momconv.planner.measurement import Precision
 from momconv.recipe import TrainRecipe
+from momconv.training.parameters import group
 
 
 def make_optimizer(model: nn.Module, recipe: TrainRecipe) -> Optimizer:
-    """SGD or AdamW with weight decay on weights, but not on biases and normalisation layers."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    """SGD or AdamW, with the rate and the weight decay of each group of parameters."""
+    groups = group(model, recipe)
     # The fused kernels need no temporary copy of all gradients, which nobody has planned for.
-    fused, lr = parameters[0].is_cuda, recipe.resolved_lr
+    fused, lr = groups[0]["params"][0].is_cuda, recipe.resolved_lr
     if recipe.optimizer == "adamw":
         return AdamW(groups, lr, fused=fused)
     return SGD(groups, lr, recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
 
 
 def set_rate(optimizer: Optimizer, lr: float) -> None:
-    """Let the next step have the learning rate ``lr``."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    """Let the next step have the learning rate ``lr``, times the factor of each group."""
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr * parameters["scale"]
 
 
 def rate_at(recipe: TrainRecipe, step: int, steps_per_epoch: int) -> float:
@@ -38,6 +36,8 @@ def rate_at(recipe: TrainRecipe, step: int, steps_per_epoch: int) -> float:
     """
     total = recipe.epochs * steps_per_epoch
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total // 2)
+    if recipe.schedule == "constant" and step >= warmup:
+        return recipe.resolved_lr
     return recipe.resolved_lr * share_of_rate(step, warmup=warmup, total=total)
 
 
@@ -53,7 +53,17 @@ def share_of_rate(step: int, *, warmup: int, total: int) -> float:
 
 
 def choose_precision(recipe: TrainRecipe, device: torch.device) -> Precision:
-    """The recipe's precision; "auto" is bf16 on GPUs that compute in it, and fp32 elsewhere."""
+    """The recipe's precision; "auto" is bf16 on GPUs that compute in it, and fp32 elsewhere.
+
+    Raises:
+        UsageError: It is fp16, and the device is no GPU.
+    """
+    if recipe.precision == "fp16" and device.type != "cuda":
+        raise UsageError(
+            f"train.precision: fp16 is for GPUs, and the device is {device}",
+            kind="usage.no_fp16",
+            fix="--set train.precision=bf16, or fp32",
+        )
     if recipe.precision != "auto":
         return recipe.precision
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -33,6 +33,7 @@ class Setting:
     optimizer: Literal["sgd", "adamw"]
     device: str
     memory: str | None  # None: what is free
+    ema: bool = False  # whether an average of the weights is kept
     processes: int = 1  # among which a batch is divided
     sharers: int = 1  # of them, those that share the device
 
@@ -140,7 +141,9 @@ def plan_batches(model: nn.Module, setting: Setting) -> BatchPlan:
         UsageError: Only one image fits or is asked for, and BatchNorm cannot take it alone.
     """
     device = torch.device(setting.device).type
-    training = Training(setting.resolution, setting.precision, setting.optimizer, device=device)
+    training = Training(
+        setting.resolution, setting.precision, setting.optimizer, setting.ema, device
+    )
     limit = setting.find_limit(model)
     found = search(
         model,

@@ -7,7 +7,7 @@ agree on what to do.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,18 +38,18 @@ class Processes:
         """Whether this is the first process."""
         return self.rank == 0
 
-    def share(self, batch: Sequence[int], *, fewest: int) -> list[int]:
-        """This process's images of ``batch``: an even share, but at least ``fewest``, or none.
+    def share(self, batch: int, *, fewest: int) -> range:
+        """This process's images of a ``batch``: an even share, but at least ``fewest``, or none.
 
-        >>> [Processes(rank, 4).share(range(7), fewest=2) for rank in range(4)]
-        [[0, 1, 2], [3, 4], [5, 6], []]
+        >>> [Processes(rank, 4).share(7, fewest=2) for rank in range(4)]
+        [range(0, 3), range(3, 5), range(5, 7), range(0, 0)]
         """
-        shares = min(self.count, max(1, len(batch) // fewest))
+        shares = min(self.count, max(1, batch // fewest))
         if self.rank >= shares:
-            return []
-        size, larger = divmod(len(batch), shares)
+            return range(0)
+        size, larger = divmod(batch, shares)
         start = self.rank * size + min(self.rank, larger)
-        return list(batch[start : start + size + (self.rank < larger)])
+        return range(start, start + size + (self.rank < larger))
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over the processes, which is the same in all, bit for bit.

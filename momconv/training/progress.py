@@ -16,6 +16,8 @@ class EpochRow:
     peak_bytes: int  # of the epoch on a GPU, of the first step on the CPU
     seconds: float  # with validation
     gamma: float = 0.0  # at its end; 0 in a plain network
+    val_macro_f1: float | None = None  # the mean over the classes
+    val_macro_recall: float | None = None  # the same; also called balanced accuracy
 
 
 @dataclass(frozen=True, slots=True)

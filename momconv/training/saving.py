@@ -24,7 +24,7 @@ from momconv.units import parse_duration
 def save(job: Job, progress: Progress) -> None:
     """Write the state; then, for people, the models and the numbers."""
     if job.processes.leads:
-        save_state(job.folder, job.model, job.optimizer, progress)
+        save_state(job.folder, job.model, job.optimizer, progress, job.read_extras())
     publish(job, progress)
 
 
@@ -60,6 +60,13 @@ def saving_on_failure(job: Job, progress: Progress) -> Iterator[None]:
         raise
 
 
+def anneal_networks(job: Job, progress: Progress) -> None:
+    """Give the network and its average the γ of the next step."""
+    done = progress.epoch + progress.step / job.steps_per_epoch
+    for network in job.networks:
+        anneal(network, job.recipe.momentum, done)
+
+
 class NotFinite(MomconvError):
     """The loss or a gradient is infinite or not a number."""
 
@@ -81,8 +88,8 @@ def go_back(job: Job, progress: Progress) -> None:
     saved.restore_optimizer(job.optimizer, job.model)
     saved.restore_random_states()
     progress.go_back(saved.progress)
-    done = progress.epoch + progress.step / job.steps_per_epoch
-    anneal(job.model, job.recipe.momentum, done)
+    job.restore_extras(saved.extras)
+    anneal_networks(job, progress)
 
 
 def go_back_and_slow_down(job: Job, progress: Progress, error: NotFinite) -> None:
@@ -118,7 +125,7 @@ class Autosave:
         """Save if it is time."""
         if self._job.processes.leads and self._is_due():
             job = self._job
-            save_state(job.folder, job.model, job.optimizer, self._progress)
+            save_state(job.folder, job.model, job.optimizer, self._progress, job.read_extras())
             self._saved = time.monotonic()
 
     def _is_due(self) -> bool:
@@ -131,4 +138,4 @@ class Autosave:
 def _save_model(job: Job, path: Path, progress: Progress) -> None:
     metrics = asdict(progress.history[-1]) if progress.history else None
     finished = {"epochs": progress.epoch, "steps": progress.step, "metrics": metrics}
-    model_file.save(job.model, path, {"training": finished})
+    model_file.save(job.networks[-1], path, {"training": finished})

@@ -6,7 +6,7 @@ rest is JSON in the metadata. Nothing that is read from it is run.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from momconv.zoo.description import Description, attach, describe
 from momconv.zoo.networks import build
 
 _KEY, _CHECKSUM = "momconv.run", "momconv.sha256"
-_MODEL, _OPTIMIZER, _RANDOM = "model/", "optimizer/", "random/"
+_MODEL, _OPTIMIZER, _EXTRAS, _RANDOM = "model/", "optimizer/", "extra/", "random/"
 
 
 class _Record(BaseModel):
@@ -42,11 +42,17 @@ class _Record(BaseModel):
 
 
 def save_state(
-    folder: RunFolder, model: nn.Module, optimizer: Optimizer, progress: Progress
+    folder: RunFolder,
+    model: nn.Module,
+    optimizer: Optimizer,
+    progress: Progress,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the state of a run, all or nothing, and keep the one before.
 
     What was written is read again before the state before the last is given up.
+
+    ``extras`` are further tensors, such as the average of the weights.
 
     Raises:
         ResourceError: The file cannot be written, or does not hold what was written.
@@ -56,6 +62,7 @@ def save_state(
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{_OPTIMIZER}{key}/{name}"] = value
+    tensors |= {f"{_EXTRAS}{key}": value for key, value in (extras or {}).items()}
     tensors |= {f"{_RANDOM}{device}": value for device, value in read_random_states().items()}
     # A copy for channels_last weights, which safetensors refuses; the others are passed through.
     plain = {key: value.cpu().contiguous() for key, value in tensors.items()}
@@ -87,6 +94,11 @@ class SavedState:
             states.setdefault(ordered.index(name), {})[kind] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        """The further tensors."""
+        return _select(self.tensors, _EXTRAS)
 
     def restore_random_states(self) -> None:
         """Set the random generators to where they were."""

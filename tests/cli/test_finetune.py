@@ -130,6 +130,19 @@ def test_options_and_set_win_over_the_recipe(colours: Path, tmp_path: Path) -> N
     assert "seed: 1\n" in written
 
 
+def test_what_is_learnt_can_be_chosen_by_options(colours: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("train: {freeze: [stem], mixup: 0.5}\n")
+    args: list[str | Path] = ["--recipe", tmp_path / "recipe.yaml", "--data", colours, *SMALL]
+    args += [*IN_PROCESS, "--epochs", "1", "--no-hflip", "--augment", "none", "--ema", "0.9"]
+    assert run(*args, "-o", tmp_path / "one").exit_code == 0
+    written = (tmp_path / "one" / "config.yaml").read_text()
+    for line in ("flip: false", "augment: none", "ema: 0.9", "mixup: 0.5", "freeze:\n  - stem"):
+        assert f"  {line}\n" in written
+    refused = run(*args, "--freeze", "layer1", "--freeze", "layer7", "-o", tmp_path / "two")
+    assert refused.exit_code == 2
+    assert "has no stage 'layer7'\nfix: train.freeze with some of stem, layer1," in refused.stderr
+
+
 def test_calibration_can_be_left_out_and_gamma_annealed(colours: Path, tmp_path: Path) -> None:
     torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
     weights: list[str | Path] = ["--weights", tmp_path / "trained.th"]
@@ -192,6 +205,9 @@ def test_the_run_folder_has_a_default_name(
         pytest.param(["--set", "train.epohcs=3"], 2, "did you mean train.epochs?"),
         pytest.param(["--memory", "much"], 2, "train.memory: 'much' is not"),
         pytest.param(["--recipe", "none.yaml"], 2, "recipe does not exist: none.yaml"),
+        pytest.param(["--lr", "fast"], 2, "'fast' is not a number > 0 or auto or null"),
+        pytest.param(["--augment", "heavy"], 2, "is not none or light or trivial or randaug"),
+        pytest.param(["--device", "cpu", "--set", "train.precision=fp16"], 2, "is for GPUs"),
         pytest.param(["--device", "cuda:99"], 5, "--device cuda:99: this PyTorch"),
         pytest.param(["--set", "momentum.anneal=11"], 2, "11 epochs are more than train.epochs"),
         pytest.param(["--set", "momentum.anneal=1", "--gamma", "0"], 2, "momentum.gamma is 0"),
@@ -215,6 +231,7 @@ def test_mistakes_that_need_images_are_explained(colours: Path, tmp_path: Path) 
     mistakes: list[tuple[list[str | Path], int, str]] = [
         (["--model", "resnet5o"], 2, "did you mean resnet50?"),
         (["--model", "vgg16"], 2, "not a residual network"),
+        ([*SMALL[:6], "--freeze", "layer9"], 2, "no stage 'layer9'"),
         (["--from", tmp_path / "no.safetensors"], 4, "file does not exist"),
         ([*SMALL[:6], "--memory", "1MiB"], 5, "does not fit: it needs"),
     ]

@@ -5,9 +5,10 @@ import torch
 from pictures import save_picture
 from PIL import Image
 from torchvision.models import ResNet50_Weights
+from torchvision.transforms import v2
 
 from momconv.data.decoding import decode
-from momconv.data.transforms import evaluation_transform, training_transform
+from momconv.data.transforms import Augmentation, evaluation_transform, training_transform
 from momconv.zoo.description import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -94,3 +95,24 @@ def test_large_images_are_cropped_to_a_third_at_least() -> None:
     assert min(spans) > (0.35 * 3 / 4) ** 0.5 - 0.02
     assert max(spans) > 0.9
     assert min(spans) < 0.7
+
+
+def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
+    image = Image.linear_gradient("L").rotate(90).convert("RGB")
+    ours = training_transform(PLAIN.at(128), level="none", flip=True)(image)
+    assert torch.equal(ours, evaluation_transform(PLAIN.at(128))(image))
+
+
+@pytest.mark.parametrize("level", ["trivial", "randaug"])
+@pytest.mark.parametrize("p", [PLAIN, PLAIN.at(128)])
+def test_stronger_levels_change_colours_and_erase(p: Preprocessing, level: Augmentation) -> None:
+    image = Image.new("RGB", (200, 160), (90, 120, 200))
+    torch.manual_seed(0)
+    transform = training_transform(p, level=level)
+    tensors = [transform(image) for _ in range(60)]
+    assert all(tensor.shape == (3, p.resolution, p.resolution) for tensor in tensors)
+    centres = {
+        tuple(tensor[:, p.resolution // 2, p.resolution // 2].tolist()) for tensor in tensors
+    }
+    assert len(centres) > 5
+    assert isinstance(transform.transforms[-1], v2.RandomErasing)

@@ -12,7 +12,7 @@ import momconv
 from momconv.errors import ResourceError, UsageError
 from momconv.planner.prediction import peak_memory
 from momconv.planner.search import plan
-from momconv.recipe import load_recipe
+from momconv.recipe import TrainRecipe, load_recipe
 from momconv.training.network import start_training
 from momconv.units import parse_bytes
 from momconv.zoo.networks import build
@@ -63,11 +63,11 @@ def test_where_none_does_batchnorm_gets_as_many_images_as_possible(deep: nn.Modu
 
 def test_without_batchnorm_speed_counts(deep: nn.Module) -> None:
     """Micro-batches then come to the same as the batch, so nothing need be computed again."""
-    start_training(deep, freeze_bn=True)
+    start_training(deep, TrainRecipe(freeze_bn=True))
     try:
         made = plan(deep, SIDE, room_for(deep, 9, "store"))
     finally:
-        start_training(deep, freeze_bn=False)
+        start_training(deep, TrainRecipe())
         deep.requires_grad_(requires_grad=True)
     assert made.strategy == "store"
     assert made.sizes == (8, 8, 8, 8)

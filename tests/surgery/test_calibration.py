@@ -182,3 +182,15 @@ def test_statistics_of_unlike_images_are_not_taken_where_the_rule_changes_little
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert calibrate(model, pictures(5), original).layers == 0
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+@pytest.mark.parametrize(("most", "steps"), [(10, 2), (150, 3), (10**6, 4)])
+def test_it_reads_no_more_images_than_it_may(
+    monkeypatch: pytest.MonkeyPatch, most: int, steps: int
+) -> None:
+    monkeypatch.setattr("momconv.surgery.calibration._STEPS", 4)
+    monkeypatch.setattr("momconv.surgery.calibration._FEWEST_STEPS", 2)
+    original = adapted(1)
+    done = calibrate(convert(original), pictures(1), original, most_images=most)
+    assert done.imitation is not None
+    assert done.imitation.steps == steps

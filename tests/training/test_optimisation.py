@@ -62,3 +62,8 @@ def test_the_cpu_computes_in_fp32_unless_told_otherwise() -> None:
     cpu = torch.device("cpu")
     assert choose_precision(TrainRecipe(), cpu) == "fp32"
     assert choose_precision(TrainRecipe(precision="bf16"), cpu) == "bf16"
+
+
+def test_a_constant_rate_stays_at_its_top_after_the_warm_up() -> None:
+    recipe = TrainRecipe(epochs=4, lr=1, warmup_epochs=1, schedule="constant")
+    assert [rate_at(recipe, step, 2) for step in range(8)] == [0.5, 1, 1, 1, 1, 1, 1, 1]

@@ -8,6 +8,7 @@ from torch import nn
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.momentum.sequential import momentum_stages
 from momconv.planner.prediction import peak_memory
+from momconv.recipe import TrainRecipe
 from momconv.surgery.conversion import convert
 from momconv.training import planning
 from momconv.training.network import start_training
@@ -148,7 +149,7 @@ def test_few_images_under_batchnorm_are_warned_of(model: nn.Module) -> None:
     assert "--freeze-bn" in (warn_of_noise(few, model) or "")
     assert warn_of_noise(replace(PLAN, micro_batch=8), model) is None
     assert warn_of_noise(replace(few, setting=replace(SETTING, batch_size=4)), model) is None
-    start_training(model, freeze_bn=True)
+    start_training(model, TrainRecipe(freeze_bn=True))
     assert warn_of_noise(few, model) is None
 
 

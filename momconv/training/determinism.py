@@ -1,0 +1,29 @@
+"""The same numbers each time on a GPU too, at the price of speed."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def deterministic(*, wanted: bool) -> Iterator[None]:
+    """PyTorch chooses deterministic algorithms inside, and warns where it has none, if ``wanted``.
+
+    https://docs.pytorch.org/docs/stable/notes/randomness.html; on a CPU runs repeat bit for bit
+    without it.
+    """
+    if not wanted:
+        yield
+        return
+    # cuBLAS reads it when it starts; without, it may take another algorithm each time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before, searching = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
+    torch.set_deterministic_debug_mode("warn")
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+        torch.backends.cudnn.benchmark = searching

@@ -1,0 +1,150 @@
+"""A learning rate from a short run in which it grows, as in fastai's ``lr_find``.
+
+The rate grows by a constant factor a step, over steps as in training, until the loss explodes or
+the steps are done. Where the smoothed loss falls the longest is the valley; the rate in the middle
+of that stretch is the suggestion (fastai's ``valley``). Afterwards the network, and all that is
+random, is as before.
+"""
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from momconv.errors import MomconvError
+from momconv.files.atomic import write_text
+from momconv.training.job import Job
+from momconv.training.loop import add_gradients, halve, take_step
+from momconv.training.optimisation import make_optimizer
+from momconv.training.processes import ALONE
+from momconv.training.progress import Progress
+from momconv.training.state import read_random_states, set_random_states
+from momconv.training.steps import Steps
+
+STEPS = 60
+FEWEST = 20  # steps; a curve of fewer says nothing
+_RANGES = {"sgd": (1e-5, 1.0), "adamw": (1e-7, 1e-1)}
+_SMOOTHING = 0.9  # fastai's 0.98 is for its 100 steps
+_EXPLODED = 4.0  # times the lowest loss
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A step of the search."""
+
+    lr: float
+    loss: float
+    smoothed: float
+
+
+def find_rate(job: Job) -> float:
+    """A good highest learning rate for the run that ``job`` is about to start.
+
+    The curve is written to the run folder as lr_finder.csv. A plan whose micro-batch turns out too
+    large is halved, as in training.
+
+    Raises:
+        MomconvError: The loss explodes at once, even at the lowest rates.
+        ResourceError: Memory is exhausted.
+    """
+    recipe = job.recipe.model_copy(
+        update={"train": job.recipe.train.model_copy(update={"ema": 0.0})}
+    )
+    optimizer = make_optimizer(job.model, recipe.train)
+    trial = replace(job, recipe=recipe, optimizer=optimizer, processes=ALONE)
+    with _as_before(job):
+        points = list(_search(trial))
+    job.plan = trial.plan
+    if len(points) < FEWEST:
+        raise _exploded(trial, points)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["lr", "loss", "smoothed"])
+    writer.writerows((point.lr, point.loss, point.smoothed) for point in points)
+    write_text(job.folder.rates, table.getvalue())
+    return float(f"{find_valley([p.lr for p in points], [p.smoothed for p in points]):.3g}")
+
+
+def find_valley(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """The rate in the middle of the longest stretch of falling losses.
+
+    Losses in between that do not fall are skipped (the longest decreasing subsequence).
+
+    >>> find_valley([1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 8, 7, 5, 3, 2, 6])
+    4
+    """
+    lengths, starts = [1] * len(losses), list(range(len(losses)))
+    for i, j in itertools.combinations(range(len(losses)), 2):
+        if losses[j] < losses[i] and lengths[j] < lengths[i] + 1:
+            lengths[j], starts[j] = lengths[i] + 1, starts[i]
+    end = max(range(len(losses)), key=lambda n: lengths[n])
+    start = starts[end]
+    return rates[start + (end - start) // 2]
+
+
+def _exploded(job: Job, points: Sequence[Point]) -> MomconvError:
+    low, _ = _RANGES[job.recipe.train.optimizer]
+    return MomconvError(
+        f"--lr auto: the loss explodes within {len(points) + 1} steps, at rates from {low:g} on",
+        kind="train.no_rate",
+        fix=f"--lr {low:g}",
+    )
+
+
+def _search(job: Job) -> Iterator[Point]:
+    low, high = _RANGES[job.recipe.train.optimizer]
+    average, lowest = 0.0, math.inf
+    for n, (rate, loss) in enumerate(_try(job, low, high), start=1):
+        average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
+        smoothed = average / (1 - _SMOOTHING**n)
+        lowest = min(lowest, smoothed)
+        if not smoothed < _EXPLODED * lowest:  # not a number, perhaps
+            return
+        yield Point(rate, loss, smoothed)
+
+
+def _try(job: Job, low: float, high: float) -> Iterator[tuple[float, float]]:
+    """A rate and the loss before its step, time and again."""
+    steps = Steps(job)
+    n = 0
+    for epoch in itertools.count():
+        for step in steps.read(epoch, first=0):
+            rate = low * (high / low) ** (n / (STEPS - 1))
+            try:
+                loss = sum(add_gradients(job, x, y, len(y) / step.images) for x, y in step.parts)
+            except torch.OutOfMemoryError:
+                job.model.zero_grad()
+                halve(job, Progress())
+                break  # and go on with the next epoch's images
+            job.scaler.unscale_(job.optimizer)
+            yield rate, float(loss)
+            take_step(job, rate)
+            n += 1
+            job.listener.advance("looking for a learning rate", n, STEPS, f"{rate:.2g}")
+            if n == STEPS:
+                return
+
+
+@contextmanager
+def _as_before(job: Job) -> Iterator[None]:
+    """Afterwards the network and the random state are what they were.
+
+    The weights wait in a file: nobody has planned memory for a copy.
+    """
+    random_states = read_random_states()
+    with TemporaryDirectory(".tmp", ".weights.", job.folder.path) as folder:
+        file = Path(folder) / "weights.safetensors"
+        tensors = job.model.state_dict()
+        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, file)
+        yield
+        job.model.load_state_dict(load_file(file))
+    job.model.zero_grad()
+    set_random_states(random_states)

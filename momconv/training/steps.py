@@ -1,0 +1,82 @@
+"""The images of each optimisation step, read and augmented, in micro-batches."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from momconv.data.dataset import LabelledImages, make_loader, read_batches
+from momconv.data.transforms import training_transform
+from momconv.planner.search import has_batch_norm
+from momconv.training.balancing import draw, repeat, weigh_images
+from momconv.training.batches import MicroBatches, split_batch, split_epoch, split_order
+from momconv.training.job import Job
+from momconv.training.mixing import Mixer, Part
+from momconv.zoo.description import describe
+
+
+def fewest_images(model: nn.Module) -> int:
+    """How many images ``model`` needs at once: BatchNorm may not be able to take one alone."""
+    return 2 if has_batch_norm(model) else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The images of one optimisation step, their number, and this process's micro-batches."""
+
+    indices: list[int]
+    parts: Iterator[Part]
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return len(self.indices)
+
+
+class Steps:
+    """Reads the steps of an epoch, in the order that its number and the seed give."""
+
+    def __init__(self, job: Job) -> None:
+        images = job.splits.train
+        self._weights = None
+        if job.recipe.data.balance == "sampler":
+            self._weights, images = weigh_images(images), repeat(images)
+        preprocessing = describe(job.model).preprocessing
+        data = job.recipe.data
+        transform = training_transform(preprocessing, level=data.augment, flip=data.flip)
+        self._dataset = LabelledImages(images, transform, seed=job.recipe.train.seed)
+        self._micro_batches = MicroBatches()
+        self._mixer = Mixer(job.recipe.train, len(images.classes))
+        self._loader = make_loader(
+            self._dataset,
+            workers=job.workers,
+            batch_sampler=self._micro_batches,
+            persistent_workers=job.workers > 0,
+            pin_memory=job.device.type == "cuda",
+        )
+        self._job, self._recipe = job, job.recipe.train
+        self._count = len(job.splits.train.samples)
+
+    def read(self, epoch: int, *, first: int) -> Iterator[Step]:
+        """The steps of ``epoch`` from its step ``first`` on. Each must be used up in turn."""
+        batches = self._split(epoch)[first:]
+        self._dataset.set_epoch(epoch)
+        self._micro_batches.steps = list(map(self._read_share, batches))
+        parts = read_batches(self._loader)
+        for step, batch in enumerate(batches):
+            own = itertools.islice(parts, len(self._micro_batches.steps[step]))
+            indices = [index % self._count for index in batch]
+            yield Step(indices, self._mixer.mix(own, epoch=epoch, step=first + step))
+
+    def _read_share(self, batch: list[int]) -> list[list[int]]:
+        """The micro-batches of this process's share of ``batch``."""
+        own = self._job.processes.share(len(batch), fewest=fewest_images(self._job.model))
+        parts = split_batch(batch[own.start : own.stop], self._job.plan.micro_batch)
+        return self._mixer.extend(parts, before=batch[own.start - 1])
+
+    def _split(self, epoch: int) -> list[list[int]]:
+        size, seed = self._recipe.batch_size, self._recipe.seed
+        if self._weights is None:
+            return split_epoch(self._count, size, seed=seed, epoch=epoch)
+        return split_order(draw(self._weights, seed=seed, epoch=epoch), size)

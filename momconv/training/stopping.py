@@ -1,0 +1,23 @@
+"""Whether a run has stopped getting better."""
+
+import math
+from collections.abc import Sequence
+
+from momconv.recipe import TrainRecipe
+from momconv.training.progress import EpochRow
+
+
+def has_stalled(history: Sequence[EpochRow], recipe: TrainRecipe) -> bool:
+    """Whether the last ``patience`` epochs brought no top-1 above the best by ``min_delta``.
+
+    While γ changes nothing counts: earlier epochs scored another network.
+    """
+    if recipe.patience is None:
+        return False
+    best, waited = -math.inf, 0
+    for row in (row for row in history if row.gamma == history[-1].gamma):
+        if (row.val_top1 or 0.0) > best + recipe.min_delta:
+            best, waited = row.val_top1 or 0.0, 0
+        else:
+            waited += 1
+    return waited >= recipe.patience

@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+import torch
+from runs import Log, Signals, read_tensors, small
+from safetensors.torch import load_file
+from torch import nn
+
+from momconv.errors import UsageError
+from momconv.planner.measurement import measure_step
+from momconv.planner.prediction import peak_memory
+from momconv.recipe import TrainRecipe
+from momconv.surgery.conversion import convert
+from momconv.training.finetuning import finetune
+from momconv.training.interruption import Interrupted
+from momconv.training.network import start_training
+from momconv.training.optimisation import make_optimizer, set_rate
+from momconv.zoo.networks import build
+
+
+def rates(model: nn.Module, recipe: TrainRecipe, lr: float) -> dict[str, float]:
+    optimizer = make_optimizer(model, recipe)
+    set_rate(optimizer, lr)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize(("name", "head"), [("cifar_resnet20", "linear"), ("resnet18", "fc")])
+def test_the_rate_falls_with_the_distance_from_the_head(name: str, head: str) -> None:
+    recipe = TrainRecipe(lr=0.1, head_lr=0.3, layer_decay=0.5)
+    found = rates(build(name), recipe, lr=0.01)
+    deepest = 3 if name == "cifar_resnet20" else 4
+    assert found[f"{head}.weight"] == found[f"{head}.bias"] == pytest.approx(0.03)
+    for number in range(1, deepest + 1):
+        expected = 0.01 * 0.5 ** (deepest + 1 - number)
+        assert found[f"layer{number}.0.conv1.weight"] == pytest.approx(expected)
+        assert found[f"layer{number}.0.bn2.bias"] == pytest.approx(expected)
+    assert found["conv1.weight"] == pytest.approx(0.01 * 0.5 ** (deepest + 1))
+    assert len(found) == len(list(build(name).parameters()))
+
+
+def test_frozen_stages_have_neither_gradients_nor_new_statistics() -> None:
+    model, recipe = convert(build("cifar_resnet20"), 0.9), TrainRecipe(freeze=["stem", "layer2"])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    start_training(model, recipe)
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    make_optimizer(model, recipe).step()
+    for key, value in model.state_dict().items():
+        is_frozen = key.startswith(("conv1", "bn1", "layer2"))
+        assert torch.equal(value, before[key]) is is_frozen, key
+
+
+def test_the_prediction_knows_what_is_frozen() -> None:
+    recipe = TrainRecipe(freeze=["stem", "layer1", "layer2"])
+    peaks = {}
+    for strategy in ("store", "momentum"):
+        model = convert(build("cifar_resnet20"), 0.9)
+        start_training(model, TrainRecipe())
+        everything = peak_memory(model, 4, 32, strategy=strategy)
+        start_training(model, recipe)
+        peak = peak_memory(model, 4, 32, strategy=strategy)
+        assert peak.gradients < everything.gradients
+        usage = measure_step(model, 4, 32, precision="fp32", device=torch.device("cpu"))
+        assert peak.step == pytest.approx(usage.peak_bytes, rel=0.01)
+        peaks[strategy] = everything.step, peak.step
+    assert peaks["store"][1] < 0.5 * peaks["store"][0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["layer1", "layer9"], "no stage 'layer9'\nfix: train.freeze with some of stem, layer1, "),
+        (["stem", "layer1", "layer2", "layer3", "head"], "leaves nothing to train"),
+    ],
+)
+def test_stages_that_cannot_be_frozen_are_named(
+    colours: Path, tmp_path: Path, wanted: list[str], message: str
+) -> None:
+    log = Log()
+    with pytest.raises(UsageError) as refused:
+        finetune(small(colours, f"train.freeze={wanted}"), tmp_path / "run", listener=log)
+    assert message in str(refused.value)
+    assert not log.shown  # before the images are opened
+
+
+def test_a_run_with_groups_and_frozen_stages_goes_on_exactly(colours: Path, tmp_path: Path) -> None:
+    recipe = small(
+        colours, "train.freeze=[stem, layer1]", "train.layer_decay=0.5", "train.head_lr=0.1"
+    )
+    finetune(recipe, tmp_path / "straight")
+    with pytest.raises(Interrupted):
+        finetune(recipe, tmp_path / "run", listener=Signals(9))
+    finetune(recipe, tmp_path / "run", resume=True)
+    ours, theirs = read_tensors(tmp_path / "run"), read_tensors(tmp_path / "straight")
+    assert ours.keys() == theirs.keys()
+    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+    last = load_file(tmp_path / "run" / "last.safetensors")
+    assert int(last["layer1.0.bn1.num_batches_tracked"]) == 0
+    assert int(last["layer2.0.bn1.num_batches_tracked"]) > 0

@@ -1,0 +1,61 @@
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from runs import Log, Signals, read_tensors, small
+
+from momconv.errors import MomconvError, UsageError
+from momconv.recipe import load_recipe
+from momconv.training import rate_finder
+from momconv.training.finetuning import finetune
+from momconv.training.interruption import Interrupted
+from momconv.training.rate_finder import find_valley
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate_finder, "STEPS", rate_finder.FEWEST)
+
+
+@pytest.mark.parametrize("steepest", [1e-3, 1e-2, 1e-1])
+def test_the_valley_of_a_typical_curve_is_where_it_falls(steepest: float) -> None:
+    rates = [10 ** (-5 + 6 * n / 99) for n in range(100)]
+    losses = [3 - 2 / (1 + (steepest / rate) ** 2) + (rate / steepest / 10) ** 2 for rate in rates]
+    lowest = rates[losses.index(min(losses))]
+    assert lowest / 1000 < find_valley(rates, losses) < lowest / 3
+
+
+def test_the_rate_is_found_once_and_the_run_is_as_if_it_had_been_given(
+    colours: Path, tmp_path: Path
+) -> None:
+    changes = ["train.epochs=1", "train.ema=0.5", "train.optimizer=adamw"]
+    log, recipe = Log(), small(colours, *changes, "train.lr=auto")
+    with pytest.raises(Interrupted):
+        finetune(recipe, tmp_path / "run", listener=Signals(3))
+    found = load_recipe(tmp_path / "run" / "config.yaml")
+    assert isinstance(found.train.lr, float)
+    with (tmp_path / "run" / "lr_finder.csv").open() as file:
+        points = list(csv.DictReader(file))
+    assert len(points) == 20
+    assert float(points[0]["lr"]) == 1e-7 < found.train.lr < float(points[-1]["lr"]) == 0.1
+    finetune(found, tmp_path / "run", resume=True, listener=log)
+    assert not [shown for shown in log.shown if "learning rate" in shown[0]]
+
+    given = small(colours, *changes, f"train.lr={found.train.lr}")
+    finetune(given, tmp_path / "given")
+    ours, theirs = read_tensors(tmp_path / "run"), read_tensors(tmp_path / "given")
+    assert ours.keys() == theirs.keys()
+    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+    with pytest.raises(UsageError, match=r"cannot change train.lr from .* to auto"):
+        finetune(recipe, tmp_path / "run", resume=True)
+
+
+def test_a_loss_that_explodes_at_once_is_named(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rate_finder, "add_gradients", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(MomconvError, match="the loss explodes within 1 steps, at rates from 1e-05"):
+        finetune(small(colours, "train.lr=auto"), tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
