@@ -27,11 +27,11 @@ class Coupling(nn.Module):
         self.f = f
         self.g = g
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The output, of the shape of ``x``: (B, C, H, W) with an even C."""
+    def forward(self, x: Tensor, *args: Tensor) -> Tensor:
+        """The output, of the shape of ``x``: (B, C, …) with C even. F and G also get ``args``."""
         x1, x2 = x.chunk(2, dim=1)
-        y1 = x1 + self.f(x2)
-        return torch.cat([y1, x2 + self.g(y1)], dim=1)
+        y1 = x1 + self.f(x2, *args)
+        return torch.cat([y1, x2 + self.g(y1, *args)], dim=1)
 
 
 def make_coupling(block: nn.Module) -> Coupling:

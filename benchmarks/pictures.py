@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks import transfer
-from benchmarks.tables import Log, Row, find_logs, number
+from benchmarks.tables import Row, find_logs, number
 
 Series = dict[str, list[tuple[float, float]]]  # points (x, MiB) by method
 
@@ -33,9 +33,9 @@ TRANSFER_STYLES = {
 }
 
 
-def draw_depth(log: Log) -> Figure:
+def draw_depth(rows: Sequence[Row]) -> Figure:
     """Memory over depth, as in figure 2 of the paper."""
-    series = collect(log.read(), "depth")
+    series = collect(rows, "depth")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     plot(axes, series)
@@ -49,9 +49,8 @@ def draw_depth(log: Log) -> Figure:
     return figure
 
 
-def draw_batches(log: Log) -> Figure:
+def draw_batches(rows: Sequence[Row]) -> Figure:
     """Memory over the batch, as in figure 7 of the paper, with a panel for each network."""
-    rows = log.read()
     networks = list(dict.fromkeys((row["network"], row["resolution"]) for row in rows))
     figure = Figure(figsize=(4.8 * len(networks), 4.4), layout="constrained")
     panels = figure.subplots(1, len(networks), squeeze=False)[0]
@@ -69,11 +68,11 @@ def draw_batches(log: Log) -> Figure:
     return figure
 
 
-def draw_transfer(log: Log) -> Figure:
+def draw_transfer(rows: Sequence[Row]) -> Figure:
     """Top-1 over the epochs of fine-tuning, with the standard deviation over the seeds."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for method, epochs in transfer.summarise(log.read()).items():
+    for method, epochs in transfer.summarise(rows).items():
         colour, marker = TRANSFER_STYLES[method]
         means, deviations = zip(*epochs.values(), strict=True)
         axes.errorbar(
@@ -96,7 +95,7 @@ def draw_transfer(log: Log) -> Figure:
     return figure
 
 
-PICTURES: dict[str, Callable[[Log], Figure]] = {
+PICTURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "depth": draw_depth,
     "batches": draw_batches,
     "transfer": draw_transfer,
@@ -153,7 +152,7 @@ def save_all() -> Iterator[Path]:
     """Draw a picture beside each log that has one."""
     for title, draw in PICTURES.items():
         for log in find_logs(title):
-            draw(log).savefig(log.picture, dpi=110)
+            draw(log.read()).savefig(log.picture, dpi=110)
             yield log.picture
 
 

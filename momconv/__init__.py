@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from momconv.momentum.sequential import MomentumSequential, set_strategy
     from momconv.planner.prediction import peak_memory
     from momconv.planner.search import plan
+    from momconv.prediction import predict
     from momconv.surgery.calibration import calibrate
     from momconv.surgery.certificate import certify
     from momconv.surgery.conversion import convert
@@ -35,6 +36,7 @@ __all__ = [
     "load_network",
     "peak_memory",
     "plan",
+    "predict",
     "save",
     "set_strategy",
 ]
@@ -51,6 +53,7 @@ _HOMES = {
     "load_network": "zoo.weights",
     "peak_memory": "planner.prediction",
     "plan": "planner.search",
+    "predict": "prediction",
     "save": "files.model_file",
     "set_strategy": "momentum.sequential",
 }

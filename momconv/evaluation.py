@@ -1,8 +1,9 @@
 """How good a network is on labelled images."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
+    MulticlassCalibrationError,
     MulticlassConfusionMatrix,
     MulticlassF1Score,
     MulticlassPrecision,
@@ -26,6 +28,8 @@ from momconv.surgery.modes import in_eval_mode
 from momconv.zoo.description import describe
 
 _Z = 1.959964  # of the normal distribution, for 95 %
+_BINS = 15  # of confidence, as in Guo et al. 2017
+_WORST = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,16 @@ class ClassScore:
 
 
 @dataclass(frozen=True, slots=True)
+class Mistake:
+    """An image for which the network says another class than the folder it is in."""
+
+    path: Path
+    said: str
+    truth: str
+    probability: float  # of what is said
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """How good a network is. All but the loss are fractions."""
 
@@ -48,8 +62,11 @@ class Scores:
     interval: tuple[float, float]  # of the top-1, 95 % (Wilson)
     loss: float  # the mean cross-entropy, without label smoothing
     macro_f1: float  # over the classes that have images
+    calibration_error: float  # |confidence − accuracy|, expected over 15 bins (Guo et al. 2017)
     classes: tuple[ClassScore, ...]
     confusion: tuple[tuple[int, ...], ...]  # images of the row's class predicted as the column's
+    mistakes: tuple[Mistake, ...]  # the most confident ones, the worst first
+    said: tuple[int, ...]  # the class of each image, in the order of the images
 
     @property
     def macro_recall(self) -> float:
@@ -58,8 +75,15 @@ class Scores:
         return sum(present) / len(present)
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows."""
-        return asdict(self)
+        """The same as values that JSON knows, without what is said of each image."""
+        mistakes = [asdict(mistake) | {"path": str(mistake.path)} for mistake in self.mistakes]
+        document = asdict(self) | {"mistakes": mistakes}
+        del document["said"]
+        return document
+
+    def agreement(self, other: "Scores") -> float:
+        """The fraction of the images of which both networks say the same."""
+        return sum(map(int.__eq__, self.said, other.said)) / self.n
 
 
 def evaluate(
@@ -90,16 +114,21 @@ def evaluate(
     dataset = LabelledImages(_own_share(images), transform, seed=None)
     loader = make_loader(dataset, workers=workers, batch_size=batch_size)
     metrics, loss = _make_metrics(len(images.classes)).to(device), MeanMetric("disable").to(device)
-    done = 0
+    calibration = MulticlassCalibrationError(len(images.classes), n_bins=_BINS).to(device)
+    confidences, said = list[float](), list[int]()
     with in_eval_mode(model.to(device)), torch.no_grad():
         for pictures, labels in read_batches(loader):
             outputs, targets = model(pictures.to(device)), labels.to(device)
             metrics.update(outputs, targets)
             loss.update(F.cross_entropy(outputs, targets, reduction="none"))
-            done += len(labels)
+            probabilities = outputs.softmax(1)
+            calibration.update(probabilities, targets)
+            confidences += probabilities.amax(1).tolist()
+            said += outputs.argmax(1).tolist()
             if progress:
-                progress(done, len(dataset))
-    return _summarise(metrics.compute(), float(loss.compute()), images)
+                progress(len(said), len(dataset))
+    found = metrics.compute() | {"loss": loss.compute(), "calibration": calibration.compute()}
+    return _summarise(found, images, said, confidences)
 
 
 def _check(images: ImageSet, num_classes: int) -> None:
@@ -138,7 +167,9 @@ def _make_metrics(classes: int) -> MetricCollection:
     )
 
 
-def _summarise(found: Mapping[str, Tensor], loss: float, images: ImageSet) -> Scores:
+def _summarise(
+    found: Mapping[str, Tensor], images: ImageSet, said: Sequence[int], confidences: Sequence[float]
+) -> Scores:
     columns = (found[name].tolist() for name in ("precision", "recall", "f1"))
     support = images.counts().values()
     classes = tuple(map(ClassScore, images.classes, *columns, support))
@@ -148,10 +179,26 @@ def _summarise(found: Mapping[str, Tensor], loss: float, images: ImageSet) -> Sc
         n=n,
         top1=round(top1 * n) / n,  # torchmetrics counts in single precision
         interval=wilson_interval(round(top1 * n), n),
-        loss=loss,
+        loss=float(found["loss"]),
         macro_f1=sum(present) / len(present),
+        calibration_error=float(found["calibration"]),
         classes=classes,
         confusion=tuple(map(tuple, found["confusion"].tolist())),
+        mistakes=_find_mistakes(images, said, confidences),
+        said=tuple(said),
+    )
+
+
+def _find_mistakes(
+    images: ImageSet, said: Sequence[int], confidences: Sequence[float]
+) -> tuple[Mistake, ...]:
+    """The mistakes that the network is surest of; a diverged one is sure of nothing."""
+    every = zip(images.samples, said, confidences, strict=True)
+    wrong = [entry for entry in every if entry[0].label != entry[1] and math.isfinite(entry[2])]
+    wrong.sort(key=lambda entry: -entry[2])
+    return tuple(
+        Mistake(sample.path, images.classes[label], images.classes[sample.label], confidence)
+        for sample, label, confidence in wrong[:_WORST]
     )
 
 

@@ -89,6 +89,10 @@ class DataRecipe(_Section):
     """The images. A relative path starts at the working directory."""
 
     path: Path | None = None
+    train_dir: Path | None = None  # instead of the one below ``path``
+    val_dir: Path | None = None
+    unknown_classes: Literal["error", "skip"] = "error"  # of validation, which training lacks
+    strict: bool = False  # whether a warning about the images is an error
     resolution: Annotated[int, Field(ge=16)] | None = None  # None: what the weights were made for
     val_frac: BelowOne = 0.2
     split_seed: Seed = 0

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the real data beside the repository, where it exists."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,3 +32,12 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = np.clip(noise.normal(colour, 40, (34, 36, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{number}.png")
     return root
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder for these tests alone, and for the processes that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("MOMCONV_CACHE", str(folder))
+        yield folder

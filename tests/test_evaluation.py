@@ -73,6 +73,7 @@ def test_the_loss_is_the_mean_over_images_whatever_the_batches(images: ImageSet)
 def test_scores_are_plain_json(scores: Scores) -> None:
     document = json.loads(json.dumps(scores.to_json()))
     assert document["top1"] == 20 / 24
+    assert document["mistakes"][0]["truth"] == "blue"
     assert document["classes"][1]["name"] == "green"
     assert document["confusion"] == [[4, 4, 0], [0, 8, 0], [0, 0, 8]]
     assert list(document["interval"]) == list(scores.interval)
@@ -85,6 +86,43 @@ def test_scores_are_plain_json(scores: Scores) -> None:
 def test_the_interval_is_wilson_s(hits: int, n: int, low: float, high: float) -> None:
     """Values of R's binom::binom.confint(method = "wilson")."""
     assert wilson_interval(hits, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_worst_mistakes_are_those_it_is_surest_of(scores: Scores, images: ImageSet) -> None:
+    """The first four blue images are called green; the rest is right."""
+    blue = {sample.path for sample in images.samples[:4]}
+    assert {mistake.path for mistake in scores.mistakes} == blue
+    assert {(mistake.said, mistake.truth) for mistake in scores.mistakes} == {("green", "blue")}
+    probabilities = [mistake.probability for mistake in scores.mistakes]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert probabilities[-1] > 0.99
+
+
+class Sure(nn.Module):
+    """Says "blue" with the same confidence for every image."""
+
+    def __init__(self, confidence: float) -> None:
+        super().__init__()
+        self.logits = torch.tensor([confidence, (1 - confidence) / 2, (1 - confidence) / 2]).log()
+        attach(self, Description("cifar_resnet20", 3, PREPROCESSING))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits.expand(len(images), 3)
+
+
+@pytest.mark.parametrize("confidence", [0.4, 0.9])
+def test_the_calibration_error_is_how_much_too_sure_it_is(
+    images: ImageSet, confidence: float
+) -> None:
+    """A third of the images is blue."""
+    scores = evaluate(Sure(confidence), images)
+    assert scores.calibration_error == pytest.approx(confidence - 1 / 3, abs=1e-6)
+
+
+def test_agreement_counts_the_images_not_the_hits(images: ImageSet) -> None:
+    brightest, blue = evaluate(Brightest(), images), evaluate(Sure(0.5), images)
+    assert brightest.agreement(brightest) == 1
+    assert brightest.agreement(blue) == blue.agreement(brightest) == 0  # one batch: blue is green
 
 
 def test_a_class_without_images_does_not_count_for_the_mean(images: ImageSet) -> None:

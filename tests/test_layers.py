@@ -13,6 +13,7 @@ LAYERS = [
     "errors",
     "units",
     "recipe",
+    "cookbook",
     "momentum",
     "zoo",
     "surgery",
@@ -20,14 +21,17 @@ LAYERS = [
     "planner",
     "data",
     "evaluation",
+    "prediction",
     "training",
     "demo",
+    "diagnosis",
     "reports",
     "__init__",
     "cli",
     "__main__",
 ]
 NO_TORCH = ["momconv.errors", "momconv.units", "momconv.recipe", "momconv.data.splits"]
+NO_TORCH += ["momconv.cookbook"]
 NO_TORCH += [f"momconv.cli.{path.stem}" for path in PACKAGE.glob("cli/*.py")]
 
 

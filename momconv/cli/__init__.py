@@ -12,7 +12,17 @@ from typing import Annotated
 import typer
 
 from momconv._version import __version__
-from momconv.cli import convert, demo, finetune, profile_memory
+from momconv.cli import (
+    convert,
+    demo,
+    doctor,
+    export,
+    finetune,
+    inspect,
+    predict,
+    profile_memory,
+    recipes,
+)
 from momconv.cli import eval as eval_
 from momconv.cli._console import guarded, out
 
@@ -53,8 +63,13 @@ def momconv(
 app.command("convert")(guarded(convert.convert))
 app.command("finetune")(guarded(finetune.finetune))
 app.command("eval")(guarded(eval_.evaluate))
+app.command("predict")(guarded(predict.predict))
+app.command("inspect")(guarded(inspect.inspect))
+app.command("export")(guarded(export.export))
 app.command("profile-memory")(guarded(profile_memory.profile_memory))
+app.command("doctor")(guarded(doctor.doctor))
 app.command("demo")(guarded(demo.demo))
+app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:

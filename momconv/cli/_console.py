@@ -8,10 +8,10 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -59,8 +59,17 @@ def tell(text: str) -> None:
 
 def print_json(document: object) -> None:
     """Print ``document`` on stdout; numbers that JSON does not have (NaN, Infinity) become null."""
-    finite = json.loads(json.dumps(document, default=str), parse_constant=lambda _: None)
-    out.print(Text(json.dumps(finite, indent=2)), soft_wrap=True)
+    out.print(Text(json.dumps(_finite(document), indent=2)), soft_wrap=True)
+
+
+def print_json_lines(documents: Iterable[object]) -> None:
+    """As ``print_json``, each document on a line of its own."""
+    for document in documents:
+        out.print(Text(json.dumps(_finite(document))), soft_wrap=True)
+
+
+def _finite(document: object) -> Any:
+    return json.loads(json.dumps(document, default=str), parse_constant=lambda _: None)
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
@@ -97,12 +106,19 @@ class _Failure:
 
     def report(self, *, as_json: bool) -> None:
         if as_json:
-            error = {name: getattr(self, name) for name in ("code", "kind", "message", "hints")}
-            print_json({"ok": False, "error": error})
+            print_json({"ok": False, "error": self.to_json()})
             return
         _say(self.label, self.message, "bold red")
         for hint in self.hints:
             _say("fix", hint, "green")
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("code", "kind", "message", "hints")}
+
+
+def describe_error(error: MomconvError) -> dict[str, Any]:
+    """What a JSON document says of an ``error``, for a command that prints its results too."""
+    return _failure(error).to_json()
 
 
 def _failure(error: BaseException) -> _Failure:

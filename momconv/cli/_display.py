@@ -33,5 +33,6 @@ class Display(Listener):
         parts = [f"epoch {row.epoch}/{epochs}", f"loss {row.train_loss:.3f}"]
         if row.val_top1 is not None:
             parts += [f"val loss {row.val_loss:.3f}", f"val top-1 {row.val_top1:.1%}"]
+            parts += [f"macro F1 {row.val_macro_f1:.1%}"] if row.val_macro_f1 is not None else []
         parts += [f"{row.images_per_second:.1f} images/s", format_duration(row.seconds)]
         err.print(Text(" · ".join(parts)), soft_wrap=True)

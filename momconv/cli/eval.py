@@ -1,23 +1,44 @@
 """``momconv eval``."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.text import Text
 
-from momconv.cli._console import note, out, print_json, progress, tell
+from momconv.cli._console import describe_error, note, out, print_json, progress, tell
+from momconv.errors import ModelFileError, ThresholdNotMet
+from momconv.units import parse_share
 
 if TYPE_CHECKING:
+    import torch
+
     from momconv.data.folder import ImageSet
+    from momconv.evaluation import Scores
     from momconv.zoo.description import Description
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 (one for each option)
     *,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A converted or fine-tuned model.")],
     data: Annotated[
         Path, typer.Option(metavar="FOLDER", help="The folder of classes, or one with val/ in it.")
     ],
+    split: Annotated[
+        Literal["val", "test", "train"], typer.Option(help="Which of the folders in it.")
+    ] = "val",
+    unknown_classes: Annotated[
+        Literal["error", "skip"], typer.Option(help="What to do with classes of its own.")
+    ] = "error",
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Another model, side by side; may be given again."),
+    ] = None,
+    min_top1: Annotated[
+        str | None,
+        typer.Option("--min-top1", metavar="SHARE", help="Exit with 6 below it, such as 90%."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images at once.")] = 32,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")
@@ -29,47 +50,119 @@ def evaluate(
         bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
     ] = False,
 ) -> None:
-    """Say how good a model is on a folder of images: top-1, each class, the confusions."""
+    """Say how good a model is on a folder of images: top-1, each class, the worst mistakes."""
+    from momconv.data.folder import find_evaluation_set
+    from momconv.files.model_file import read_skeleton
+    from momconv.planner.devices import find_device
+    from momconv.zoo.description import describe
+
+    least = None if min_top1 is None else parse_share(min_top1)
+    where = find_device(device)
+    others = compare or []
+    for other in others:
+        _require_same_classes(file, other)
+    description = describe(read_skeleton(file))
+    held_out = _find_held_out(file, data, description) if split == "val" else None
+    found = held_out or find_evaluation_set(
+        data, description.classes, split=split, unknown=unknown_classes
+    )
+    _note_classes(file, found, description)
+    images = _check(found, max_bad_fraction)
+    scores = {path: _score(path, images, batch_size, where) for path in (file, *others)}
+    failure = _judge(file, scores[file], least)
+    if json_output:
+        _print_json(scores, images, failure)
+    else:
+        _print(scores)
+        if failure:
+            raise failure
+    if failure:
+        raise typer.Exit(failure.exit_code)
+
+
+def _score(file: Path, images: "ImageSet", batch_size: int, device: "torch.device") -> "Scores":
     from momconv.data.dataset import count_workers
     from momconv.evaluation import evaluate as score
     from momconv.files.model_file import load
-    from momconv.planner.devices import find_device
-    from momconv.reports.scores import show_scores
-    from momconv.zoo.description import describe
 
-    where = find_device(device)
-    model = load(file)
-    images = _check(_find_images(file, data, describe(model)), max_bad_fraction)
-    with progress("evaluating", len(images.samples)) as report:
-        scores = score(
-            model,
+    with progress(f"evaluating {file.name}", len(images.samples)) as report:
+        return score(
+            load(file),
             images,
             batch_size=batch_size,
-            device=where,
+            device=device,
             workers=count_workers(len(images.samples)),
             progress=lambda done, _: report(done, ""),
         )
-    if json_output:
-        print_json({"ok": True, "file": file, "data": images.root, **scores.to_json()})
-        return
-    for part in show_scores(scores):
-        out.print(part)
 
 
-def _find_images(file: Path, data: Path, description: "Description") -> "ImageSet":
-    """The images to evaluate on, numbered as the model numbers its classes."""
-    from momconv.data.folder import find_evaluation_set, plural
+def _require_same_classes(file: Path, other: Path) -> None:
+    """Do nothing if the networks in both files tell the same classes apart, as far as is known.
+
+    Raises:
+        ModelFileError: They do not, or a file cannot be read.
+    """
+    from momconv.files.model_file import read_skeleton
+    from momconv.zoo.description import describe
+
+    ours, theirs = (describe(read_skeleton(path)) for path in (file, other))
+    named = ours.classes is not None and theirs.classes is not None
+    if ours.num_classes != theirs.num_classes or (named and ours.classes != theirs.classes):
+        raise ModelFileError(
+            f"{other} does not tell the same classes apart as {file}, in the same order",
+            kind="model_file.other_classes",
+            fix=f"momconv inspect {other} shows its classes",
+        )
+
+
+def _judge(file: Path, scores: "Scores", least: float | None) -> ThresholdNotMet | None:
+    if least is None or scores.top1 >= least:
+        return None
+    return ThresholdNotMet(
+        f"top-1 of {file} is {scores.top1:.2%}, below {least:.2%}", kind="threshold.top1"
+    )
+
+
+def _print(scores: Mapping[Path, "Scores"]) -> None:
+    from momconv.reports.scores import compare_scores, show_scores
+
+    compared = compare_scores(scores) if len(scores) > 1 else []
+    for part in (*compared, *show_scores(next(iter(scores.values())))):
+        out.print(part, soft_wrap=isinstance(part, Text))
+
+
+def _print_json(
+    scores: Mapping[Path, "Scores"], images: "ImageSet", failure: ThresholdNotMet | None
+) -> None:
+    """One document: the scores of the first file, and below ``compared`` those of the others."""
+    (file, own), *others = scores.items()
+    compared = [
+        {"file": path, "agreement": own.agreement(other), **other.to_json()}
+        for path, other in others
+    ]
+    document: dict[str, Any] = {"ok": failure is None}
+    document |= {"error": describe_error(failure)} if failure else {}
+    document |= {"file": file, "data": images.root, **own.to_json()}
+    print_json({**document, "compared": compared})
+
+
+def _find_held_out(file: Path, data: Path, description: "Description") -> "ImageSet | None":
+    """The images of ``data`` that the run of ``file`` held out, if it did."""
+    from momconv.data.folder import plural, printable
     from momconv.training.images import find_held_out
     from momconv.training.run_folder import RunFolder
 
     images = find_held_out(RunFolder(file.parent).split, data)
-    if images is not None and images.classes == description.classes:
-        note(f"only the {plural(len(images.samples), 'image')} that the run held out of {data}")
-    else:
-        images = find_evaluation_set(data, description.classes)
+    if images is None or images.classes != description.classes:
+        return None
+    count = plural(len(images.samples), "image")
+    note(f"only the {count} that the run held out of {printable(data)}")
+    return images
+
+
+def _note_classes(file: Path, images: "ImageSet", description: "Description") -> None:
     if description.classes is None and len(images.classes) == description.num_classes:
         note(f"{file} names no classes; taking those of the folder, in their order")
-    return images
 
 
 def _check(images: "ImageSet", max_bad_fraction: float) -> "ImageSet":
@@ -77,11 +170,11 @@ def _check(images: "ImageSet", max_bad_fraction: float) -> "ImageSet":
     from momconv.data.inspection import check_images
 
     with progress("checking images", len(images.samples)) as report:
-        readable, notes = check_images(
+        inspection = check_images(
             images,
             max_bad_fraction=max_bad_fraction,
             progress=lambda done, _: report(done, ""),
         )
-    for text in (*images.notes, *notes):
+    for text in (*images.notes, *inspection.notes):
         tell(text)
-    return readable
+    return inspection.images

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from momconv.cli._console import note, out
+from momconv.cli._console import note, out, progress, tell, warn
 from momconv.cli._display import Display
-from momconv.errors import UsageError
+from momconv.errors import MomconvError, UsageError
 from momconv.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from momconv.training.finetuning import Result
 
-_OPTIMISATION, _MEMORY, _MOMENTUM, _RUN = "Optimisation", "Memory", "Momentum", "Recipe and run"
+_IMAGES, _OPTIMISATION, _MEMORY = "Images", "Optimisation", "Memory"
+_MOMENTUM, _RUN = "Momentum", "Recipe and run"
 _LEARNING = "What is learnt, and from what"
 _KEYS = {
     "data": "data.path",
@@ -43,6 +44,10 @@ _KEYS = {
     "hflip": "data.flip",
     "mixup": "train.mixup",
     "balance": "data.balance",
+    "train_dir": "data.train_dir",
+    "val_dir": "data.val_dir",
+    "unknown_classes": "data.unknown_classes",
+    "strict": "data.strict",
     "max_bad_fraction": "data.max_bad_fraction",
     "device": "train.device",
     "time_limit": "train.time_limit",
@@ -134,9 +139,35 @@ def finetune(  # noqa: PLR0913 (one for each option)
             "--balance", "HOW", "none, loss or sampler, for classes of unequal size.", _LEARNING
         ),
     ] = None,
+    train_dir: Annotated[
+        str | None, _option("--train-dir", "FOLDER", "Train on this one instead.", _IMAGES)
+    ] = None,
+    val_dir: Annotated[
+        str | None, _option("--val-dir", "FOLDER", "Validate on this one instead.", _IMAGES)
+    ] = None,
+    unknown_classes: Annotated[
+        str | None,
+        _option(
+            "--unknown-classes",
+            "WHAT",
+            "Classes only in val/: error (default), or skip.",
+            _IMAGES,
+        ),
+    ] = None,
     max_bad_fraction: Annotated[
         str | None,
-        _option("--max-bad-fraction", "F", "Of unreadable images, left out. (default: 0.05)"),
+        _option(
+            "--max-bad-fraction", "F", "Of unreadable images, left out. (default: 0.05)", _IMAGES
+        ),
+    ] = None,
+    strict: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict",
+            help="Take any warning about the images for an error.",
+            rich_help_panel=_IMAGES,
+            show_default=False,
+        ),
     ] = None,
     memory: Annotated[
         str | None,
@@ -221,6 +252,8 @@ def finetune(  # noqa: PLR0913 (one for each option)
     try:
         with ExitStack() as bars:
             result = run(wanted, folder, resume=resume is not None, listener=Display(bars))
+        if is_leader():
+            _report(result, wanted)
     except Interrupted as interrupted:
         if is_leader():
             note(f"stopped, and saved. To go on: {RunFolder(folder).resume_command}")
@@ -251,16 +284,34 @@ def _refuse_together(option: str, value: object, others: Mapping[str, object]) -
         )
 
 
+def _report(result: "Result", recipe: Recipe) -> None:
+    """Add to the folder what people want to see; a run that cannot be described is still done."""
+    from momconv.reports.run import report_run
+
+    total = len(result.splits.val.samples)
+    try:
+        with progress("describing the run", total) as report:
+            notes = report_run(result, recipe, lambda done, _: report(done, ""))
+    except MomconvError as error:
+        warn(f"the run is done, but could not be described\n{error}")
+        return
+    for text in notes:
+        tell(text)
+
+
 def _print_result(result: "Result", recipe: Recipe) -> None:
+    from momconv.data.folder import printable
+
     best = result.best_epoch
     if best.val_top1 is not None:
         out.print(f"best top-1  {best.val_top1:.1%} (epoch {best.epoch} of {result.epochs})")
-    data = shlex.quote(str(recipe.data.path))
+    data = shlex.quote(str(recipe.data.path or recipe.data.val_dir or recipe.data.train_dir))
     rows = {
         "best model": result.best,
         "last model": result.last,
         "numbers": result.folder / "metrics.csv",
+        "card": result.folder / "README.md",
         "next": f"momconv eval {shlex.quote(str(result.best))} --data {data}",
     }
     for label, value in rows.items():
-        out.print(Text(f"{label:<11} {value}"), soft_wrap=True)
+        out.print(Text(f"{label:<11} {printable(str(value))}"), soft_wrap=True)

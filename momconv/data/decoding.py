@@ -5,10 +5,13 @@ photographs lying on their side; ``decode`` does not.
 """
 
 import io
+import os
 import struct
 import threading
 import warnings
 import zlib
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,38 +40,101 @@ _DAMAGE = (
 )
 
 
+_SNIFFED = 512  # bytes
+_LARGEST_FILE = 2**30  # bytes; a picture is decoded from memory
+_LARGE_PICTURE = 2**25  # pixels: such are decoded one at a time, lest many threads fill the memory
+_one_at_a_time = threading.Lock()
+
+
+class UnreadableImage(DataError):
+    """A file that is no picture, with the ``reason`` alone."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{printable(path)}: {reason}",
+            kind="data.unreadable_image",
+            fix="replace the file or take it out of the data folder",
+        )
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded file.
+
+    Attributes:
+        image: 8-bit RGB.
+        stored: The format and mode in the file, such as ``JPEG CMYK``.
+        converted: What had to be converted on the way.
+    """
+
+    image: Image.Image
+    stored: str
+    converted: tuple[str, ...]
+
+
 def decode(path: Path) -> Image.Image:
     """The picture in ``path`` as 8-bit RGB, upright, on white, the first frame if it moves.
 
     Raises:
-        DataError: the file cannot be read, is empty, truncated, too large or not an image.
+        UnreadableImage: the file cannot be read, is empty, truncated, too large or not an image.
     """
-    image, _ = decode_and_explain(path)
-    return image
+    return decode_bytes(read_bytes(path), path).image
 
 
-def decode_and_explain(path: Path) -> tuple[Image.Image, tuple[str, ...]]:
-    """As ``decode``, with what had to be converted on the way.
+def read_bytes(path: Path) -> bytes:
+    """The content of ``path``.
 
     Raises:
-        DataError: as ``decode``.
+        UnreadableImage: it cannot be read, or is too large to be a picture.
     """
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > _LARGEST_FILE:
+                raise UnreadableImage(path, "file too large")
+            return file.read()
+    except OSError as error:
+        raise UnreadableImage(path, error.strerror or "cannot be read") from error
+
+
+def decode_bytes(data: bytes, path: Path) -> Picture:
+    """The picture in ``data``, which are those of ``path``; see ``decode``.
+
+    Raises:
+        UnreadableImage: as ``decode``.
+    """
+    file = _File(data)
     with _quiet:
         try:
-            file = _File(path.read_bytes())
-        except OSError as error:
-            raise _unreadable(path, error.strerror or "cannot be read") from error
-        try:
             image = Image.open(file, formats=FORMATS)
-            image.load()
-            return _to_rgb(image)
+            large = image.width * image.height > _LARGE_PICTURE
+            with _one_at_a_time if large else nullcontext():
+                return _load(image)
         except UnidentifiedImageError as error:
-            raise _unreadable(path, "not an image" if file.getvalue() else "empty file") from error
+            raise UnreadableImage(path, _describe_other(data)) from error
         except Image.DecompressionBombError as error:
-            raise _unreadable(path, "image too large") from error
+            raise UnreadableImage(path, "image too large") from error
         except _DAMAGE as error:
             reason = "truncated image" if file.overrun else "unreadable image"
-            raise _unreadable(path, reason) from error
+            raise UnreadableImage(path, reason) from error
+
+
+def _load(image: Image.Image) -> Picture:
+    stored = f"{image.format} {image.mode}"
+    image.load()
+    rgb, converted = _to_rgb(image)
+    return Picture(rgb, stored, converted)
+
+
+def _describe_other(data: bytes) -> str:
+    """What a file is that no reader of pictures knows."""
+    if not data:
+        return "empty file"
+    # The last character may be cut.
+    text = data[:_SNIFFED].decode(errors="ignore")
+    looks_like_text = all(char.isprintable() or char.isspace() for char in text)
+    readable = len(text.encode()) > len(data[:_SNIFFED]) - 4
+    return "not an image: looks like text" if looks_like_text and readable else "not an image"
 
 
 class _File(io.BytesIO):
@@ -109,14 +175,6 @@ class _Quiet:
 
 
 _quiet = _Quiet()
-
-
-def _unreadable(path: Path, reason: str) -> DataError:
-    return DataError(
-        f"{printable(path)}: {reason}",
-        kind="data.unreadable_image",
-        fix="replace the file or take it out of the data folder",
-    )
 
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:

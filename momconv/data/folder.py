@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from PIL import Image
 
@@ -33,6 +33,7 @@ _LEFT_BY_PROGRAMS = {"__MACOSX", "__pycache__"}  # .ipynb_checkpoints is hidden 
 _TRAIN = ("train", "training")
 _VAL = ("val", "valid", "validation", "dev")
 _SPLITS = {*_TRAIN, *_VAL, "test"}
+Unknown = Literal["error", "skip"]  # what to do with a class that the other side does not have
 _FEW = 5  # images of a class, below which a warning is due
 
 
@@ -75,57 +76,82 @@ class Splits:
     train: ImageSet
     val: ImageSet
     notes: tuple[str, ...]
+    fingerprint: str | None = None  # of the files' content, once they were read
 
 
-def find_splits(root: Path, *, val_frac: float = 0.2, seed: int = 0) -> Splits:
-    """The training and the validation images below ``root``.
+def find_splits(
+    root: Path,
+    *,
+    train: Path | None = None,
+    val: Path | None = None,
+    val_frac: float = 0.2,
+    seed: int = 0,
+    unknown: Unknown = "error",
+) -> Splits:
+    """The training and the validation images below ``root``, or in the folders ``train``, ``val``.
 
     Without a validation folder, ``val_frac`` of each class is held out (see ``hold_out``). A test
-    folder is never validated on.
+    folder is never validated on. ``unknown`` says what to do with a class of the validation folder
+    that is not one of training.
 
     Raises:
         DataError: ``root`` is missing or not laid out as above, has fewer than two classes, or
             validation has a class that training does not.
     """
     folders = _split_folders(root)
-    train_folder = _first(_TRAIN, folders) if folders else root
+    train_folder = train or (_first(_TRAIN, folders) if folders else root)
     if train_folder is None:
         raise DataError(
             f"no folder of training images in {printable(root)}\nfound: {_listed(folders)}",
             kind="data.no_train_split",
             fix=f"put training images into {printable(root / 'train')}/<class>/",
         )
-    train = read_classes_folder(train_folder)
-    _require_two_classes(train)
-    val_folder = _first(_VAL, folders)
+    training = read_classes_folder(train_folder)
+    _require_two_classes(training)
+    val_folder = val or _first(_VAL, folders)
     if val_folder is None:
-        return _hold_out(train, val_frac, seed)
-    val = read_classes_folder(val_folder, train.classes, owner=train_folder.name)
-    chosen = f"note: training on {_described(train)}, validating on {_described(val)}"
-    return Splits(train, val, (chosen, *train.notes, *val.notes, *_warn_of_few(train)))
+        return _hold_out(training, val_frac, seed)
+    owner = train_folder.name
+    held_out = read_classes_folder(val_folder, training.classes, owner=owner, unknown=unknown)
+    chosen = f"note: training on {_described(training)}, validating on {_described(held_out)}"
+    notes = (chosen, *training.notes, *held_out.notes, *_warn_of_few(training))
+    return Splits(training, held_out, notes)
 
 
-def find_evaluation_set(root: Path, classes: Sequence[str] | None = None) -> ImageSet:
-    """The images to evaluate on: the validation split of ``root`` if it has splits, else ``root``.
+def find_evaluation_set(
+    root: Path,
+    classes: Sequence[str] | None = None,
+    *,
+    split: str = "val",
+    unknown: Unknown = "error",
+) -> ImageSet:
+    """The images to evaluate on: a split of ``root`` if it has splits, else ``root`` itself.
 
     Raises:
-        DataError: as ``read_classes_folder``, or ``root`` has splits but none for validation.
+        DataError: as ``read_classes_folder``, or ``root`` has no such split but others.
     """
     folders = _split_folders(root)
-    if not folders:
-        return read_classes_folder(root, classes)
-    folder = _first(_VAL, folders)
+    if not folders and split == "val":
+        return read_classes_folder(root, classes, unknown=unknown)
+    folder = _first({"train": _TRAIN, "val": _VAL}.get(split, (split,)), folders)
     if folder is None:
+        which = {"train": "training", "val": "validation"}.get(split, split)
+        others = min(folders.values(), default=root)
         raise DataError(
-            f"no folder of validation images in {printable(root)}\nfound: {_listed(folders)}",
-            kind="data.no_val_split",
-            fix=f"name one of them, as in {printable(min(folders.values()))}",
+            f"no folder of {which} images in {printable(root)}\n"
+            f"found: {_listed(folders) or 'no splits'}",
+            kind=f"data.no_{split}_split",
+            fix=f"name one of them, as in {printable(others)}",
         )
-    return read_classes_folder(folder, classes)
+    return read_classes_folder(folder, classes, unknown=unknown)
 
 
 def read_classes_folder(
-    root: Path, classes: Sequence[str] | None = None, *, owner: str = "the model"
+    root: Path,
+    classes: Sequence[str] | None = None,
+    *,
+    owner: str = "the model",
+    unknown: Unknown = "error",
 ) -> ImageSet:
     """The images of a folder that has one folder for each class.
 
@@ -134,7 +160,7 @@ def read_classes_folder(
 
     Raises:
         DataError: ``root`` is missing, is no such folder, has no images, or has a class that is
-            not in ``classes``.
+            not in ``classes`` and must not be skipped.
     """
     found, notes = _read_class_folders(root)
     if all(name.lower() in _SPLITS and name not in (classes or ()) for name in found):
@@ -144,7 +170,11 @@ def read_classes_folder(
             fix=f"name one of them, as in {printable(root / min(found))}",
         )
     names = tuple(found) if classes is None else tuple(classes)
-    _refuse_unknown(root, {name: found[name] for name in found if name not in names}, owner)
+    others = {name: found.pop(name) for name in [*found] if name not in names}
+    if others and (unknown == "error" or not found):
+        raise _unknown_classes(root, others, owner)
+    if others:
+        notes += (f"warning: ignoring {_counted(others, owner)}",)
     missing = [name for name in names if name not in found]
     if missing:
         which = f"{plural(len(missing), 'class')}: {_listed(missing)}"
@@ -273,7 +303,7 @@ def _hold_out(whole: ImageSet, val_frac: float, seed: int) -> Splits:
     how = f"holding out {val_frac:.0%} per class (seed {seed})" if val_frac else "none held out"
     note = (
         f"note: no val/ folder; {how}: {len(train.samples)} train / {len(val.samples)} val. "
-        "Change it with data.val_frac or add a val/ folder."
+        "Change it with --set data.val_frac=F or --val-dir."
     )
     return Splits(train, val, (note, *whole.notes, *_warn_of_few(train)))
 
@@ -332,16 +362,18 @@ def _require_two_classes(train: ImageSet) -> None:
     )
 
 
-def _refuse_unknown(root: Path, unknown: Mapping[str, list[Path]], owner: str) -> None:
-    if not unknown:
-        return
-    counted = (f"{printable(n)} ({plural(len(paths), 'image')})" for n, paths in unknown.items())
-    which = f"{plural(len(unknown), 'class')} that {owner} does not: {', '.join(counted)}"
-    raise DataError(
-        f"{printable(root.name or root)} has {which}\nin {printable(root)}",
+def _unknown_classes(root: Path, unknown: Mapping[str, list[Path]], owner: str) -> DataError:
+    return DataError(
+        f"{printable(root.name or root)} has {_counted(unknown, owner)}\nin {printable(root)}",
         kind="data.unknown_class",
-        fix=f"train on {_listed(unknown)} too, or move {printable(root / min(unknown))} elsewhere",
+        fix=f"train on {_listed(unknown)} too, or --unknown-classes skip",
     )
+
+
+def _counted(unknown: Mapping[str, list[Path]], owner: str) -> str:
+    """Such as ``1 class that train does not have: wolf (1 image)``."""
+    counted = (f"{printable(n)} ({plural(len(paths), 'image')})" for n, paths in unknown.items())
+    return f"{plural(len(unknown), 'class')} that {owner} does not have: {', '.join(counted)}"
 
 
 def _refuse_empty(root: Path) -> NoReturn:

@@ -2,93 +2,130 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from momconv.data.decoding import decode_and_explain
+from momconv.data.examination import Finding, examine_all
 from momconv.data.folder import ImageSet, plural, printable
 from momconv.errors import DataError
 
 _SHOWN = 5  # unreadable files that a message names
 
 
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found in a set of images.
+
+    Attributes:
+        images: Those that can be read.
+        findings: What is in each file, readable or not.
+        notes: What of that people should know.
+    """
+
+    images: ImageSet
+    findings: Mapping[Path, Finding]
+    notes: tuple[str, ...] = ()
+
+    def unreadable(self) -> dict[Path, str]:
+        """The files that cannot be decoded, and why."""
+        return {path: found.problem for path, found in self.findings.items() if found.problem}
+
+
 def check_images(
     image_set: ImageSet,
     *,
     max_bad_fraction: float = 0.05,
+    every_class: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[ImageSet, tuple[str, ...]]:
-    """Decode every image; the set without those that cannot be read, and notes on what was found.
+) -> Inspection:
+    """Decode every image that was not decoded before, and leave out those that cannot be read.
 
     ``progress`` is called with the number of images done and the number of all.
 
     Raises:
-        DataError: more than ``max_bad_fraction`` of the images cannot be read, or none of a class.
+        DataError: more than ``max_bad_fraction`` of the images cannot be read; or, with
+            ``every_class``, none of a class.
     """
-    good, bad, converted = [], [], Counter[str]()
-    results = _examine_all([sample.path for sample in image_set.samples])
-    for index, result in enumerate(results):
-        if isinstance(result, DataError):
-            bad.append(result.message)
-        else:
-            good.append(index)
-            converted.update(result)
-        if progress:
-            progress(index + 1, len(image_set.samples))
+    paths = [sample.path for sample in image_set.samples]
+    findings = examine_all(image_set.root, paths, progress)
+    good = [index for index, path in enumerate(paths) if findings[path].problem is None]
     readable = image_set.select(good)
-    _refuse_lost_class(image_set, readable, bad)
-    return readable, (
-        *_warn_of_bad(bad, len(image_set.samples), max_bad_fraction),
-        *_note_converted(converted),
+    bad = [f"{printable(p)}: {f.problem}" for p, f in findings.items() if f.problem]
+    warnings = _warn_of_bad(bad, len(paths), max_bad_fraction)
+    if lost := _find_lost_classes(image_set, readable):
+        problem = f"no image of {plural(len(lost), 'class')} can be read: {', '.join(lost)}"
+        if every_class:
+            raise _lost(problem, lost[0], bad)
+        warnings += (f"warning: {problem}",)
+    return Inspection(readable, findings, (*warnings, *_note_converted(findings)))
+
+
+def find_duplicates(train: Inspection, val: Inspection) -> list[tuple[Path, Path]]:
+    """Each validation image that is a training image too, byte for byte, behind that one."""
+    first: dict[str, Path] = {}
+    for sample in train.images.samples:
+        first.setdefault(train.findings[sample.path].sha256, sample.path)
+    return [
+        (first[sha256], sample.path)
+        for sample in val.images.samples
+        if (sha256 := val.findings[sample.path].sha256) in first
+    ]
+
+
+def warn_of_duplicates(duplicates: Sequence[tuple[Path, Path]], validation: int) -> tuple[str, ...]:
+    """A line on what ``find_duplicates`` found among so many validation images."""
+    if not duplicates:
+        return ()
+    ours, theirs = duplicates[0]
+    return (
+        f"warning: {len(duplicates)} of {plural(validation, 'validation image')} are training "
+        f"images too, byte for byte, such as {printable(theirs)} = {printable(ours)}",
     )
 
 
-def _examine_all(paths: Sequence[Path]) -> Iterator[DataError | tuple[str, ...]]:
-    pool = ThreadPoolExecutor()
-    try:
-        yield from pool.map(_examine, paths)
-    finally:
-        pool.shutdown(cancel_futures=True)  # an interrupted check must not decode all the rest
-
-
-def _examine(path: Path) -> DataError | tuple[str, ...]:
-    """What had to be converted in one image, or the error if it cannot be read."""
-    try:
-        _, converted = decode_and_explain(path)
-    except DataError as error:
-        return error
-    return converted
-
-
-def _refuse_lost_class(before: ImageSet, after: ImageSet, bad: Sequence[str]) -> None:
+def _find_lost_classes(before: ImageSet, after: ImageSet) -> list[str]:
     left = after.counts()
-    lost = [name for name, count in before.counts().items() if count and not left[name]]
-    if lost:
-        raise DataError(
-            f"no image of {plural(len(lost), 'class')} can be read: "
-            f"{', '.join(printable(name) for name in lost)}\n{_shown(bad)}",
-            kind="data.class_unreadable",
-            fix=f"replace the images of {printable(lost[0])}, or take its folder away",
-        )
+    return [printable(name) for name, n in before.counts().items() if n and not left[name]]
+
+
+def _lost(problem: str, name: str, bad: Sequence[str]) -> DataError:
+    return DataError(
+        f"{problem}\n{_shown(bad)}",
+        kind="data.class_unreadable",
+        fix=f"replace the images of {name}, or take its folder away",
+    )
 
 
 def _warn_of_bad(bad: Sequence[str], total: int, limit: float) -> tuple[str, ...]:
     if not bad:
         return ()
+    refuse_many_unreadable(bad, total, limit)
+    return (f"warning: {_summarise(bad, total)}\n{_shown(bad)}",)
+
+
+def refuse_many_unreadable(bad: Sequence[str], total: int, limit: float) -> None:
+    """Do nothing if the unreadable images ``bad`` are at most the fraction ``limit`` of ``total``.
+
+    Raises:
+        DataError: They are more.
+    """
     fraction = len(bad) / total
-    summary = f"{len(bad)} of {plural(total, 'image')} unreadable ({fraction:.1%})"
     if fraction > limit:
         enough = math.ceil(fraction * 20) / 20
         raise DataError(
-            f"{summary}, more than the accepted {limit:.1%}\n{_shown(bad)}",
+            f"{_summarise(bad, total)}, more than the accepted {limit:.1%}\n{_shown(bad)}",
             kind="data.too_many_unreadable",
             fix=f"--max-bad-fraction {enough:g} to continue without them",
         )
-    return (f"warning: {summary}\n{_shown(bad)}",)
 
 
-def _note_converted(converted: Counter[str]) -> tuple[str, ...]:
+def _summarise(bad: Sequence[str], total: int) -> str:
+    return f"{len(bad)} of {plural(total, 'image')} unreadable ({len(bad) / total:.1%})"
+
+
+def _note_converted(findings: Mapping[Path, Finding]) -> tuple[str, ...]:
+    converted = Counter(what for finding in findings.values() for what in finding.converted)
     if not converted:
         return ()
     return (

@@ -41,7 +41,7 @@ def training_transform(
     if level == "none":
         return evaluation_transform(p)
     mirror = [v2.RandomHorizontalFlip()] if flip else []
-    steps = [*_random_crop(p), *mirror, *_policy(p, level), *_to_normalised_tensor(p)]
+    steps = [*_random_crop(p), *mirror, *_policy(level), *_to_normalised_tensor(p)]
     return v2.Compose([*steps, *_erasing(level)])
 
 
@@ -53,8 +53,8 @@ def _random_crop(p: Preprocessing) -> list[v2.Transform]:
     return [v2.RandomResizedCrop(p.resolution, scale, interpolation=mode, antialias=True)]
 
 
-def _policy(p: Preprocessing, level: Augmentation) -> list[v2.Transform]:
-    mode = InterpolationMode(p.interpolation)
+def _policy(level: Augmentation) -> list[v2.Transform]:
+    mode = InterpolationMode.BILINEAR  # what Pillow resizes with, it may not rotate with
     if level == "trivial":
         return [v2.TrivialAugmentWide(interpolation=mode)]
     return [v2.RandAugment(interpolation=mode)] if level == "randaug" else []

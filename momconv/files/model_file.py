@@ -94,6 +94,20 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return _read(Path(path)).model_dump(mode="json", by_alias=True)
 
 
+def read_skeleton(path: str | Path) -> nn.Module:
+    """The network in ``path`` on the meta device, without reading the tensors.
+
+    Raises:
+        ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
+    """
+    path = Path(path)
+    metadata = _read(path)
+    if metadata.description.num_classes > path.stat().st_size:
+        raise _inconsistent(path, "it has more classes than bytes")
+    with torch.device("meta"):
+        return _build(metadata, path)
+
+
 def _compose(model: nn.Module, extra: Mapping[str, object]) -> dict[str, str]:
     own = {
         "schema": str(SCHEMA),

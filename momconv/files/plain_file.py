@@ -42,3 +42,13 @@ def save_plain(model: nn.Module, path: Path) -> None:
         write_atomically(
             path, lambda target: safetensors.torch.save_file(state, target, {"format": "pt"})
         )
+
+
+def load_command(architecture: str, num_classes: int, path: Path) -> str:
+    """The Python that reads what ``save_plain`` wrote to ``path``."""
+    file = str(path)
+    if architecture.startswith("cifar_"):
+        return f"momconv.load_network({architecture!r}, {file!r})"
+    read = "torch.load" if path.suffix in _PICKLED else "safetensors.torch.load_file"
+    network = f"torchvision.models.{architecture}(num_classes={num_classes})"
+    return f"{network}.load_state_dict({read}({file!r}))"

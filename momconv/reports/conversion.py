@@ -1,19 +1,19 @@
 """What a conversion did."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from momconv.data.folder import plural, printable
 from momconv.reports.drift import describe_drift, show_facts, show_steps
+from momconv.reports.stages import tabulate_stages
 from momconv.surgery.adaptation import Step
-from momconv.surgery.certificate import Certificate, StageCertificate
+from momconv.surgery.certificate import Certificate
 from momconv.surgery.conversion import Stage
 from momconv.surgery.ladder import LADDER, Attempt
 from momconv.units import format_bytes
@@ -105,7 +105,7 @@ class Conversion:
 
     def show(self) -> Iterator[RenderableType]:
         """A table of the stages, one of the steps, and what else was done."""
-        yield _tabulate(self)
+        yield tabulate_stages(self.stages, self.parameters, self.certificate)
         yield Text()
         yield from show_steps(self.steps)
         yield from show_facts(_facts(self))
@@ -123,42 +123,6 @@ class Conversion:
             "next_commands": self.next_commands,
             "remedies": self.remedies,
         }
-
-
-def _tabulate(conversion: Conversion) -> Table:
-    table = Table("stage", box=None, pad_edge=False)
-    for title in ("blocks", "with momentum", "parameters", "γ", "headroom", "bits a block"):
-        table.add_column(title, justify="right")
-    certificates = {stage.name: stage for stage in conversion.certificate.stages}
-    for stage in conversion.stages:
-        momentum = format_spans(stage.momentum) or "none"
-        figures = (str(stage.blocks), momentum, f"{stage.parameters:,}", f"{stage.gamma:g}")
-        table.add_row(Text(stage.name), *figures, *_measured(certificates.get(stage.name)))
-    rest = conversion.parameters - sum(stage.parameters for stage in conversion.stages)
-    table.add_row("the rest", "", "", f"{rest:,}")
-    table.add_row("all", "", "", f"{conversion.parameters:,}")
-    return table
-
-
-def _measured(stage: StageCertificate | None) -> tuple[str, ...]:
-    if stage is None:
-        return ()
-    return f"{stage.headroom_bits:.1f} bits", f"{stage.remainder_bits:.2g}"
-
-
-def format_spans(numbers: Sequence[int]) -> str:
-    """Ascending numbers with neighbours drawn together.
-
-    >>> format_spans([1, 2, 3, 5])
-    '1-3, 5'
-    """
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][-1] == number - 1:
-            spans[-1].append(number)
-        else:
-            spans.append([number])
-    return ", ".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans)
 
 
 def _facts(conversion: Conversion) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from momconv.data.folder import plural, printable
+from momconv.files.plain_file import load_command
 from momconv.reports.drift import describe_drift, show_facts, show_steps
 from momconv.surgery.adaptation import Step
 from momconv.surgery.certificate import Accuracy
@@ -46,12 +47,7 @@ class Reversion:
     @property
     def python(self) -> str:
         """What reads the file."""
-        path = str(self.path)
-        if self.architecture.startswith("cifar_"):
-            return f"momconv.load_network({self.architecture!r}, {path!r})"
-        read = "safetensors.torch.load_file" if path.endswith(".safetensors") else "torch.load"
-        network = f"torchvision.models.{self.architecture}(num_classes={self.num_classes})"
-        return f"{network}.load_state_dict({read}({path!r}))"
+        return load_command(self.architecture, self.num_classes, self.path)
 
     def show(self) -> Iterator[RenderableType]:
         """The steps, and what else is to be known."""

@@ -1,13 +1,14 @@
 """Scores as tables that stay readable with a thousand classes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from momconv.data.folder import plural, printable
-from momconv.evaluation import ClassScore, Scores
+from momconv.evaluation import ClassScore, Mistake, Scores
 
 _MOST_ROWS = 30  # above, only the worst classes
 _WORST = 10
@@ -15,11 +16,12 @@ _MOST_COLUMNS = 10  # above, the confusions as a list
 
 
 def show_scores(scores: Scores) -> Iterator[RenderableType]:
-    """The figures for all images, those for each class, and what is taken for what."""
+    """The figures for all images, for each class, what is taken for what, the worst mistakes."""
     low, high = scores.interval
     yield Text(
         f"top-1 {scores.top1:.2%} (95 % interval {low:.1%} to {high:.1%}) "
-        f"on {plural(scores.n, 'image')}\nmacro F1 {scores.macro_f1:.3f} · loss {scores.loss:.4f}"
+        f"on {plural(scores.n, 'image')}\nmacro F1 {scores.macro_f1:.3f} · "
+        f"calibration error {scores.calibration_error:.3f} · loss {scores.loss:.4f}"
     )
     shown, title = scores.classes, "each class"
     if len(shown) > _MOST_ROWS:
@@ -34,6 +36,31 @@ def show_scores(scores: Scores) -> Iterator[RenderableType]:
     elif confusions := _find_confusions(scores):
         yield Text("\nthe most frequent confusions")
         yield _tabulate_confusions(scores, confusions)
+    if scores.mistakes:
+        yield Text("\nthe most confident mistakes")
+        yield from map(_describe, scores.mistakes)
+
+
+def compare_scores(scores: Mapping[Path, Scores]) -> Iterator[RenderableType]:
+    """Several networks on the same images, side by side, and on how many they say the same."""
+    numbers = range(1, 1 + len(scores))
+    titles = ("top-1", "95 % interval", "macro F1", "calibration error", "loss")
+    table = _make_table("", *titles, *(f"same as {n}" for n in numbers[:-1]))
+    for number, own in zip(numbers, scores.values(), strict=True):
+        low, high = own.interval
+        figures = (own.macro_f1, own.calibration_error, own.loss)
+        others = (f"{own.agreement(other):.1%}" for other in [*scores.values()][: number - 1])
+        shown = (f"{own.top1:.2%}", f"{low:.1%} to {high:.1%}", *(f"{x:.3f}" for x in figures))
+        table.add_row(str(number), *shown, *others)
+    yield table
+    for number, path in zip(numbers, scores, strict=True):
+        yield Text(f"{number}  {printable(path)}")
+    yield Text(f"\n{printable(next(iter(scores)))}")
+
+
+def _describe(mistake: Mistake) -> Text:
+    names = f"said {printable(mistake.said)}, is {printable(mistake.truth)}"
+    return Text(f"{printable(mistake.path)}: {names} ({mistake.probability:.1%})")
 
 
 def _tabulate_classes(shown: Sequence[ClassScore]) -> Table:

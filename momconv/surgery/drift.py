@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +26,7 @@ class Drift:
         distance: ‖z' − z‖ / ‖z‖, over all images.
     """
 
-    images: int
+    images: PositiveInt
     disagreements: int
     divergence: float
     distance: float

@@ -71,6 +71,9 @@ class Result:
     last: Path
     best_epoch: EpochRow
     epochs: int
+    history: tuple[EpochRow, ...]
+    splits: Splits
+    plan: BatchPlan
 
 
 def finetune(
@@ -109,7 +112,8 @@ def finetune(
             job.ends = began + parse_duration(recipe.train.time_limit)
         train(job, progress)
     assert progress.best is not None
-    return Result(run.path, run.best, run.last, progress.best, progress.epoch)
+    done = (progress.best, progress.epoch, tuple(progress.history), job.splits, job.plan)
+    return Result(run.path, run.best, run.last, *done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +153,8 @@ def _start(task: _Task) -> tuple[Job, Progress]:
     require_stages(model, recipe.train.freeze)
     if recipe.momentum.gamma and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
-    splits = keep_readable(found, recipe.data, listener)
+    images = keep_readable(found, recipe.data, listener)
+    splits = images.splits
     _check_images(recipe, splits, listener)
     network.fit_head(model, splits.train.classes)
     network.place(model, device)
@@ -161,16 +166,20 @@ def _start(task: _Task) -> tuple[Job, Progress]:
         _calibrate(model, recipe, splits, plan, workers, listener)
     optimizer, progress = make_optimizer(model, recipe.train), Progress()
     job = _make_job(task, splits, model, optimizer, plan)
-    static = static_bytes(model, recipe.train.optimizer, ema=recipe.train.ema > 0)
-    state = static.weights + static.optimizer + static.ema
-    run.make(3 * state + 3 * static.weights)  # a file is written before it replaces another
+    run.make(_disk_bytes(model, recipe))
     if recipe.train.lr == "auto":
         _choose_rate(job)
     write_text(run.config, dump_recipe(_with_absolute_paths(job.recipe)))
     write_text(run.plan, job.plan.to_json())
-    remember_images(splits, root, run.split)
+    remember_images(images, root, run, listener)
     save_state(run, model, job.optimizer, progress, job.read_extras())
     return job, progress
+
+
+def _disk_bytes(model: nn.Module, recipe: Recipe) -> int:
+    """What a run writes: two states, two models, and a file before it replaces another."""
+    static = static_bytes(model, recipe.train.optimizer, ema=recipe.train.ema > 0)
+    return 3 * (static.weights + static.optimizer + static.ema) + 3 * static.weights
 
 
 def _choose_rate(job: Job) -> None:
@@ -218,7 +227,7 @@ def _resume(task: _Task) -> tuple[Job, Progress]:
         run.make(0)
     before = load_recipe(run.config)
     _refuse_changes(before, recipe, run)
-    splits = recall_images(run.split, recipe.data.path)
+    splits = recall_images(run.split, recipe.data.path, task.listener)
     saved = load_newest(run, task.listener.tell)
     model, progress = saved.model, saved.progress
     network.place(model, task.device)
@@ -309,8 +318,10 @@ def _choose_workers(task: _Task, splits: Splits) -> int:
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe as it must be to be replayed from another working directory."""
-    path, file = recipe.data.path, recipe.model.from_file
-    data = recipe.data.model_copy(update={"path": path and path.absolute()})
+    folders = {name: getattr(recipe.data, name) for name in ("path", "train_dir", "val_dir")}
+    absolute = {name: folder and folder.absolute() for name, folder in folders.items()}
+    data = recipe.data.model_copy(update=absolute)
+    file = recipe.model.from_file
     model = recipe.model.model_copy(update={"from_file": file and file.absolute()})
     return recipe.model_copy(update={"data": data, "model": model})
 

@@ -1,25 +1,49 @@
 """The images of a run: looked at once, and remembered in its folder as split.json."""
 
-from dataclasses import replace
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Annotated, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
+from momconv.data.examination import Finding, examine_all
 from momconv.data.folder import ImageSet, Sample, Splits, find_splits, plural, printable
-from momconv.data.inspection import check_images
+from momconv.data.inspection import (
+    Inspection,
+    check_images,
+    find_duplicates,
+    warn_of_duplicates,
+)
+from momconv.data.report import DataReport, fingerprint, name_classes, report
 from momconv.errors import DataError, ModelFileError, UsageError
 from momconv.files.atomic import write_text
 from momconv.recipe import DataRecipe
-from momconv.training.progress import Listener
+from momconv.training.progress import SILENT, Listener
+from momconv.training.run_folder import RunFolder
+
+_SHOWN = 5  # files that an error names
+
+
+def _below(path: Path) -> Path:
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{printable(path)} is not below a folder")
+    return path
+
+
+class _File(NamedTuple):
+    path: Annotated[Path, AfterValidator(_below)]  # below the folder of its part
+    class_name: str
+    sha256: str
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    folder: Path  # below the data folder
-    files: tuple[tuple[Path, str], ...]  # below ``folder``, with the class
+    folder: Path  # below the data folder, or anywhere
+    files: tuple[_File, ...]
 
 
 class _Split(BaseModel):
@@ -33,10 +57,19 @@ class _Split(BaseModel):
     @model_validator(mode="after")
     def _know_all_classes(self) -> Self:
         if unknown := {
-            name for part in (self.train, self.val) for _, name in part.files
+            file.class_name for part in (self.train, self.val) for file in part.files
         }.difference(self.classes):
             raise ValueError(f"unknown class {min(unknown)}")
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedImages:
+    """The images of a run, which can be decoded, and what else was found."""
+
+    splits: Splits
+    report: DataReport
+    sha256: Mapping[Path, str]  # of each file
 
 
 def require_folder(recipe: DataRecipe) -> Path:
@@ -45,13 +78,14 @@ def require_folder(recipe: DataRecipe) -> Path:
     Raises:
         UsageError: The recipe names none.
     """
-    if recipe.path is None:
+    folder = recipe.path or recipe.train_dir
+    if folder is None:
         raise UsageError(
             "no folder of images to train on",
             kind="usage.no_data",
             fix="--data FOLDER, with one folder of images for each class",
         )
-    return recipe.path
+    return folder
 
 
 def find_images(root: Path, recipe: DataRecipe, listener: Listener) -> Splits:
@@ -60,49 +94,65 @@ def find_images(root: Path, recipe: DataRecipe, listener: Listener) -> Splits:
     Raises:
         DataError: The folder cannot be used.
     """
-    found = find_splits(root, val_frac=recipe.val_frac, seed=recipe.split_seed)
-    for note in found.notes:
-        listener.tell(note)
+    found = find_splits(
+        root,
+        train=recipe.train_dir,
+        val=recipe.val_dir,
+        val_frac=recipe.val_frac,
+        seed=recipe.split_seed,
+        unknown=recipe.unknown_classes,
+    )
+    _tell(found.notes, recipe, listener)
     return found
 
 
-def keep_readable(splits: Splits, recipe: DataRecipe, listener: Listener) -> Splits:
+def keep_readable(splits: Splits, recipe: DataRecipe, listener: Listener) -> CheckedImages:
     """The images that can be decoded: each is, once, before a long run depends on it.
 
     Raises:
         DataError: Too many cannot.
     """
-    check = partial(_check, recipe=recipe, listener=listener)
-    train = check(splits.train, title="checking the training images")
-    return replace(splits, train=train, val=check(splits.val, title="checking the held-out images"))
+    train = _check(splits.train, recipe, listener, every_class=True)
+    val = _check(splits.val, recipe, listener)
+    duplicates = find_duplicates(train, val)
+    warning = warn_of_duplicates(duplicates, len(val.images.samples))
+    _tell(warning, recipe, listener)
+    found = report(train, val, duplicates, (*splits.notes, *train.notes, *val.notes, *warning))
+    readable = Splits(train.images, val.images, splits.notes, found.fingerprint)
+    findings = {**train.findings, **val.findings}
+    return CheckedImages(readable, found, {path: f.sha256 for path, f in findings.items()})
 
 
-def remember_images(splits: Splits, root: Path, path: Path) -> None:
-    """Write to ``path`` which images below ``root`` are trained on and which are held out."""
-    train, val = (_to_part(images, root) for images in (splits.train, splits.val))
-    split = _Split(data=root.absolute(), classes=splits.train.classes, train=train, val=val)
-    write_text(path, split.model_dump_json(indent=1) + "\n")
+def remember_images(
+    images: CheckedImages, root: Path, run: RunFolder, listener: Listener = SILENT
+) -> None:
+    """Write down which images below ``root`` a run trains on, which it holds out, and the rest."""
+    train, val = (_to_part(part, root, images) for part in (images.splits.train, images.splits.val))
+    classes = images.splits.train.classes
+    split = _Split(data=root.absolute(), classes=classes, train=train, val=val)
+    write_text(run.split, split.model_dump_json(indent=1) + "\n")
+    write_text(run.data_report, json.dumps(images.report.to_json(), indent=1) + "\n")
+    if images.report.unreadable:
+        listener.tell(f"note: all unreadable images are listed in {run.data_report}")
 
 
-def recall_images(path: Path, root: Path | None = None) -> Splits:
+def recall_images(path: Path, root: Path | None = None, listener: Listener = SILENT) -> Splits:
     """The images that ``remember_images`` wrote to ``path``, which may be below ``root`` now.
 
     Raises:
         ModelFileError: ``path`` is missing or damaged.
-        DataError: Some of the images are gone.
+        DataError: Some of the images are gone, or are not what they were.
     """
     split = _read(path)
     root = root or split.data
-    train, val = (_from_part(part, split.classes, root) for part in (split.train, split.val))
-    gone = [s.path for s in (*train.samples, *val.samples) if not s.path.is_file()]
-    if gone:
-        raise DataError(
-            f"{plural(len(gone), 'image')} of the run are not in {printable(root)}, "
-            f"such as {printable(gone[0])}",
-            kind="data.changed",
-            fix="--data with the folder where they are now, or start a new run with -o",
-        )
-    return Splits(train, val, ())
+    parts = {"train": split.train, "val": split.val}
+    train, val = (_from_part(part, split.classes, root) for part in parts.values())
+    found = _examine(train, listener) | _examine(val, listener)
+    files = [(name, root / part.folder, f) for name, part in parts.items() for f in part.files]
+    changed = [at / f.path for _, at, f in files if found[at / f.path].sha256 != f.sha256]
+    if changed:
+        raise _changed(root, changed)
+    return Splits(train, val, (), fingerprint((n, f.class_name, f.sha256) for n, _, f in files))
 
 
 def find_held_out(path: Path, root: Path) -> ImageSet | None:
@@ -119,31 +169,67 @@ def find_held_out(path: Path, root: Path) -> ImageSet | None:
     return _from_part(split.val, split.classes, root)
 
 
-def _check(images: ImageSet, recipe: DataRecipe, listener: Listener, title: str) -> ImageSet:
+def _check(
+    images: ImageSet, recipe: DataRecipe, listener: Listener, *, every_class: bool = False
+) -> Inspection:
+    """Look at the training images, of which every class needs some, or those held out."""
     if not images.samples:
-        return images
-    readable, notes = check_images(
+        return Inspection(images, {})
+    title = f"checking the {'training' if every_class else 'held-out'} images"
+    inspection = check_images(
         images,
         max_bad_fraction=recipe.max_bad_fraction,
+        every_class=every_class,
         progress=partial(listener.advance, title),
     )
+    _tell(inspection.notes, recipe, listener)
+    return inspection
+
+
+def _tell(notes: Iterable[str], recipe: DataRecipe, listener: Listener) -> None:
     for note in notes:
+        label, _, text = note.partition(": ")
+        if recipe.strict and label == "warning":
+            raise DataError(text, kind="data.strict", fix="correct that, or leave out --strict")
         listener.tell(note)
-    return readable
 
 
-def _to_part(images: ImageSet, root: Path) -> _Part:
-    files = (
-        (sample.path.relative_to(images.root), images.classes[sample.label])
-        for sample in images.samples
+def _examine(images: ImageSet, listener: Listener) -> dict[Path, Finding]:
+    paths = [sample.path for sample in images.samples]
+    return examine_all(images.root, paths, partial(listener.advance, "comparing the images"))
+
+
+def _changed(root: Path, changed: Sequence[Path]) -> DataError:
+    gone = [path for path in changed if not path.is_file()]
+    others = [path for path in changed if path not in gone]
+    lines = [f"  {printable(p)}: gone" for p in gone] + [
+        f"  {printable(p)}: changed" for p in others
+    ]
+    more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return DataError(
+        f"{plural(len(changed), 'image')} of the run changed since in {printable(root)}\n"
+        + "\n".join([*lines[:_SHOWN], *more]),
+        kind="data.changed",
+        fix="--data with the folder where they are now, or start a new run with -o",
     )
-    return _Part(folder=images.root.relative_to(root), files=tuple(files))
+
+
+def _to_part(images: ImageSet, root: Path, checked: CheckedImages) -> _Part:
+    folder, above = images.root.absolute(), root.absolute()
+    files = (
+        _File(path.relative_to(images.root), name, checked.sha256[path])
+        for path, name in name_classes(images)
+    )
+    return _Part(
+        folder=folder.relative_to(above) if folder.is_relative_to(above) else folder,
+        files=tuple(files),
+    )
 
 
 def _from_part(part: _Part, classes: tuple[str, ...], root: Path) -> ImageSet:
     folder, number = root / part.folder, {name: label for label, name in enumerate(classes)}
     return ImageSet(
-        folder, classes, tuple(Sample(folder / path, number[name]) for path, name in part.files)
+        folder, classes, tuple(Sample(folder / f.path, number[f.class_name]) for f in part.files)
     )
 
 

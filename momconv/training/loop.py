@@ -78,7 +78,7 @@ def train(job: Job, progress: Progress) -> None:
             else:
                 scores = _validate(job, report, check)
                 _finish_epoch(job, progress, scores, time.perf_counter() - began)
-                if progress.epoch < job.recipe.train.epochs:
+                if not _is_done(job, progress):
                     _stop_if_asked(job, check)
 
 

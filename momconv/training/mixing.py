@@ -7,7 +7,8 @@ learns does not depend on the micro-batch. The numbers depend on seed, epoch and
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,23 +41,10 @@ class Mixer:
         Labels become probabilities of the classes.
         """
         if not self._transforms:
-            yield from parts
-            return
-        before: Part | None = None
-        transform: Any = None
-        drawn: dict[str, Any] = {}
-        for images, labels in parts:
-            if before is None:
-                transform, drawn = self._draw(images, epoch, step)
-            else:
-                images, labels = map(torch.cat, zip(before, (images, labels), strict=True))
-            before = images[-1:].clone(), labels[-1:].clone()
-            params = {"labels": labels, "batch_size": len(labels)} | drawn
-            mixed = transform.transform(images, params)[1:], transform.transform(labels, params)[1:]
-            del images, labels, params  # only the mixed ones weigh anything during the step
-            yield mixed
+            return parts
+        return map(_Mixing(partial(self._draw, epoch=epoch, step=step)), parts)
 
-    def _draw(self, images: Tensor, epoch: int, step: int) -> tuple[Any, dict[str, Any]]:
+    def _draw(self, images: Tensor, *, epoch: int, step: int) -> tuple[Any, dict[str, Any]]:
         """A transform, and the numbers that it draws for a batch."""
         text = f"mix {self._seed} {epoch} {step}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
@@ -65,3 +53,22 @@ class Mixer:
             chosen = int(torch.randint(len(self._transforms), ()))
             transform = self._transforms[chosen]
             return transform, transform.make_params([images])
+
+
+class _Mixing:
+    """Mixes the parts of one step in turn; of a part before, it keeps the last image alone."""
+
+    def __init__(self, draw: Callable[[Tensor], tuple[Any, dict[str, Any]]]) -> None:
+        self._draw = draw
+        self._before: Part | None = None
+
+    def __call__(self, part: Part) -> Part:
+        images, labels = part
+        if self._before is None:
+            self._transform, self._drawn = self._draw(images)
+        else:
+            images, labels = map(torch.cat, zip(self._before, part, strict=True))
+        self._before = images[-1:].clone(), labels[-1:].clone()
+        params = {"labels": labels, "batch_size": len(labels)} | self._drawn
+        mix = self._transform.transform
+        return mix(images, params)[1:], mix(labels, params)[1:]

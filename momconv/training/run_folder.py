@@ -46,6 +46,11 @@ class RunFolder:
         return self.path / "split.json"
 
     @property
+    def data_report(self) -> Path:
+        """What was found in the images."""
+        return self.path / "data-report.json"
+
+    @property
     def state(self) -> Path:
         """Weights, optimiser, random state and counters of one moment: what resuming needs."""
         return self.path / "state.safetensors"
@@ -171,7 +176,7 @@ class RunFolder:
 
     def _holds_something(self) -> bool:
         # What is written before the first state.
-        before = {self.rates, self.config, self.plan, self.split}
+        before = {self.rates, self.config, self.plan, self.split, self.data_report}
         return any(p not in before and not is_temporary(p) for p in self.path.iterdir())
 
     def _next_free(self) -> Path:

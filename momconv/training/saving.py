@@ -86,9 +86,9 @@ def go_back(job: Job, progress: Progress) -> None:
     job.model.load_state_dict(saved.model.state_dict())
     job.optimizer.zero_grad()
     saved.restore_optimizer(job.optimizer, job.model)
+    job.restore_extras(saved.extras)
     saved.restore_random_states()
     progress.go_back(saved.progress)
-    job.restore_extras(saved.extras)
     anneal_networks(job, progress)
 
 
@@ -138,4 +138,5 @@ class Autosave:
 def _save_model(job: Job, path: Path, progress: Progress) -> None:
     metrics = asdict(progress.history[-1]) if progress.history else None
     finished = {"epochs": progress.epoch, "steps": progress.step, "metrics": metrics}
-    model_file.save(job.networks[-1], path, {"training": finished})
+    data = {"fingerprint": job.splits.fingerprint}
+    model_file.save(job.networks[-1], path, {"training": finished, "data": data})

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
@@ -67,7 +68,18 @@ class Steps:
         for step, batch in enumerate(batches):
             own = itertools.islice(parts, len(self._micro_batches.steps[step]))
             indices = [index % self._count for index in batch]
-            yield Step(indices, self._mixer.mix(own, epoch=epoch, step=first + step))
+            parts_of_step = self._mixer.mix(own, epoch=epoch, step=first + step)
+            yield Step(indices, map(self._lay_out, parts_of_step))
+
+    def _lay_out(self, part: Part) -> Part:
+        """``part`` as the network wants it; a GPU lays it out itself, after the transfer.
+
+        Nobody keeps what it was before, so it never takes memory twice.
+        """
+        images, labels = part
+        if self._job.device.type == "cpu":
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, labels
 
     def _read_share(self, batch: list[int]) -> list[list[int]]:
         """The micro-batches of this process's share of ``batch``."""

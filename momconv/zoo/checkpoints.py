@@ -191,8 +191,9 @@ def _read_checkpoint(path: Path) -> object:
             fix="where the file was made: torch.save(model.state_dict(), 'weights.pth')",
         ) from error
     except _DAMAGE as error:
-        first_line = str(error).partition("\n")[0]
-        raise _damaged(path, f"{type(error).__name__}: {first_line}") from error
+        explains = isinstance(error, OSError | RuntimeError)  # the others come from wrong bytes
+        reason = str(error).partition("\n")[0] if explains else "its bytes are no checkpoint"
+        raise _damaged(path, reason) from error
 
 
 def _unwrap(content: object) -> dict[object, object]:

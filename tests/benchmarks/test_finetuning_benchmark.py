@@ -42,8 +42,9 @@ def test_every_task_and_method_has_a_recipe() -> None:
             load_recipe(None, [*changes, *finetuning.METHODS[method]])
 
 
-def test_the_reference_trains_and_is_scored(
-    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", [finetuning.REFERENCE, "momconv, plain"])
+def test_every_epoch_of_a_run_is_scored(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     for part in ("train", "val"):
         (tmp_path / part).symlink_to(colours)
@@ -51,9 +52,10 @@ def test_the_reference_trains_and_is_scored(
     monkeypatch.setitem(finetuning.TASKS, "small", small)
     monkeypatch.setattr(finetuning, "EPOCHS", 2)
     with torch.random.fork_rng(devices=[]):
-        rows = list(finetuning.run("small", finetuning.REFERENCE, 0, tmp_path))
+        rows = list(finetuning.run("small", method, 0, tmp_path))
     assert [row["epoch"] for row in rows] == ["1", "2"]
-    assert float(rows[-1][finetuning.VALUE]) > 50
+    assert {row["method"] for row in rows} == {method}
+    assert float(rows[-1][finetuning.VALUE]) > 40
 
 
 @pytest.mark.parametrize("p", [PLAIN, PLAIN.at(96)])

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from momconv.cli import app
@@ -16,6 +17,7 @@ from momconv.zoo.networks import build, replace_head
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A network with random weights for the classes of the fixture ``colours``."""
+    torch.manual_seed(0)
     network, path = build("cifar_resnet20"), tmp_path_factory.mktemp("model") / "m.safetensors"
     replace_head(network, ("blue", "green", "red"))
     model_file.save(network, path)
@@ -90,17 +92,58 @@ def test_an_unreadable_image_is_left_out_with_a_warning(
     assert "warning: 1 of 25 images unreadable (4.0%)" in ran.stderr
 
 
+def test_models_are_compared_on_the_same_images(model: Path, colours: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    network, other = build("cifar_resnet20"), tmp_path / "other.safetensors"
+    replace_head(network, ("blue", "green", "red"))
+    model_file.save(network, other)
+
+    document = json.loads(run(model, "--compare", other, "--data", colours, "--json").stdout)
+    alone = json.loads(run(other, "--data", colours, "--json").stdout)
+    table = run(model, "--compare", other, "--data", colours).stdout
+
+    (compared,) = document["compared"]
+    assert compared["top1"] == alone["top1"]
+    assert compared["confusion"] == alone["confusion"]
+    assert 0 <= compared["agreement"] <= 1
+    assert "same as 1" in table
+    assert f"2  {other}" in table
+
+
+def test_a_model_of_other_classes_is_not_compared(
+    model: Path, colours: Path, tmp_path: Path
+) -> None:
+    network, other = build("cifar_resnet20"), tmp_path / "other.safetensors"
+    replace_head(network, ("red", "green", "blue"))
+    model_file.save(network, other)
+    ran = run(model, "--compare", other, "--data", colours)
+    assert (ran.exit_code, "the same classes apart" in ran.stderr) == (4, True)
+
+
+def test_a_top1_below_the_least_is_an_exit_code_with_the_scores(model: Path, colours: Path) -> None:
+    ran = run(model, "--data", colours, "--min-top1", "100%")
+    assert ran.exit_code == 6
+    assert ran.stdout.startswith("top-1 ")
+    assert ran.stderr.endswith("below 100.00%\n")
+    ran = run(model, "--data", colours, "--min-top1", "1", "--json")
+    document = json.loads(ran.stdout)
+    assert (ran.exit_code, document["ok"], document["n"]) == (6, False, 24)
+    assert document["error"]["kind"] == "threshold.top1"
+    assert run(model, "--data", colours, "--min-top1", "0").exit_code == 0
+
+
 def test_mistakes_are_explained(model: Path, colours: Path, tmp_path: Path) -> None:
     ten, wolves = tmp_path / "ten.safetensors", Path(shutil.copytree(colours, tmp_path / "wolves"))
     model_file.save(build("cifar_resnet20"), ten)
     (wolves / "red").rename(wolves / "wolf")
     mistakes: list[tuple[list[str | Path], int, str]] = [
-        ([model, "--data", wolves], 3, "1 class that the model does not: wolf (8 images)"),
+        ([model, "--data", wolves], 3, "1 class that the model does not have: wolf (8 images)"),
         ([ten, "--data", colours], 3, "has 3 classes, the model tells 10 apart"),
         ([model, "--data", tmp_path / "nope"], 3, "data folder does not exist"),
         ([tmp_path / "m.safetensors", "--data", colours], 4, "file does not exist"),
         ([model, "--data", colours, "--device", "cuda:99"], 5, "--device cuda:99"),
         ([model, "--data", colours, "--batch-size", "0"], 2, "--batch-size"),
+        ([model, "--data", colours, "--min-top1", "90"], 2, "'90' is not a share"),
         ([model], 2, "--data"),
     ]
     for args, code, message in mistakes:

@@ -102,7 +102,7 @@ def test_results_are_on_stdout_and_the_rest_on_stderr(colours: Path, tmp_path: P
     ran = run("--data", colours, *SMALL, *IN_PROCESS, "--epochs", "1", "-o", folder)
     assert ran.exit_code == 0
     labels = [line.split("  ")[0] for line in ran.stdout.splitlines()]
-    assert labels == ["best top-1", "best model", "last model", "numbers", "next"]
+    assert labels == ["best top-1", "best model", "last model", "numbers", "card", "next"]
     command = f"momconv eval {folder / 'best.safetensors'} --data {colours}"
     assert ran.stdout.splitlines()[-1].split(maxsplit=1)[1] == command
     lines = ran.stderr.splitlines()
@@ -110,6 +110,8 @@ def test_results_are_on_stdout_and_the_rest_on_stderr(colours: Path, tmp_path: P
     assert lines[1].startswith("note: batch of 5 in 2 micro-batches of 3 or 2 (store, fp32), ")
     assert lines[2].startswith("warning: BatchNorm sees only 2 of 5 images")
     assert lines[3].startswith("epoch 1/1 · loss ")
+    assert " · val top-1 " in lines[3]
+    assert " · macro F1 " in lines[3]
 
 
 def test_options_and_set_win_over_the_recipe(colours: Path, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_nothing_is_written_into_the_data(tmp_path: Path) -> None:
     find_splits(tmp_path / "train")
     find_evaluation_set(tmp_path)
     list_images(tmp_path)
-    train, _ = check_images(splits.train)
+    train = check_images(splits.train).images
     read_all(LabelledImages(train, training_transform(TINY), seed=0), workers=1)
     read_all(LabelledImages(splits.val, evaluation_transform(TINY), seed=None))
     assert len(before) == 21

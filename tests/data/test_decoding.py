@@ -1,7 +1,6 @@
 import io
 import threading
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +8,15 @@ import pytest
 from pictures import save_picture
 from PIL import ExifTags, Image
 
-from momconv.data.decoding import decode, decode_and_explain
+from momconv.data.decoding import decode, decode_bytes
 from momconv.errors import DataError
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
+
+
+def decode_and_explain(path: Path) -> tuple[Image.Image, tuple[str, ...]]:
+    picture = decode_bytes(path.read_bytes(), path)
+    return picture.image, picture.converted
 
 
 def save(path: Path, image: Image.Image, **options: object) -> Path:
@@ -142,8 +146,12 @@ def photograph(suffix: str) -> bytes:
     ("content", "reason"),
     [
         (b"", "empty file"),
-        (b"<html>not found</html>", "not an image"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),
+        (b"<html>not found</html>", "not an image: looks like text"),
+        (b"\x7fELF\x02\x01\x01" + bytes(99), "not an image"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+            "not an image: looks like text",
+        ),
         (photograph("jpeg")[:-110], "truncated image"),
         (photograph("png")[:-110], "truncated image"),
         (photograph("gif")[:-110], "truncated image"),
@@ -186,20 +194,20 @@ def test_pillows_warnings_do_not_leak(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_filters_of_warnings_survive_overlapping_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = [save_picture(tmp_path / f"{n}.png", size=(100, 100)) for n in range(2)]
+    paths = [save_picture(tmp_path / f"{n}.png", n, size=(100, 100)) for n in range(2)]
     first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
-    read: Callable[[Path], bytes] = Path.read_bytes
+    read, first_bytes = Image.open, paths[0].read_bytes()
 
-    def read_in_turns(path: Path) -> bytes:
-        if path == paths[0]:
+    def read_in_turns(file: io.BytesIO, formats: tuple[str, ...]) -> Image.Image:
+        if file.getvalue() == first_bytes:
             first_is_in.set()
             assert second_is_in.wait(20)
         else:
             second_is_in.set()
             assert first_is_out.wait(20)
-        return read(path)
+        return read(file, formats=formats)
 
-    monkeypatch.setattr(Path, "read_bytes", read_in_turns)
+    monkeypatch.setattr(Image, "open", read_in_turns)
     before = list(warnings.filters)
     first, second = (threading.Thread(target=decode, args=[path]) for path in paths)
     first.start()

@@ -46,7 +46,7 @@ def test_one_folder_of_classes_is_divided(tmp_path: Path) -> None:
     assert (
         "no val/ folder; holding out 20% per class (seed 0): 19 train / 5 val." in splits.notes[0]
     )
-    assert "data.val_frac" in splits.notes[0]
+    assert "--set data.val_frac=" in splits.notes[0]
 
 
 def test_a_test_folder_is_never_validated_on(tmp_path: Path) -> None:
@@ -87,6 +87,40 @@ def test_classes_of_validation_are_matched_by_name(tmp_path: Path) -> None:
     assert splits.val.classes == ("cat", "dog", "fox")
     assert splits.val.labels == [0, 2, 2]
     assert splits.notes[1:] == (f"warning: {tmp_path}/val has no images of 1 class: dog",)
+
+
+def test_unknown_classes_can_be_skipped_but_not_all(tmp_path: Path) -> None:
+    save_classes(tmp_path / "train", cat=5, dog=5)
+    save_classes(tmp_path / "val", cat=1, wolf=2)
+    splits = find_splits(tmp_path, unknown="skip")
+    assert splits.val.labels == [0]
+    warning = "warning: ignoring 1 class that train does not have: wolf (2 images)"
+    assert warning in splits.notes
+    with pytest.raises(DataError, match="2 classes that the model does not have: cat"):
+        find_evaluation_set(tmp_path / "val", ("dog",), unknown="skip")
+
+
+def test_the_folders_of_the_splits_can_be_named(tmp_path: Path) -> None:
+    save_classes(tmp_path / "a", ant=5, bee=5)
+    save_classes(tmp_path / "b", ant=1, bee=1)
+    save_classes(tmp_path / "data" / "train", ant=6, bee=6)
+    save_classes(tmp_path / "data" / "val", ant=2, bee=2)
+    named = find_splits(tmp_path / "a", train=tmp_path / "a", val=tmp_path / "b")
+    assert (named.train.root, named.val.root) == (tmp_path / "a", tmp_path / "b")
+    mixed = find_splits(tmp_path / "data", train=tmp_path / "a")
+    assert (mixed.train.root, mixed.val.root) == (tmp_path / "a", tmp_path / "data" / "val")
+    only_val = find_splits(tmp_path / "data", val=tmp_path / "b")
+    assert only_val.train.counts() == {"ant": 6, "bee": 6}
+
+
+def test_a_test_folder_is_evaluated_on_only_when_asked_for(tmp_path: Path) -> None:
+    for name in ("train", "val", "test"):
+        save_classes(tmp_path / name, ant=1, bee=1)
+    assert find_evaluation_set(tmp_path).root == tmp_path / "val"
+    assert find_evaluation_set(tmp_path, split="test").root == tmp_path / "test"
+    with pytest.raises(DataError, match="no folder of test images") as caught:
+        find_evaluation_set(tmp_path / "train", split="test")
+    assert caught.value.kind == "data.no_test_split"
 
 
 def test_deeper_folders_belong_to_their_class(tmp_path: Path) -> None:
@@ -257,8 +291,8 @@ def _nested_splits(root: Path) -> Path:
         (
             _unknown_class,
             "unknown_class",
-            "val has 1 class that train does not: wolf (1 image)",
-            "move {root}/val/wolf elsewhere",
+            "val has 1 class that train does not have: wolf (1 image)",
+            "--unknown-classes skip",
         ),
         (_one_class, "too_few_classes", "found 1 class in {root}: ant (3 images)", "other class"),
         (_one_level_too_high, "too_few_classes", "photos (6 images)", "{root}/photos"),
@@ -280,7 +314,9 @@ def test_a_folder_that_cannot_be_used_is_explained(
 
 def test_a_class_that_the_model_does_not_know_is_refused(tmp_path: Path) -> None:
     save_classes(tmp_path / "new", ant=1, wolf=2)
-    with pytest.raises(DataError, match=r"^new has 1 class that the model does not: wolf \(2 ima"):
+    with pytest.raises(
+        DataError, match=r"^new has 1 class that the model does not have: wolf \(2 ima"
+    ):
         find_evaluation_set(tmp_path / "new", ("ant", "bee"))
 
 

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import save_classes
+from pictures import save_classes, save_picture
 from PIL import Image
 
 from momconv.data.folder import ImageSet, read_classes_folder
-from momconv.data.inspection import check_images
+from momconv.data.inspection import check_images, find_duplicates, warn_of_duplicates
 from momconv.errors import DataError
 
 
@@ -21,13 +21,16 @@ def damaged(root: Path, ants: int, bees: int, bad: int) -> ImageSet:
 
 def test_a_sound_set_comes_back_as_it_is(tmp_path: Path) -> None:
     images = damaged(tmp_path, 3, 3, bad=0)
-    assert check_images(images) == (images, ())
+    assert check_images(images).images == images
+    assert check_images(images).notes == ()
 
 
 def test_unreadable_images_are_left_out_and_told(tmp_path: Path) -> None:
     images = damaged(tmp_path, 14, 10, bad=3)
-    readable, notes = check_images(images, max_bad_fraction=0.2)
-    assert readable.counts() == {"ants": 11, "bees": 10}
+    found = check_images(images, max_bad_fraction=0.2)
+    assert found.images.counts() == {"ants": 11, "bees": 10}
+    assert set(found.unreadable().values()) == {"truncated image"}
+    notes = found.notes
     lines = notes[0].splitlines()
     assert lines[0] == "warning: 3 of 24 images unreadable (12.5%)"
     assert lines[1] == f"  {tmp_path}/ants/0.png: truncated image"
@@ -35,7 +38,7 @@ def test_unreadable_images_are_left_out_and_told(tmp_path: Path) -> None:
 
 
 def test_no_more_than_five_are_named(tmp_path: Path) -> None:
-    _, notes = check_images(damaged(tmp_path, 9, 3, bad=7), max_bad_fraction=0.6)
+    notes = check_images(damaged(tmp_path, 9, 3, bad=7), max_bad_fraction=0.6).notes
     lines = notes[0].splitlines()
     assert len(lines) == 7
     assert lines[-1] == "  and 2 more"
@@ -58,8 +61,11 @@ def test_the_limit_itself_is_accepted(tmp_path: Path) -> None:
 
 
 def test_a_class_must_not_vanish(tmp_path: Path) -> None:
+    images = damaged(tmp_path, 2, 98, bad=2)
+    expected = "warning: no image of 1 class can be read: ants"
+    assert check_images(images, max_bad_fraction=0.5).notes[1] == expected
     with pytest.raises(DataError) as caught:
-        check_images(damaged(tmp_path, 2, 98, bad=2), max_bad_fraction=0.5)
+        check_images(images, max_bad_fraction=0.5, every_class=True)
     assert caught.value.kind == "data.class_unreadable"
     assert "no image of 1 class can be read: ants" in caught.value.message
     assert caught.value.fix
@@ -67,7 +73,8 @@ def test_a_class_must_not_vanish(tmp_path: Path) -> None:
 
 def test_a_class_that_was_absent_before_is_no_loss(tmp_path: Path) -> None:
     images = read_classes_folder(save_classes(tmp_path, ants=2), ("ants", "bees"))
-    assert check_images(images) == (images, ())
+    assert check_images(images).images == images
+    assert check_images(images).notes == ()
 
 
 def test_what_was_converted_is_counted(tmp_path: Path) -> None:
@@ -76,10 +83,30 @@ def test_what_was_converted_is_counted(tmp_path: Path) -> None:
         deep = Image.fromarray(np.full((4, 4), 9999, dtype=np.uint16))
         deep.save(tmp_path / "ants" / f"deep{number}.png")
     Image.new("CMYK", (4, 4)).save(tmp_path / "bees" / "print.jpg")
-    _, notes = check_images(read_classes_folder(tmp_path))
-    assert notes == (
+    assert check_images(read_classes_folder(tmp_path)).notes == (
         "note: images converted to 8-bit RGB: 2 16-bit grey, rescaled to 0-255; 1 CMYK",
     )
+
+
+def test_a_name_that_is_not_utf8_is_unreadable(tmp_path: Path) -> None:
+    save_classes(tmp_path, ants=2, bees=2)
+    save_picture(tmp_path / "ants" / "caf\udce9.png")
+    (warning,) = check_images(read_classes_folder(tmp_path), max_bad_fraction=0.5).notes
+    assert warning.endswith(r"caf\udce9.png: name is not UTF-8")
+
+
+def test_images_in_both_splits_are_found_by_their_content(tmp_path: Path) -> None:
+    save_classes(tmp_path / "train", ants=3)
+    save_picture(tmp_path / "val" / "ants" / "other name.png", 2)
+    save_picture(tmp_path / "val" / "ants" / "new.png", 9)
+    train, val = (check_images(read_classes_folder(tmp_path / name)) for name in ("train", "val"))
+    same = tmp_path / "train/ants/2.png", tmp_path / "val/ants/other name.png"
+    assert find_duplicates(train, val) == [same]
+    assert warn_of_duplicates([same], 2) == (
+        "warning: 1 of 2 validation images are training images too, byte for byte, such as "
+        f"{same[1]} = {same[0]}",
+    )
+    assert warn_of_duplicates([], 2) == ()
 
 
 def test_progress_is_reported(tmp_path: Path) -> None:

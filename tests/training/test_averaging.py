@@ -14,6 +14,7 @@ from momconv.training.averaging import Average
 from momconv.training.finetuning import finetune
 from momconv.training.images import recall_images
 from momconv.training.interruption import Interrupted
+from momconv.training.network import place
 from momconv.training.planning import BatchPlan
 from momconv.training.run_folder import RunFolder
 
@@ -60,6 +61,7 @@ def test_the_plan_counts_the_average(colours: Path, tmp_path: Path) -> None:
     finetune(small(colours, "train.ema=0.9", "train.epochs=1"), tmp_path)
     plan = BatchPlan.from_json((tmp_path / "plan.json").read_text())
     model = model_file.load(tmp_path / "last.safetensors").train()
+    place(model, torch.device("cpu"))
     peak = peak_memory(model, 3, 32, strategy=plan.strategy, ema=True)
     assert plan.predicted_bytes == peak.total == pytest.approx(plan.measured_bytes, rel=0.02)
     assert peak.ema == peak.weights

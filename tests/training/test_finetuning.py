@@ -61,6 +61,7 @@ def test_a_run_leaves_a_folder_with_all_that_it_came_to(straight: Result) -> Non
     assert {path.name for path in straight.folder.iterdir()} == {
         "best.safetensors",
         "config.yaml",
+        "data-report.json",
         "events.jsonl",
         "last.safetensors",
         "metrics.csv",

@@ -1,13 +1,15 @@
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from runs import Log
 
-from momconv.data.folder import find_splits
 from momconv.errors import DataError, ModelFileError, UsageError
 from momconv.recipe import DataRecipe
 from momconv.training.images import (
+    CheckedImages,
     find_held_out,
     find_images,
     keep_readable,
@@ -15,6 +17,16 @@ from momconv.training.images import (
     remember_images,
     require_folder,
 )
+from momconv.training.progress import SILENT
+from momconv.training.run_folder import RunFolder
+
+
+def remember(data: Path, folder: Path, recipe: DataRecipe | None = None) -> CheckedImages:
+    """Check the images of ``data`` and write them to split.json in ``folder``."""
+    recipe = recipe or DataRecipe()
+    images = keep_readable(find_images(data, recipe, SILENT), recipe, SILENT)
+    remember_images(images, data, RunFolder(folder))
+    return images
 
 
 def test_a_recipe_without_images_is_a_usage_error() -> None:
@@ -26,7 +38,7 @@ def test_an_unreadable_image_is_left_out_and_told(colours: Path, tmp_path: Path)
     root, log = Path(shutil.copytree(colours, tmp_path / "data")), Log()
     (root / "blue" / "bad.png").write_bytes(b"nothing")
     recipe = DataRecipe(max_bad_fraction=0.5)
-    splits = keep_readable(find_images(root, recipe, log), recipe, log)
+    splits = keep_readable(find_images(root, recipe, log), recipe, log).splits
     assert len(splits.train.samples) + len(splits.val.samples) == 24
     assert any("1 of 19 images unreadable" in text or "1 of 6" in text for text in log.told)
     assert log.told[0].startswith("note: no val/ folder")
@@ -40,8 +52,7 @@ def test_the_split_is_recalled_in_its_order_whatever_was_added(
     colours: Path, tmp_path: Path
 ) -> None:
     root = Path(shutil.copytree(colours, tmp_path / "data"))
-    splits = find_splits(root)
-    remember_images(splits, root, tmp_path / "split.json")
+    splits = remember(root, tmp_path).splits
     shutil.copy(root / "blue" / "0.png", root / "blue" / "new.png")
     again = recall_images(tmp_path / "split.json")
     assert again.train.samples == splits.train.samples
@@ -51,11 +62,64 @@ def test_the_split_is_recalled_in_its_order_whatever_was_added(
 
 def test_the_images_may_have_moved_but_not_vanished(colours: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(colours, tmp_path / "data"))
-    remember_images(find_splits(root), root, tmp_path / "split.json")
+    remember(root, tmp_path)
     moved = root.rename(tmp_path / "moved")
     assert recall_images(tmp_path / "split.json", moved).train.root == moved
-    with pytest.raises(DataError, match="24 images of the run are not in"):
+    with pytest.raises(DataError, match="24 images of the run changed since in"):
         recall_images(tmp_path / "split.json", root)
+
+
+def test_changed_images_are_told_by_name(colours: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(colours, tmp_path / "data"))
+    remember(root, tmp_path)
+    shutil.copy(root / "blue" / "0.png", root / "blue" / "1.png")
+    (root / "red" / "2.png").unlink()
+    with pytest.raises(DataError) as caught:
+        recall_images(tmp_path / "split.json")
+    assert caught.value.kind == "data.changed"
+    assert caught.value.message.splitlines() == [
+        f"2 images of the run changed since in {root}",
+        f"  {root}/red/2.png: gone",
+        f"  {root}/blue/1.png: changed",
+    ]
+
+
+def test_the_report_has_what_was_found(colours: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(colours, tmp_path / "data" / "train")).parent
+    shutil.copytree(colours / "red", data / "val" / "red")
+    Image.new("RGBA", (50, 20)).save(data / "train" / "blue" / "z.png")
+    (data / "train" / "blue" / "bad.png").touch()
+    checked = remember(data, tmp_path)
+    report = json.loads((tmp_path / "data-report.json").read_text())
+    assert report["train"] == {
+        "folder": str(data / "train"),
+        "images": 25,
+        "classes": {"blue": 9, "green": 8, "red": 8},
+        "stored": {"PNG RGB": 24, "PNG RGBA": 1},
+        "converted": {"transparent, put on white": 1},
+        "width": [36, 36, 50],
+        "height": [20, 34, 34],
+        "unreadable": {str(data / "train/blue/bad.png"): "empty file"},
+    }
+    assert report["val"]["classes"] == {"blue": 0, "green": 0, "red": 8}
+    assert len(report["duplicates"]) == 8
+    assert sum("are training images too" in note for note in report["notes"]) == 1
+    assert recall_images(tmp_path / "split.json").fingerprint == report["fingerprint"]
+    assert checked.splits.fingerprint == report["fingerprint"]
+
+
+def test_strictly_a_warning_is_an_error(colours: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(colours, tmp_path / "data" / "train")).parent
+    shutil.copytree(colours / "red", data / "val" / "red")
+    with pytest.raises(DataError, match="val has no images of 2 classes") as caught:
+        remember(data, tmp_path, DataRecipe(strict=True))
+    assert caught.value.kind == "data.strict"
+
+
+def test_the_split_may_lie_anywhere(colours: Path, tmp_path: Path) -> None:
+    val = Path(shutil.copytree(colours, tmp_path / "elsewhere"))
+    remember(colours, tmp_path, DataRecipe(train_dir=colours, val_dir=val))
+    assert recall_images(tmp_path / "split.json").val.root == val
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"classes": 3}'])
@@ -68,7 +132,7 @@ def test_a_damaged_split_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_a_class_that_the_split_does_not_list_is_damage(colours: Path, tmp_path: Path) -> None:
-    remember_images(find_splits(colours), colours, tmp_path / "split.json")
+    remember(colours, tmp_path)
     text = (tmp_path / "split.json").read_text()
     (tmp_path / "split.json").write_text(text.replace('"blue"', '"blau"', 1))
     with pytest.raises(ModelFileError, match="unknown class blue"):
@@ -76,9 +140,9 @@ def test_a_class_that_the_split_does_not_list_is_damage(colours: Path, tmp_path:
 
 
 def test_the_held_out_part_of_one_folder_is_found_again(colours: Path, tmp_path: Path) -> None:
-    splits, path = find_splits(colours), tmp_path / "split.json"
+    path = tmp_path / "split.json"
     assert find_held_out(path, colours) is None
-    remember_images(splits, colours, path)
+    splits = remember(colours, tmp_path).splits
     held_out = find_held_out(path, colours)
     assert held_out is not None
     assert held_out.samples == splits.val.samples
@@ -88,7 +152,6 @@ def test_the_held_out_part_of_one_folder_is_found_again(colours: Path, tmp_path:
 def test_a_validation_folder_needs_no_memory(colours: Path, tmp_path: Path) -> None:
     for name in ("train", "val"):
         shutil.copytree(colours, tmp_path / "data" / name)
-    splits = find_splits(tmp_path / "data")
-    remember_images(splits, tmp_path / "data", tmp_path / "split.json")
+    remember(tmp_path / "data", tmp_path)
     assert find_held_out(tmp_path / "split.json", tmp_path / "data") is None
     assert recall_images(tmp_path / "split.json").val.root == tmp_path / "data" / "val"

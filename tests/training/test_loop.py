@@ -11,6 +11,7 @@ from runs import Log, Signals, read_tensors, small
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import get_total_norm
 from torch.optim import SGD
 
 from momconv.data.folder import find_splits
@@ -21,7 +22,7 @@ from momconv.training import loop
 from momconv.training.finetuning import finetune
 from momconv.training.interruption import Interrupted
 from momconv.training.job import Job
-from momconv.training.loop import add_gradients
+from momconv.training.loop import add_gradients, take_step
 from momconv.training.optimisation import make_optimizer
 from momconv.training.planning import BatchPlan, Setting
 from momconv.training.progress import SILENT
@@ -78,6 +79,23 @@ def test_in_bf16_the_network_computes_in_bf16(colours: Path) -> None:
     add_gradients(job, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), 1.0)
     assert seen == [torch.bfloat16]
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_a_clipped_gradient_moves_the_weights_by_at_most_its_norm(colours: Path) -> None:
+    torch.manual_seed(0)
+    model = build("cifar_resnet20", 3).train()
+    job = make_job(colours, model)
+    plain = ["train.momentum=0", "train.weight_decay=0"]
+    for clip, expected in (("0.01", 0.01), ("1e6", None)):
+        job.recipe = small(colours, *plain, f"train.clip={clip}")
+        job.optimizer = make_optimizer(model, job.recipe.train)
+        add_gradients(job, torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), 1.0)
+        norm = get_total_norm(gradients(model))
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        take_step(job, 1.0)
+        moved = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+        assert float(get_total_norm(moved)) == pytest.approx(expected or float(norm), rel=1e-3)
+        assert norm > 0.01
 
 
 # Out of memory

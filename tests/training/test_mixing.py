@@ -32,7 +32,7 @@ def test_the_parts_together_are_torchvision_s_mixed_batch(
     ours = mixed(recipe, [7])
     for sizes in ([4, 3], [3, 2, 2], [1] * 7):
         assert all(map(torch.equal, ours, mixed(recipe, sizes)))
-    drawn = Mixer(recipe, 4)._draw(IMAGES, 1, 0)[1]
+    drawn = Mixer(recipe, 4)._draw(IMAGES, epoch=1, step=0)[1]
     monkeypatch.setattr(kind, "make_params", lambda *_: drawn)
     theirs = kind(alpha=1.0, num_classes=4)(IMAGES, LABELS)
     assert all(map(torch.equal, ours, theirs))

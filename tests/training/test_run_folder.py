@@ -46,7 +46,7 @@ def test_a_used_folder_is_refused_with_what_can_be_done(tmp_path: Path) -> None:
 
 def test_what_a_killed_start_left_counts_as_nothing(tmp_path: Path) -> None:
     run, left = RunFolder(tmp_path), tmp_path / f".plan.json.{'0' * 32}.tmp"
-    for path in (run.config, run.plan, run.split, left):
+    for path in (run.rates, run.config, run.plan, run.split, run.data_report, left):
         path.touch()
     run.require_unused()
     run.make(0)
@@ -94,9 +94,10 @@ def test_metrics_are_a_table_and_events_are_objects(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     run.write_history(Progress(rows, halvings=[Halving(2, 3, 4)]))
     assert run.metrics.read_text().splitlines() == [
-        "epoch,train_loss,val_loss,val_top1,lr,images_per_second,peak_bytes,seconds,gamma",
-        "1,0.5,0.25,0.3333333333333333,1e-05,7.5,1073741824,9.0,0.9",
-        "2,0.25,,,0.0,7.5,1048576,9.0,0.0",
+        "epoch,train_loss,val_loss,val_top1,lr,images_per_second,peak_bytes,seconds,gamma"
+        ",val_macro_f1,val_macro_recall",
+        "1,0.5,0.25,0.3333333333333333,1e-05,7.5,1073741824,9.0,0.9,,",
+        "2,0.25,,,0.0,7.5,1048576,9.0,0.0,,",
     ]
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
     assert events[1] == {"event": "out_of_memory", "epoch": 2, "step": 3, "micro_batch": 4}
@@ -111,6 +112,8 @@ def test_metrics_are_a_table_and_events_are_objects(tmp_path: Path) -> None:
         "peak_bytes": 2**20,
         "seconds": 9.0,
         "gamma": 0.0,
+        "val_macro_f1": None,
+        "val_macro_recall": None,
     }
 
 

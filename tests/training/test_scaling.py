@@ -39,7 +39,9 @@ def make_job(colours: Path, strategy: str) -> Job:
 
 
 def add_up(job: Job) -> None:
-    progress = Progress()
+    progress = Progress(
+        lr_factor=0.5
+    )  # as after a return to an earlier state, which is the only one
     step = Step([0, 1, 2, 3, 4], iter([(IMAGES, LABELS)]))
     assert _add_up(job, progress, step, _Report(job, progress), lambda: None) is not None
 

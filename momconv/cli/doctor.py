@@ -1,0 +1,58 @@
+"""``momconv doctor``."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from momconv.cli._console import describe_error, out, print_json, progress
+from momconv.errors import ResourceError
+
+if TYPE_CHECKING:
+    from momconv.diagnosis import Finding
+
+_WIDTH = 14  # of a name
+
+
+def doctor(
+    *,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout instead of lines.")
+    ] = False,
+) -> None:
+    """Look whether this machine has what is needed, and try a small network; to report a bug."""
+    from momconv.diagnosis import diagnose
+
+    with progress("looking", 1) as report:
+        findings = diagnose(lambda done, total: report(done // total, ""))
+    broken = [finding for finding in findings if finding.is_broken]
+    failure = _fail(broken) if broken else None
+    if json_output:
+        error = {"error": describe_error(failure)} if failure else {}
+        document = {**error, "findings": [finding.to_json() for finding in findings]}
+        print_json({"ok": failure is None, **document})
+        raise typer.Exit(failure.exit_code if failure else 0)
+    for finding in findings:
+        _print(finding)
+    if failure:
+        raise failure
+
+
+def _fail(broken: Sequence["Finding"]) -> ResourceError:
+    return ResourceError(
+        "\n".join(f"{finding.name}: {finding.found}" for finding in broken),
+        kind="doctor.broken",
+        fix="\n".join(finding.fix for finding in broken if finding.fix),
+    )
+
+
+def _print(finding: "Finding") -> None:
+    """``✗`` needs to be mended, ``!`` only where it matters to you."""
+    mark, style = ("✗", "red") if finding.is_broken else ("!", "yellow")
+    if finding.ok:
+        mark, style = "✓", "green"
+    found = f" {finding.name:<{_WIDTH}} {finding.found}"
+    out.print(Text.assemble((mark, style), found), soft_wrap=True)
+    if finding.fix and not finding.ok:
+        out.print(Text(f"  {'fix:':>{_WIDTH}} {finding.fix}", style="green"), soft_wrap=True)

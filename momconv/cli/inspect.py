@@ -1,0 +1,26 @@
+"""``momconv inspect``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from momconv.cli._console import out, print_json
+
+
+def inspect(
+    *,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A converted or fine-tuned model.")],
+    json_output: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
+    ] = False,
+) -> None:
+    """Say what a model file holds: network, classes, input, origin, stages, certificate, scores."""
+    from momconv.reports.inspection import inspect_file
+
+    found = inspect_file(file)
+    if json_output:
+        print_json({"ok": True, **found.to_json()})
+        return
+    for part in found.show():
+        out.print(part, soft_wrap=True)

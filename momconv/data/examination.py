@@ -1,0 +1,143 @@
+"""What is in each image file, found out once and remembered.
+
+Reading and decoding a large folder takes minutes, and nothing changes between two runs. What was
+found is therefore kept in a cache outside the data folder, one file for each folder of images, and
+believed as long as a file's size, times and inode are the same.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from momconv.data.decoding import UnreadableImage, decode_bytes, read_bytes
+from momconv.errors import ResourceError
+from momconv.files.atomic import write_text
+from momconv.files.cache import cache_folder
+
+_DECODER = f"1 Pillow {PIL.__version__}"  # the first number is to be raised when decoding changes
+_RECENT = 2 * 10**9  # nanoseconds, in which a file may change again without its times changing
+
+Progress = Callable[[int, int], None]
+_Stamp = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is in one file.
+
+    Attributes:
+        sha256: Of its bytes; empty where they cannot be read.
+        problem: Why it cannot be decoded; None if it can.
+        stored: The format and mode in the file, such as ``JPEG CMYK``.
+        size: Width and height in pixels, upright.
+        converted: What had to be converted to get 8-bit RGB.
+    """
+
+    sha256: str
+    problem: str | None = None
+    stored: str = ""
+    size: tuple[int, int] = (0, 0)
+    converted: tuple[str, ...] = ()
+
+
+class _Cache(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    decoder: str
+    files: dict[str, tuple[_Stamp, Finding]]  # by their paths below the folder
+
+
+def examine_all(
+    root: Path, paths: Sequence[Path], progress: Progress | None = None
+) -> dict[Path, Finding]:
+    """What is in each of ``paths``, which are below ``root``.
+
+    ``progress`` is called with the number of files done and the number of all.
+    """
+    known = _recall(root)
+    names = {path: os.path.relpath(path, root) for path in paths}
+    stamps = {path: _stamp(path) for path in paths}
+    found = {
+        path: known[name][1]
+        for path, name in names.items()
+        if name in known and known[name][0] == stamps[path]
+    }
+    new = [path for path in paths if path not in found]
+    for path, finding in _examine_new(new):
+        found[path] = finding
+        if progress:
+            progress(len(found), len(paths))
+    if new:
+        began = time.time_ns()
+        settled = {
+            names[path]: (stamp, found[path])
+            for path, stamp in stamps.items()
+            if stamp and stamp[1] < began - _RECENT and _is_utf8(names[path])
+        }
+        _remember(root, {**known, **settled})
+    return {path: found[path] for path in paths}
+
+
+def examine(path: Path) -> Finding:
+    """What is in ``path``."""
+    if not _is_utf8(str(path)):
+        return Finding("", "name is not UTF-8")  # which the files of a run are
+    sha256 = ""
+    try:
+        data = read_bytes(path)
+        sha256 = hashlib.sha256(data).hexdigest()
+        picture = decode_bytes(data, path)
+    except UnreadableImage as error:
+        return Finding(sha256, error.reason)
+    return Finding(sha256, None, picture.stored, picture.image.size, picture.converted)
+
+
+def _examine_new(paths: Sequence[Path]) -> Iterator[tuple[Path, Finding]]:
+    pool = ThreadPoolExecutor()
+    try:
+        yield from zip(paths, pool.map(examine, paths), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted check must not decode all the rest
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether ``name`` can be written as UTF-8; Python reads other bytes as lone surrogates."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    """What changes when the file does; None if it cannot be told."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def _recall(root: Path) -> Mapping[str, tuple[_Stamp, Finding]]:
+    try:
+        cache = _Cache.model_validate_json(_cache_file(root).read_bytes())
+    except (OSError, ValidationError):
+        return {}
+    return cache.files if cache.decoder == _DECODER else {}
+
+
+def _remember(root: Path, files: Mapping[str, tuple[_Stamp, Finding]]) -> None:
+    path, cache = _cache_file(root), _Cache(decoder=_DECODER, files=dict(files))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, cache.model_dump_json())
+    except (OSError, ResourceError):
+        return  # then it is found out again
+
+
+def _cache_file(root: Path) -> Path:
+    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()
+    return cache_folder() / "images" / f"{name}.json"

@@ -1,0 +1,119 @@
+"""What a network says about images without labels."""
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from momconv.data.calibration_images import CalibrationImages
+from momconv.data.folder import list_images, printable
+from momconv.data.inspection import refuse_many_unreadable
+from momconv.errors import DataError
+from momconv.surgery.modes import in_eval_mode
+from momconv.zoo.description import Description, describe
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A class, and how probable the network finds it."""
+
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What is said about one image: the most probable classes, the first one first."""
+
+    path: Path
+    guesses: tuple[Guess, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as values that JSON knows."""
+        return {"path": str(self.path), "guesses": [asdict(guess) for guess in self.guesses]}
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What is said about some images; ``unreadable`` are the others, each with the reason."""
+
+    images: tuple[Prediction, ...]
+    unreadable: tuple[str, ...]
+
+
+def predict(
+    model: nn.Module,
+    paths: Iterable[str | Path],
+    *,
+    top: int = 5,
+    device: torch.device | str = "cpu",
+    max_bad_fraction: float = 0.05,
+    progress: Callable[[int, int], None] | None = None,
+) -> Predictions:
+    """The ``top`` most probable classes of each image, with the preprocessing that ``model`` names.
+
+    The model moves to ``device``; its training flags are afterwards what they were.
+
+    Args:
+        model: A network with a description. Without names, its classes are called by numbers.
+        paths: Image files, and folders of which every image is taken.
+        top: How many classes to name of each.
+        device: Where to compute, in fp32.
+        max_bad_fraction: Of images that cannot be read, which are left out.
+        progress: Hears of the images done and of all.
+
+    Raises:
+        UsageError: The model has no description.
+        DataError: A path does not exist, there are no images, or too many cannot be read.
+    """
+    description = describe(model)
+    files = list_files(map(Path, paths))
+    images = CalibrationImages(
+        files,
+        description.preprocessing,
+        (lambda done: progress(done, len(files))) if progress else None,
+    )
+    names = name_outputs(description)
+    predictions = []
+    with in_eval_mode(model.to(device)), torch.no_grad():
+        for pictures, read in images.read():
+            probabilities = model(pictures.to(device)).softmax(1)
+            values, labels = probabilities.topk(min(top, len(names)))
+            for path, row, numbers in zip(read, values.tolist(), labels.tolist(), strict=True):
+                guesses = (Guess(names[n], p) for n, p in zip(numbers, row, strict=True))
+                predictions.append(Prediction(path, tuple(guesses)))
+    refuse_many_unreadable(images.unreadable, len(files), max_bad_fraction)
+    return Predictions(tuple(predictions), tuple(images.unreadable))
+
+
+def list_files(paths: Iterable[Path]) -> list[Path]:
+    """The files among ``paths``, and every image below the folders among them, each once.
+
+    Raises:
+        DataError: One does not exist, or a folder has no images.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        if not path.exists():
+            raise _missing(path)
+        found |= dict.fromkeys(list_images(path) if path.is_dir() else [path])
+    return list(found)
+
+
+def name_outputs(description: Description) -> tuple[str, ...]:
+    """A name for each of the network's outputs, its number where it has no other."""
+    return description.classes or tuple(map(str, range(description.num_classes)))
+
+
+def _missing(path: Path) -> DataError:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return DataError(
+        f"no such image or folder: {printable(path)}",
+        kind="data.missing_image",
+        fix=f"closest existing path is {printable(path.parent / close[0])}" if close else None,
+    )

@@ -1,0 +1,156 @@
+"""What a model file says about its network, without reading a tensor."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import RenderableType
+from rich.text import Text
+
+from momconv.data.folder import plural, printable
+from momconv.errors import ModelFileError
+from momconv.files.model_file import read_metadata, read_skeleton
+from momconv.reports.drift import describe_drift, show_facts
+from momconv.reports.stages import tabulate_stages
+from momconv.surgery.certificate import Certificate
+from momconv.surgery.conversion import Stage, summarise
+from momconv.units import format_bytes
+from momconv.zoo.description import Description, Preprocessing, describe
+
+_SHOWN = 10  # classes; --json has them all
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What is known about the network in a file.
+
+    Attributes:
+        path: The file.
+        bytes: Its size.
+        written_by: The momconv that wrote it.
+        torch: The PyTorch that it ran on.
+        created: When, as ISO 8601.
+        description: What the network is.
+        parameters: How many numbers it learns.
+        stages: Its stages.
+        certificate: What the conversion was worth; None where none is stored.
+        measured_on: The images of the certificate.
+        training: What fine-tuning recorded; None where there was none.
+    """
+
+    path: Path
+    bytes: int
+    written_by: str
+    torch: str
+    created: str
+    description: Description
+    parameters: int
+    stages: tuple[Stage, ...]
+    certificate: Certificate | None
+    measured_on: str
+    training: Mapping[str, Any] | None
+
+    def show(self) -> Iterator[RenderableType]:
+        """A table of the stages, and what else is known."""
+        yield tabulate_stages(self.stages, self.parameters, self.certificate)
+        yield Text()
+        yield from show_facts(_facts(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as values that JSON knows."""
+        certificate = self.certificate and self.certificate.to_json()
+        return {**asdict(self), "path": str(self.path), "certificate": certificate}
+
+
+def inspect_file(path: Path) -> Inspection:
+    """What the model file ``path`` says about itself, which is checked but not tried.
+
+    Raises:
+        ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
+    """
+    metadata, network = read_metadata(path), read_skeleton(path)
+    certificate = metadata.get("certificate")
+    return Inspection(
+        path=path,
+        bytes=path.stat().st_size,
+        written_by=metadata["version"],
+        torch=metadata["torch"],
+        created=metadata["created"],
+        description=describe(network),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        stages=tuple(summarise(network)),
+        certificate=_check(path, "certificate", Certificate, certificate) if certificate else None,
+        measured_on=str(metadata.get("measured_on", "")),
+        training=_check(path, "training", dict[str, Any] | None, metadata.get("training")),
+    )
+
+
+def describe_input(p: Preprocessing) -> str:
+    """How an image becomes the input, in the order in which it is done."""
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (p.mean, p.std))
+    return (
+        f"shorter side to {p.resize} ({p.interpolation}), centre {p.resolution} × {p.resolution}, "
+        f"minus ({mean}), over ({std})"
+    )
+
+
+def _check(path: Path, name: str, kind: Any, value: object) -> Any:
+    """The ``value`` that someone wrote under ``name``, as a ``kind``."""
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (name, *first["loc"])))
+        raise ModelFileError(
+            f"{path} contradicts itself, so it was damaged or edited\n"
+            f"momconv.{where}: {first['msg']}",
+            kind="model_file.inconsistent",
+        ) from error
+
+
+def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
+    description, certificate = inspection.description, inspection.certificate
+    yield "network", f"{description.architecture}, {plural(description.num_classes, 'class')}"
+    yield "classes", _list_classes(description)
+    yield "input", describe_input(description.preprocessing)
+    sha256 = f" (sha256 {description.source_sha256})" if description.source_sha256 else ""
+    yield "weights", printable(f"from {description.source}{sha256}")
+    if certificate:
+        origin = printable(inspection.measured_on)
+        yield "agreement", describe_drift(certificate.drift, origin)
+        exact = {True: "bit for bit those of ordinary backpropagation", False: "not exact"}
+        if certificate.gradients_exact is not None:
+            yield "gradients", exact[certificate.gradients_exact]
+    if certificate and certificate.accuracy:
+        before, after = certificate.accuracy.original, certificate.accuracy.converted
+        yield "converted", f"top-1 {before:.1%} before, {after:.1%} after"
+    if inspection.training:
+        yield "training", printable(_describe(inspection.training))
+    versions = f"momconv {inspection.written_by}, torch {inspection.torch}"
+    written = f"{inspection.created} by {versions} ({format_bytes(inspection.bytes)})"
+    yield "written", printable(written)
+
+
+def _list_classes(description: Description) -> str:
+    if description.classes is None:
+        return "not named"
+    shown = ", ".join(map(printable, description.classes[:_SHOWN]))
+    more = description.num_classes - _SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _describe(record: Mapping[str, Any]) -> str:
+    """What a run recorded, flat.
+
+    >>> _describe({"epochs": 2, "metrics": {"val_top1": 0.51234}})
+    'epochs 2, val_top1 0.5123'
+    """
+    parts = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            parts.append(_describe(value))
+        elif value is not None:
+            parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(part for part in parts if part)

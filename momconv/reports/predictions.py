@@ -1,0 +1,41 @@
+"""What a network says about images, for people and for spreadsheets."""
+
+import csv
+import io
+
+from rich.table import Table
+from rich.text import Text
+
+from momconv.data.folder import printable
+from momconv.prediction import Guess, Predictions
+
+
+def tabulate_predictions(predictions: Predictions) -> Table:
+    """A row for each image: the class that is said, and those that come next."""
+    table = Table("image", box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right")
+    table.add_column("then", overflow="fold")
+    for image in predictions.images:
+        first, *others = image.guesses
+        then = ", ".join(map(_describe, others))
+        name, said = Text(printable(image.path)), Text(printable(first.name))
+        table.add_row(name, said, f"{first.probability:.1%}", Text(then, style="dim"))
+    return table
+
+
+def to_csv(predictions: Predictions) -> str:
+    """A line for each image, with two columns for each class that is named."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    ranks = range(1, 1 + max((len(image.guesses) for image in predictions.images), default=0))
+    writer.writerow(["path", *(f"{what}_{n}" for n in ranks for what in ("class", "probability"))])
+    for image in predictions.images:
+        pairs = ((guess.name, guess.probability) for guess in image.guesses)
+        writer.writerow([image.path, *(value for pair in pairs for value in pair)])
+    return table.getvalue()
+
+
+def _describe(guess: Guess) -> str:
+    return f"{printable(guess.name)} {guess.probability:.1%}"

@@ -1,0 +1,1 @@
+"""Recipes for ``momconv finetune``, and the figures and tables of the paper (paper/)."""

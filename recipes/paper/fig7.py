@@ -1,0 +1,135 @@
+"""Figure 7, memory over the batch, and over γ: ``python -m recipes.paper.fig7``.
+
+ResNet-152 on images of 224² and the CIFAR ResNet-110 (with ``--full`` 1202) on 32²: the peak of a
+training step, predicted by ``momconv.peak_memory`` with weights, gradients, SGD's state and images
+included, for the ResNet and for the Momentum ResNet (γ = 0.9, all runs of blocks) whose blocks are
+checkpointed, or reconstructed ("auto"). Then what smaller γ costs in the CIFAR network, whose
+stages have 18 and 17 blocks (1202: 200 and 199). The predictions are exact to a thousandth on a
+CPU (benchmarks/RESULTS.md, prediction). ``python -m benchmarks.batches`` measures, momentumnet
+included; accuracy over γ is in fig6.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import typer
+from matplotlib.figure import Figure
+from torch import nn
+
+from benchmarks.tables import Row
+from momconv import convert, load_network, peak_memory
+from momconv.momentum.autograd import Strategy
+from recipes.paper.report import MOMENTUM, RESNET, REVNET, Claim, panels, report
+
+GAMMAS = (0.1, 0.3, 0.5, 0.9, 0.99)
+GIB = 2**30
+COLOURS = {
+    "ResNet": RESNET,
+    "momentum, checkpointed": REVNET,
+    "momentum, reconstructed": MOMENTUM,
+}
+Curves = dict[str, dict[int, float]]  # GiB by method and batch
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A network and the batches to predict for."""
+
+    network: str
+    resolution: int
+    batches: tuple[int, ...]
+
+
+IMAGENET = Case("resnet152", 224, (8, 32))
+CIFAR = Case("cifar_resnet110", 32, (32, 128))
+CIFAR_FULL = Case("cifar_resnet1202", 32, (32, 128))
+
+
+def make(name: str, gamma: float = 0.9) -> nn.Module:
+    """The network with random weights; γ = 0 is the plain one."""
+    plain = load_network(name, weights="none").train()
+    return convert(plain, gamma, stages="all") if gamma else plain
+
+
+def predict(case: Case) -> Curves:
+    """The peaks of every method."""
+    plain, momentum = make(case.network, 0), make(case.network)
+    ways: list[tuple[nn.Module, Strategy | Literal["auto"] | None]] = [
+        (plain, None),
+        (momentum, "checkpoint"),
+        (momentum, "auto"),
+    ]
+    return {
+        method: {
+            batch: peak_memory(model, batch, case.resolution, strategy=strategy).total / GIB
+            for batch in case.batches
+        }
+        for method, (model, strategy) in zip(COLOURS, ways, strict=True)
+    }
+
+
+def predict_gammas(case: Case, batch: int = 8) -> dict[float, tuple[float, float]]:
+    """What a step allocates, and the part that is remainders, in MiB an image, by γ."""
+    sizes = {}
+    for gamma in GAMMAS:
+        peak = peak_memory(make(case.network, gamma), batch, case.resolution)
+        sizes[gamma] = (peak.step / batch / 2**20, peak.side_information / batch / 2**20)
+    return sizes
+
+
+def judge(curves: list[Curves]) -> Claim:
+    """At the largest batch, in every network."""
+    parts = [[max(curve.values()) for curve in case.values()] for case in curves]
+    holds = all(peaks[-1] == min(peaks) and peaks[-1] < peaks[0] / 2 for peaks in parts)
+    return Claim("momentum trains the same batch in less than half of the ResNet's memory", holds)
+
+
+def draw(
+    cases: list[Case], curves: list[Curves], gammas: dict[float, tuple[float, float]]
+) -> Figure:
+    """Memory over the batch for each network, and over γ for the last."""
+    figure, (*grid, last) = panels(len(cases) + 1)
+    for axes, case, methods in zip(grid, cases, curves, strict=True):
+        for method, points in methods.items():
+            axes.plot(
+                list(points), list(points.values()), "o-", color=COLOURS[method], label=method
+            )
+        title = f"{case.network}, {case.resolution}²"
+        axes.set(title=title, xlabel="batch", ylabel="peak (GiB)", ylim=(0, None))
+    grid[0].legend(fontsize="small")
+    steps, remainders = zip(*gammas.values(), strict=True)
+    last.plot(list(gammas), steps, "o-", color=MOMENTUM, label="a step")
+    last.plot(list(gammas), remainders, "o:", color=MOMENTUM, label="remainders")
+    last.set(title=cases[-1].network, xlabel="γ", ylabel="MiB an image", ylim=(0, None))
+    last.legend(fontsize="small")
+    return figure
+
+
+def main(
+    full: Annotated[bool, typer.Option("--full", help="The CIFAR ResNet-1202.")] = False,
+) -> None:
+    """Predict, without running a step."""
+    cases = [IMAGENET, CIFAR_FULL if full else CIFAR]
+    curves = [predict(case) for case in cases]
+    gammas = predict_gammas(cases[-1])
+    rows: list[Row] = [
+        {"network": case.network, "method": method}
+        | {f"{name} batch": f"{n}: {gib:.2f} GiB" for name, (n, gib) in labelled}
+        for case, methods in zip(cases, curves, strict=True)
+        for method, points in methods.items()
+        for labelled in [list(zip(("small", "large"), points.items(), strict=True))]
+    ]
+    rows += [
+        {
+            "network": cases[-1].network,
+            "method": f"γ = {gamma:g}",
+            "small batch": f"a step {step:.3f} MiB/image",
+            "large batch": f"remainders {remainder:.3f} MiB/image",
+        }
+        for gamma, (step, remainder) in gammas.items()
+    ]
+    report("fig7", rows, draw(cases, curves, gammas), judge(curves))
+
+
+if __name__ == "__main__":
+    typer.run(main)

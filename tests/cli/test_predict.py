@@ -1,0 +1,78 @@
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from momconv.cli import app
+from momconv.files import model_file
+from momconv.zoo.networks import build, replace_head
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    network, path = build("cifar_resnet20"), tmp_path_factory.mktemp("model") / "m.safetensors"
+    replace_head(network, CLASSES)
+    model_file.save(network, path)
+    return path
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, ["predict", *map(str, args), "--device", "cpu"])
+
+
+def test_the_formats_say_the_same(model: Path, colours: Path) -> None:
+    document = json.loads(run(model, colours / "red", "--json").stdout)
+    lines = run(model, colours / "red", "--format", "jsonl").stdout.splitlines()
+    rows = list(csv.DictReader(io.StringIO(run(model, colours / "red", "--format", "csv").stdout)))
+
+    assert document["ok"] is True
+    assert document["unreadable"] == []
+    assert [json.loads(line) for line in lines] == document["predictions"]
+    assert len(rows) == 8
+    for row, image in zip(rows, document["predictions"], strict=True):
+        assert row["path"] == image["path"]
+        assert sorted(guess["name"] for guess in image["guesses"]) == list(CLASSES)
+        for rank, guess in enumerate(image["guesses"], 1):
+            assert row[f"class_{rank}"] == guess["name"]
+            assert float(row[f"probability_{rank}"]) == guess["probability"]
+
+
+def test_without_a_format_there_is_a_table(model: Path, colours: Path) -> None:
+    ran = run(model, colours / "red" / "0.png", "--top", "2")
+    assert (ran.exit_code, ran.stderr) == (0, "")
+    header, *rest = ran.stdout.splitlines()
+    assert header.split() == ["image", "class", "probability", "then"]
+    assert " ".join(rest).count("%") == 2
+
+
+def test_unreadable_images_are_named_on_stderr(model: Path, colours: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(colours / "red", tmp_path / "red"))
+    (folder / "bad.png").touch()
+    ran = run(model, folder, "--max-bad-fraction", "0.2", "--format", "csv")
+    assert ran.exit_code == 0
+    assert ran.stderr == f"warning: left out: {folder / 'bad.png'}: empty file\n"
+    assert len(ran.stdout.splitlines()) == 1 + 8
+
+
+def test_mistakes_are_explained(model: Path, colours: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.png"
+    bad.touch()
+    mistakes: list[tuple[list[str | Path], int, str]] = [
+        ([model, tmp_path / "nope.png"], 3, "no such image or folder"),
+        ([model, bad], 3, "none of 1 images can be read"),
+        ([tmp_path / "m.safetensors", colours], 4, "file does not exist"),
+        ([model, colours, "--json", "--format", "csv"], 2, "exclude each other"),
+        ([model, colours, "--top", "0"], 2, "--top"),
+        ([model], 2, "PATH"),
+    ]
+    for args, code, message in mistakes:
+        ran = run(*args)
+        assert (ran.exit_code, message in ran.output) == (code, True), ran.output

@@ -1,0 +1,145 @@
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from momconv.evaluation import ClassScore, Mistake, Scores
+from momconv.recipe import Recipe, load_recipe
+from momconv.reports import run_plots
+from momconv.reports.run import NO_PLOTS, report_run
+from momconv.reports.run_plots import draw_confusion, draw_mistakes
+from momconv.training.finetuning import Result, finetune
+
+
+@pytest.fixture(scope="module")
+def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Recipe]:
+    """A network that has hardly learned anything, so that it makes mistakes."""
+    recipe = load_recipe(
+        None,
+        [
+            *("model.name=cifar_resnet20", "model.weights=none", "train.epochs=2", "train.lr=1e-6"),
+            *("train.batch_size=9", "train.device=cpu", "data.workers=0"),
+            f'data.path="{colours}"',
+        ],
+    )
+    return finetune(recipe, tmp_path_factory.mktemp("runs") / "run"), recipe
+
+
+@pytest.fixture(scope="module")
+def folder(run: tuple[Result, Recipe]) -> Path:
+    assert report_run(*run) == ()
+    return run[0].folder
+
+
+def read_front_matter(folder: Path) -> dict[str, Any]:
+    _, front, _ = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    document: dict[str, Any] = yaml.safe_load(front)
+    return document
+
+
+def colourful(path: Path) -> float:
+    """The share of the picture's pixels that are clearly not grey."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    return float((np.ptp(pixels, axis=2) > 60).mean())
+
+
+def test_a_run_leaves_four_pictures(folder: Path) -> None:
+    names = {path.stem for path in (folder / "plots").iterdir()}
+    assert names == {"curves", "confusion", "worst-errors", "memory"}
+    for path in (folder / "plots").iterdir():
+        with Image.open(path) as picture:
+            assert picture.width > 300
+
+
+def test_the_worst_errors_show_the_images(folder: Path) -> None:
+    """Noisy red, green and blue squares on white."""
+    assert colourful(folder / "plots" / "worst-errors.png") > 0.05
+
+
+def test_the_front_matter_is_what_a_hub_reads(folder: Path) -> None:
+    front = read_front_matter(folder)
+    assert front["pipeline_tag"] == "image-classification"
+    assert front["library_name"] == "momconv"
+    assert "base_model" not in front  # random weights
+    (index,) = front["model-index"]
+    kinds = [metric["type"] for metric in index["results"][0]["metrics"]]
+    assert kinds == front["metrics"] == ["accuracy", "f1"]
+
+
+def test_the_card_has_the_figures_of_the_run(folder: Path, run: tuple[Result, Recipe]) -> None:
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "colours: 18 images to train on, 6 held out." in card
+    assert "| red | 6 | 2 |" in card
+    assert "momconv predict best.safetensors PHOTO.jpg" in card
+    top1 = run[0].best_epoch.val_top1
+    assert f"| top-1 | {top1:.2%} " in card
+    assert "![confusion](plots/confusion.png)" in card
+
+
+def test_the_config_has_timm_s_keys(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "cifar_resnet20"
+    assert config["label_names"] == ["blue", "green", "red"]
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+
+
+def test_without_matplotlib_there_is_a_note_instead(
+    run: tuple[Result, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_plots, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result, recipe = replace(run[0], folder=tmp_path), run[1]
+
+    assert report_run(result, recipe) == (NO_PLOTS,)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json"]
+    assert "plots" not in (tmp_path / "README.md").read_text()
+
+
+def test_without_held_out_images_there_are_no_scores(
+    run: tuple[Result, Recipe], tmp_path: Path
+) -> None:
+    splits = replace(run[0].splits, val=run[0].splits.val.select([]))
+    epoch = replace(run[0].best_epoch, val_loss=None, val_top1=None)
+    result = replace(run[0], folder=tmp_path, splits=splits, best_epoch=epoch, history=(epoch,))
+
+    report_run(result, run[1])
+
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"curves", "memory"}
+    assert "None: no image was held out." in (tmp_path / "README.md").read_text()
+    assert "metrics" not in read_front_matter(tmp_path)
+
+
+def make_scores(*names: str) -> Scores:
+    """Each class is taken for the next one; the last ones always."""
+    n = len(names)
+    confusion = [[0] * n for _ in names]
+    for number in range(n):
+        wrong = number * 9 // n
+        confusion[number][number] = 9 - wrong
+        confusion[number][(number + 1) % n] = wrong
+    classes = tuple(ClassScore(name, 0.5, 0.5, 0.5, 9) for name in names)
+    return Scores(
+        9 * n, 0.5, (0.4, 0.6), 1.0, 0.5, 0.1, classes, tuple(map(tuple, confusion)), (), ()
+    )
+
+
+def test_names_are_not_obeyed_and_may_be_of_any_script(colours: Path, tmp_path: Path) -> None:
+    names = ("$x$ \\frac{", "六", "a\x1b[31m", "x" * 99)
+    draw_confusion(make_scores(*names), tmp_path / "confusion.png")
+    mistakes = [Mistake(colours / "red" / "0.png", name, "$", 0.5) for name in names]
+    draw_mistakes(mistakes, tmp_path / "mistakes.png")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_of_many_classes_the_most_confused_are_shown() -> None:
+    shown = run_plots._choose_classes(make_scores(*map(str, range(90))))
+    assert len(shown) == 30
+    assert min(shown) > 50

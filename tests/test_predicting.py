@@ -1,0 +1,90 @@
+"""A network that says the brightest channel is asked about images of known colours."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from momconv import predict
+from momconv.data.decoding import decode
+from momconv.data.transforms import evaluation_transform
+from momconv.errors import DataError
+from momconv.zoo.description import Description, Preprocessing, attach, describe
+from momconv.zoo.networks import build
+
+
+class Brightest(nn.Module):
+    """Its logits are the mean of each channel."""
+
+    def __init__(self, classes: tuple[str, ...] | None = ("red", "green", "blue")) -> None:
+        super().__init__()
+        preprocessing = Preprocessing(32, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        attach(self, Description("cifar_resnet20", 3, preprocessing, classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert not self.training
+        return 20 * images.mean((2, 3))
+
+
+def test_each_image_gets_its_classes_the_most_probable_first(colours: Path) -> None:
+    done = predict(Brightest(), [colours])
+
+    assert [image.path for image in done.images] == sorted(colours.glob("*/*.png"))
+    for image in done.images:
+        probabilities = [guess.probability for guess in image.guesses]
+        assert image.guesses[0].name == image.path.parent.name
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1)
+
+
+def test_only_the_top_classes_are_named(colours: Path) -> None:
+    (image,) = predict(Brightest(), [colours / "red" / "0.png"], top=1).images
+    assert [guess.name for guess in image.guesses] == ["red"]
+
+
+def test_the_numbers_are_those_of_the_network_on_the_preprocessed_image(colours: Path) -> None:
+    model = build("cifar_resnet20", 3).eval()
+    path = colours / "green" / "3.png"
+    image = evaluation_transform(describe(model).preprocessing)(decode(path))
+    with torch.no_grad():
+        expected = model(image[None]).softmax(1)[0].sort(descending=True)
+
+    (said,) = predict(model.train(), [path]).images
+
+    assert model.training
+    assert [guess.name for guess in said.guesses] == [str(n) for n in expected.indices.tolist()]
+    assert [guess.probability for guess in said.guesses] == pytest.approx(expected.values.tolist())
+
+
+def test_a_file_that_is_named_twice_is_asked_about_once(colours: Path) -> None:
+    done = predict(Brightest(), [colours / "red" / "0.png", str(colours / "red")])
+    assert len(done.images) == 8
+
+
+def test_unreadable_images_are_left_out_up_to_a_limit(colours: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(colours / "red", tmp_path / "red"))
+    (folder / "bad.png").write_bytes(b"no picture")
+
+    done = predict(Brightest(), [folder], max_bad_fraction=0.2)
+
+    assert len(done.images) == 8
+    assert len(done.unreadable) == 1
+    assert done.unreadable[0].startswith(f"{folder / 'bad.png'}: not an image")
+    with pytest.raises(
+        DataError, match=r"1 of 9 images unreadable \(11.1%\), more than"
+    ) as refused:
+        predict(Brightest(), [folder], max_bad_fraction=0.1)
+    assert refused.value.fix == "--max-bad-fraction 0.15 to continue without them"
+
+
+def test_what_does_not_exist_is_named_with_what_does(colours: Path) -> None:
+    with pytest.raises(DataError, match=r"no such image or folder: .*/rod") as refused:
+        predict(Brightest(), [colours / "rod"])
+    assert refused.value.fix == f"closest existing path is {colours / 'red'}"
+
+
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no images in"):
+        predict(Brightest(), [tmp_path])
