@@ -137,17 +137,13 @@ def test_two_processes_take_the_step_of_one_on_the_joint_batch(
     assert row.val_top1 == one.best_epoch.val_top1
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_run_and_any_number_of_them_goes_on(
-    colours: Path, tmp_path: Path, rank: int
-) -> None:
+def test_a_killed_process_ends_the_run_and_one_goes_on(colours: Path, tmp_path: Path) -> None:
     recipe = small(colours, *FROZEN, "train.epochs=1000", "train.schedule=constant")
     run = RunFolder(tmp_path / "run")
     processes = start(2, recipe, run.path)
     wait_for_epoch(run, processes)
-    processes[rank].kill()
-    codes = end(processes)
-    assert (codes[rank], codes[1 - rank]) == (-signal.SIGKILL, LOST)
+    processes[1].kill()
+    assert end(processes) == [LOST, -signal.SIGKILL]
     reached = load_state(run.state).progress.epoch
     shorter = load_recipe(run.config, [f"train.epochs={reached + 1}"])
     assert finetune(shorter, run.path, resume=True).epochs == reached + 1
@@ -158,7 +154,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     colours: Path, tmp_path: Path
 ) -> None:
     """With BatchNorm, whose statistics both have to agree on."""
-    recipe = small(colours, "train.epochs=1000", "train.schedule=constant", "data.workers=1")
+    recipe = small(colours, "train.epochs=1000", "train.schedule=constant")
     run = RunFolder(tmp_path / "run")
     processes = start(2, recipe, run.path)
     wait_for_epoch(run, processes)
