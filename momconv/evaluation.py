@@ -1,13 +1,15 @@
 """How good a network is on labelled images."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
@@ -26,6 +28,7 @@ from momconv.errors import DataError
 from momconv.surgery.modes import in_eval_mode
 from momconv.zoo.description import describe
 
+T = TypeVar("T")
 _Z = 1.959964  # of the normal distribution, for 95 %
 _BINS = 15  # of confidence, as in Guo et al. 2017
 _WORST = 10
@@ -99,6 +102,9 @@ def evaluate(
     The model moves to ``device``; its training flags are afterwards what they were. ``progress`` is
     called with the number of images done and the number of all.
 
+    In a job of torch.distributed each process takes a share of the images, and all get the scores
+    of all images.
+
     Raises:
         UsageError: The model has no description.
         DataError: There are no images, they have more or fewer classes than the model, or one
@@ -107,10 +113,15 @@ def evaluate(
     description = describe(model)
     _check(images, description.num_classes)
     transform = evaluation_transform(description.preprocessing)
-    dataset = LabelledImages(images, transform, seed=None)
+    rank, count = _find_share(images)
+    own = images.select(range(rank, len(images.samples), count))
+    dataset = LabelledImages(own, transform, seed=None)
     loader = make_loader(dataset, workers=workers, batch_size=batch_size)
-    metrics, loss = _make_metrics(len(images.classes)).to(device), MeanMetric("disable").to(device)
-    calibration = MulticlassCalibrationError(len(images.classes), n_bins=_BINS).to(device)
+    metrics = _make_metrics(len(images.classes), sync=count > 1).to(device)
+    loss = MeanMetric("disable", sync_on_compute=count > 1).to(device)
+    calibration = MulticlassCalibrationError(
+        len(images.classes), n_bins=_BINS, sync_on_compute=count > 1
+    ).to(device)
     confidences, said = list[float](), list[int]()
     with in_eval_mode(model.to(device)), torch.no_grad():
         for pictures, labels in read_batches(loader):
@@ -124,7 +135,7 @@ def evaluate(
             if progress:
                 progress(len(said), len(dataset))
     found = metrics.compute() | {"loss": loss.compute(), "calibration": calibration.compute()}
-    return _summarise(found, images, said, confidences)
+    return _summarise(found, images, _gather(said, count), _gather(confidences, count))
 
 
 def _check(images: ImageSet, num_classes: int) -> None:
@@ -144,14 +155,32 @@ def _check(images: ImageSet, num_classes: int) -> None:
         )
 
 
-def _make_metrics(classes: int) -> MetricCollection:
+def _find_share(images: ImageSet) -> tuple[int, int]:
+    """Which share this process takes, of how many; where there are too few images, all of them."""
+    if not dist.is_initialized() or len(images.samples) < dist.get_world_size():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _gather(own: Sequence[T], count: int) -> list[T]:
+    """What ``count`` processes found on their shares, in the order of the images."""
+    if count == 1:
+        return list(own)
+    shares: list[list[T]] = [[] for _ in range(count)]
+    dist.all_gather_object(shares, list(own))
+    rows = itertools.zip_longest(*map(enumerate, shares))
+    return [entry[1] for row in rows for entry in row if entry is not None]
+
+
+def _make_metrics(classes: int, *, sync: bool) -> MetricCollection:
+    """Metrics of outputs and labels, which add up those of all processes if ``sync``."""
     return MetricCollection(
         {
-            "top1": MulticlassAccuracy(classes, average="micro"),
-            "precision": MulticlassPrecision(classes, average="none"),
-            "recall": MulticlassRecall(classes, average="none"),
-            "f1": MulticlassF1Score(classes, average="none"),
-            "confusion": MulticlassConfusionMatrix(classes),
+            "top1": MulticlassAccuracy(classes, average="micro", sync_on_compute=sync),
+            "precision": MulticlassPrecision(classes, average="none", sync_on_compute=sync),
+            "recall": MulticlassRecall(classes, average="none", sync_on_compute=sync),
+            "f1": MulticlassF1Score(classes, average="none", sync_on_compute=sync),
+            "confusion": MulticlassConfusionMatrix(classes, sync_on_compute=sync),
         }
     )
 

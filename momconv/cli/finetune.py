@@ -235,6 +235,7 @@ def finetune(  # noqa: PLR0913 (one for each option)
     """Fine-tune a network on a folder of images, within a limit of memory."""
     from momconv.training.finetuning import finetune as run
     from momconv.training.interruption import Interrupted, TimeUp
+    from momconv.training.processes import is_leader
     from momconv.training.run_folder import RunFolder, name_folder
 
     _refuse_together("--resume", resume, {"--recipe": recipe, "--output": output})
@@ -251,15 +252,19 @@ def finetune(  # noqa: PLR0913 (one for each option)
     try:
         with ExitStack() as bars:
             result = run(wanted, folder, resume=resume is not None, listener=Display(bars))
-        _report(result, wanted)
+        if is_leader():
+            _report(result, wanted)
     except Interrupted as interrupted:
-        note(f"stopped, and saved. To go on: {RunFolder(folder).resume_command}")
+        if is_leader():
+            note(f"stopped, and saved. To go on: {RunFolder(folder).resume_command}")
         raise typer.Exit(128 + interrupted.signal) from None
     except TimeUp:
         limit, command = wanted.train.time_limit, RunFolder(folder).resume_command
-        note(f"stopped after {limit}, and saved. To go on: {command}")
+        if is_leader():
+            note(f"stopped after {limit}, and saved. To go on: {command}")
         return
-    _print_result(result, wanted)
+    if is_leader():
+        _print_result(result, wanted)
 
 
 def _read_options(context: typer.Context) -> list[str]:

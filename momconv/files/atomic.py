@@ -16,7 +16,7 @@ from momconv.units import format_bytes
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, and limit of a process
 _ALMOST_NOTHING = 2**20  # bytes of free space
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-z_]{8,32}\.tmp")  # these, and those of tempfile
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
@@ -72,14 +72,17 @@ def is_temporary(path: Path) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files that a process left in ``folder`` when it was killed.
+    """Remove the temporary files and folders that a process left in ``folder`` when it was killed.
 
     Raises:
         ResourceError: One cannot be removed.
     """
     for path in filter(is_temporary, folder.iterdir()):
         try:
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise ResourceError(
                 f"cannot remove {path}: {error.strerror}", kind="output.unwritable"

@@ -41,6 +41,8 @@ def split_batch(batch: Sequence[int], micro_batch: int) -> list[list[int]]:
     >>> split_batch([5, 3, 8, 1, 2], 4), split_batch([5, 3, 8, 1, 2], 2)
     ([[5, 3, 8], [1, 2]], [[5, 3, 8], [1, 2]])
     """
+    if not batch:
+        return []
     rest = iter(batch)
     return [list(itertools.islice(rest, size)) for size in split_evenly(len(batch), micro_batch)]
 

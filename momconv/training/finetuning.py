@@ -3,19 +3,19 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from momconv.data.dataset import count_workers
 from momconv.data.folder import Splits
-from momconv.errors import UsageError
+from momconv.errors import ResourceError, UsageError
 from momconv.files.atomic import write_text
-from momconv.planner.devices import find_device
 from momconv.planner.measurement import static_bytes
-from momconv.recipe import DataRecipe, Recipe, dump_recipe, load_recipe
+from momconv.recipe import Recipe, dump_recipe, load_recipe
 from momconv.training import network
 from momconv.training.balancing import describe_imbalance
 from momconv.training.determinism import deterministic
@@ -30,11 +30,19 @@ from momconv.training.job import Job
 from momconv.training.loop import train
 from momconv.training.optimisation import choose_precision, make_optimizer
 from momconv.training.parameters import require_stages
-from momconv.training.planning import BatchPlan, Setting, plan_again, plan_batches, warn_of_noise
+from momconv.training.planning import (
+    BatchPlan,
+    Setting,
+    plan_again,
+    plan_batches,
+    plan_together,
+    warn_of_noise,
+)
+from momconv.training.processes import Processes, find_own_device, joined
 from momconv.training.progress import SILENT, EpochRow, Listener, Progress
 from momconv.training.rate_finder import find_rate
 from momconv.training.run_folder import RunFolder
-from momconv.training.saving import publish
+from momconv.training.saving import publish, save, write_plan
 from momconv.training.state import load_newest, save_state
 from momconv.units import parse_duration
 from momconv.zoo.description import describe
@@ -89,14 +97,17 @@ def finetune(
         TimeUp: The recipe's time limit is reached; the run can be resumed.
     """
     began, run = time.monotonic(), RunFolder(Path(folder))
-    device = find_device(recipe.train.device)
+    device = find_own_device(recipe.train.device)
     choose_precision(recipe.train, device)
-    begin = _resume if resume else _start
     with (
+        joined() as processes,
         _seeded(recipe.train.seed, device),
         deterministic(wanted=recipe.train.deterministic),
     ):
-        job, progress = begin(recipe, run, device, listener)
+        task = _Task(recipe, run, device, listener if processes.leads else SILENT, processes)
+        job, progress = _begin(task, resume=resume)
+        job.plan = plan_together(job.plan, job.model, processes)
+        write_plan(job)
         if recipe.train.time_limit is not None:
             job.ends = began + parse_duration(recipe.train.time_limit)
         train(job, progress)
@@ -105,10 +116,36 @@ def finetune(
     return Result(run.path, run.best, run.last, *done)
 
 
-def _start(
-    recipe: Recipe, run: RunFolder, device: torch.device, listener: Listener
-) -> tuple[Job, Progress]:
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What was asked for, and of which process."""
+
+    recipe: Recipe
+    run: RunFolder
+    device: torch.device
+    listener: Listener
+    processes: Processes
+
+
+def _begin(task: _Task, *, resume: bool) -> tuple[Job, Progress]:
+    """A new run, or the one in the folder. It is the folder that tells all processes the same."""
+    if resume:
+        with task.processes.leader_first():
+            return _resume(task)
+    if task.processes.leads:
+        begun = _start(task)
+        task.processes.wait()
+        return begun
+    try:
+        task.processes.wait()
+    except ResourceError:
+        raise SystemExit(1) from None  # the leader has said why
+    return _resume(replace(task, recipe=load_recipe(task.run.config)))
+
+
+def _start(task: _Task) -> tuple[Job, Progress]:
     """A run at its beginning, with a folder from which it can be resumed."""
+    recipe, run, device, listener = task.recipe, task.run, task.device, task.listener
     run.require_unused()
     root = require_folder(recipe.data)
     found = find_images(root, recipe.data, listener)
@@ -122,16 +159,14 @@ def _start(
     network.fit_head(model, splits.train.classes)
     network.place(model, device)
     network.start_training(model, recipe.train)
-    plan = plan_batches(model, _describe_setting(recipe, splits, model, device))
+    plan = plan_batches(model, _describe_setting(task, splits, model))
     _tell_of_plan(plan, model, listener)
-    workers = _choose_workers(recipe.data, splits)
+    workers = _choose_workers(task, splits)
     if network.needs_calibration(model, recipe):
         _calibrate(model, recipe, splits, plan, workers, listener)
     optimizer, progress = make_optimizer(model, recipe.train), Progress()
-    job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
-    static = static_bytes(model, recipe.train.optimizer, ema=recipe.train.ema > 0)
-    state = static.weights + static.optimizer + static.ema
-    run.make(3 * state + 3 * static.weights)  # a file is written before it replaces another
+    job = _make_job(task, splits, model, optimizer, plan)
+    run.make(_disk_bytes(model, recipe))
     if recipe.train.lr == "auto":
         _choose_rate(job)
     write_text(run.config, dump_recipe(_with_absolute_paths(job.recipe)))
@@ -139,6 +174,12 @@ def _start(
     remember_images(images, root, run, listener)
     save_state(run, model, job.optimizer, progress, job.read_extras())
     return job, progress
+
+
+def _disk_bytes(model: nn.Module, recipe: Recipe) -> int:
+    """What a run writes: two states, two models, and a file before it replaces another."""
+    static = static_bytes(model, recipe.train.optimizer, ema=recipe.train.ema > 0)
+    return 3 * (static.weights + static.optimizer + static.ema) + 3 * static.weights
 
 
 def _choose_rate(job: Job) -> None:
@@ -180,37 +221,40 @@ def _calibrate(
     )
 
 
-def _resume(
-    recipe: Recipe, run: RunFolder, device: torch.device, listener: Listener
-) -> tuple[Job, Progress]:
-    """A run as it was when its state was saved, but for what ``recipe`` changes."""
+def _resume(task: _Task) -> tuple[Job, Progress]:
+    """A run as it was when its state was saved, but for what the recipe changes."""
+    recipe, run = task.recipe, task.run
     run.require_state()
-    run.make(0)
+    if task.processes.leads:
+        run.make(0)
     before = load_recipe(run.config)
     _refuse_changes(before, recipe, run)
-    splits = recall_images(run.split, recipe.data.path, listener)
-    saved = load_newest(run, listener.tell)
+    splits = recall_images(run.split, recipe.data.path, task.listener)
+    saved = load_newest(run, task.listener.tell)
     model, progress = saved.model, saved.progress
-    if recipe.train.resolved_lr != before.train.resolved_lr:
-        progress.lr_factor = 1.0
-    network.place(model, device)
+    network.place(model, task.device)
     network.start_training(model, recipe.train)
-    setting = _describe_setting(recipe, splits, model, device)
-    if run.plan.is_file():
-        plan = plan_again(BatchPlan.from_json(run.plan.read_text()), setting, model)
-    else:
-        plan = plan_batches(model, setting)
-    write_text(run.plan, plan.to_json())
+    plan = _recall_plan(run, _describe_setting(task, splits, model), model)
     optimizer = make_optimizer(model, recipe.train)
     saved.restore_optimizer(optimizer, model)
     saved.restore_random_states()
-    write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
-    workers = _choose_workers(recipe.data, splits)
-    job = Job(recipe, run, splits, model, optimizer, plan, device, workers, listener)
+    job = _make_job(task, splits, model, optimizer, plan)
     job.restore_extras(saved.extras)
+    if recipe.train.resolved_lr != before.train.resolved_lr:
+        progress.lr_factor = 1.0
+        save(job, progress)
+    if task.processes.leads:
+        write_text(run.config, dump_recipe(_with_absolute_paths(recipe)))
+    write_plan(job)
     publish(job, progress)
     _tell_of_resuming(job, progress, before)
     return job, progress
+
+
+def _recall_plan(run: RunFolder, setting: Setting, model: nn.Module) -> BatchPlan:
+    if not run.plan.is_file():
+        return plan_batches(model, setting)
+    return plan_again(BatchPlan.from_json(run.plan.read_text()), setting, model)
 
 
 def _check_images(recipe: Recipe, splits: Splits, listener: Listener) -> None:
@@ -224,21 +268,31 @@ def _check_images(recipe: Recipe, splits: Splits, listener: Listener) -> None:
         )
 
 
-def _describe_setting(
-    recipe: Recipe, splits: Splits, model: nn.Module, device: torch.device
-) -> Setting:
-    train = recipe.train
+def _make_job(
+    task: _Task, splits: Splits, model: nn.Module, optimizer: Optimizer, plan: BatchPlan
+) -> Job:
+    workers = _choose_workers(task, splits)
+    return Job(
+        *(task.recipe, task.run, splits, model, optimizer, plan, task.device, workers),
+        *(task.listener, task.processes),
+    )
+
+
+def _describe_setting(task: _Task, splits: Splits, model: nn.Module) -> Setting:
+    recipe, train, processes = task.recipe, task.recipe.train, task.processes
     return Setting(
         images=len(splits.train.samples),
         batch_size=train.batch_size,
         micro_batch=train.micro_batch,
         resolution=describe(model).preprocessing.resolution,
         strategy=recipe.momentum.strategy,
-        precision=choose_precision(train, device),
+        precision=choose_precision(train, task.device),
         optimizer=train.optimizer,
-        device=str(device),
+        device=str(task.device),
         memory=train.memory,
         ema=train.ema > 0,
+        processes=processes.count,
+        sharers=processes.on_this_machine if task.device.type == "cpu" else 1,
     )
 
 
@@ -256,10 +310,12 @@ def _tell_of_plan(plan: BatchPlan, model: nn.Module, listener: Listener) -> None
         listener.tell(warning)
 
 
-def _choose_workers(recipe: DataRecipe, splits: Splits) -> int:
-    if recipe.workers == "auto":
-        return count_workers(len(splits.train.samples))
-    return recipe.workers
+def _choose_workers(task: _Task, splits: Splits) -> int:
+    wanted, processes = task.recipe.data.workers, task.processes
+    if wanted == "auto":
+        images = len(splits.train.samples) // processes.count
+        return count_workers(images) // processes.on_this_machine
+    return wanted
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:

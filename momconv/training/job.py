@@ -16,6 +16,7 @@ from momconv.training.averaging import Average
 from momconv.training.balancing import weigh_classes
 from momconv.training.optimisation import rate_at
 from momconv.training.planning import BatchPlan
+from momconv.training.processes import ALONE, Processes
 from momconv.training.progress import Listener
 from momconv.training.run_folder import RunFolder
 from momconv.training.scaling import make_scaler, read_scaler, restore_scaler
@@ -34,6 +35,7 @@ class Job:
     device: torch.device
     workers: int
     listener: Listener
+    processes: Processes = ALONE
     ends: float = math.inf  # by time.monotonic
     evaluation_batch: int = 32  # images, at most
     average: Average | None = field(init=False)

@@ -15,26 +15,26 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from momconv.data.folder import printable
 from momconv.errors import ResourceError
 from momconv.evaluation import Scores, evaluate
-from momconv.files.atomic import write_text
 from momconv.planner.measurement import autocast, measure, static_bytes
-from momconv.planner.search import has_batch_norm
-from momconv.training.annealing import anneal
 from momconv.training.compilation import compiling, uncompiled
-from momconv.training.interruption import TimeUp, catching_signals
+from momconv.training.interruption import Interrupted, TimeUp, catching_signals
 from momconv.training.job import Job
 from momconv.training.network import read_gamma, start_training
 from momconv.training.optimisation import set_rate
 from momconv.training.progress import EpochRow, Halving, Progress
 from momconv.training.saving import (
     Autosave,
+    HalfDone,
     NotFinite,
+    anneal_networks,
     go_back,
     go_back_and_slow_down,
     save,
     saving_on_failure,
+    write_plan,
 )
 from momconv.training.state import read_random_states, set_random_states
-from momconv.training.steps import Step, Steps
+from momconv.training.steps import Step, Steps, fewest_images
 from momconv.training.stopping import has_stalled
 from momconv.units import format_bytes
 
@@ -71,17 +71,15 @@ def train(job: Job, progress: Progress) -> None:
                     break
                 progress.count_step(step.images, float(loss), time.perf_counter() - began)
                 _note_peak(job)
-                done = progress.epoch + progress.step / job.steps_per_epoch
-                for network in job.networks:
-                    anneal(network, job.recipe.momentum, done)
+                anneal_networks(job, progress)
                 autosave()
-                _require_time(job)
+                _stop_if_asked(job, check)
                 began = time.perf_counter()
             else:
                 scores = _validate(job, report, check)
                 _finish_epoch(job, progress, scores, time.perf_counter() - began)
                 if not _is_done(job, progress):
-                    _require_time(job)
+                    _stop_if_asked(job, check)
 
 
 def _is_done(job: Job, progress: Progress) -> bool:
@@ -102,17 +100,12 @@ def _add_up(
 
     Then the run is to go on from wherever ``progress`` is, prepared not to fail again.
     """
-    loss = torch.zeros((), device=job.device)
     try:
         with _all_or_nothing(job.model):
-            for images, labels in step.parts:
-                share = len(labels) / step.images
-                if job.plan.measured_bytes is None and job.device.type == "cpu":
-                    loss += _measure_gradients(job, images, labels, share)
-                else:
-                    loss += add_gradients(job, images, labels, share)
-                report(len(labels))
-                check()
+            loss = _add_share(job, step, report, check)
+            job.processes.add([loss])
+            job.processes.add_gradients(job.model)
+            job.scaler.scale(loss)  # a process without an image has not made its scale yet
             job.scaler.unscale_(job.optimizer)
             _require_finite(job, progress, loss, step)
     except torch.OutOfMemoryError:
@@ -124,19 +117,73 @@ def _add_up(
     return loss
 
 
-def _step(job: Job, progress: Progress) -> bool:
-    """Change the weights. False if memory ran out: some may have changed, so the run went back."""
+def _add_share(job: Job, step: Step, report: "_Report", check: Callable[[], None]) -> Tensor:
+    """Add up the gradients of this process's images of a step; their part of its loss.
+
+    Raises:
+        torch.OutOfMemoryError: In this process or in another one.
+    """
+    loss, left, exhausted = torch.zeros((), device=job.device), step.images, False
     try:
-        take_step(job, progress.lr_factor * job.rate_at(progress.epoch, progress.step))
+        for images, labels in step.parts:
+            share = len(labels) / step.images
+            if job.plan.measured_bytes is None and job.device.type == "cpu":
+                loss += _measure_gradients(job, images, labels, share)
+            else:
+                loss += add_gradients(job, images, labels, share)
+            left -= len(labels)
+            report(len(labels))
+            if job.processes.count == 1:  # several stop together, between two steps
+                check()
     except torch.OutOfMemoryError:
+        exhausted = True
+    if any(job.processes.largest(exhausted)):
+        raise torch.OutOfMemoryError
+    if left:
+        report(left)  # those of the other processes
+    return loss
+
+
+def _step(job: Job, progress: Progress) -> bool:
+    """Change the weights. False if memory ran out: some may have changed, so the run went back.
+
+    Raises:
+        HalfDone: Memory ran out in one of several processes, which cannot go back by itself.
+    """
+    lr = progress.lr_factor * job.rate_at(progress.epoch, progress.step)
+    try:
+        take_step(job, lr)
+    except torch.OutOfMemoryError:
+        if job.processes.count > 1:
+            raise HalfDone(
+                f"{job.device} ran out of memory while changing the weights; the state that was "
+                "saved last is kept",
+                kind="memory.exhausted",
+                fix="resume with a smaller --micro-batch",
+            ) from None
         go_back(job, progress)
         halve(job, progress)
         return False
     return True
 
 
-def _require_time(job: Job) -> None:
-    if time.monotonic() >= job.ends:
+def _stop_if_asked(job: Job, check: Callable[[], None]) -> None:
+    """Do nothing if no process was signalled, and the leader has time left.
+
+    Raises:
+        Interrupted: One was signalled.
+        TimeUp: There is no time left.
+    """
+    number = 0
+    try:
+        check()
+    except Interrupted as interrupted:
+        number = interrupted.signal
+    own = job.processes.leads and time.monotonic() >= job.ends
+    number, late = job.processes.largest(number, own)
+    if number:
+        raise Interrupted(number)
+    if late:
         raise TimeUp
 
 
@@ -210,7 +257,7 @@ def _note_peak(job: Job) -> None:
 
 def _learn_peak(job: Job, measured_bytes: int) -> None:
     job.plan = replace(job.plan, measured_bytes=measured_bytes)
-    write_text(job.folder.plan, job.plan.to_json())
+    write_plan(job)
 
 
 def halve(job: Job, progress: Progress) -> None:
@@ -222,13 +269,14 @@ def halve(job: Job, progress: Progress) -> None:
     if job.device.type == "cuda":
         torch.cuda.empty_cache()
     before = job.plan.micro_batch
-    smaller = job.plan.halve(fewest=2 if has_batch_norm(job.model) else 1)
+    smaller = job.plan.halve(fewest=fewest_images(job.model))
     if smaller is None:
         raise _out_of_memory(job, f"with micro-batches of {before}")
     job.plan = smaller
     progress.halvings.append(Halving(progress.epoch + 1, progress.step + 1, smaller.micro_batch))
-    write_text(job.folder.plan, smaller.to_json())
-    job.folder.write_history(progress)
+    write_plan(job)
+    if job.processes.leads:
+        job.folder.write_history(progress)
     job.listener.tell(
         f"warning: {job.device} ran out of memory with micro-batches of {before}; epoch "
         f"{progress.epoch + 1}, step {progress.step + 1} is done again, with {smaller.micro_batch}"
@@ -290,12 +338,14 @@ def _validate(job: Job, report: "_Report", check: Callable[[], None]) -> Scores 
 
     def progress(done: int, total: int) -> None:
         report(0, f"validating {done}/{total}")
-        check()
+        if job.processes.count == 1:
+            check()
 
     while True:
         size = min(job.evaluation_batch, job.plan.micro_batch)
         try:
-            with uncompiled(wanted=job.recipe.train.compile):  # as in momconv eval
+            # Uncompiled, as in momconv eval.
+            with uncompiled(wanted=job.recipe.train.compile), job.processes.noticing_losses():
                 return evaluate(
                     job.networks[-1],
                     job.splits.val,

@@ -28,10 +28,12 @@ class Mixer:
         self._transforms = [kind(alpha=a, num_classes=num_classes) for kind, a in kinds if a]
         self._seed = recipe.seed
 
-    def extend(self, parts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The images to read for a step of ``parts``: its last one comes first as well."""
+    def extend(self, parts: Sequence[Sequence[int]], *, before: int) -> list[list[int]]:
+        """The images to read for ``parts`` of a batch, in which ``before`` is in front of them."""
+        if not (parts and self._transforms):
+            return [list(part) for part in parts]
         first, *rest = map(list, parts)
-        return [[parts[-1][-1], *first] if self._transforms else first, *rest]
+        return [[before, *first], *rest]
 
     def mix(self, parts: Iterator[Part], *, epoch: int, step: int) -> Iterator[Part]:
         """The ``parts`` of a step as :meth:`extend` had them read, mixed.

@@ -1,6 +1,7 @@
 """How a run fits its memory: planned by prediction, and checked against its first step."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, Self
 
@@ -11,10 +12,11 @@ from torch import nn
 from momconv.errors import ModelFileError, ResourceError
 from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.planner.measurement import Precision, available_bytes, static_bytes
-from momconv.planner.micro_batch import largest_part, split_evenly
+from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
 from momconv.planner.prediction import Training
 from momconv.planner.search import FEW, Choice, Request, has_batch_norm, search
 from momconv.training.network import name_strategies
+from momconv.training.processes import Processes
 from momconv.units import format_bytes, parse_bytes
 
 
@@ -32,18 +34,32 @@ class Setting:
     device: str
     memory: str | None  # None: what is free
     ema: bool = False  # whether an average of the weights is kept
+    processes: int = 1  # among which a batch is divided
+    sharers: int = 1  # of them, those that share the device
 
     @property
     def batch(self) -> int:
         """The images of a full batch."""
         return min(self.images, self.batch_size)
 
+    @property
+    def own_batch_size(self) -> int:
+        """The largest share of a full batch that a process gets."""
+        return math.ceil(self.batch_size / self.processes)
+
+    @property
+    def own_images(self) -> int:
+        """As many images as make an epoch of such shares."""
+        others = count_steps(self.images, self.batch_size) - 1
+        last = self.images - others * self.batch_size
+        return others * self.own_batch_size + math.ceil(last / self.processes)
+
     def find_limit(self, model: nn.Module) -> int:
         """The bytes for everything, the loaded ``model`` included."""
         if self.memory is not None:
             return parse_bytes(self.memory)
         weights = static_bytes(model, self.optimizer).weights
-        return available_bytes(torch.device(self.device)) + weights
+        return available_bytes(torch.device(self.device)) // self.sharers + weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +80,9 @@ class BatchPlan:
 
     @property
     def sizes(self) -> list[int]:
-        """The images of each micro-batch of a full batch."""
-        return list(split_evenly(self.setting.batch, self.micro_batch))
+        """The images of each micro-batch of a process's share of a full batch."""
+        share = min(self.setting.own_images, self.setting.own_batch_size)
+        return list(split_evenly(share, self.micro_batch))
 
     def apply(self, model: nn.Module) -> None:
         """Give the stages of ``model`` the chosen strategy."""
@@ -80,7 +97,7 @@ class BatchPlan:
     def halve(self, *, fewest: int) -> Self | None:
         """The plan after ``micro_batch`` images did not fit; None where parts cannot be smaller."""
         smaller = max(fewest, self.micro_batch // 2)
-        images, batch = self.setting.images, self.setting.batch_size
+        images, batch = self.setting.own_images, self.setting.own_batch_size
         if largest_part(images, batch, smaller) >= largest_part(images, batch, self.micro_batch):
             return None
         return replace(self, micro_batch=smaller, measured_bytes=None)
@@ -107,7 +124,8 @@ class BatchPlan:
         parts = f"{len(sizes)} micro-batches of {sizes[0]}" if len(sizes) > 1 else "one micro-batch"
         if sizes[-1] < sizes[0]:
             parts += f" or {sizes[-1]}"
-        text = f"batch of {setting.batch} in {parts} ({self.stages}, {setting.precision})"
+        whose = f" over {setting.processes} processes, each" if setting.processes > 1 else ""
+        text = f"batch of {setting.batch}{whose} in {parts} ({self.stages}, {setting.precision})"
         peak, limit = format_bytes(self.predicted_bytes), format_bytes(self.limit_bytes)
         whose = "the limit" if setting.memory else "what is free"
         return f"{text}, {peak} predicted at the peak; {whose} is {limit}"
@@ -131,11 +149,11 @@ def plan_batches(model: nn.Module, setting: Setting) -> BatchPlan:
         model,
         Request(
             training,
-            setting.batch_size,
+            setting.own_batch_size,
             limit,
             setting.micro_batch,
             setting.strategy,
-            setting.images,
+            setting.own_images,
         ),
     )
     plan = BatchPlan(setting, found.strategy, "", found.micro_batch, found.peak.total, limit)
@@ -159,6 +177,19 @@ def plan_again(plan: BatchPlan, setting: Setting, model: nn.Module) -> BatchPlan
     except ResourceError:
         return plan_batches(model, setting)
     return replace(same, setting=setting)
+
+
+def plan_together(plan: BatchPlan, model: nn.Module, processes: Processes) -> BatchPlan:
+    """``plan`` with the smallest micro-batch of all processes, whose devices may differ.
+
+    Raises:
+        ResourceError: A process is gone.
+    """
+    (negative,) = processes.largest(-plan.micro_batch)
+    if -negative == plan.micro_batch:
+        return plan
+    smaller = plan_batches(model, replace(plan.setting, micro_batch=-negative))
+    return replace(smaller, setting=plan.setting)
 
 
 def warn_of_noise(plan: BatchPlan, model: nn.Module) -> str | None:

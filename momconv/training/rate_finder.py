@@ -25,6 +25,7 @@ from momconv.files.atomic import write_text
 from momconv.training.job import Job
 from momconv.training.loop import add_gradients, halve, take_step
 from momconv.training.optimisation import make_optimizer
+from momconv.training.processes import ALONE
 from momconv.training.progress import Progress
 from momconv.training.state import read_random_states, set_random_states
 from momconv.training.steps import Steps
@@ -58,7 +59,8 @@ def find_rate(job: Job) -> float:
     recipe = job.recipe.model_copy(
         update={"train": job.recipe.train.model_copy(update={"ema": 0.0})}
     )
-    trial = replace(job, recipe=recipe, optimizer=make_optimizer(job.model, recipe.train))
+    optimizer = make_optimizer(job.model, recipe.train)
+    trial = replace(job, recipe=recipe, optimizer=optimizer, processes=ALONE)
     with _as_before(job):
         points = list(_search(trial))
     job.plan = trial.plan
@@ -68,7 +70,7 @@ def find_rate(job: Job) -> float:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["lr", "loss", "smoothed"])
     writer.writerows((point.lr, point.loss, point.smoothed) for point in points)
-    write_text(job.folder.path / "lr_finder.csv", table.getvalue())
+    write_text(job.folder.rates, table.getvalue())
     return choose_rate(points)
 
 
@@ -131,7 +133,7 @@ def _as_before(job: Job) -> Iterator[None]:
     The weights wait in a file: nobody has planned memory for a copy.
     """
     random_states = read_random_states()
-    with TemporaryDirectory(dir=job.folder.path) as folder:
+    with TemporaryDirectory(".tmp", ".weights.", job.folder.path) as folder:
         file = Path(folder) / "weights.safetensors"
         tensors = job.model.state_dict()
         save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, file)

@@ -76,6 +76,11 @@ class RunFolder:
         return self.path / "last.safetensors"
 
     @property
+    def rates(self) -> Path:
+        """The loss at the learning rates that were tried."""
+        return self.path / "lr_finder.csv"
+
+    @property
     def metrics(self) -> Path:
         """A line of numbers for each epoch."""
         return self.path / "metrics.csv"
@@ -170,7 +175,8 @@ class RunFolder:
         return self.state.is_file() or self.previous.is_file()
 
     def _holds_something(self) -> bool:
-        before = {self.config, self.plan, self.split}  # written before the first state
+        # What is written before the first state.
+        before = {self.rates, self.config, self.plan, self.split, self.data_report}
         return any(p not in before and not is_temporary(p) for p in self.path.iterdir())
 
     def _next_free(self) -> Path:

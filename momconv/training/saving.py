@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from momconv.errors import MomconvError
+from momconv.errors import MomconvError, ResourceError
 from momconv.files import model_file
+from momconv.files.atomic import write_text
 from momconv.training.annealing import anneal
 from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.job import Job
@@ -22,17 +23,26 @@ from momconv.units import parse_duration
 
 def save(job: Job, progress: Progress) -> None:
     """Write the state; then, for people, the models and the numbers."""
-    save_state(job.folder, job.model, job.optimizer, progress, job.read_extras())
+    if job.processes.leads:
+        save_state(job.folder, job.model, job.optimizer, progress, job.read_extras())
     publish(job, progress)
 
 
 def publish(job: Job, progress: Progress) -> None:
     """Write the models and the numbers that belong to the state."""
+    if not job.processes.leads:
+        return
     epoch_ended = progress.history and not progress.step
     if epoch_ended and progress.best is progress.history[-1]:
         _save_model(job, job.folder.best, progress)
     _save_model(job, job.folder.last, progress)
     job.folder.write_history(progress)
+
+
+def write_plan(job: Job) -> None:
+    """Write how batches are split now."""
+    if job.processes.leads:
+        write_text(job.folder.plan, job.plan.to_json())
 
 
 @contextmanager
@@ -43,15 +53,26 @@ def saving_on_failure(job: Job, progress: Progress) -> Iterator[None]:
     """
     try:
         yield
-    except NotFinite:
+    except (NotFinite, HalfDone):
         raise
     except (Interrupted, TimeUp, MomconvError):
         save(job, progress)
         raise
 
 
+def anneal_networks(job: Job, progress: Progress) -> None:
+    """Give the network and its average the γ of the next step."""
+    done = progress.epoch + progress.step / job.steps_per_epoch
+    for network in job.networks:
+        anneal(network, job.recipe.momentum, done)
+
+
 class NotFinite(MomconvError):
     """The loss or a gradient is infinite or not a number."""
+
+
+class HalfDone(ResourceError):
+    """Memory ran out in one of several processes after it may have changed some weights."""
 
 
 def go_back(job: Job, progress: Progress) -> None:
@@ -60,16 +81,15 @@ def go_back(job: Job, progress: Progress) -> None:
     Raises:
         ModelFileError: It is damaged or gone.
     """
-    saved = load_newest(job.folder, job.listener.tell)
+    with job.processes.leader_first():
+        saved = load_newest(job.folder, job.listener.tell)
     job.model.load_state_dict(saved.model.state_dict())
     job.optimizer.zero_grad()
     saved.restore_optimizer(job.optimizer, job.model)
     job.restore_extras(saved.extras)
     saved.restore_random_states()
     progress.go_back(saved.progress)
-    done = progress.epoch + progress.step / job.steps_per_epoch
-    for network in job.networks:
-        anneal(network, job.recipe.momentum, done)
+    anneal_networks(job, progress)
 
 
 def go_back_and_slow_down(job: Job, progress: Progress, error: NotFinite) -> None:
@@ -103,7 +123,7 @@ class Autosave:
 
     def __call__(self) -> None:
         """Save if it is time."""
-        if self._is_due():
+        if self._job.processes.leads and self._is_due():
             job = self._job
             save_state(job.folder, job.model, job.optimizer, self._progress, job.read_extras())
             self._saved = time.monotonic()

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.transforms import training_transform
+from momconv.planner.search import has_batch_norm
 from momconv.training.balancing import draw, repeat, weigh_images
 from momconv.training.batches import MicroBatches, split_batch, split_epoch, split_order
 from momconv.training.job import Job
@@ -15,9 +17,14 @@ from momconv.training.mixing import Mixer, Part
 from momconv.zoo.description import describe
 
 
+def fewest_images(model: nn.Module) -> int:
+    """How many images ``model`` needs at once: BatchNorm may not be able to take one alone."""
+    return 2 if has_batch_norm(model) else 1
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The images of one optimisation step, their number and their micro-batches."""
+    """The images of one optimisation step, their number, and this process's micro-batches."""
 
     indices: list[int]
     parts: Iterator[Part]
@@ -56,10 +63,7 @@ class Steps:
         """The steps of ``epoch`` from its step ``first`` on. Each must be used up in turn."""
         batches = self._split(epoch)[first:]
         self._dataset.set_epoch(epoch)
-        micro_batch = self._job.plan.micro_batch
-        self._micro_batches.steps = [
-            self._mixer.extend(split_batch(batch, micro_batch)) for batch in batches
-        ]
+        self._micro_batches.steps = list(map(self._read_share, batches))
         parts = read_batches(self._loader)
         for step, batch in enumerate(batches):
             own = itertools.islice(parts, len(self._micro_batches.steps[step]))
@@ -76,6 +80,12 @@ class Steps:
         if self._job.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
         return images, labels
+
+    def _read_share(self, batch: list[int]) -> list[list[int]]:
+        """The micro-batches of this process's share of ``batch``."""
+        own = self._job.processes.share(len(batch), fewest=fewest_images(self._job.model))
+        parts = split_batch(batch[own.start : own.stop], self._job.plan.micro_batch)
+        return self._mixer.extend(parts, before=batch[own.start - 1])
 
     def _split(self, epoch: int) -> list[list[int]]:
         size, seed = self._recipe.batch_size, self._recipe.seed

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from momconv import cli
 from momconv._version import __version__
 from momconv.cli import _console, app
 from momconv.cli._console import guarded, note, print_json, progress, warn
@@ -281,3 +283,14 @@ def test_progress_on_a_terminal_is_a_bar_that_leaves_stdout_alone(
     assert printed.out == "a result\n"
     assert "4/8" in printed.err
     assert "loss [1.9]" in printed.err
+
+
+def test_sigterm_ends_any_command_as_ctrl_c_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "app", lambda: signal.raise_signal(signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 143

@@ -17,7 +17,7 @@ def mixed(recipe: TrainRecipe, sizes: list[int], step: int = 0) -> Part:
     """The seven images in micro-batches of these sizes, mixed."""
     mixer = Mixer(recipe, 4)
     batch = iter(range(7))
-    parts = mixer.extend([[next(batch) for _ in range(size)] for size in sizes])
+    parts = mixer.extend([[next(batch) for _ in range(size)] for size in sizes], before=6)
     read = ((IMAGES[part], LABELS[part]) for part in parts)
     images, labels = zip(*mixer.mix(read, epoch=1, step=step), strict=True)
     assert [len(part) for part in images] == sizes

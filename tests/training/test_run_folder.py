@@ -46,7 +46,7 @@ def test_a_used_folder_is_refused_with_what_can_be_done(tmp_path: Path) -> None:
 
 def test_what_a_killed_start_left_counts_as_nothing(tmp_path: Path) -> None:
     run, left = RunFolder(tmp_path), tmp_path / f".plan.json.{'0' * 32}.tmp"
-    for path in (run.config, run.plan, run.split, left):
+    for path in (run.rates, run.config, run.plan, run.split, run.data_report, left):
         path.touch()
     run.require_unused()
     run.make(0)

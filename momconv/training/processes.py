@@ -1,0 +1,180 @@
+"""The processes of one run, as torchrun starts them. Each has a share of every batch.
+
+They sum their gradients after the last micro-batch of a step, by plain all-reduces. PyTorch's
+DistributedDataParallel does that within the backward pass, where a process that runs out of memory,
+or has none of the images of a small last batch, would leave the others waiting. Here all of them
+agree on what to do.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from momconv.errors import ResourceError
+from momconv.planner.devices import find_device
+
+# A process that dies is noticed at once, so this is only for those that do not answer. Before the
+# first step they wait while the leader looks at all images and calibrates the network.
+_PATIENCE = timedelta(days=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process and the others of its run. The first one leads: it alone writes and speaks."""
+
+    rank: int = 0
+    count: int = 1
+    on_this_machine: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first process."""
+        return self.rank == 0
+
+    def share(self, batch: int, *, fewest: int) -> range:
+        """This process's images of a ``batch``: an even share, but at least ``fewest``, or none.
+
+        >>> [Processes(rank, 4).share(7, fewest=2) for rank in range(4)]
+        [range(0, 3), range(3, 5), range(5, 7), range(0, 0)]
+        """
+        shares = min(self.count, max(1, batch // fewest))
+        if self.rank >= shares:
+            return range(0)
+        size, larger = divmod(batch, shares)
+        start = self.rank * size + min(self.rank, larger)
+        return range(start, start + size + (self.rank < larger))
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes, which is the same in all, bit for bit.
+
+        Raises:
+            ResourceError: A process is gone.
+        """
+        if self.count == 1:
+            return
+        with self.noticing_losses():
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                assert work is not None
+                work.wait()
+
+    def add_gradients(self, model: nn.Module) -> None:
+        """Sum the gradients, and average the statistics that BatchNorm has learnt in this step.
+
+        Raises:
+            ResourceError: A process is gone.
+        """
+        if self.count == 1:
+            return
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:  # there was no image for this process
+                parameter.grad = torch.zeros_like(parameter)
+        self.add(p.grad for p in trained if p.grad is not None)
+        statistics = list(_learnt_statistics(model))
+        self.add(statistics)
+        for tensor in statistics:
+            tensor /= self.count
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each number among the processes.
+
+        Raises:
+            ResourceError: A process is gone.
+        """
+        if self.count == 1:
+            return list(numbers)
+        found = torch.tensor(numbers)
+        with self.noticing_losses():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [int(number) for number in found]
+
+    def wait(self) -> None:
+        """Wait until all processes are here.
+
+        Raises:
+            ResourceError: A process is gone.
+        """
+        self.largest(0)
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """What is inside is done by the leader, then by the others; all go on together."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
+        self.wait()
+
+    @contextmanager
+    def noticing_losses(self) -> Iterator[None]:
+        """Name what happens when another process is gone.
+
+        Raises:
+            ResourceError: It is.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what the backends raise
+            if self.count == 1:
+                raise
+            raise ResourceError(
+                f"process {self.rank} of {self.count} has lost another process of this run, "
+                "which ended or was killed",
+                kind="run.lost_process",
+                fix="start all of them again, with --resume FOLDER instead of -o FOLDER",
+            ) from error
+
+
+ALONE = Processes()
+
+
+def is_leader() -> bool:
+    """Whether this is the process that writes and speaks, if torchrun started several."""
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+
+
+def find_own_device(name: str) -> torch.device:
+    """The device ``name``; of several processes on one machine, each gets a GPU of its own.
+
+    Raises:
+        UsageError: ``name`` is not a device that momconv computes on.
+        ResourceError: This machine has no such device, or not one for each process.
+    """
+    device = find_device(name)
+    if device.type == "cuda" and device.index is None and dist.is_torchelastic_launched():
+        device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """The processes that torchrun started, able to talk to each other inside; else this one."""
+    if not dist.is_torchelastic_launched():
+        yield ALONE
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        yield Processes(dist.get_rank(), dist.get_world_size(), local)
+    finally:
+        dist.destroy_process_group()
+
+
+def _learnt_statistics(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            yield from (module.running_mean, module.running_var)

@@ -1,0 +1,165 @@
+"""Two real processes that talk over gloo, against one with the joint batch."""
+
+import os
+import signal
+import socket
+from itertools import pairwise
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import read_metrics, small
+from safetensors.torch import load_file
+
+from momconv.errors import ResourceError
+from momconv.recipe import Recipe, load_recipe
+from momconv.training.finetuning import finetune
+from momconv.training.interruption import Interrupted
+from momconv.training.processes import ALONE, Processes, find_own_device, is_leader
+from momconv.training.run_folder import RunFolder
+from momconv.training.state import load_state
+
+LOST = 55
+FROZEN = ["train.freeze_bn=true", "train.epochs=1", "train.warmup_epochs=0"]
+
+
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 2))
+def test_the_shares_are_the_batch_in_even_parts(batch: int, count: int, fewest: int) -> None:
+    shares = [Processes(rank, count).share(batch, fewest=fewest) for rank in range(count)]
+    assert [image for share in shares for image in share] == list(range(batch))
+    sizes = [len(share) for share in shares if share]
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) >= min(fewest, batch)
+    assert all(bool(one) >= bool(other) for one, other in pairwise(shares))
+
+
+def test_a_process_alone_has_all_and_waits_for_nobody() -> None:
+    ones = torch.ones(3)
+    ALONE.add([ones])
+    ALONE.wait()
+    with ALONE.leader_first():
+        assert torch.equal(ones, torch.ones(3))
+    assert (ALONE.largest(3, -1), ALONE.share(5, fewest=2)) == ([3, -1], range(5))
+    assert ALONE.leads
+    assert is_leader()
+    assert find_own_device("cpu") == torch.device("cpu")
+
+
+def test_only_the_loss_of_another_process_is_named_so() -> None:
+    lost = pytest.raises(ResourceError, match="process 1 of 2 has lost another process")
+    with lost, Processes(1, 2).noticing_losses():
+        raise RuntimeError("Connection closed by peer")
+    with pytest.raises(torch.OutOfMemoryError), Processes(1, 2).noticing_losses():
+        raise torch.OutOfMemoryError
+    with pytest.raises(RuntimeError, match="a bug"), ALONE.noticing_losses():
+        raise RuntimeError("a bug")
+
+
+def take_part(recipe: Recipe, folder: Path, environment: dict[str, str]) -> NoReturn:
+    """Be one process of a run, as torchrun would start it; the exit code says how it ended."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        finetune(recipe, folder, resume=(folder / "state.safetensors").exists())
+    except ResourceError as error:
+        os._exit({"run.lost_process": LOST}.get(error.kind, 1))
+    except Interrupted as interrupted:
+        os._exit(128 + interrupted.signal)
+    os._exit(0)
+
+
+def start(count: int, recipe: Recipe, folder: Path) -> list[ForkServerProcess]:
+    """Processes that talk over gloo.
+
+    They come from a server that has imported everything, but not run anything, as autograd does not
+    survive a fork.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["momconv.training.finetuning"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    processes = [
+        context.Process(
+            target=take_part,
+            args=(recipe, folder, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
+        )
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def end(processes: list[ForkServerProcess]) -> list[int | None]:
+    """Their exit codes."""
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def wait_for_epoch(folder: RunFolder, processes: list[ForkServerProcess]) -> None:
+    """Until the first epoch is in the numbers."""
+    while not folder.best.is_file():
+        processes[0].join(0.05)
+        assert processes[0].exitcode is None
+
+
+def test_two_processes_take_the_step_of_one_on_the_joint_batch(
+    colours: Path, tmp_path: Path
+) -> None:
+    """The first state of SGD's momentum is the gradient; the shares are of 11 and 10 images.
+
+    BatchNorm is frozen, so that an image does not depend on those beside it. What is left is the
+    order in which numbers of 24 bits are added. Each is a sum over fewer than 2^15 pixels of 21
+    images, whose rounding errors are below 2^-24 √2^20 = 2^-14 of the largest term if they are
+    independent.
+    """
+    recipe = small(colours, *FROZEN, "train.batch_size=21", "data.val_frac=0.13")
+    assert end(start(2, recipe, tmp_path / "two")) == [0, 0]
+    one = finetune(recipe, tmp_path / "one")
+    ours, theirs = (load_file(RunFolder(tmp_path / name).state) for name in ("two", "one"))
+    gradients = [key for key in theirs if "momentum_buffer" in key]
+    assert len(gradients) == 21
+    for key in gradients:
+        scale = float(theirs[key].abs().max())
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=2**-14 * scale)
+    (row,) = load_state(RunFolder(tmp_path / "two").state).progress.history
+    assert row.train_loss == pytest.approx(one.best_epoch.train_loss, rel=1e-6)
+    assert row.val_loss == pytest.approx(one.best_epoch.val_loss, rel=1e-4)
+    assert row.val_top1 == one.best_epoch.val_top1
+
+
+def test_a_killed_process_ends_the_run_and_one_goes_on(colours: Path, tmp_path: Path) -> None:
+    recipe = small(colours, *FROZEN, "train.epochs=1000", "train.schedule=constant")
+    run = RunFolder(tmp_path / "run")
+    processes = start(2, recipe, run.path)
+    wait_for_epoch(run, processes)
+    processes[1].kill()
+    assert end(processes) == [LOST, -signal.SIGKILL]
+    reached = load_state(run.state).progress.epoch
+    shorter = load_recipe(run.config, [f"train.epochs={reached + 1}"])
+    assert finetune(shorter, run.path, resume=True).epochs == reached + 1
+    assert len(read_metrics(run.path)) == reached + 1
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(
+    colours: Path, tmp_path: Path
+) -> None:
+    """With BatchNorm, whose statistics both have to agree on."""
+    recipe = small(colours, "train.epochs=1000", "train.schedule=constant")
+    run = RunFolder(tmp_path / "run")
+    processes = start(2, recipe, run.path)
+    wait_for_epoch(run, processes)
+    processes[1].terminate()
+    assert end(processes) == [128 + signal.SIGTERM] * 2
+    saved = load_state(run.state)
+    done = saved.progress.epoch * 4 + saved.progress.step
+    assert int(saved.model.state_dict()["bn1.num_batches_tracked"]) >= done
