@@ -98,16 +98,14 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
 
 def _load(model: str, gamma: float | None, device: str) -> "nn.Module":
     """The converted network; one by name gets random weights, as memory does not depend on them."""
-    import torch
-
     from momconv.files.model_file import load
     from momconv.momentum.sequential import momentum_stages
     from momconv.surgery.conversion import convert
-    from momconv.zoo.networks import build
+    from momconv.zoo.networks import build, outline
 
     if not _names_a_file(model):
-        with torch.device(device):
-            return convert(build(model), 0.9 if gamma is None else gamma)
+        network = build(model) if device == "cpu" else outline(model)
+        return convert(network, 0.9 if gamma is None else gamma)
     network = load(model)
     is_plain = not any(stage.gamma for stage in momentum_stages(network).values())
     if gamma is None and not is_plain:

@@ -23,8 +23,8 @@ from momconv.errors import ModelFileError, UsageError
 from momconv.files.atomic import write_atomically
 from momconv.surgery.conversion import apply_schemes, read_schemes
 from momconv.zoo import checkpoints
-from momconv.zoo.description import Description, attach, describe
-from momconv.zoo.networks import build
+from momconv.zoo.description import Description, describe
+from momconv.zoo.networks import build_described
 
 SCHEMA = 1
 _PREFIX = "momconv."
@@ -147,12 +147,10 @@ def _build(metadata: _Metadata, path: Path) -> nn.Module:
     """The network that ``metadata`` describe, with random weights."""
     description = metadata.description
     try:
-        model = build(description.architecture, description.num_classes)
-        apply_schemes(model, metadata.stages)
+        model = build_described(description)
+        return apply_schemes(model, metadata.stages)
     except (UsageError, ModelFileError) as error:
         raise _inconsistent(path, error.message) from error
-    attach(model, description)
-    return model
 
 
 def _unconverted(path: Path) -> ModelFileError:

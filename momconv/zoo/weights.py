@@ -49,7 +49,8 @@ def _load(name: str, path: Path, published: Any | None) -> nn.Module:
     """The network ``name`` with the tensors in ``path``, known as ``published`` where it is."""
     _refuse_converted(path)
     state = checkpoints.read_state(path)
-    model = build(name, checkpoints.classes_in(state, name))
+    resolution = preprocessing_of(published).resolution if published is not None else None
+    model = build(name, checkpoints.classes_in(state, name), resolution)
     if difference := checkpoints.difference(model, state):
         raise _does_not_fit(name, path, state, difference)
     model.load_state_dict(state)
