@@ -146,6 +146,15 @@ def find_head(model: nn.Module) -> str:
     return str(linear[-1])
 
 
+def count_classes(model: nn.Module) -> int:
+    """The outputs of the last linear layer.
+
+    Raises:
+        UsageError: There is none.
+    """
+    return int(model.get_submodule(find_head(model)).get_parameter("weight").shape[0])
+
+
 def replace_head(model: nn.Module, classes: Sequence[str]) -> None:
     """Give ``model`` a new final layer for ``classes``, and say so in its description.
 
