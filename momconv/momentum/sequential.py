@@ -139,7 +139,7 @@ class MomentumSequential(nn.Sequential):
 
         A block with a stage inside has a strategy already.
         """
-        for block in blocks if strategy == "store" else _joined(blocks):
+        for block in blocks if strategy == "store" else join_layers(blocks):
             if strategy == "store" or momentum_stages(block):
                 x = block(x, *args)
             else:
@@ -147,7 +147,7 @@ class MomentumSequential(nn.Sequential):
         return x
 
 
-def _joined(blocks: list[nn.Module]) -> Iterator[nn.Module]:
+def join_layers(blocks: list[nn.Module]) -> Iterator[nn.Module]:
     """The blocks, each with the single layers that follow it: a ReLU may write into its output."""
     group: list[nn.Module] = []
     for block in blocks:

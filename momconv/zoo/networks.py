@@ -136,7 +136,7 @@ def find_head(model: nn.Module) -> str:
     Raises:
         UsageError: There is none.
     """
-    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
     if not linear:
         raise UsageError(
             f"this {type(model).__name__} has no linear layer at its end",
