@@ -94,7 +94,7 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
         model = _convert(network, metadata, path)
     if difference := checkpoints.difference(model, state):
         raise _inconsistent(path, f"tensors {difference}")
-    model.load_state_dict(state)
+    checkpoints.fill(model, state)
     return model.eval()
 
 

@@ -150,7 +150,7 @@ def load_state(path: Path) -> SavedState:
         raise _damaged(path, f"tensors {difference}")
     if metadata.get(_CHECKSUM) != _checksum(metadata[_KEY], sorted(tensors), tensors.__getitem__):
         raise _damaged(path, "its checksum is another")
-    model.load_state_dict(weights)
+    checkpoints.fill(model, weights)
     attach(model, record.description)
     return SavedState(model, record.progress, tensors)
 

@@ -12,6 +12,7 @@ import re
 import shlex
 import struct
 import warnings
+from collections import OrderedDict
 from io import BufferedReader
 from pathlib import Path
 
@@ -138,6 +139,21 @@ def difference(network: nn.Module, state: State) -> str | None:
     ]
     found = [("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)]
     return "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in found if keys) or None
+
+
+def fill(network: nn.Module, state: State) -> None:
+    """Give ``network`` the values in ``state``, which fits it."""
+    network.load_state_dict(with_version(network, state))
+
+
+def with_version(network: nn.Module, state: State) -> State:
+    """``state`` with the version of the class of ``network``, which torchvision's MNASNet wants.
+
+    Not those of its layers: BatchNorm would miss the counters that old checkpoints lack.
+    """
+    values = OrderedDict(state)
+    values._metadata = {"": {"version": network._version}}  # type: ignore[attr-defined]
+    return values
 
 
 def recognise(state: State) -> str | None:

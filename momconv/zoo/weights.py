@@ -75,7 +75,7 @@ def _load_own(
             f"{path} does not fit {name}\ntensors {difference}",
             kind="model_file.wrong_architecture",
         )
-    model.load_state_dict(state)
+    checkpoints.fill(model, state)
     digest = checkpoints.sha256(path)
     attach(model, replace(describe(model), source=path.name, source_sha256=digest))
     return model
@@ -89,7 +89,7 @@ def _load(name: str, path: Path, published: Any | None) -> nn.Module:
     model = build(name, checkpoints.classes_in(state, name), resolution)
     if difference := checkpoints.difference(model, state):
         raise _does_not_fit(name, path, state, difference)
-    model.load_state_dict(state)
+    checkpoints.fill(model, state)
     description = replace(describe(model), source=path.name, source_sha256=checkpoints.sha256(path))
     if published is not None:
         description = replace(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.models import get_model
 from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.maxvit import MaxVit
-from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large, fcn_resnet50
+from torchvision.models.segmentation import fcn_resnet50
 
 import momconv
 from momconv.momentum.sequential import momentum_stages, set_strategy
@@ -79,7 +79,7 @@ def test_a_family_is_converted_trained_exactly_saved_and_turned_back(
     assert torch.equal(again(images), plain.eval()(images))
 
 
-@pytest.mark.parametrize("name", ["regnet_y_400mf", "swin_v2_t", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "efficientnet_b0"])
 def test_the_peak_is_predicted(name: str) -> None:
     model = momconv.convert(make(name), stages="all").train()
     predicted = momconv.peak_memory(model, 2, SIDE)
@@ -90,7 +90,8 @@ def test_the_peak_is_predicted(name: str) -> None:
 def test_a_list_of_blocks_is_converted_and_the_longer_of_nested_runs_counts() -> None:
     torch.manual_seed(0)
     plain = MaxVit((SIDE, SIDE), 8, 2, [8, 16], [1, 4], 4, 0.2, num_classes=3)
-    model = momconv.convert(plain, stages="all")
+    images = torch.ones(2, 3, SIDE, SIDE)
+    model = momconv.convert(plain, stages="all", inputs=[images])
     assert spans(model) == {
         "blocks.0.layers.0.layers": [(1, 3)],
         "blocks.1.layers": [(1, 4)],
@@ -98,9 +99,7 @@ def test_a_list_of_blocks_is_converted_and_the_longer_of_nested_runs_counts() ->
     }
     stored, reconstructed = step(model, "store"), step(model, "momentum")
     assert all(torch.equal(value, reconstructed[key]) for key, value in stored.items())
-    assert not torch.equal(
-        model.eval()(torch.ones(1, 3, 32, 32)), plain.eval()(torch.ones(1, 3, 32, 32))
-    )
+    assert not torch.equal(model.eval()(images), plain.eval()(images))
     assert [type(module) for module in revert(model).modules()] == [
         type(module) for module in plain.modules()
     ]
@@ -110,7 +109,6 @@ def test_a_list_of_blocks_is_converted_and_the_longer_of_nested_runs_counts() ->
     ("make", "stages"),
     [
         (fcn_resnet50, ["backbone.layer2", "backbone.layer3"]),
-        (deeplabv3_mobilenet_v3_large, ["backbone"]),
         (retinanet_resnet50_fpn, ["backbone.body.layer2", "backbone.body.layer3"]),
     ],
 )
