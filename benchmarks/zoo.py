@@ -2,8 +2,8 @@
 
 Predicted by ``momconv.peak_memory`` at the network's own resolution on a CPU; weights, gradients,
 optimiser state and images are left out. "checkpoint" is torch's checkpointing of each block, "sqrt"
-of √L blocks at a time, both also of the stem and of what is between the stages; "auto" is
-``momconv.convert(model)`` as it comes.
+of √L blocks at a time, both also of a ResNet's stem and of what else is in a sequence with stages;
+"auto" is ``momconv.convert(model)`` as it comes.
 """
 
 from collections.abc import Callable

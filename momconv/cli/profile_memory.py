@@ -66,6 +66,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     from momconv.reports.memory import show_memory, to_csv, to_json
     from momconv.reports.memory_plot import draw_memory, require_matplotlib
     from momconv.zoo.description import describe
+    from momconv.zoo.networks import check_resolution
 
     if plot is not None:
         require_matplotlib(plot)
@@ -73,6 +74,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     with err.status(f"converting {model}"):
         network = _load(model, gamma, "cpu" if measure else "meta")
     side = resolution or describe(network).preprocessing.resolution
+    check_resolution(network, side)
     training = Training(side, precision, optimizer, device=where)
     with progress("measuring" if measure else "predicting", len(VARIANTS)) as report:
         found = profile(network, training, measuring=measure, progress=report)

@@ -35,6 +35,7 @@ NOT_RESIDUAL = {
     "squeezenet": _CONCATENATE,
     "vgg": _HAVE_NO_SHORTCUTS,
 }
+_OF_ONE_SIZE = ("vit_", "maxvit_")  # families
 _CIFAR_PREPROCESSING = Preprocessing(
     resolution=32, resize=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 )
@@ -120,6 +121,24 @@ def check_name(name: str) -> None:
     raise UsageError(
         f"unknown model {name!r}{hint}", kind="usage.unknown_model", fix="momconv models"
     )
+
+
+def check_resolution(model: nn.Module, resolution: int) -> None:
+    """Do nothing if ``model`` takes images of ``resolution`` pixels.
+
+    Raises:
+        UsageError: It has a position for each patch of images of another size.
+    """
+    description = getattr(model, "description", None)
+    if not isinstance(description, Description):
+        return
+    own = description.preprocessing.resolution
+    if description.architecture.startswith(_OF_ONE_SIZE) and resolution != own:
+        raise UsageError(
+            f"{description.architecture} is made for images of {own} pixels, not {resolution}",
+            kind="usage.resolution",
+            fix=f"--resolution {own}",
+        )
 
 
 @cache

@@ -11,6 +11,7 @@ from momconv.zoo.networks import (
     NOT_RESIDUAL,
     build,
     build_described,
+    check_resolution,
     head_name,
     names,
     outline,
@@ -100,3 +101,11 @@ def test_a_new_head_has_the_classes_in_the_description(name: str) -> None:
     assert network.get_submodule(head_name(name)).get_parameter("weight").shape[0] == 2
     assert describe(network).classes == ("ants", "bees")
     assert describe(network).num_classes == 2
+
+
+def test_a_network_with_positions_takes_images_of_one_size() -> None:
+    for name, resolution in {"vit_b_32": 224, "maxvit_t": 224, "resnet18": 96}.items():
+        check_resolution(outline(name), resolution)
+    with pytest.raises(UsageError, match="vit_b_32 is made for images of 224 pixels") as caught:
+        check_resolution(outline("vit_b_32"), 96)
+    assert caught.value.fix == "--resolution 224"
