@@ -25,7 +25,7 @@ from momconv.files.atomic import write_atomically
 from momconv.surgery.conversion import apply_schemes, read_schemes
 from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, attach, describe
-from momconv.zoo.networks import build_described, count_classes, replace_head
+from momconv.zoo.networks import build_described, count_classes, replace_head, without_memory
 from momconv.zoo.own import is_own
 
 SCHEMA = 1
@@ -84,9 +84,8 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     metadata = _read(path)
     state = checkpoints.read_state(path)
     description = metadata.description
-    if network is None and is_own(description.architecture):
-        raise _needs_network(path, description.architecture)
     if network is None:
+        _refuse_own(metadata, path)
         if checkpoints.classes_in(state, description.architecture) != description.num_classes:
             raise _inconsistent(path, f"there is no head of {description.num_classes} classes")
         model = _build(metadata, path)
@@ -117,8 +116,9 @@ def read_skeleton(path: str | Path) -> nn.Module:
     metadata = _read(path)
     if metadata.description.num_classes > path.stat().st_size:
         raise _inconsistent(path, "it has more classes than bytes")
-    with torch.device("meta"):
-        return _build(metadata, path)
+    with without_memory():
+        model = _build(metadata, path)
+    return model.to("meta")
 
 
 def _compose(model: nn.Module, extra: Mapping[str, object]) -> dict[str, str]:
@@ -158,6 +158,7 @@ def _read(path: Path) -> _Metadata:
 
 def _build(metadata: _Metadata, path: Path) -> nn.Module:
     """The network that ``metadata`` describe, with random weights."""
+    _refuse_own(metadata, path)
     try:
         model = build_described(metadata.description)
     except UsageError as error:
@@ -178,13 +179,16 @@ def _convert(model: nn.Module, metadata: _Metadata, path: Path) -> nn.Module:
         raise _inconsistent(path, error.message) from error
 
 
-def _needs_network(path: Path, name: str) -> UsageError:
-    return UsageError(
-        f"{path} holds a network of your own, made by {name}\n"
-        "momconv runs no code because of what a file says: name the function again",
-        kind="usage.own_network",
-        fix=f"--network {shlex.quote(name)}, or in Python momconv.load(path, network)",
-    )
+def _refuse_own(metadata: _Metadata, path: Path) -> None:
+    name = metadata.description.architecture
+    if is_own(name):
+        raise UsageError(
+            f"{path} holds a network of your own, made by {name}\n"
+            "momconv runs no code because of what a file says: name the function again",
+            kind="usage.own_network",
+            fix=f"momconv.load(path, network) in Python, or momconv convert --back {path}"
+            f" --network {shlex.quote(name)}",
+        )
 
 
 def _unconverted(path: Path) -> ModelFileError:

@@ -6,7 +6,8 @@ for each family.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -96,9 +97,19 @@ def build_described(description: Description) -> nn.Module:
 
 def outline(name: str, num_classes: int | None = None) -> nn.Module:
     """As :func:`build`, but on the device "meta": shapes without memory, and without values."""
-    with torch.device("cpu"), _WithoutMemory():
+    with without_memory():
         model = build(name, num_classes)
     return model.to("meta")
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Parameters made inside are on the device "meta", as the rest of their network should be.
+
+    ``torch.device("meta")`` would also take the values of what an architecture computes by tensors.
+    """
+    with torch.device("cpu"), _WithoutMemory():
+        yield
 
 
 def check_name(name: str) -> None:
@@ -203,8 +214,6 @@ def preprocessing_of(weights: Any) -> Preprocessing:
 
 
 class _WithoutMemory(TorchFunctionMode):
-    """Puts parameters on the device "meta", but not what an architecture computes with tensors."""
-
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
