@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import ResNet
 
 from benchmarks.stages import stage_names
+from momconv.momentum.sequential import join_layers
 
 
 def checkpoint_each_block(model: nn.Module) -> nn.Module:
@@ -29,9 +30,13 @@ class Checkpointed(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """The blocks in turn; torch's own checkpoint_sequential would store the last segment."""
-        for start in range(0, len(self), self.length):
-            segment = nn.Sequential(*list(self)[start : start + self.length])
-            x = checkpoint(segment, x, use_reentrant=False)
+        blocks = [*join_layers([*self])]
+        for start in range(0, len(blocks), self.length):
+            segment = nn.Sequential(*blocks[start : start + self.length])
+            if any(isinstance(module, Checkpointed) for module in segment.modules()):
+                x = segment(x)
+            else:
+                x = checkpoint(segment, x, use_reentrant=False)
         return x
 
 
@@ -47,10 +52,13 @@ class StemCheckpointed(ResNet):  # type: ignore[misc]  # torchvision has no type
 
 
 def _checkpoint(model: nn.Module, length: Callable[[int], int]) -> nn.Module:
-    for name in stage_names(model):
+    names = stage_names(model)
+    for name in names:
         stage = model.get_submodule(name)
         wrapped = Checkpointed(OrderedDict(stage.named_children())).train(stage.training)
-        wrapped.length = length(len(wrapped))
+        # What is around stages has but stems and transitions of its own.
+        is_around = any(other.startswith(f"{name}.") for other in names)
+        wrapped.length = 1 if is_around else length(len(wrapped))
         model.set_submodule(name, wrapped)
     if type(model) is ResNet:
         model.__class__ = StemCheckpointed

@@ -1,6 +1,6 @@
-"""Pictures of the results: memory over depth and batch, top-1 over epochs; for every machine.
+"""Pictures of the results: memory over depth and batch, time over depth, top-1 over epochs.
 
-``python -m benchmarks.pictures`` draws them from the files in results/.
+``python -m benchmarks.pictures`` draws them from the files in results/, for every machine.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +19,7 @@ Series = dict[str, list[tuple[float, float]]]  # points (x, MiB) by method
 STYLES = {
     "store all": ("#000000", "o"),
     "checkpoint √L blocks": ("#0072B2", "s"),
+    "checkpoint each block": ("#009E73", "x"),
     "momentumnet, gradients apart": ("#56B4E9", "v"),
     "momentumnet": ("#E69F00", "^"),
     "momconv": ("#D55E00", "D"),
@@ -68,6 +69,21 @@ def draw_batches(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def draw_ladder(rows: Sequence[Row]) -> Figure:
+    """Memory and time for an image over depth, with a column for each network."""
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    figure = Figure(figsize=(4.8 * len(networks), 6.4), layout="constrained")
+    panels = figure.subplots(2, len(networks), squeeze=False)
+    for network, (memory, seconds) in zip(networks, panels.T, strict=True):
+        own = [row for row in rows if row["network"] == network]
+        plot(memory, collect(own, "depth"))
+        plot(seconds, collect(own, "depth", "seconds"))
+        memory.set(title=network, ylabel="MiB for an image", xscale="log", yscale="log")
+        seconds.set(xlabel="depth", ylabel="seconds for an image", xscale="log", yscale="log")
+    add_legend(figure, panels[0, 0])
+    return figure
+
+
 def draw_transfer(rows: Sequence[Row]) -> Figure:
     """Top-1 over the epochs of fine-tuning, with the standard deviation over the seeds."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -98,15 +114,16 @@ def draw_transfer(rows: Sequence[Row]) -> Figure:
 PICTURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "depth": draw_depth,
     "batches": draw_batches,
+    "ladder": draw_ladder,
     "transfer": draw_transfer,
 }
 
 
-def collect(rows: Sequence[Row], column: str) -> Series:
+def collect(rows: Sequence[Row], column: str, value_column: str = "MiB") -> Series:
     """The points of each method that did not fail, in the order of ``column``."""
     series: Series = {}
     for row in rows:
-        if (value := number(row, "MiB")) is not None:
+        if (value := number(row, value_column)) is not None:
             series.setdefault(row["method"], []).append((float(row[column]), value))
     return {method: sorted(points) for method, points in series.items()}
 

@@ -40,6 +40,8 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     "speed": show_all,
     "exactness": show_all,
     "depth": show_all,
+    "ladder": show_all,
+    "zoo": show_all,
     "batches": show_all,
     "conversion": show_all,
     "prediction": show_all,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from momconv.prediction import predict
     from momconv.surgery.calibration import calibrate
     from momconv.surgery.certificate import certify
-    from momconv.surgery.conversion import convert
+    from momconv.surgery.conversion import convert, revert
     from momconv.surgery.distillation import distill
     from momconv.training.finetuning import finetune
     from momconv.zoo.weights import load_network
@@ -37,6 +37,7 @@ __all__ = [
     "peak_memory",
     "plan",
     "predict",
+    "revert",
     "save",
     "set_strategy",
 ]
@@ -54,6 +55,7 @@ _HOMES = {
     "peak_memory": "planner.prediction",
     "plan": "planner.search",
     "predict": "prediction",
+    "revert": "surgery.conversion",
     "save": "files.model_file",
     "set_strategy": "momentum.sequential",
 }

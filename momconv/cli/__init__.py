@@ -19,6 +19,7 @@ from momconv.cli import (
     export,
     finetune,
     inspect,
+    models,
     predict,
     profile_memory,
     recipes,
@@ -68,6 +69,7 @@ app.command("inspect")(guarded(inspect.inspect))
 app.command("export")(guarded(export.export))
 app.command("profile-memory")(guarded(profile_memory.profile_memory))
 app.command("doctor")(guarded(doctor.doctor))
+app.command("models")(guarded(models.models))
 app.command("demo")(guarded(demo.demo))
 app.add_typer(recipes.app, name="recipes")
 

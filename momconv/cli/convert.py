@@ -12,6 +12,8 @@ from momconv.cli._conversion import (
     Means,
     Scheme,
     convert_network,
+    load_file,
+    parse_arguments,
     parse_distillation,
     revert_network,
 )
@@ -26,7 +28,27 @@ _COUNTS = (2000, 5000)  # images, without and with distillation
 def convert(  # noqa: PLR0913 (one for each option)
     *,
     model: Annotated[
-        str | None, typer.Argument(help="A network, such as resnet50 or cifar_resnet20.")
+        str | None,
+        typer.Argument(
+            help="A network, such as resnet50; momconv models lists them. Or your own: a function"
+            " that makes it, as model.py:make or package.module:make. Or timm:NAME."
+        ),
+    ] = None,
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An argument for that function; again for more."),
+    ] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS", min=16, help="Side of your network's images.", show_default="224"
+        ),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FUNCTION", help="With --back, for a network of your own: what made it."
+        ),
     ] = None,
     back: Annotated[
         Path | None,
@@ -133,6 +155,7 @@ def convert(  # noqa: PLR0913 (one for each option)
     given = {
         "MODEL": model,
         "--weights": weights,
+        "--resolution": resolution,
         "--gamma": gamma,
         "--max-drift": max_drift,
         "--stages": stages,
@@ -144,6 +167,8 @@ def convert(  # noqa: PLR0913 (one for each option)
     means = Means(calibrate, verify, max_images or _COUNTS[bool(length)], seed, length, device)
     scheme = Scheme(
         model=model or "",
+        arguments=parse_arguments(arg or []),
+        resolution=resolution or 224,
         weights=weights or "DEFAULT",
         gamma=_read_gamma(gamma or "0.9"),
         max_drift=parse_share(max_drift or "1%"),
@@ -153,7 +178,8 @@ def convert(  # noqa: PLR0913 (one for each option)
     )
     path = output or Path(f"{back.stem}-plain.safetensors" if back else scheme.file_name)
     require_free(path, overwrite=overwrite)
-    work = partial(revert_network, back) if back else partial(convert_network, scheme)
+    made_again = partial(load_file, network=network, arguments=parse_arguments(arg or []))
+    work = partial(revert_network, back, made_again) if back else partial(convert_network, scheme)
     done = work(means, path)
     if json_output:
         print_json({"ok": True, **done.to_json()})

@@ -67,6 +67,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     from momconv.reports.memory import show_memory, to_csv, to_json
     from momconv.reports.memory_plot import draw_memory, require_matplotlib
     from momconv.zoo.description import describe
+    from momconv.zoo.networks import check_resolution
 
     if plot is not None:
         require_matplotlib(plot)
@@ -74,6 +75,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     with err.status(f"converting {model}"):
         network = _load(model, gamma, "cpu" if measure else "meta")
     side = resolution or describe(network).preprocessing.resolution
+    check_resolution(network, side)
     training = Training(side, precision, optimizer, device=where)
     with progress("measuring" if measure else "predicting", len(VARIANTS)) as report:
         found = profile(network, training, measuring=measure, progress=report)
@@ -99,16 +101,14 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
 
 def _load(model: str, gamma: float | None, device: str) -> "nn.Module":
     """The converted network; one by name gets random weights, as memory does not depend on them."""
-    import torch
-
     from momconv.files.model_file import load
     from momconv.momentum.sequential import momentum_stages
     from momconv.surgery.conversion import convert
-    from momconv.zoo.networks import build
+    from momconv.zoo.networks import build, outline
 
     if not _names_a_file(model):
-        with torch.device(device):
-            return convert(build(model), 0.9 if gamma is None else gamma)
+        network = build(model) if device == "cpu" else outline(model)
+        return convert(network, 0.9 if gamma is None else gamma)
     network = load(model)
     is_plain = not any(stage.gamma for stage in momentum_stages(network).values())
     if gamma is None and not is_plain:

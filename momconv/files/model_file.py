@@ -6,6 +6,7 @@ every other value that a caller adds. Nothing that is read from a file is run.
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,8 @@ from momconv.files.atomic import write_atomically
 from momconv.surgery.conversion import apply_schemes, read_schemes
 from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, attach, describe
-from momconv.zoo.networks import build
+from momconv.zoo.networks import build_described, count_classes, replace_head, without_memory
+from momconv.zoo.own import is_own
 
 SCHEMA = 1
 _PREFIX = "momconv."
@@ -66,22 +68,32 @@ def save(model: nn.Module, path: str | Path, extra: Mapping[str, object] | None 
     write_atomically(Path(path), lambda target: _write(target, _serialise(tensors, metadata)))
 
 
-def load(path: str | Path) -> nn.Module:
+def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     """The network that ``save`` wrote, in eval mode.
+
+    Args:
+        path: The file.
+        network: For a file of a network of your own: one made by the same function, which is
+            changed. Nothing in a file is ever run, so momconv does not call that function itself.
 
     Raises:
         ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
+        UsageError: The file holds a network of your own, and there is no ``network``.
     """
     path = Path(path)
     metadata = _read(path)
     state = checkpoints.read_state(path)
     description = metadata.description
-    if checkpoints.classes_in(state, description.architecture) != description.num_classes:
-        raise _inconsistent(path, f"there is no head of {description.num_classes} classes")
-    model = _build(metadata, path)
+    if network is None:
+        _refuse_own(metadata, path)
+        if checkpoints.classes_in(state, description.architecture) != description.num_classes:
+            raise _inconsistent(path, f"there is no head of {description.num_classes} classes")
+        model = _build(metadata, path)
+    else:
+        model = _convert(network, metadata, path)
     if difference := checkpoints.difference(model, state):
         raise _inconsistent(path, f"tensors {difference}")
-    model.load_state_dict(state)
+    checkpoints.fill(model, state)
     return model.eval()
 
 
@@ -104,8 +116,9 @@ def read_skeleton(path: str | Path) -> nn.Module:
     metadata = _read(path)
     if metadata.description.num_classes > path.stat().st_size:
         raise _inconsistent(path, "it has more classes than bytes")
-    with torch.device("meta"):
-        return _build(metadata, path)
+    with without_memory():
+        model = _build(metadata, path)
+    return model.to("meta")
 
 
 def _compose(model: nn.Module, extra: Mapping[str, object]) -> dict[str, str]:
@@ -145,14 +158,37 @@ def _read(path: Path) -> _Metadata:
 
 def _build(metadata: _Metadata, path: Path) -> nn.Module:
     """The network that ``metadata`` describe, with random weights."""
-    description = metadata.description
+    _refuse_own(metadata, path)
     try:
-        model = build(description.architecture, description.num_classes)
-        apply_schemes(model, metadata.stages)
-    except (UsageError, ModelFileError) as error:
+        model = build_described(metadata.description)
+    except UsageError as error:
         raise _inconsistent(path, error.message) from error
+    return _convert(model, metadata, path)
+
+
+def _convert(model: nn.Module, metadata: _Metadata, path: Path) -> nn.Module:
+    """``model`` with the stages and the description of ``metadata``."""
+    description = metadata.description
     attach(model, description)
-    return model
+    if is_own(description.architecture) and count_classes(model) != description.num_classes:
+        replace_head(model, description.classes or [""] * description.num_classes)
+        attach(model, description)
+    try:
+        return apply_schemes(model, metadata.stages)
+    except ModelFileError as error:
+        raise _inconsistent(path, error.message) from error
+
+
+def _refuse_own(metadata: _Metadata, path: Path) -> None:
+    name = metadata.description.architecture
+    if is_own(name):
+        raise UsageError(
+            f"{path} holds a network of your own, made by {name}\n"
+            "momconv runs no code because of what a file says: name the function again",
+            kind="usage.own_network",
+            fix=f"momconv.load(path, network) in Python, or momconv convert --back {path}"
+            f" --network {shlex.quote(name)}",
+        )
 
 
 def _unconverted(path: Path) -> ModelFileError:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from momconv.errors import UsageError
 from momconv.files.atomic import write_atomically
+from momconv.zoo.checkpoints import with_version
 
 _PICKLED = (".pth", ".pt", ".th")
 SUFFIXES = (".safetensors", *_PICKLED)
@@ -39,7 +40,8 @@ def save_plain(model: nn.Module, path: Path) -> None:
     check_suffix(path)
     state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     if path.suffix in _PICKLED:
-        write_atomically(path, lambda target: _pickle(state, target))
+        versioned = with_version(model, state)
+        write_atomically(path, lambda target: _pickle(versioned, target))
     else:
         write_atomically(
             path, lambda target: safetensors.torch.save_file(state, target, {"format": "pt"})

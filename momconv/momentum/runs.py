@@ -1,50 +1,210 @@
-"""Finding the runs of residual blocks in a sequence of modules."""
+"""Finding the runs of residual blocks in sequences of modules, by one pass on fake tensors.
 
-from collections.abc import Sequence
-from itertools import groupby
+A block is residual if its input reaches its output by nothing but additions, changes of layout and,
+once something has been added, activations and normalisation: x + f(x), ReLU(x + f(x)), or several
+of these in a row. Whether it does is seen in the operations, whatever the block's class is.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from momconv.momentum.replay import autocast_settings
 
+aten = torch.ops.aten
+_SUMS = (aten.add, aten.add_, aten.sub, aten.sub_)
+_COPIES = (aten.clone, aten._to_copy, aten._unsafe_view)
+_NORMS = (aten.native_layer_norm, aten.native_batch_norm, aten._native_batch_norm_legit)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a block, on fake tensors."""
+
+    inputs: tuple[Any, ...]
+    output: Any
+    is_residual: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What happened in one pass: the calls of each block, and all operations in order."""
+
+    calls: dict[nn.Module, list[Call]]
+    operations: list[str]
+    shapes: list[torch.Size]  # of the pass's outputs
+
 
 def find_runs(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) -> list[range]:
-    """Two or more consecutive blocks of one class, each of which keeps the shape of its input.
+    """Two or more consecutive residual blocks that keep the shape of their input.
 
     The blocks are traced from x on fake tensors: nothing is computed, no memory is taken, and no
     buffer or random state changes.
     """
-    keeps = _keeps_shape(blocks, x, args)
-    groups = groupby(range(len(blocks)), key=lambda n: (keeps[n], type(blocks[n])))
-    runs = [[*members] for (keeps_shape, _), members in groups if keeps_shape]
-    return [range(run[0], run[-1] + 1) for run in runs if len(run) > 1]
+    return group_runs(blocks, observe(_Chain(blocks), blocks, (x, *args)).calls)
 
 
-def _keeps_shape(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) -> list[bool]:
+def group_runs(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]) -> list[range]:
+    """The runs among ``blocks``, each of which must take over where the one before it ends."""
+    groups: list[list[int]] = [[]]
+    for n, block in enumerate(blocks):
+        is_member = _is_member(calls[block])
+        if not is_member or (groups[-1] and not _follows(calls[blocks[n - 1]], calls[block])):
+            groups.append([])
+        if is_member:
+            groups[-1].append(n)
+    return [range(group[0], group[-1] + 1) for group in groups if len(group) > 1]
+
+
+def observe(model: nn.Module, blocks: Iterable[nn.Module], inputs: Sequence[Tensor]) -> Observation:
+    """Run ``model`` on fake tensors like ``inputs`` and watch ``blocks`` of it."""
+    x = inputs[0]
     mode = x.fake_mode if isinstance(x, FakeTensor) else FakeTensorMode()
-    inputs = [_imitate(tensor, mode) for tensor in (x, *args)]
-    keeps = []
+    fakes = [_imitate(tensor, mode) for tensor in inputs]
     kind = x.device.type
     settings = autocast_settings(kind if torch.amp.is_autocast_available(kind) else "cpu")  # meta
+    observer = _Observer(blocks)
     # Without autocast's cache of cast weights, which would keep fake ones for the real pass.
-    with torch.autocast(**settings | {"cache_enabled": False}):
-        for block in blocks:
-            y = call_on_fakes(block, inputs, mode)
-            keeps.append(y.shape == inputs[0].shape)
-            inputs[0] = y
-    return keeps
+    with ExitStack() as stack, torch.autocast(**settings | {"cache_enabled": False}):
+        observer.hook(stack)
+        output = call_on_fakes(model, fakes, mode, observer)
+    shapes = [leaf.shape for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return Observation(observer.calls, observer.operations, shapes)
 
 
-def call_on_fakes(module: nn.Module, inputs: Sequence[Tensor], mode: FakeTensorMode) -> Any:
+def call_on_fakes(
+    module: nn.Module, inputs: Sequence[Tensor], mode: FakeTensorMode, observer: TorchDispatchMode
+) -> Any:
     """module(*inputs) with fake parameters and buffers: real buffers would be written to."""
     state = [*module.named_parameters(), *module.named_buffers()]
     fakes = {name: _imitate(tensor, mode) for name, tensor in state}
-    with mode, torch.no_grad():
+    with mode, observer, torch.no_grad():
         return functional_call(module, fakes, tuple(inputs))
+
+
+def _is_member(calls: list[Call]) -> bool:
+    """Whether a block was called, and each time kept its input's shape and added to it."""
+    return bool(calls) and all(
+        call.is_residual and call.output.shape == call.inputs[0].shape for call in calls
+    )
+
+
+def _follows(before: list[Call], after: list[Call]) -> bool:
+    """Whether each call gets the output of the one before, and the same further arguments."""
+    return len(before) == len(after) and all(
+        second.inputs[0] is first.output
+        and len(first.inputs) == len(second.inputs)
+        and all(map(_is_same, first.inputs[1:], second.inputs[1:]))
+        for first, second in zip(before, after, strict=True)
+    )
+
+
+def _is_same(first: object, second: object) -> bool:
+    return first is second and isinstance(first, Tensor)
+
+
+class _Chain(nn.Module):
+    """Blocks in turn, each called with the same further arguments."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, *args: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, *args)
+        return x
+
+
+class _Flow:
+    """What becomes of a tensor x in the operations that follow."""
+
+    def __init__(self, x: object) -> None:
+        # Of each tensor that depends on x: does it hold x itself (False), x and something that was
+        # added (True), or neither (None)? The tensors are kept, so that no number is used twice.
+        self._states: dict[int, tuple[object, bool | None]] = {id(x): (x, False)}
+
+    def has_added(self, y: object) -> bool:
+        """Whether y holds x and something that was added to it."""
+        return bool(self._state(y))
+
+    def follow(self, func: OpOverload, inputs: Sequence[Tensor], results: list[Tensor]) -> None:
+        """Take note of what ``func`` makes of x."""
+        if any(id(tensor) in self._states for tensor in inputs):
+            # Before any is noted: a result may be an input that was written to.
+            states = [self._derive(func, inputs, result) for result in results]
+            for result, state in zip(results, states, strict=True):
+                self._states[id(result)] = (result, state)
+
+    def _state(self, tensor: object) -> bool | None:
+        return self._states[id(tensor)][1] if id(tensor) in self._states else None
+
+    def _derive(self, func: OpOverload, inputs: Sequence[Tensor], result: Tensor) -> bool | None:
+        holders = [tensor for tensor in inputs if self._state(tensor) is not None]
+        if len(holders) != 1 or result.numel() != holders[0].numel():
+            return None
+        holder, kind = holders[0], func.overloadpacket
+        added = self._state(holder)
+        if kind in _SUMS and (holder is inputs[0] or kind in _SUMS[:2]):
+            return added or len(inputs) > 1  # by more than a number
+        if func.is_view or kind in _COPIES:
+            return added
+        is_unary = torch.Tag.pointwise in func.tags and len(inputs) == 1
+        if is_unary and result is holder:  # a block that overwrites x is refused when it runs
+            return added
+        is_norm = kind in _NORMS and holder is inputs[0]
+        return True if added and (is_unary or is_norm) else None
+
+
+class _Observer(TorchDispatchMode):
+    """Follows the input of each call of a block to the call's output."""
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: dict[nn.Module, list[Call]] = {block: [] for block in blocks}
+        self.operations: list[str] = []
+        self._open: list[_Flow] = []
+
+    def hook(self, stack: ExitStack) -> None:
+        """Watch the blocks until the stack is left."""
+        for block in self.calls:
+            hooks: tuple[Callable[..., Any], ...] = (
+                partial(block.register_forward_pre_hook, self._enter),
+                partial(block.register_forward_hook, self._leave),
+            )
+            for register in hooks:
+                stack.callback(register(with_kwargs=True).remove)
+
+    def _enter(self, _block: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        self._open.append(_Flow(args[0] if args else None))
+
+    def _leave(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        is_residual = self._open.pop().has_added(output) and not kwargs
+        self.calls[block].append(Call(args, output, is_residual))
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        self.operations.append(str(func))
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        for flow in self._open:
+            flow.follow(func, inputs, results)
+        return output
 
 
 def _imitate(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

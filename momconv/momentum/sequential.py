@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -33,8 +33,8 @@ class Run:
 class MomentumSequential(nn.Sequential):
     """An ``nn.Sequential`` that replaces its residual updates by momentum, and can be inverted.
 
-    Two or more consecutive blocks of one class that keep the shape of their input are a run, and
-    follow equation (2) of Sander et al. 2021; the other blocks stay as they are. State-dict keys
+    Two or more consecutive residual blocks that keep the shape of their input are a run, and follow
+    equation (2) of Sander et al. 2021; the other blocks stay as they are. State-dict keys
     are those of the ``nn.Sequential``. Backward under ``strategy="momentum"`` needs, for each run,
     x, v and log2(1/γ) bits a block instead of the blocks' activations, and gives the gradients of
     ``strategy="store"`` bit for bit.
@@ -49,7 +49,10 @@ class MomentumSequential(nn.Sequential):
             range of ±2^(22 - fraction_bits). Double precision has 29 more.
         runs: found on the first forward pass, unless given.
 
-    >>> net = MomentumSequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)))
+    >>> class Block(nn.Linear):
+    ...     def forward(self, x):
+    ...         return x + super().forward(x).tanh()
+    >>> net = MomentumSequential(*(Block(4, 4) for _ in range(3)))
     >>> net(torch.ones(1, 4)).shape, net.runs
     (torch.Size([1, 4]), (Run(start=0, stop=3, gains=(1.0, 1.0, 1.0)),))
     """
@@ -94,7 +97,7 @@ class MomentumSequential(nn.Sequential):
 
     def walk(self, x: Tensor, args: tuple[Tensor, ...], strategy: Strategy) -> Tensor:
         """:meth:`forward` under a given strategy."""
-        blocks, position = list(self), 0
+        blocks, position = [*self._modules.values()], 0
         runs = self.find_runs(x, *args)
         for part in runs if self.gamma else ():
             x = self._plain(blocks[position : part.start], x, args, strategy)
@@ -106,7 +109,7 @@ class MomentumSequential(nn.Sequential):
     def find_runs(self, x: Tensor, *args: Tensor) -> tuple[Run, ...]:
         """The runs, which are found by tracing shapes from x if they are not known yet."""
         if self.runs is None:
-            found = find_runs(list(self), x, args)
+            found = find_runs([*self._modules.values()], x, args)
             self.runs = tuple(Run(run.start, run.stop, (1.0,) * len(run)) for run in found)
         return self.runs
 
@@ -136,12 +139,39 @@ class MomentumSequential(nn.Sequential):
 
         A block with a stage inside has a strategy already.
         """
-        for block in blocks:
+        for block in blocks if strategy == "store" else join_layers(blocks):
             if strategy == "store" or momentum_stages(block):
                 x = block(x, *args)
             else:
                 x = checkpoint(block, x, args, in_parts=self.in_parts)
         return x
+
+
+def join_layers(blocks: list[nn.Module]) -> Iterator[nn.Module]:
+    """The blocks, each with the single layers that follow it: a ReLU may write into its output."""
+    group: list[nn.Module] = []
+    for block in blocks:
+        is_layer = next(block.children(), None) is None
+        if group and (not is_layer or momentum_stages(group[0])):
+            yield _join(group)
+            group = []
+        group.append(block)
+    if group:
+        yield _join(group)
+
+
+def _join(group: list[nn.Module]) -> nn.Module:
+    return group[0] if len(group) == 1 else nn.Sequential(*group)
+
+
+class MomentumList(MomentumSequential):
+    """Takes the place of an ``nn.ModuleList`` in a network that calls its blocks in turn.
+
+    Iterating over it gives one module, itself: ``for block in blocks: x = block(x)`` does all.
+    """
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield self
 
 
 class _Segment(nn.Module):

@@ -1,23 +1,30 @@
 """From a plain residual network to a momentum network with the same parameters and keys."""
 
 import copy
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momconv.errors import ModelFileError, UsageError
 from momconv.momentum.equations import Velocity, coefficients, weights
-from momconv.momentum.runs import call_on_fakes
-from momconv.momentum.sequential import MomentumSequential, Run, momentum_stages, set_strategy
-from momconv.surgery.stem import make_stem_recomputable
-from momconv.zoo.description import Description, attach, describe
-from momconv.zoo.networks import build
+from momconv.momentum.sequential import (
+    MomentumList,
+    MomentumSequential,
+    Run,
+    momentum_stages,
+    set_strategy,
+)
+from momconv.surgery.sequences import Runs, computes_the_same, find_sequences, search
+from momconv.surgery.stem import make_stem_recomputable, restore_stem
+from momconv.zoo.description import Description
+from momconv.zoo.networks import build_described, is_known
+
+Module = TypeVar("Module", bound=nn.Module)
 
 PAYS_FROM = 3  # blocks: x, v and r then weigh less than the checkpoints, one x a block
 
@@ -29,36 +36,35 @@ def convert(
     velocity: Velocity = "zero",
     *,
     gain: bool = True,
+    inputs: Sequence[Tensor] | None = None,
 ) -> nn.Module:
     """A copy of ``model`` in which runs of residual blocks follow the momentum rule.
 
     Every ``nn.Sequential`` with a run becomes a MomentumSequential of the same blocks, so the
-    state-dict keys stay as they are. Swapping the rule changes what the network computes: after k
-    blocks, block j has contributed only 1 − γ^(k−j) of its residual. A gain on each block makes up
-    for that.
+    state-dict keys stay as they are; so does an ``nn.ModuleList`` whose blocks the model calls in
+    turn. Swapping the rule changes what the network computes: after k blocks, block j has
+    contributed only 1 − γ^(k−j) of its residual. A gain on each block makes up for that.
 
     Args:
-        model: A network for RGB images, plain or converted before. It stays as it is.
+        model: A network, plain or converted before. It stays as it is.
         gamma: γ in (0, 1]; 0 keeps the plain network.
-        stages: Where blocks change their rule: "all" runs, the runs in the Sequentials of the
+        stages: Where blocks change their rule: "all" runs, the runs in the sequences of the
             given names (such as "layer3"), or "auto", the runs long enough to save memory.
         velocity: v[0] is 0 ("zero") or f(x[0]) ("residual").
         gain: Whether blocks get the gain that restores their weight in the sum.
+        inputs: What the model is called with, of which only shapes and types matter; by default
+            two RGB images of the model's resolution, or of 224 × 224 pixels.
 
     Raises:
         UsageError: γ is out of range, or a stage does not exist or has no run.
     """
-    model = copy.deepcopy(model)
-    for name in _sequentials(model):
-        plain = _sequential(model, name)
-        wrapped = MomentumSequential(_children(plain), gamma=gamma, velocity=velocity)
-        _replace(model, name, wrapped.train(plain.training))
-    _find_runs(model)
-    for name, stage in momentum_stages(model).items():
-        # One around stages is kept, to recompute the stem and the transitions between them.
-        if not any(inner.runs for inner in momentum_stages(stage).values()):
-            _replace(model, name, nn.Sequential(_children(stage)).train(stage.training))
-    _check_names(model, stages)
+    model = _plain(copy.deepcopy(model))
+    inputs = inputs or [_two_images(model)]
+    found = search(model, inputs)
+    if any(isinstance(model.get_submodule(name), nn.ModuleList) for name in found):
+        found = _without_broken_lists(model, found, inputs)
+    _check_names(model, found, stages)
+    model = _wrap(model, found, gamma, velocity)
     for name, stage in momentum_stages(model).items():
         stage.runs = tuple(
             _with_gains(run, stage) if gain else run
@@ -71,17 +77,15 @@ def convert(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """The plain network, torchvision's own class, with the parameters and buffers of ``model``.
+    """The plain network, of torchvision's own class, with the parameters and buffers of ``model``.
 
     It computes something else: it has neither momentum nor the gains of the blocks.
-
-    Raises:
-        UsageError: The model has no description.
     """
-    description = describe(model)
-    plain = build(description.architecture, description.num_classes)
+    description = getattr(model, "description", None)
+    if not isinstance(description, Description) or not is_known(description.architecture):
+        return _plain(copy.deepcopy(model))
+    plain = build_described(description)
     plain.load_state_dict(model.state_dict())
-    attach(plain, description)
     return plain.to(next(model.parameters()).device).train(model.training)
 
 
@@ -133,9 +137,11 @@ def summarise(model: nn.Module) -> list[Stage]:
     """
     stages: dict[str, nn.Sequential] = {}
     for name in _sequentials(model):
-        stage = _sequential(model, name)
-        inside = any(name.startswith(f"{outer}.") for outer in stages)
-        if not inside and set(momentum_stages(stage)) <= {""}:
+        stage = model.get_submodule(name)
+        assert isinstance(stage, nn.Sequential)
+        if not any(_is_inside(name, outer) for outer in stages) and set(momentum_stages(stage)) <= {
+            ""
+        }:
             stages[name] = stage
     return [_summarise(name, stage) for name, stage in stages.items()]
 
@@ -161,34 +167,32 @@ def read_schemes(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
 
 
-def apply_schemes(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]]) -> None:
-    """Convert ``model`` in place as ``schemes``, which may come from a stranger's file, say.
+def apply_schemes(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """Convert ``model`` as ``schemes``, which may come from a stranger's file, say, and return it.
+
+    Its modules are replaced in place, unless it is itself a stage.
 
     Raises:
         ModelFileError: They do not fit the model.
     """
     for name, values in schemes.items():
-        if name not in _sequentials(model):
+        if name not in find_sequences(model):
             raise _unfitting(f"it has no stage {name!r}")
         try:
             scheme = _Scheme.model_validate(values)
         except ValidationError as error:
             first = error.errors()[0]
             raise _unfitting(f"{name}.{first['loc']}: {first['msg']}") from error
-        plain = _sequential(model, name)
+        plain = model.get_submodule(name)
         runs = [Run(run.start, run.stop, run.gains) for run in scheme.runs]
-        _check_runs(name, runs, len(plain))
-        stage = MomentumSequential(
-            _children(plain),
-            gamma=scheme.gamma,
-            velocity=scheme.velocity,
-            fraction_bits=scheme.fraction_bits,
-            runs=runs,
-        )
-        _replace(model, name, stage.train(plain.training))
+        _check_runs(name, runs, len(plain._modules))
+        settings = {"gamma": scheme.gamma, "velocity": scheme.velocity, "runs": runs}
+        stage = _become_stage(plain, fraction_bits=scheme.fraction_bits, **settings)
+        model = _replace(model, name, stage)
     if schemes:
         make_stem_recomputable(model)
         set_strategy(model, "auto")
+    return model
 
 
 class _SchemeRun(BaseModel):
@@ -240,45 +244,90 @@ def _on_top(run: Run, gains: Sequence[float], restoring: Sequence[float]) -> Run
     return replace(run, gains=tuple(new * factor for new, factor in together))
 
 
-def _find_runs(model: nn.Module) -> None:
-    """Let every MomentumSequential find its runs, by a forward pass on fake tensors."""
+def _two_images(model: nn.Module) -> Tensor:
+    """Without memory. Two, because BatchNorm in training mode refuses one value per channel."""
     description = getattr(model, "description", None)
     side = description.preprocessing.resolution if isinstance(description, Description) else 224
     parameter = next(model.parameters())
-    with FakeTensorMode() as mode:
-        # Two images: BatchNorm in training mode refuses one value per channel.
-        images = torch.empty(2, 3, side, side, device=parameter.device, dtype=parameter.dtype)
-    call_on_fakes(model, [images], mode)
+    with FakeTensorMode():
+        return torch.empty(2, 3, side, side, device=parameter.device, dtype=parameter.dtype)
 
 
-def _check_names(model: nn.Module, stages: str | Sequence[str]) -> None:
-    known = [name for name, stage in momentum_stages(model).items() if stage.runs]
-    unknown = [] if isinstance(stages, str) else [name for name in stages if name not in known]
-    if unknown or not known:
+def _without_broken_lists(model: nn.Module, found: Runs, inputs: Sequence[Tensor]) -> Runs:
+    """What is ``found``, but for lists whose loops do more than to call one block after another."""
+    good = dict(found)
+    for name in found:
+        if isinstance(model.get_submodule(name), nn.ModuleList):
+            trial = _wrap(copy.deepcopy(model), {name: found[name]}, 0, "zero")
+            if not computes_the_same(model, trial, inputs):
+                del good[name]
+    return good
+
+
+def _check_names(model: nn.Module, found: Runs, stages: str | Sequence[str]) -> None:
+    unknown = [] if isinstance(stages, str) else [name for name in stages if name not in found]
+    if unknown or not found:
         raise UsageError(
             f"this {type(model).__name__} has no two consecutive residual blocks of one shape"
             + (f" in {unknown[0]!r}" if unknown else ""),
             kind="usage.unknown_stage",
-            fix=f"--stages with some of {', '.join(known)}" if known else None,
+            fix=f"--stages with some of {', '.join(found)}" if found else None,
         )
 
 
-def _sequentials(model: nn.Module) -> list[str]:
-    """Names of what may contain runs. Exact types: a subclass has a forward of its own."""
-    kinds = (nn.Sequential, MomentumSequential)
-    return [name for name, module in model.named_modules() if type(module) in kinds and name]
+def _wrap(model: nn.Module, found: Runs, gamma: float, velocity: Velocity) -> nn.Module:
+    """``model`` with a stage wherever a run was ``found``.
+
+    A Sequential around stages becomes one too, to recompute the stem and what is between them.
+    """
+    sequences = find_sequences(model)
+    for name, plain in sequences.items():
+        is_around = any(_is_inside(inner, name) for inner in found)
+        if name in found or (is_around and not isinstance(plain, nn.ModuleList)):
+            runs = [Run(r.start, r.stop, (1.0,) * len(r)) for r in found.get(name, ())]
+            stage = _become_stage(plain, gamma=gamma, velocity=velocity, runs=runs)
+            model = _replace(model, name, stage)
+    return model
 
 
-def _sequential(model: nn.Module, name: str) -> nn.Sequential:
-    stage = model.get_submodule(name)
-    assert isinstance(stage, nn.Sequential)
-    return stage
+def _plain(model: nn.Module) -> nn.Module:
+    """``model`` with all stages replaced by plain sequences, in place unless it is one itself."""
+    restore_stem(model)
+    for name, stage in momentum_stages(model).items():
+        plain = nn.ModuleList() if isinstance(stage, MomentumList) else nn.Sequential()
+        model = _replace(model, name, _with_contents(plain, stage))
+    return model
 
 
-def _children(stage: nn.Sequential) -> OrderedDict[str, nn.Module]:
-    return OrderedDict(stage.named_children())
+def _become_stage(plain: nn.Module, **settings: Any) -> MomentumSequential:
+    kind = MomentumList if isinstance(plain, nn.ModuleList) else MomentumSequential
+    return _with_contents(kind(**settings), plain)
 
 
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+def _with_contents(new: Module, old: nn.Module) -> Module:
+    """``new`` with the blocks of ``old``, and what else was written on it, such as hooks."""
+    own = MomentumSequential.__annotations__
+    vars(new).update({name: value for name, value in vars(old).items() if name not in own})
+    return new
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """``model`` with another submodule; ``new`` itself where that is all of it."""
+    if not name:
+        return new
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
+    return model
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return name != outer and name.startswith(f"{outer}." if outer else "")
+
+
+def _sequentials(model: nn.Module) -> list[str]:
+    """Names of the stages and the plain Sequentials, of exactly that type, that may become some."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Sequential or isinstance(module, MomentumSequential)
+    ]

@@ -31,3 +31,9 @@ def make_stem_recomputable(model: nn.Module) -> None:
     """Let a torchvision ResNet follow the strategy of its stages from the first layer on."""
     if type(model) is ResNet:
         model.__class__ = StemmedResNet
+
+
+def restore_stem(model: nn.Module) -> None:
+    """Give a torchvision ResNet its own class back."""
+    if type(model) is StemmedResNet:
+        model.__class__ = ResNet

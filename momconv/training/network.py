@@ -21,7 +21,7 @@ from momconv.training.batches import split_epoch
 from momconv.training.parameters import freeze
 from momconv.training.progress import Listener
 from momconv.zoo.description import attach, describe
-from momconv.zoo.networks import head_name, replace_head
+from momconv.zoo.networks import check_resolution, find_head, replace_head
 from momconv.zoo.weights import load_network
 
 _CALIBRATION_IMAGES = 2000
@@ -44,6 +44,7 @@ def load(recipe: Recipe) -> nn.Module:
         gamma = gamma_at(how, epochs=0)
         model = convert(load_plain(recipe.model), gamma, how.stages, how.velocity, gain=how.gain)
     if recipe.data.resolution is not None:
+        check_resolution(model, recipe.data.resolution)
         description = describe(model)
         preprocessing = description.preprocessing.at(recipe.data.resolution)
         attach(model, replace(description, preprocessing=preprocessing))
@@ -174,13 +175,13 @@ class _Batches:
 @contextmanager
 def _borrowed_head(model: nn.Module, original: nn.Module) -> Iterator[None]:
     """Inside, ``model`` has the final layer of ``original``: one for new classes says nothing."""
-    name = head_name(describe(model).architecture)
+    name = find_head(model)
     own = model.get_submodule(name)
-    setattr(model, name, original.get_submodule(name))
+    model.set_submodule(name, original.get_submodule(name))
     try:
         yield
     finally:
-        setattr(model, name, own)
+        model.set_submodule(name, own)
 
 
 def _describe_calibration(done: Calibration, images: int) -> str:

@@ -25,7 +25,7 @@ from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
 from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, attach, describe
-from momconv.zoo.networks import build
+from momconv.zoo.networks import build_described
 
 _KEY, _CHECKSUM = "momconv.run", "momconv.sha256"
 _MODEL, _OPTIMIZER, _EXTRAS, _RANDOM = "model/", "optimizer/", "extra/", "random/"
@@ -146,8 +146,8 @@ def load_state(path: Path) -> SavedState:
         raise ModelFileError(f"{path} is not the state of a run", kind="run.bad_state")
     try:
         record = _Record.model_validate_json(metadata[_KEY])
-        model = build(record.description.architecture, record.description.num_classes)
-        apply_schemes(model, record.stages)
+        model = build_described(record.description)
+        model = apply_schemes(model, record.stages)
     except ValidationError as error:
         raise _damaged(path, error.errors()[0]["msg"]) from error
     except (UsageError, ModelFileError) as error:
@@ -160,7 +160,7 @@ def load_state(path: Path) -> SavedState:
         raise _damaged(path, "its checksum is another")
     if unfitting := _find_unfitting(model, _select(tensors, _OPTIMIZER)):
         raise _damaged(path, f"{_OPTIMIZER}{unfitting} fits no parameter")
-    model.load_state_dict(weights)
+    checkpoints.fill(model, weights)
     attach(model, record.description)
     return SavedState(model, record.progress, tensors)
 

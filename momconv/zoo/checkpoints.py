@@ -13,6 +13,7 @@ import shlex
 import struct
 import warnings
 import zipfile
+from collections import OrderedDict
 from io import BufferedReader
 from pathlib import Path
 from typing import TypeGuard
@@ -22,14 +23,19 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 
 from momconv.errors import ModelFileError
-from momconv.zoo.networks import build, head_name, names
+from momconv.zoo.cifar import DEPTHS
+from momconv.zoo.networks import head_name, names, outline
 
 State = dict[str, Tensor]
 
 _LARGEST_HEADER = 100_000_000  # bytes, as for the safetensors library itself
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
+
+_MATRIX = 2  # dimensions
+_BUFFERS = 0.05  # of a network's numbers, at most: statistics, and indices of positions
 
 # What torch.load raises on damaged bytes, beside UnpicklingError.
 _DAMAGE = (
@@ -143,17 +149,40 @@ def difference(network: nn.Module, state: State) -> str | None:
     return "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in found if keys) or None
 
 
+def fill(network: nn.Module, state: State) -> None:
+    """Give ``network`` the values in ``state``, which fits it."""
+    network.load_state_dict(with_version(network, state))
+
+
+def with_version(network: nn.Module, state: State) -> State:
+    """``state`` with the version of the class of ``network``, which torchvision's MNASNet wants.
+
+    Not those of its layers: BatchNorm would miss the counters that old checkpoints lack.
+    """
+    values = OrderedDict(state)
+    values._metadata = {"": {"version": network._version}}  # type: ignore[attr-defined]
+    return values
+
+
 def recognise(state: State) -> str | None:
     """The network in ``names()`` that ``state`` fits, if any."""
     for name in names():
-        num_classes = classes_in(state, name)
-        if num_classes is None:
-            continue
-        with torch.device("meta"):
-            candidate = build(name, num_classes)
-        if difference(candidate, state) is None:
+        num_classes = classes_in(state, name) if _has_the_size_of(name, state) else None
+        if num_classes and difference(outline(name, num_classes), state) is None:
             return name
     return None
+
+
+def _has_the_size_of(name: str, state: State) -> bool:
+    """Whether as much is learnt as in ``name``, about: cheaper to see than what has which shape."""
+    matrices = [value for value in state.values() if value.dim() == _MATRIX]
+    if name in DEPTHS or not matrices:
+        return name in DEPTHS and f"{head_name(name)}.weight" in state
+    classes, features = matrices[-1].shape
+    published = get_model_weights(name).DEFAULT.meta
+    expected = published["num_params"] - features * len(published["categories"])
+    body = sum(map(Tensor.numel, state.values())) - features * classes
+    return bool(abs(body / expected - 1) < _BUFFERS)
 
 
 def classes_in(state: State, architecture: str) -> int | None:

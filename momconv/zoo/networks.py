@@ -1,38 +1,68 @@
-"""Names to networks with random weights: torchvision's residual networks and the CIFAR family."""
+"""Names to networks with random weights: torchvision's residual networks and the CIFAR family.
+
+Which torchvision networks are residual was found out by converting them all; a test repeats that
+for each family.
+"""
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import torch
 import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchvision.models import get_model, get_model_weights, list_models
 
 from momconv.errors import UsageError
 from momconv.zoo.cifar import DEPTHS, cifar_resnet
 from momconv.zoo.description import Description, Preprocessing, attach, describe
 
-_FAMILIES = ["resnet*", "resnext*", "wide_resnet*"]
+_HAVE_NO_SHORTCUTS = "each layer sees only the one before, so nothing is added that could be undone"
+_CONCATENATE = (
+    "its shortcuts concatenate instead of adding, so no layer keeps the shape of its input"
+)
+# The families of torchvision's networks that have no residual blocks, and why not.
+NOT_RESIDUAL = {
+    "alexnet": _HAVE_NO_SHORTCUTS,
+    "densenet": _CONCATENATE,
+    "googlenet": _CONCATENATE,
+    "inception": _CONCATENATE,
+    "shufflenet": _CONCATENATE,
+    "squeezenet": _CONCATENATE,
+    "vgg": _HAVE_NO_SHORTCUTS,
+}
+_OF_ONE_SIZE = ("vit_", "maxvit_")  # families
 _CIFAR_PREPROCESSING = Preprocessing(
     resolution=32, resize=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 )
 
 
-def names() -> list[str]:
+@cache
+def names() -> tuple[str, ...]:
     """All networks that momconv converts, each family by depth."""
-    found = list_models(module=torchvision.models, include=_FAMILIES)
-    return sorted([*DEPTHS, *found], key=_by_depth)
+    found = list_models(module=torchvision.models, exclude=[f"{name}*" for name in NOT_RESIDUAL])
+    return tuple(sorted([*DEPTHS, *found], key=_by_depth))
 
 
-def build(name: str, num_classes: int | None = None) -> nn.Module:
+def is_known(name: str) -> bool:
+    """Whether ``name`` is one of ``names()``."""
+    return name in names()
+
+
+def build(name: str, num_classes: int | None = None, resolution: int | None = None) -> nn.Module:
     """The network ``name`` with random weights and its description attached.
 
     Args:
         name: One of ``names()``.
         num_classes: Outputs of the final layer; by default those of the published weights
             (1000 for ImageNet, 10 for CIFAR).
+        resolution: For a vision transformer, which is made for images of one size; by default
+            that of the published weights.
 
     Raises:
         UsageError: ``name`` is not a network that momconv converts.
@@ -44,10 +74,42 @@ def build(name: str, num_classes: int | None = None) -> nn.Module:
         preprocessing = _CIFAR_PREPROCESSING
     else:
         num_classes = num_classes or 1000
-        model = get_model(name, weights=None, num_classes=num_classes)
         preprocessing = preprocessing_of(get_model_weights(name).DEFAULT)
+        resolution = resolution or preprocessing.resolution
+        size = {"image_size": resolution} if name.startswith("vit_") else {}
+        model = get_model(name, weights=None, num_classes=num_classes, **size)
+        preprocessing = preprocessing.at(resolution) if size else preprocessing
     attach(model, Description(name, num_classes, preprocessing))
     return model
+
+
+def build_described(description: Description) -> nn.Module:
+    """The network of a description, with random weights and that description.
+
+    Raises:
+        UsageError: Its architecture is not a network that momconv converts.
+    """
+    resolution = description.preprocessing.resolution
+    model = build(description.architecture, description.num_classes, resolution)
+    attach(model, description)
+    return model
+
+
+def outline(name: str, num_classes: int | None = None) -> nn.Module:
+    """As :func:`build`, but on the device "meta": shapes without memory, and without values."""
+    with without_memory():
+        model = build(name, num_classes)
+    return model.to("meta")
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Parameters made inside are on the device "meta", as the rest of their network should be.
+
+    ``torch.device("meta")`` would also take the values of what an architecture computes by tensors.
+    """
+    with torch.device("cpu"), _WithoutMemory():
+        yield
 
 
 def check_name(name: str) -> None:
@@ -56,41 +118,86 @@ def check_name(name: str) -> None:
     Raises:
         UsageError: It is not; the message names what was probably meant.
     """
-    known = names()
-    if name in known:
+    if is_known(name):
         return
     if name in list_models(module=torchvision.models):
+        reason = next(NOT_RESIDUAL[family] for family in NOT_RESIDUAL if name.startswith(family))
         raise UsageError(
-            f"{name} is not a residual network that momconv converts",
+            f"{name} is not a residual network: {reason}",
             kind="usage.unsupported_model",
-            fix=f"name one of {', '.join(known)}",
+            fix="momconv models",
         )
-    close = difflib.get_close_matches(name.lower(), known, n=1)
+    close = difflib.get_close_matches(name.lower(), names(), n=1)
     hint = f" — did you mean {close[0]}?" if close else ""
     raise UsageError(
-        f"unknown model {name!r}{hint}",
-        kind="usage.unknown_model",
-        fix=f"name one of {', '.join(known)}",
+        f"unknown model {name!r}{hint}", kind="usage.unknown_model", fix="momconv models"
     )
 
 
+def check_resolution(model: nn.Module, resolution: int) -> None:
+    """Do nothing if ``model`` takes images of ``resolution`` pixels.
+
+    Raises:
+        UsageError: It has a position for each patch of images of another size.
+    """
+    description = getattr(model, "description", None)
+    if not isinstance(description, Description):
+        return
+    own = description.preprocessing.resolution
+    if description.architecture.startswith(_OF_ONE_SIZE) and resolution != own:
+        raise UsageError(
+            f"{description.architecture} is made for images of {own} pixels, not {resolution}",
+            kind="usage.resolution",
+            fix=f"--resolution {own}",
+        )
+
+
+@cache
 def head_name(architecture: str) -> str:
     """The final linear layer's name in the network ``architecture``."""
-    return "linear" if architecture in DEPTHS else "fc"
+    if architecture in DEPTHS:
+        return "linear"
+    return find_head(outline(architecture))
+
+
+def find_head(model: nn.Module) -> str:
+    """The name of the last linear layer.
+
+    Raises:
+        UsageError: There is none.
+    """
+    linear = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    if not linear:
+        raise UsageError(
+            f"this {type(model).__name__} has no linear layer at its end",
+            kind="usage.no_head",
+            fix="momconv.convert(model), and train it with your own loop",
+        )
+    return str(linear[-1])
+
+
+def count_classes(model: nn.Module) -> int:
+    """The outputs of the last linear layer.
+
+    Raises:
+        UsageError: There is none.
+    """
+    return int(model.get_submodule(find_head(model)).get_parameter("weight").shape[0])
 
 
 def replace_head(model: nn.Module, classes: Sequence[str]) -> None:
     """Give ``model`` a new final layer for ``classes``, and say so in its description.
 
     Raises:
-        UsageError: The model has no description.
+        UsageError: The model has no description, or no final layer.
     """
     description = describe(model)
-    name = head_name(description.architecture)
+    name = find_head(model)
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear)
-    new = nn.Linear(old.in_features, len(classes), device=old.weight.device, dtype=old.weight.dtype)
-    setattr(model, name, new)
+    place = {"device": old.weight.device, "dtype": old.weight.dtype}
+    new = nn.Linear(old.in_features, len(classes), old.bias is not None, **place)
+    model.set_submodule(name, new)
     attach(model, replace(description, num_classes=len(classes), classes=tuple(classes)))
 
 
@@ -104,6 +211,14 @@ def preprocessing_of(weights: Any) -> Preprocessing:
         std=tuple(preset.std),
         interpolation=preset.interpolation.value,
     )
+
+
+class _WithoutMemory(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        place = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **{**(kwargs or {}), **place})
 
 
 def _by_depth(name: str) -> list[tuple[int, str]]:

@@ -4,6 +4,7 @@ import http.client
 import shlex
 import sys
 import urllib.error
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,28 +14,40 @@ from torch import nn
 from torchvision.models import get_model_weights
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
-from momconv.zoo import checkpoints
+from momconv.zoo import checkpoints, own
 from momconv.zoo.cifar import DEPTHS
 from momconv.zoo.description import attach, describe
 from momconv.zoo.networks import build, check_name, preprocessing_of
+from momconv.zoo.own import is_own
 
 _SUFFIXES = (".pth", ".th", ".pt", ".safetensors")
 
 
-def load_network(name: str, weights: str | Path = "DEFAULT") -> nn.Module:
+def load_network(
+    name: str,
+    weights: str | Path = "DEFAULT",
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    resolution: int = 224,
+) -> nn.Module:
     """The network ``name`` with trained weights, as many classes as they have, and a description.
 
     Args:
-        name: One of ``zoo.networks.names()``.
+        name: One of ``zoo.networks.names()``, or as in momconv.zoo.own: ``model.py:make``.
         weights: A torchvision name (``DEFAULT``, ``IMAGENET1K_V1``,
             ``ResNet50_Weights.IMAGENET1K_V2``), a ``.pth``, ``.th``, ``.pt`` or ``.safetensors``
-            file, or ``none`` for random weights.
+            file, or ``none`` for random weights. With a function of yours, all but a file leave
+            the weights as it makes them.
+        arguments: Of that function.
+        resolution: Of the images of the network that it makes, in pixels.
 
     Raises:
         UsageError: No such network, or no such weights for it.
         ModelFileError: The file is missing or damaged, or belongs to another network.
         ResourceError: The weights cannot be downloaded.
     """
+    if is_own(name):
+        return _load_own(name, weights, arguments, resolution)
     check_name(name)
     if weights == "none":
         return build(name)
@@ -45,14 +58,38 @@ def load_network(name: str, weights: str | Path = "DEFAULT") -> nn.Module:
     return _load(name, _fetch(published), published)
 
 
+def _load_own(
+    name: str, weights: str | Path, arguments: Mapping[str, Any] | None, resolution: int
+) -> nn.Module:
+    """The network that a function of the user's makes, or one of timm's."""
+    from_file = _is_file_name(weights)
+    pretrained = weights == "DEFAULT"
+    model = own.make(name, arguments, resolution=resolution, pretrained=pretrained)
+    if not from_file:
+        return model
+    path = Path(weights)
+    _refuse_converted(path)
+    state = checkpoints.read_state(path)
+    if difference := checkpoints.difference(model, state):
+        raise ModelFileError(
+            f"{path} does not fit {name}\ntensors {difference}",
+            kind="model_file.wrong_architecture",
+        )
+    checkpoints.fill(model, state)
+    digest = checkpoints.sha256(path)
+    attach(model, replace(describe(model), source=path.name, source_sha256=digest))
+    return model
+
+
 def _load(name: str, path: Path, published: Any | None) -> nn.Module:
     """The network ``name`` with the tensors in ``path``, known as ``published`` where it is."""
     _refuse_converted(path)
     state = checkpoints.read_state(path)
-    model = build(name, checkpoints.classes_in(state, name))
+    resolution = preprocessing_of(published).resolution if published is not None else None
+    model = build(name, checkpoints.classes_in(state, name), resolution)
     if difference := checkpoints.difference(model, state):
         raise _does_not_fit(name, path, state, difference)
-    model.load_state_dict(state)
+    checkpoints.fill(model, state)
     description = replace(describe(model), source=path.name, source_sha256=checkpoints.sha256(path))
     if published is not None:
         description = replace(

@@ -1,4 +1,4 @@
-from benchmarks.pictures import advantage, collect, draw_batches, draw_depth, growth
+from benchmarks.pictures import advantage, collect, draw_batches, draw_depth, draw_ladder, growth
 from benchmarks.tables import Row
 
 
@@ -44,3 +44,12 @@ def test_each_network_has_a_panel() -> None:
         for method in ("store all", "momconv")
     ]
     assert len(draw_batches(rows).axes) == 2
+
+
+def test_a_ladder_has_memory_and_time_for_each_network() -> None:
+    rows = [{"network": "net", "seconds": "0.1"} | row for row in ROWS]
+    memory, seconds = draw_ladder(rows).axes
+    assert "MiB" in memory.get_ylabel()
+    assert "seconds" in seconds.get_ylabel()
+    assert len(memory.lines) == 2
+    assert len(seconds.lines) == 3  # also of a method whose memory is not known

@@ -162,7 +162,7 @@ def test_an_existing_file_is_kept_unless_told_otherwise(here: Path) -> None:
     ("args", "code", "message"),
     [
         (["renset18"], 2, "unknown model 'renset18' — did you mean resnet18?"),
-        (["vgg16"], 2, "vgg16 is not a residual network that momconv converts"),
+        (["vgg16"], 2, "vgg16 is not a residual network: "),
         (["../resnet18"], 2, "unknown model '../resnet18'"),
         ([*SMALL, "--gamma", "1.5"], 2, "gamma is 1.5"),
         ([*SMALL, "--gamma", "-1"], 2, "gamma is -1"),

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision.models import resnet18
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from momconv.errors import ModelFileError, UsageError
@@ -260,6 +261,9 @@ def test_what_was_reverted_is_the_plain_network_again() -> None:
     assert not again.training
 
 
-def test_a_network_without_a_description_cannot_be_reverted() -> None:
-    with pytest.raises(UsageError):
-        revert(nn.Sequential())
+def test_a_network_without_a_description_is_reverted_to_its_own_class() -> None:
+    plain = resnet18(num_classes=5).eval()
+    again = revert(convert(plain, stages="all"))
+    images = pictures()
+    assert [type(module) for module in again.modules()] == [type(m) for m in plain.modules()]
+    assert torch.equal(again(images), plain(images))

@@ -1,0 +1,147 @@
+"""Networks that are not momconv's: a function of the user's that makes one, or timm's by name.
+
+``path/to/model.py:make`` and ``package.module:make`` name a function without required arguments, or
+with those that are given; ``timm:NAME`` one of timm's networks. A file that holds such a network
+records the name, but the function is only called when the user names it again.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from momconv.errors import UsageError
+from momconv.zoo.description import Description, Interpolation, Preprocessing, attach
+from momconv.zoo.networks import count_classes
+
+_TIMM = "timm:"
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+def is_own(name: str) -> bool:
+    """Whether ``name`` is of one of the forms above, and not a network of momconv's."""
+    return ":" in name
+
+
+def is_timm(name: str) -> bool:
+    """Whether ``name`` is one of timm's networks."""
+    return name.startswith(_TIMM)
+
+
+def make(
+    name: str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    resolution: int = 224,
+    pretrained: bool = False,
+) -> nn.Module:
+    """The network that ``name`` says, with a description.
+
+    Args:
+        name: Such as ``model.py:make`` or ``timm:resnet26``.
+        arguments: Of the function.
+        resolution: Side of its images in pixels; timm's networks know theirs.
+        pretrained: Whether a network of timm's gets its published weights.
+
+    Raises:
+        UsageError: There is no such function, it wants other arguments, or makes no network.
+    """
+    if is_timm(name):
+        return _make_timm(name, dict(arguments or {}), pretrained=pretrained)
+    function = _find(name)
+    try:
+        inspect.signature(function).bind(**(arguments or {}))
+    except TypeError as error:
+        raise UsageError(
+            f"{name} cannot be called so: {error}",
+            kind="usage.factory_arguments",
+            fix="--arg NAME=VALUE for each argument without a default",
+        ) from error
+    model = function(**(arguments or {}))
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"{name} makes a {type(model).__name__}, not a torch.nn.Module", kind="usage.factory"
+        )
+    _describe(model, name, Preprocessing(resolution, resolution, _MEAN, _STD))
+    return model
+
+
+def _describe(model: nn.Module, name: str, preprocessing: Preprocessing) -> None:
+    attach(model, Description(name, count_classes(model), preprocessing))
+
+
+def _find(name: str) -> Callable[..., Any]:
+    place, _, attribute = name.rpartition(":")
+    with _from_here():
+        module = _run_file(Path(place)) if place.endswith(".py") else _import(place)
+    function: Callable[..., Any] | None = getattr(module, attribute, None)
+    if function is None or not callable(function):
+        known = [n for n, value in vars(module).items() if inspect.isfunction(value)]
+        raise UsageError(
+            f"{place} has no function {attribute!r}",
+            kind="usage.factory",
+            fix=f"{place}:{known[0]}" if known else f"def {attribute}(): return your network",
+        )
+    return function
+
+
+def _run_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UsageError(
+            f"file does not exist: {path}", kind="usage.factory", fix="path/to/model.py:function"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import(name: str) -> ModuleType:
+    if not name or importlib.util.find_spec(name.partition(".")[0]) is None:
+        raise UsageError(
+            f"there is no module {name!r}", kind="usage.factory", fix="path/to/model.py:function"
+        )
+    return importlib.import_module(name)
+
+
+@contextmanager
+def _from_here() -> Iterator[None]:
+    """Modules in the working directory can be imported inside, as with ``python -m``."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path.pop(0)
+
+
+def _make_timm(name: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.Module:
+    if importlib.util.find_spec("timm") is None:
+        raise UsageError(
+            f"{name} is one of timm's networks, and timm is not installed",
+            kind="usage.no_timm",
+            fix="pip install timm",
+        )
+    import timm
+
+    plain = name.removeprefix(_TIMM)
+    if not timm.is_model(plain):  # which excludes addresses of the Hugging Face hub
+        raise UsageError(
+            f"timm has no network {plain!r}", kind="usage.unknown_model", fix="timm.list_models()"
+        )
+    model: nn.Module = timm.create_model(plain, pretrained=pretrained, **arguments)
+    data = timm.data.resolve_model_data_config(model)
+    side = data["input_size"][-1]
+    resize = round(side / data["crop_pct"])
+    how: Interpolation = "bicubic" if data["interpolation"] == "bicubic" else "bilinear"
+    preprocessing = Preprocessing(side, resize, tuple(data["mean"]), tuple(data["std"]), how)
+    _describe(model, name, preprocessing)
+    return model

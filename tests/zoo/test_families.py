@@ -1,0 +1,118 @@
+"""Every family of networks that momconv converts, by its smallest member on small images."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import get_model
+from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models.maxvit import MaxVit
+from torchvision.models.segmentation import fcn_resnet50
+
+import momconv
+from momconv.momentum.sequential import momentum_stages, set_strategy
+from momconv.planner.measurement import measure_step
+from momconv.surgery.conversion import revert
+from momconv.zoo.networks import build
+
+Spans = dict[str, list[tuple[int, int]]]
+FAMILIES: dict[str, Spans] = {
+    "regnet_x_400mf": {"trunk_output.block3": [(1, 7)], "trunk_output.block4": [(1, 12)]},
+    "regnet_y_400mf": {"trunk_output.block2": [(1, 3)]}
+    | {f"trunk_output.block{n}": [(1, 6)] for n in (3, 4)},
+    "convnext_tiny": {f"features.{n}": [(0, 9 if n == 5 else 3)] for n in (1, 3, 5, 7)},
+    "vit_b_32": {"encoder.layers": [(0, 12)]},
+    "swin_t": {f"features.{n}": [(0, 6 if n == 5 else 2)] for n in (1, 3, 5, 7)},
+    "swin_v2_t": {f"features.{n}": [(0, 6 if n == 5 else 2)] for n in (1, 3, 5, 7)},
+    "efficientnet_b0": {"features.4": [(1, 3)], "features.5": [(1, 3)], "features.6": [(1, 4)]},
+    "mobilenet_v2": {"features": [(5, 7), (8, 11), (12, 14), (15, 17)]},
+    "mobilenet_v3_small": {"features": [(5, 7), (10, 12)]},
+    "mnasnet0_5": {f"layers.{n}": [(1, 3)] for n in (8, 9, 10)} | {"layers.12": [(1, 4)]},
+}
+SIDE = 32
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build(name, num_classes=3, resolution=SIDE)
+
+
+def spans(model: nn.Module) -> Spans:
+    stages = momentum_stages(model).items()
+    return {name: [(r.start, r.stop) for r in stage.runs or ()] for name, stage in stages}
+
+
+def step(model: nn.Module, strategy: str) -> dict[str, Tensor]:
+    """What a training step leaves behind, stochastic depth and dropout included."""
+    model = copy.deepcopy(model).train()
+    set_strategy(model, strategy)  # type: ignore[arg-type]
+    images = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    F.cross_entropy(model(images), torch.tensor([0, 1])).backward()
+    left = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return left | {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_converted_trained_exactly_saved_and_turned_back(
+    name: str, tmp_path: Path
+) -> None:
+    plain = make(name)
+    model = momconv.convert(plain, stages="all")
+    assert {stage: runs for stage, runs in spans(model).items() if runs} == FAMILIES[name]
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+    stored, reconstructed = step(model, "store"), step(model, "momentum")
+    assert stored.keys() == reconstructed.keys()
+    assert all(torch.equal(value, reconstructed[key]) for key, value in stored.items())
+
+    model.eval()
+    momconv.save(model, tmp_path / "model.safetensors")
+    loaded, images = momconv.load(tmp_path / "model.safetensors"), torch.randn(2, 3, SIDE, SIDE)
+    assert torch.equal(loaded(images), model(images))
+    again, size = revert(loaded), {"image_size": SIDE} if name.startswith("vit") else {}
+    get_model(name, num_classes=3, **size).load_state_dict(again.state_dict(), strict=True)
+    assert torch.equal(again(images), plain.eval()(images))
+
+
+@pytest.mark.parametrize("name", ["regnet_y_400mf", "efficientnet_b0"])
+def test_the_peak_is_predicted(name: str) -> None:
+    model = momconv.convert(make(name), stages="all").train()
+    predicted = momconv.peak_memory(model, 2, SIDE)
+    measured = measure_step(model, 2, SIDE, precision="fp32", device=torch.device("cpu"))
+    assert predicted.step == pytest.approx(measured.peak_bytes, rel=0.03)
+
+
+def test_a_list_of_blocks_is_converted_and_the_longer_of_nested_runs_counts() -> None:
+    torch.manual_seed(0)
+    plain = MaxVit((SIDE, SIDE), 8, 2, [8, 16], [1, 4], 4, 0.2, num_classes=3)
+    images = torch.ones(2, 3, SIDE, SIDE)
+    model = momconv.convert(plain, stages="all", inputs=[images])
+    assert spans(model) == {
+        "blocks.0.layers.0.layers": [(1, 3)],
+        "blocks.1.layers": [(1, 4)],
+        "blocks.1.layers.0.layers": [(1, 3)],
+    }
+    stored, reconstructed = step(model, "store"), step(model, "momentum")
+    assert all(torch.equal(value, reconstructed[key]) for key, value in stored.items())
+    assert not torch.equal(model.eval()(images), plain.eval()(images))
+    assert [type(module) for module in revert(model).modules()] == [
+        type(module) for module in plain.modules()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "stages"),
+    [
+        (fcn_resnet50, ["backbone.layer2", "backbone.layer3"]),
+        (retinanet_resnet50_fpn, ["backbone.body.layer2", "backbone.body.layer3"]),
+    ],
+)
+def test_a_backbone_is_converted_where_it_is(make: Any, stages: list[str]) -> None:
+    plain = make(weights=None, weights_backbone=None)
+    found = spans(momconv.convert(plain, stages="all"))
+    assert set(stages) <= {name for name, runs in found.items() if runs}
