@@ -19,16 +19,17 @@ from torch import nn
 from benchmarks.tables import Row
 from momconv import convert, load_network, peak_memory
 from momconv.momentum.autograd import Strategy
+from momconv.planner.prediction import PeakMemory
 from recipes.paper.report import MOMENTUM, RESNET, REVNET, Claim, panels, report
 
 GAMMAS = (0.1, 0.3, 0.5, 0.9, 0.99)
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 COLOURS = {
     "ResNet": RESNET,
     "momentum, checkpointed": REVNET,
     "momentum, reconstructed": MOMENTUM,
 }
-Curves = dict[str, dict[int, float]]  # GiB by method and batch
+Curves = dict[str, dict[int, PeakMemory]]  # by method and batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,48 +62,56 @@ def predict(case: Case) -> Curves:
     ]
     return {
         method: {
-            batch: peak_memory(model, batch, case.resolution, strategy=strategy).total / GIB
+            batch: peak_memory(model, batch, case.resolution, strategy=strategy)
             for batch in case.batches
         }
         for method, (model, strategy) in zip(COLOURS, ways, strict=True)
     }
 
 
-def predict_gammas(case: Case, batch: int = 8) -> dict[float, tuple[float, float]]:
-    """What a step allocates, and the part that is remainders, in MiB an image, by γ."""
-    sizes = {}
-    for gamma in GAMMAS:
-        peak = peak_memory(make(case.network, gamma), batch, case.resolution)
-        sizes[gamma] = (peak.step / batch / 2**20, peak.side_information / batch / 2**20)
-    return sizes
+def predict_gammas(case: Case, gammas: tuple[float, ...] = GAMMAS) -> dict[float, PeakMemory]:
+    """The peak for eight images, by γ."""
+    return {gamma: peak_memory(make(case.network, gamma), 8, case.resolution) for gamma in gammas}
 
 
 def judge(curves: list[Curves]) -> Claim:
     """At the largest batch, in every network."""
-    parts = [[max(curve.values()) for curve in case.values()] for case in curves]
+    parts = [[curve[max(curve)].total for curve in case.values()] for case in curves]
     holds = all(peaks[-1] == min(peaks) and peaks[-1] < peaks[0] / 2 for peaks in parts)
     return Claim("momentum trains the same batch in less than half of the ResNet's memory", holds)
 
 
-def draw(
-    cases: list[Case], curves: list[Curves], gammas: dict[float, tuple[float, float]]
-) -> Figure:
+def draw(cases: list[Case], curves: list[Curves], gammas: dict[float, PeakMemory]) -> Figure:
     """Memory over the batch for each network, and over γ for the last."""
     figure, (*grid, last) = panels(len(cases) + 1)
     for axes, case, methods in zip(grid, cases, curves, strict=True):
         for method, points in methods.items():
-            axes.plot(
-                list(points), list(points.values()), "o-", color=COLOURS[method], label=method
-            )
+            peaks = [peak.total / GIB for peak in points.values()]
+            axes.plot(list(points), peaks, "o-", color=COLOURS[method], label=method)
         title = f"{case.network}, {case.resolution}²"
         axes.set(title=title, xlabel="batch", ylabel="peak (GiB)", ylim=(0, None))
     grid[0].legend(fontsize="small")
-    steps, remainders = zip(*gammas.values(), strict=True)
-    last.plot(list(gammas), steps, "o-", color=MOMENTUM, label="a step")
-    last.plot(list(gammas), remainders, "o:", color=MOMENTUM, label="remainders")
+    for label, style, sizes in (
+        ("a step", "o-", [peak.step for peak in gammas.values()]),
+        ("remainders", "o:", [peak.side_information for peak in gammas.values()]),
+    ):
+        an_image = [size / 8 / MIB for size in sizes]
+        last.plot(list(gammas), an_image, style, color=MOMENTUM, label=label)
     last.set(title=cases[-1].network, xlabel="γ", ylabel="MiB an image", ylim=(0, None))
     last.legend(fontsize="small")
     return figure
+
+
+def tabulate(case: Case, method: str, batch: int, peak: PeakMemory) -> Row:
+    """A row of the table."""
+    return {
+        "network": case.network,
+        "method": method,
+        "batch": str(batch),
+        "peak in GiB": f"{peak.total / GIB:.2f}",
+        "a step, MiB an image": f"{peak.step / batch / MIB:.2f}",
+        "of these remainders": f"{peak.side_information / batch / MIB:.3f}",
+    }
 
 
 def main(
@@ -112,22 +121,13 @@ def main(
     cases = [IMAGENET, CIFAR_FULL if full else CIFAR]
     curves = [predict(case) for case in cases]
     gammas = predict_gammas(cases[-1])
-    rows: list[Row] = [
-        {"network": case.network, "method": method}
-        | {f"{name} batch": f"{n}: {gib:.2f} GiB" for name, (n, gib) in labelled}
+    rows = [
+        tabulate(case, method, batch, peak)
         for case, methods in zip(cases, curves, strict=True)
         for method, points in methods.items()
-        for labelled in [list(zip(("small", "large"), points.items(), strict=True))]
+        for batch, peak in points.items()
     ]
-    rows += [
-        {
-            "network": cases[-1].network,
-            "method": f"γ = {gamma:g}",
-            "small batch": f"a step {step:.3f} MiB/image",
-            "large batch": f"remainders {remainder:.3f} MiB/image",
-        }
-        for gamma, (step, remainder) in gammas.items()
-    ]
+    rows += [tabulate(cases[-1], f"γ = {gamma:g}", 8, peak) for gamma, peak in gammas.items()]
     report("fig7", rows, draw(cases, curves, gammas), judge(curves))
 
 
