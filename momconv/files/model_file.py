@@ -25,7 +25,15 @@ from momconv.files.atomic import write_atomically
 from momconv.surgery.conversion import apply_schemes, read_schemes
 from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, attach, describe
-from momconv.zoo.networks import build_described, count_classes, replace_head, without_memory
+from momconv.zoo.networks import (
+    build_described,
+    count_classes,
+    find_head,
+    head_name,
+    is_known,
+    replace_head,
+    without_memory,
+)
 from momconv.zoo.own import is_own
 
 SCHEMA = 1
@@ -84,13 +92,11 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     metadata = _read(path)
     state = checkpoints.read_state(path)
     description = metadata.description
-    if network is None:
-        _refuse_own(metadata, path)
-        if checkpoints.classes_in(state, description.architecture) != description.num_classes:
+    if network is not None or is_known(description.architecture):
+        head = find_head(network) if network is not None else head_name(description.architecture)
+        if checkpoints.outputs_in(state, head) != description.num_classes:
             raise _inconsistent(path, f"there is no head of {description.num_classes} classes")
-        model = _build(metadata, path)
-    else:
-        model = _convert(network, metadata, path)
+    model = _build(metadata, path) if network is None else _convert(network, metadata, path)
     if difference := checkpoints.difference(model, state):
         raise _inconsistent(path, f"tensors {difference}")
     checkpoints.fill(model, state)

@@ -187,7 +187,12 @@ def _has_the_size_of(name: str, state: State) -> bool:
 
 def classes_in(state: State, architecture: str) -> int | None:
     """How many classes the final layer in ``state`` has; ``None`` without such a layer."""
-    weight = state.get(f"{head_name(architecture)}.weight")
+    return outputs_in(state, head_name(architecture))
+
+
+def outputs_in(state: State, layer: str) -> int | None:
+    """How many outputs the linear ``layer`` has in ``state``; ``None`` without such a layer."""
+    weight = state.get(f"{layer}.weight")
     return weight.shape[0] if weight is not None and weight.dim() == 2 and len(weight) else None
 
 

@@ -177,7 +177,7 @@ def _edited(path: Path, **changes: Any) -> str:
         ({"num_classes": 3}, "2 class names for 3 outputs"),
         ({"architecture": "cifar_resnet32"}, "missing: layer1.3.conv1.weight"),
         ({"architecture": "resnet18"}, "no head of 2 classes"),
-        ({"architecture": "os.system"}, "no head of 2 classes"),
+        ({"architecture": "os.system"}, "unknown model 'os.system'"),
         ({"surprise": 1}, "momconv.description.surprise"),
         ({"classes": "ab"}, "momconv.description.classes"),
     ],
