@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from momconv.cli import app
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     line
@@ -27,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_readme_shows_every_command() -> None:
     shown = {line.split()[1] for line in COMMANDS}
 
-    assert shown == {"demo", "finetune", "eval", "convert", "profile-memory"}
+    known = {command.name or "" for command in app.registered_commands}
+    assert shown == {*known - {"models"}, "recipes"}  # listing the models takes minutes
 
 
 @pytest.mark.timeout(600)

@@ -85,6 +85,7 @@ def go_back(job: Job, progress: Progress) -> None:
         saved = load_newest(job.folder, job.listener.tell)
     job.model.load_state_dict(saved.model.state_dict())
     job.optimizer.zero_grad()
+    job.scaler.update()  # for which gradients are scaled again; its scale is restored below
     saved.restore_optimizer(job.optimizer, job.model)
     job.restore_extras(saved.extras)
     saved.restore_random_states()

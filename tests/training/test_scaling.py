@@ -20,6 +20,7 @@ from momconv.training.loop import _add_up, _Report, take_step
 from momconv.training.optimisation import make_optimizer
 from momconv.training.progress import SILENT, Progress
 from momconv.training.run_folder import RunFolder
+from momconv.training.saving import save
 from momconv.training.scaling import make_scaler, read_scaler, restore_scaler
 from momconv.training.steps import Step
 from momconv.zoo.networks import build
@@ -72,6 +73,22 @@ def test_a_step_that_overflows_is_left_out_until_the_scale_is_exhausted(colours:
     job.model.get_parameter("linear.weight").register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(MomconvError, match="a gradient is not finite"):
         add_up(job)
+
+
+def test_after_a_return_to_an_earlier_state_gradients_are_scaled_again(
+    colours: Path, tmp_path: Path
+) -> None:
+    job = replace(make_job(colours, "store"), folder=RunFolder(tmp_path))
+    job.scaler = GradScaler("cpu", init_scale=1.0)
+    progress = Progress()
+    save(job, progress)
+    hook = job.model.get_parameter("linear.weight").register_hook(lambda grad: grad * torch.inf)
+    step = Step([0, 1, 2, 3, 4], iter([(IMAGES, LABELS)]))
+    assert _add_up(job, progress, step, _Report(job, progress), lambda: None) is None
+    hook.remove()
+    add_up(job)
+    take_step(job, 0.1)
+    assert job.scaler.get_scale() == 1.0
 
 
 def test_the_scale_is_part_of_the_state() -> None:
