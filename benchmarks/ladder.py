@@ -23,6 +23,7 @@ from benchmarks.tables import Log, Row, choose_device, show
 from momconv import convert
 from momconv.planner.prediction import Training, predict
 from momconv.zoo.cifar import cifar_resnet
+from momconv.zoo.description import Description, Preprocessing, attach
 
 IMAGES = 8
 MIB = 2**20
@@ -40,6 +41,8 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def make_transformer(depth: int) -> nn.Module:
     """A narrow vision transformer of that many blocks."""
     model: nn.Module = VisionTransformer(64, 8, depth, 3, 192, 768, num_classes=10)
+    colours = (0.5, 0.5, 0.5)  # a description says which images the network takes
+    attach(model, Description(f"vit of {depth}", 10, Preprocessing(64, 64, colours, colours)))
     return model
 
 
