@@ -18,8 +18,6 @@ COMMANDS = [
 ]
 (PYTHON,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
-pytestmark = pytest.mark.xdist_group("readme")  # the commands go on with what earlier ones wrote
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -32,8 +32,8 @@ class Replay:
         self._block = block
         self._in_parts = in_parts
         # The tensors themselves: torch.func.functional_call may have put others in place.
-        self._parameters = [*_entries(block, "_parameters")]
-        self._buffers = [*_entries(block, "_buffers")]
+        self._parameters = [*entries_of(block, "_parameters")]
+        self._buffers = [*entries_of(block, "_buffers")]
         self._saved: dict[int, Tensor] = {}
         self._inputs: list[Tensor] = []  # for a second repetition
 
@@ -114,8 +114,8 @@ class Replay:
             torch.enable_grad(),
             torch.autocast(**self._autocast),
             _random_numbers(self._random_state, inputs[0].device),
-            _in_place_of(self._parameters),
-            _in_place_of(buffers),
+            in_place_of(self._parameters),
+            in_place_of(buffers),
             saved_tensors_hooks(keep, self._serve),
         ):
             y: Tensor = self._block(*inputs)
@@ -154,7 +154,7 @@ def _memory_of(tensor: Tensor) -> int:
 Entry = tuple[dict[str, Any], str, Tensor]
 
 
-def _entries(block: nn.Module, kind: str) -> Iterator[Entry]:
+def entries_of(block: nn.Module, kind: str) -> Iterator[Entry]:
     """Where a block's parameters or buffers are written down, under which names, and they."""
     for module in block.modules():
         where = getattr(module, kind)
@@ -162,7 +162,7 @@ def _entries(block: nn.Module, kind: str) -> Iterator[Entry]:
 
 
 @contextmanager
-def _in_place_of(entries: list[Entry]) -> Iterator[None]:
+def in_place_of(entries: list[Entry]) -> Iterator[None]:
     """Let modules find these tensors under their names. functional_call does it too, but slowly."""
     before = [where[name] for where, name, _ in entries]
     for where, name, tensor in entries:

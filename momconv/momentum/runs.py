@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from momconv.momentum.replay import autocast_settings
+from momconv.momentum.replay import autocast_settings, entries_of, in_place_of
 
 aten = torch.ops.aten
 _SUMS = (aten.add, aten.add_, aten.sub, aten.sub_)
@@ -56,10 +55,11 @@ def find_runs(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) 
 
 def group_runs(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]) -> list[range]:
     """The runs among ``blocks``, each of which must take over where the one before it ends."""
+    of_each = [_calls_at(n, blocks, calls) for n in range(len(blocks))]
     groups: list[list[int]] = [[]]
-    for n, block in enumerate(blocks):
-        is_member = _is_member(calls[block])
-        if not is_member or (groups[-1] and not _follows(calls[blocks[n - 1]], calls[block])):
+    for n, own in enumerate(of_each):
+        is_member = _is_member(own)
+        if not is_member or (groups[-1] and not _follows(of_each[n - 1], own)):
             groups.append([])
         if is_member:
             groups[-1].append(n)
@@ -69,7 +69,7 @@ def group_runs(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]) 
 def observe(model: nn.Module, blocks: Iterable[nn.Module], inputs: Sequence[Tensor]) -> Observation:
     """Run ``model`` on fake tensors like ``inputs`` and watch ``blocks`` of it."""
     x = inputs[0]
-    mode = x.fake_mode if isinstance(x, FakeTensor) else FakeTensorMode()
+    mode = x.fake_mode if isinstance(x, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_imitate(tensor, mode) for tensor in inputs]
     kind = x.device.type
     settings = autocast_settings(kind if torch.amp.is_autocast_available(kind) else "cpu")  # meta
@@ -86,10 +86,19 @@ def call_on_fakes(
     module: nn.Module, inputs: Sequence[Tensor], mode: FakeTensorMode, observer: TorchDispatchMode
 ) -> Any:
     """module(*inputs) with fake parameters and buffers: real buffers would be written to."""
-    state = [*module.named_parameters(), *module.named_buffers()]
-    fakes = {name: _imitate(tensor, mode) for name, tensor in state}
-    with mode, observer, torch.no_grad():
-        return functional_call(module, fakes, tuple(inputs))
+    state = [*entries_of(module, "_parameters"), *entries_of(module, "_buffers")]
+    fakes = [(where, name, _imitate(tensor, mode)) for where, name, tensor in state]
+    # functional_call leaves fakes behind in a module that has two names.
+    with in_place_of(fakes), mode, observer, torch.no_grad():
+        return module(*inputs)
+
+
+def _calls_at(
+    n: int, blocks: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]
+) -> list[Call]:
+    """The calls of the block at place n; one with several places is called at each in turn."""
+    places = [m for m, block in enumerate(blocks) if block is blocks[n]]
+    return calls[blocks[n]][places.index(n) :: len(places)]
 
 
 def _is_member(calls: list[Call]) -> bool:

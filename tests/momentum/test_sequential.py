@@ -332,3 +332,25 @@ def test_gradients_arrive_block_by_block_during_backward(strategy: Any) -> None:
     square(net(images())).backward()
 
     assert order == [3, 2, 1, 0]
+
+
+class Shifted(nn.Linear):
+    """Has two names for a layer, and a tensor that is no buffer; neither may be touched."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.inner = nn.Linear(4, 4)
+        self.same = self.inner
+        self.shift = torch.ones(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(super().forward(self.same(self.inner(x)))) + self.shift
+
+
+def test_one_block_at_every_place_is_a_run_and_stays_what_it_is() -> None:
+    torch.manual_seed(0)
+    block, x = Shifted(), torch.randn(2, 4)
+    expected = block(x)
+    net = MomentumSequential(*[block] * 3, gamma=0.5)
+    assert [(run.start, run.stop) for run in net.find_runs(x)] == [(0, 3)]
+    assert torch.equal(block(x), expected)
