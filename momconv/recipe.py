@@ -82,7 +82,7 @@ class MomentumRecipe(_Section):
     gain: bool = True
     calibrate: bool = True  # towards the original network, on the training images
     anneal: NonNegativeFloat = 0  # epochs in which γ rises to ``gamma``
-    strategy: Literal["auto", "store", "checkpoint", "momentum"] = "auto"
+    strategy: Literal["auto", "store", "checkpoint", "segment", "momentum"] = "auto"
 
 
 class DataRecipe(_Section):
