@@ -12,7 +12,7 @@ from momconv.surgery.drift import Drift
 
 _TOLD = {
     "swapped": "rule swapped",
-    "statistics": "BatchNorm re-estimated",
+    "statistics": "statistics chosen",
     "refined": "gains and norms refined",
     "distilled": "distilled",
 }

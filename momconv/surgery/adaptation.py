@@ -1,6 +1,5 @@
 """A converted network on its way back to its original, with the effect of every step measured."""
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -8,9 +7,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from momconv.surgery.calibration import calibrate
+from momconv.surgery import calibration
+from momconv.surgery.calibration import adapt_statistics
 from momconv.surgery.distillation import distill
 from momconv.surgery.drift import Drift, Reference
+from momconv.surgery.imitation import Images
 
 Progress = Callable[[str, int, int], None]  # what is done, how far, of how much
 _FOREVER = 10**6  # epochs
@@ -21,8 +22,8 @@ class Step:
     """A step of the way, and the distance that is left after it.
 
     Attributes:
-        name: The rule "swapped" (gains included), "statistics" of BatchNorm re-estimated, gains
-            and norms "refined", or all parameters "distilled".
+        name: The rule "swapped" (gains included), "statistics" of BatchNorm re-estimated where
+            that helps, gains and norms "refined", or all parameters "distilled".
         drift: From the original, on images that no step uses.
     """
 
@@ -63,7 +64,7 @@ class Adaptation:
         self.interrupted = False
         self._reference = reference
         self._progress = progress or (lambda _what, _done, _total: None)
-        self._note("swapped", model)
+        self._note("swapped")
 
     @property
     def drift(self) -> Drift:
@@ -76,21 +77,19 @@ class Adaptation:
         See :func:`momconv.calibrate`, which does not keep new statistics that are worse.
         """
         told = _counted(batches, lambda done: self._progress("statistics", done, count))
-        trial = copy.deepcopy(self.model) if refine else self.model
-        self.layers = calibrate(trial, told).layers
-        self._note("statistics", trial)
-        if not refine:
+        images = Images(batches) if refine else None
+        self.layers = adapt_statistics(self.model, told, self._reference.network, images)
+        self._note("statistics")
+        if images is None or not images.held_out:
             return
-        done = calibrate(
+        imitation = calibration.refine(
             self.model,
-            batches,
             self._reference.network,
+            images,
             progress=lambda done, total, _: self._progress("refining", done, total),
         )
-        self.layers = done.layers
-        if done.imitation is not None:
-            self.interrupted = done.imitation.interrupted
-            self._note("refined", self.model)
+        self.interrupted = imitation.interrupted
+        self._note("refined")
 
     def distill(self, batches: Iterable[Tensor], length: Distillation) -> None:
         """Train all parameters towards the original's outputs. See :func:`momconv.distill`."""
@@ -105,7 +104,7 @@ class Adaptation:
             progress=self._watch(length),
         )
         self.interrupted = imitation.interrupted
-        self._note("distilled", self.model)
+        self._note("distilled")
 
     def _watch(self, length: Distillation) -> Callable[[int, int, str], None]:
         """Progress in steps, or in seconds where they are what is limited."""
@@ -116,10 +115,8 @@ class Adaptation:
             "distilling (seconds)", min(seconds, round(time.monotonic() - began)), seconds
         )
 
-    def _note(
-        self, name: Literal["swapped", "statistics", "refined", "distilled"], model: nn.Module
-    ) -> None:
-        self.steps.append(Step(name, self._reference.compare(model)))
+    def _note(self, name: Literal["swapped", "statistics", "refined", "distilled"]) -> None:
+        self.steps.append(Step(name, self._reference.compare(self.model)))
 
 
 def _counted(batches: Iterable[Tensor], tell: Callable[[int], None]) -> Iterator[Tensor]:

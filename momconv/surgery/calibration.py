@@ -70,14 +70,41 @@ def calibrate(
             during the training, from here too, ends it early with the best values so far.
     """
     images = Images(batches) if original is not None else None
+    layers = adapt_statistics(model, batches, original, images)
     if original is None or images is None or not images.held_out:
-        return Calibration(_estimate_statistics(model, batches), None)
-    layers = _estimate_if_closer(model, batches, original, images)
+        return Calibration(layers, None)
+    return Calibration(layers, refine(model, original, images, most_images, progress))
+
+
+def adapt_statistics(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    original: nn.Module | None = None,
+    images: Images | None = None,
+) -> int:
+    """The first half of :func:`calibrate`; ``images`` are those of ``batches``.
+
+    Returns:
+        How many BatchNorm layers have new statistics.
+    """
+    if original is None or images is None or not images.held_out:
+        return _estimate_statistics(model, batches)
+    return _estimate_if_closer(model, batches, original, images)
+
+
+def refine(
+    model: nn.Module,
+    original: nn.Module,
+    images: Images,
+    most_images: int | None = None,
+    progress: Progress | None = None,
+) -> Imitation:
+    """The second half of :func:`calibrate`, for which ``images`` must hold some out."""
     with trainable_gains(model) as gains:
         steps = _count_steps(most_images)
         groups = [(gains + norm_parameters(model), _RATE * math.sqrt(_STEPS / steps))]
         chunks = _read(images, Schedule(steps, progress))
-        return Calibration(layers, imitate(model, original, groups, chunks, images.held_out))
+        return imitate(model, original, groups, chunks, images.held_out)
 
 
 def _count_steps(most_images: int | None) -> int:

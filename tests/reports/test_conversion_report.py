@@ -93,7 +93,7 @@ def test_the_effect_of_each_step_is_shown() -> None:
     lines = shown(DONE).splitlines()
     (start,) = (n for n, line in enumerate(lines) if line.startswith("step"))
     assert lines[start + 1].split() == ["rule", "swapped", "90.0%", "0.0123", "20.0%"]
-    assert lines[start + 2].split() == ["BatchNorm", "re-estimated", "98.5%", "0.0123", "20.0%"]
+    assert lines[start + 2].split() == ["statistics", "chosen", "98.5%", "0.0123", "20.0%"]
     assert "step" not in shown(replace(DONE, steps=DONE.steps[:1]))
 
 
