@@ -225,6 +225,7 @@ def _report(
     calibration: "Calibration | None",
     path: Path,
 ) -> "Conversion":
+    from momconv.planner.saving import predict_saving
     from momconv.reports.conversion import Conversion
     from momconv.surgery.conversion import summarise
     from momconv.zoo.description import describe
@@ -243,6 +244,7 @@ def _report(
         tried=choice.tried,
         interrupted=choice.adaptation.interrupted,
         certificate=certificate,
+        saving=predict_saving(workshop.original, network),
         measured_on=workshop.images.origin,
         is_noise=workshop.images.is_noise,
         command=_command(scheme, workshop.means, path),

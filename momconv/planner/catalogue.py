@@ -13,40 +13,26 @@ from momconv._version import __version__
 from momconv.files.atomic import write_text
 from momconv.files.cache import cache_folder
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.prediction import Training, predict
+from momconv.planner.saving import Saving, predict_saving
 from momconv.surgery.conversion import convert
-from momconv.zoo.description import describe
 from momconv.zoo.networks import outline
 
-IMAGES = 32  # of the step that is predicted
 
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One network.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry(Saving):
+    """One network, and what its conversion saves.
 
     Attributes:
         name: As for ``momconv convert``.
         parameters: How many numbers it learns.
-        resolution: Pixels of its images' sides.
         runs: How many runs of residual blocks it has.
         deepest: The blocks of the longest of them.
-        store_bytes: What a training step allocates for an image when everything is stored.
-        auto_bytes: The same after its conversion, under "auto".
     """
 
     name: str
     parameters: int
-    resolution: int
     runs: int
     deepest: int
-    store_bytes: int
-    auto_bytes: int
-
-    @property
-    def saved(self) -> float:
-        """The share of the memory that conversion saves."""
-        return 1 - self.auto_bytes / self.store_bytes
 
 
 def list_entries(
@@ -74,17 +60,15 @@ def list_entries(
 
 def predict_entry(name: str) -> Entry:
     """What is to be said about the network ``name``; only shapes are computed."""
-    plain = outline(name).train()
-    resolution = describe(plain).preprocessing.resolution
+    plain = outline(name)
     model = convert(plain, stages="all")
     lengths = [len(run) for stage in momentum_stages(model).values() for run in stage.runs or ()]
-    training = Training(resolution)
-    store = predict(plain, IMAGES, training).peak.step
-    auto = predict(convert(plain), IMAGES, training).peak.step
-    parameters = sum(parameter.numel() for parameter in plain.parameters())
     return Entry(
-        *(name, parameters, resolution, len(lengths), max(lengths)),
-        *(store // IMAGES, auto // IMAGES),
+        name=name,
+        parameters=sum(parameter.numel() for parameter in plain.parameters()),
+        runs=len(lengths),
+        deepest=max(lengths),
+        **asdict(predict_saving(plain, convert(plain))),
     )
 
 

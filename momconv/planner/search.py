@@ -23,6 +23,7 @@ from momconv.momentum.sequential import momentum_stages
 from momconv.planner.measurement import Precision, available_bytes, find_stages, static_bytes
 from momconv.planner.micro_batch import largest_part, split_evenly
 from momconv.planner.prediction import PeakMemory, Training, predict
+from momconv.surgery.modes import in_training_mode
 from momconv.units import format_bytes, parse_bytes
 
 Choice = Strategy | Literal["auto"]
@@ -157,7 +158,7 @@ def search(model: nn.Module, request: Request) -> Plan:
         ResourceError: Nothing fits; the error says what would.
         UsageError: One image alone cannot be trained on.
     """
-    with _in_training(model):
+    with in_training_mode(model):
         peaks = _Peaks(model, request)
         for strategy, size in _list_options(model, request):
             if peaks.may_fit(strategy, size):
@@ -235,19 +236,6 @@ def _list_strategies(model: nn.Module, asked: Choice) -> list[Choice]:
     if not momentum_stages(model):
         return ["store"]
     return [asked] if asked != "auto" else [name for name in SECONDS if name != "momentum"]
-
-
-@contextmanager
-def _in_training(model: nn.Module) -> Iterator[None]:
-    """``model`` in training mode inside; if it is already, with its frozen parts as they are."""
-    modes = [(module, module.training) for module in model.modules()]
-    if not model.training:
-        model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 # What to say if nothing fits

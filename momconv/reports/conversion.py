@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from momconv.data.folder import plural, printable
+from momconv.planner.saving import Saving
 from momconv.reports.drift import describe_drift, show_facts, show_steps
 from momconv.reports.stages import tabulate_stages
 from momconv.surgery.adaptation import Step
@@ -50,6 +51,7 @@ class Conversion:
         tried: Each γ that was tried to find the largest good enough; empty where it was given.
         interrupted: Whether Ctrl-C ended a step early.
         certificate: What the network is worth in the end.
+        saving: The memory that it saves in training.
         measured_on: The images that it was measured on, for people.
         is_noise: Whether those are no pictures.
         command: What converts it the same way, but for γ and the steps.
@@ -69,6 +71,7 @@ class Conversion:
     tried: tuple[Attempt, ...]
     interrupted: bool
     certificate: Certificate
+    saving: Saving
     measured_on: str
     is_noise: bool
     command: str
@@ -145,8 +148,18 @@ def _facts(conversion: Conversion) -> Iterator[tuple[str, str]]:
     if certificate.gradients_exact:
         stages = plural(len(certificate.stages), "stage")
         yield "gradients", f"bit for bit those of ordinary backpropagation, in {stages} and outside"
+    if conversion.gamma:
+        yield "memory", _describe_saving(conversion.saving)
     yield "written", f"{printable(conversion.path)} ({format_bytes(conversion.bytes)})"
     yield from zip(("next", "", ""), conversion.next_commands, strict=True)
+
+
+def _describe_saving(saving: Saving) -> str:
+    size = f"{saving.resolution} × {saving.resolution}"
+    return (
+        f"{format_bytes(saving.auto_bytes)} for an image of {size} in training, "
+        f"{format_bytes(saving.store_bytes)} in the plain network: {saving.saved:.0%} saved"
+    )
 
 
 def _describe_calibration(calibration: Calibration | None) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from rich.table import Table
 
-from momconv.planner.catalogue import IMAGES, Entry
+from momconv.planner.catalogue import Entry
+from momconv.planner.saving import IMAGES
 
 MIB = 2**20
 

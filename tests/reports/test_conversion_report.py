@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from momconv.planner.saving import Saving
 from momconv.reports.conversion import Calibration, Conversion
 from momconv.surgery.adaptation import Step
 from momconv.surgery.certificate import Accuracy, Certificate, StageCertificate
@@ -32,6 +33,7 @@ DONE = Conversion(
     tried=(),
     interrupted=False,
     certificate=CERTIFICATE,
+    saving=Saving(resolution=224, store_bytes=40 * 2**20, auto_bytes=10 * 2**20),
     measured_on="held out of photos",
     is_noise=False,
     command="momconv convert resnet34 -o x",
@@ -95,6 +97,12 @@ def test_the_effect_of_each_step_is_shown() -> None:
     assert lines[start + 1].split() == ["rule", "swapped", "90.0%", "0.0123", "20.0%"]
     assert lines[start + 2].split() == ["statistics", "chosen", "98.5%", "0.0123", "20.0%"]
     assert "step" not in shown(replace(DONE, steps=DONE.steps[:1]))
+
+
+def test_the_memory_that_is_saved_is_said() -> None:
+    assert "10.0 MiB for an image of 224 × 224 in training, 40.0 MiB in the plain" in shown(DONE)
+    assert "75% saved" in shown(DONE)
+    assert "in training" not in shown(PLAIN)
 
 
 def test_the_gammas_that_were_tried_are_shown() -> None:

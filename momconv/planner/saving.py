@@ -1,0 +1,42 @@
+"""What a conversion saves."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from momconv.planner.prediction import Training, predict
+from momconv.surgery.modes import in_training_mode
+from momconv.zoo.description import describe
+
+IMAGES = 32  # of the step that is predicted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """What a training step allocates for an image, in bytes; weights and the like not counted.
+
+    Attributes:
+        resolution: Pixels of the image's sides.
+        store_bytes: In the plain network with everything stored.
+        auto_bytes: In the converted one, under "auto".
+    """
+
+    resolution: int
+    store_bytes: int
+    auto_bytes: int
+
+    @property
+    def saved(self) -> float:
+        """The share of the memory that is saved; below 0 where the conversion costs memory."""
+        return 1 - self.auto_bytes / self.store_bytes
+
+
+def predict_saving(plain: nn.Module, converted: nn.Module) -> Saving:
+    """Predict steps of ``IMAGES`` images, of the resolution that ``plain`` is described with."""
+    resolution = describe(plain).preprocessing.resolution
+    with in_training_mode(plain, converted):
+        store, auto = (
+            predict(model, IMAGES, Training(resolution)).peak.step // IMAGES
+            for model in (plain, converted)
+        )
+    return Saving(resolution=resolution, store_bytes=store, auto_bytes=auto)
