@@ -3,6 +3,7 @@
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from momconv import load_network
 
 ROOT = Path(__file__).parents[2]
 ARCHIVE = ROOT.parent / "shared/data/cifar10-images.zip"
+WEIGHTS = ROOT.parent / "shared/weights"
+PUBLISHED = {"cifar_resnet20": "resnet20-12fca82f.th", "cifar_resnet32": "resnet32-d509ac18.th"}
 RUNS = ROOT / "runs" / "paper"
 BATCH = 128
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
@@ -48,6 +51,7 @@ class Images:
             yield ((x / 255 - MEAN) / STD).to(device), self.y[chosen].to(device)
 
 
+@cache
 def read(archive: Path, part: Part, per_class: int) -> Images:
     """The first ``per_class`` images of each class in a ZIP file of …/train|val/CLASS/NAME.jpg."""
     if not archive.is_file():
@@ -80,6 +84,12 @@ def make_small(classes: int = 10) -> nn.Module:
     """ResNet-20 for CIFAR, of 3, 2 and 2 blocks that keep their shape."""
     assert classes == 10
     return load_network("cifar_resnet20", weights="none")
+
+
+def find_published(folder: Path) -> dict[str, Path]:
+    """The files in ``folder`` with published weights for CIFAR-10, by network."""
+    files = {name: folder / file for name, file in PUBLISHED.items()}
+    return {name: file for name, file in files.items() if file.is_file()}
 
 
 def make_large(classes: int) -> nn.Module:

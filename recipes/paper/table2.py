@@ -3,14 +3,15 @@
 A ResNet and two Momentum ResNets (γ = 0.9, v[0] = 0 and v[0] = f(x[0])) trained from scratch. The
 paper's are ResNet-101 on CIFAR-10 and CIFAR-100; ``--full`` does the same on a GPU (180 epochs,
 three seeds, data downloaded by torchvision). The default is ResNet-20, one seed, ten epochs on
-2,000 images of CIFAR-10 and accuracy on 1,000 others, from a ZIP file (``--data``). Training
-writes a checkpoint after each epoch to runs/paper/; the same command goes on where it was
-interrupted.
+2,000 images of CIFAR-10 and accuracy on 1,000 others, from a ZIP file (``--data``); and the
+published ResNet-20 and -32 (``--weights``), which change their rule, without gains as in the paper,
+and train for three epochs on the same images. Training writes a checkpoint after each epoch to
+runs/paper/; the same command goes on where it was interrupted.
 """
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks.tables import Row
-from momconv import convert
+from momconv import convert, load_network
 from momconv.momentum.equations import Velocity
 from recipes.paper import cifar
 from recipes.paper.cifar import Images, Schedule
@@ -58,6 +59,16 @@ def small(archive: Path) -> Task:
     return Task("CIFAR-10 subset", train, val, cifar.make_small, Schedule(10), seeds=1)
 
 
+def published(archive: Path, name: str, weights: Path) -> Task:
+    """A network with published weights, on a part of its training images."""
+    return replace(
+        small(archive),
+        name=name.replace("cifar_resnet", "published ResNet-"),
+        make=lambda _classes: load_network(name, weights),
+        schedule=Schedule(3, rate=0.01),
+    )
+
+
 def large(classes: int) -> Task:
     """ResNet-101 on all of CIFAR."""
     train, val = cifar.download(classes, "train"), cifar.download(classes, "val")
@@ -66,7 +77,7 @@ def large(classes: int) -> Task:
 
 
 def make(task: Task, kind: str, seed: int, gamma: float = GAMMA) -> nn.Module:
-    """The network with fresh weights, the same for all kinds."""
+    """The network with its first weights, the same for all kinds."""
     torch.manual_seed(seed)
     network, velocity = task.make(task.classes), KINDS[kind]
     if velocity is None:
@@ -121,9 +132,13 @@ def spread(values: list[float]) -> str:
 def main(
     full: Annotated[bool, typer.Option("--full", help="The paper's networks and data.")] = False,
     data: Annotated[Path, typer.Option(help="CIFAR-10 as images in a ZIP file.")] = cifar.ARCHIVE,
+    weights: Annotated[Path, typer.Option(help="Folder of the published ones.")] = cifar.WEIGHTS,
 ) -> None:
     """Train every kind of network."""
     tasks = [large(10), large(100)] if full else [small(data)]
+    if not full:
+        files = cifar.find_published(weights)
+        tasks += [published(data, name, file) for name, file in files.items()]
     results = {task.name: {kind: measure(task, kind) for kind in KINDS} for task in tasks}
     rows: list[Row] = [
         {"network": kind} | {task: spread(kinds[kind]) for task, kinds in results.items()}

@@ -111,9 +111,16 @@ def test_a_network_is_tested_with_other_gammas_and_refitted(task: table2.Task) -
     accuracies = fig6.retest(task, plain, (0.0, 0.9))
     assert list(accuracies) == [0.0, 0.9]
     assert all(map(torch.equal, before, plain.parameters()))
-    assert len(fig6.draw({0.9: accuracies}).axes) == 1
-    assert fig6.judge({0.9: {0.0: (50.0, 88.0), 0.9: (90.0, 90.0)}}).holds
-    assert not fig6.judge({0.9: {0.0: (50.0, 60.0), 0.9: (90.0, 90.0)}}).holds
+    assert len(fig6.draw([fig6.Retest("tiny", 0.9, accuracies)]).axes) == 1
+    for after, holds in [(88.0, True), (60.0, False)]:
+        pair = {0.0: (50.0, after), 0.9: (90.0, 90.0)}
+        assert fig6.judge([fig6.Retest("tiny", 0.9, pair)]).holds is holds
+
+
+def test_published_weights_are_found_where_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "resnet20-12fca82f.th"
+    file.touch()
+    assert cifar.find_published(tmp_path) == {"cifar_resnet20": file}
 
 
 def test_memory_is_predicted_for_every_method_and_gamma() -> None:
