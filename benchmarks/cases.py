@@ -27,7 +27,7 @@ class Case:
 
 def check_methods(chosen: list[str]) -> list[str]:
     """The names, if there are methods of these names."""
-    return _check(chosen, METHODS)
+    return check_names(chosen, METHODS)
 
 
 def choose(cases: Iterable[Case], networks: list[str]) -> list[Case]:
@@ -37,11 +37,16 @@ def choose(cases: Iterable[Case], networks: list[str]) -> list[Case]:
         typer.BadParameter: A network has no case.
     """
     cases = list(cases)
-    _check(networks, dict.fromkeys(case.network for case in cases))
+    check_names(networks, dict.fromkeys(case.network for case in cases))
     return [case for case in cases if not networks or case.network in networks]
 
 
-def _check(chosen: list[str], known: Iterable[str]) -> list[str]:
+def check_names(chosen: list[str], known: Iterable[str]) -> list[str]:
+    """``chosen`` itself.
+
+    Raises:
+        typer.BadParameter: One of the names is not known.
+    """
     for name in chosen:
         if name not in known:
             raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}")

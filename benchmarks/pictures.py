@@ -31,6 +31,8 @@ TRANSFER_STYLES = {
     "gains": ("#56B4E9", "v"),
     "calibrated": ("#D55E00", "D"),
     "annealed": ("#0072B2", "s"),
+    "default stages, swapped rule": ("#CC79A7", "x"),
+    "default stages, calibrated": ("#009E73", "v"),
 }
 
 

@@ -12,7 +12,10 @@ where there is momentum:
 * swapped rule: no gains, no calibration, as other packages convert;
 * gains: the gains of `convert`, no calibration;
 * calibrated: the default, gains and calibration on the 500 images;
-* annealed: gains, no calibration; γ rises from 0.1 to 0.9 in the first 3 epochs.
+* annealed: gains, no calibration; γ rises from 0.1 to 0.9 in the first 3 epochs;
+* default stages, swapped rule and calibrated: as above, but momentum only where `stages: auto` puts
+  it, which is what `momconv finetune` does unless it is told otherwise: in runs of three blocks or
+  more, here the first stage.
 
 In the table, the mean and the standard deviation over the seeds, in percent.
 """
@@ -31,6 +34,7 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.cases import check_names
 from benchmarks.tables import Log, Row, show
 from momconv import finetune
 from momconv.recipe import load_recipe
@@ -49,6 +53,12 @@ METHODS = {
     "gains": ["momentum.calibrate=false"],
     "calibrated": [],
     "annealed": ["momentum.calibrate=false", "momentum.anneal=3"],
+    "default stages, swapped rule": [
+        "momentum.stages=auto",
+        "momentum.gain=false",
+        "momentum.calibrate=false",
+    ],
+    "default stages, calibrated": ["momentum.stages=auto"],
 }
 COMMON = [
     "model.name=cifar_resnet20",
@@ -118,10 +128,13 @@ def summarise(rows: Sequence[Row]) -> dict[str, dict[int, tuple[float, float]]]:
 
 
 def main(
+    methods: Annotated[list[str] | None, typer.Argument(show_default="all")] = None,
+    *,
     data: Annotated[Path, typer.Option(help="The ZIP file.")] = SHARED / "data/cifar10-images.zip",
     weights: Annotated[Path, typer.Option()] = SHARED / "weights/resnet20-12fca82f.th",
 ) -> None:
-    """Fine-tune from every conversion with every seed."""
+    """Fine-tune from every conversion with every seed; results of other methods stay."""
+    check_names(methods or [], METHODS)
     for path in (data, weights):
         if not path.is_file():
             raise typer.BadParameter(f"{path} does not exist; name it with --data or --weights")
@@ -129,7 +142,7 @@ def main(
     for seed in range(SEEDS):
         with tempfile.TemporaryDirectory() as folder:
             unpack(data, Path(folder) / "data", seed)
-            for method in METHODS:
+            for method in methods or METHODS:
                 rows = list(run(method, seed, weights, Path(folder)))
                 log.merge(rows, KEY)
                 Console(stderr=True).print(method, seed, *(row[VALUE] for row in rows))
