@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from momconv.data.decoding import decode
 from momconv.data.folder import ImageSet
+from momconv.data.transforms import Transform
 from momconv.errors import DataError, ResourceError
 
-Transform = Callable[[Image.Image], Tensor]
 _NONE = -1
 _SHARED_MEMORY = Path("/dev/shm")  # where processes hand over tensors, on Linux
 _ALMOST_NOTHING = 2**20  # bytes of free space
@@ -83,10 +83,14 @@ class LabelledImages(_ImageFiles, Dataset[tuple[Tensor, int]]):
         image = self._decode(index)
         if self.seed is None:
             return self.transform(image), self.labels[index]
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would also seed the GPUs, whose state is not restored here.
-            torch.default_generator.manual_seed(_mix(self.seed, int(self._epoch), index))
+        # Only the CPU's generator: torch.manual_seed and fork_rng would go through the GPUs' too.
+        generator = torch.default_generator
+        before = generator.get_state()
+        generator.manual_seed(_mix(self.seed, int(self._epoch), index))
+        try:
             return self.transform(image), self.labels[index]
+        finally:
+            generator.set_state(before)
 
 
 class UnlabelledImages(_ImageFiles, Dataset[Tensor]):
