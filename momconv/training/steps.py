@@ -1,7 +1,7 @@
 """The images of each optimisation step, read and augmented, in micro-batches."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,9 +59,14 @@ class Steps:
         self._job, self._recipe = job, job.recipe.train
         self._count = len(job.splits.train.samples)
 
-    def read(self, epoch: int, *, first: int) -> Iterator[Step]:
-        """The steps of ``epoch`` from its step ``first`` on. Each must be used up in turn."""
-        batches = self._split(epoch)[first:]
+    def read(
+        self, epoch: int, *, first: int, left_out: Collection[int] = frozenset()
+    ) -> Iterator[Step]:
+        """The steps of ``epoch`` from its step ``first`` on. Each must be used up in turn.
+
+        The images ``left_out`` are missing from theirs.
+        """
+        batches = self._leave_out(self._split(epoch), left_out)[first:]
         self._dataset.set_epoch(epoch)
         self._micro_batches.steps = list(map(self._read_share, batches))
         parts = read_batches(self._loader)
@@ -86,6 +91,17 @@ class Steps:
         own = self._job.processes.share(len(batch), fewest=fewest_images(self._job.model))
         parts = split_batch(batch[own.start : own.stop], self._job.plan.micro_batch)
         return self._mixer.extend(parts, before=batch[own.start - 1])
+
+    def _leave_out(self, batches: list[list[int]], left_out: Collection[int]) -> list[list[int]]:
+        """What is left of ``batches``; too small a rest is filled up with the next images."""
+        if not left_out:
+            return batches
+        kept = [[i for i in batch if i % self._count not in left_out] for batch in batches]
+        order, fewest = [*itertools.chain(*kept)], fewest_images(self._job.model)
+        for batch in kept:
+            others = (i for i in order if i not in batch)
+            batch += itertools.islice(others, max(0, fewest - len(batch)))
+        return kept
 
     def _split(self, epoch: int) -> list[list[int]]:
         size, seed = self._recipe.batch_size, self._recipe.seed

@@ -1,6 +1,7 @@
 """Two real processes that talk over gloo, against one with the joint batch."""
 
 import os
+import shutil
 import signal
 import socket
 from itertools import pairwise
@@ -13,14 +14,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import read_metrics, small
+from runs import Damage, read_metrics, small
 from safetensors.torch import load_file
 
 from momconv.errors import ResourceError
 from momconv.recipe import Recipe, load_recipe
+from momconv.training.batches import split_epoch
 from momconv.training.finetuning import finetune
+from momconv.training.images import find_images
 from momconv.training.interruption import Interrupted
 from momconv.training.processes import ALONE, Processes, find_own_device, is_leader
+from momconv.training.progress import SILENT
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state
 
@@ -60,12 +64,15 @@ def test_only_the_loss_of_another_process_is_named_so() -> None:
         raise RuntimeError("a bug")
 
 
-def take_part(recipe: Recipe, folder: Path, environment: dict[str, str]) -> NoReturn:
+def take_part(
+    recipe: Recipe, folder: Path, environment: dict[str, str], broken: tuple[Path, ...]
+) -> NoReturn:
     """Be one process of a run, as torchrun would start it; the exit code says how it ended."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        finetune(recipe, folder, resume=(folder / "state.safetensors").exists())
+        resume = (folder / "state.safetensors").exists()
+        finetune(recipe, folder, resume=resume, listener=Damage(broken))
     except ResourceError as error:
         os._exit({"run.lost_process": LOST}.get(error.kind, 1))
     except Interrupted as interrupted:
@@ -73,8 +80,10 @@ def take_part(recipe: Recipe, folder: Path, environment: dict[str, str]) -> NoRe
     os._exit(0)
 
 
-def start(count: int, recipe: Recipe, folder: Path) -> list[ForkServerProcess]:
-    """Processes that talk over gloo.
+def start(
+    count: int, recipe: Recipe, folder: Path, broken: tuple[Path, ...] = ()
+) -> list[ForkServerProcess]:
+    """Processes that talk over gloo; the files ``broken`` break when training begins.
 
     They come from a server that has imported everything, but not run anything, as autograd does not
     survive a fork.
@@ -89,7 +98,7 @@ def start(count: int, recipe: Recipe, folder: Path) -> list[ForkServerProcess]:
     processes = [
         context.Process(
             target=take_part,
-            args=(recipe, folder, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
+            args=(recipe, folder, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, broken),
         )
         for rank in range(count)
     ]
@@ -163,3 +172,18 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     saved = load_state(run.state)
     done = saved.progress.epoch * 4 + saved.progress.step
     assert int(saved.model.state_dict()["bn1.num_batches_tracked"]) >= done
+
+
+def test_an_image_that_breaks_in_one_process_is_left_out_by_both(
+    colours: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(colours, tmp_path / "data"))
+    recipe = small(data, *FROZEN, "data.max_bad_fraction=0.2", "train.epochs=2")
+    images = find_images(data, recipe.data, SILENT)
+    late = split_epoch(18, 5, seed=0, epoch=0)[-1][-1]
+    broken = (images.train.samples[late].path, images.val.samples[1].path)
+    run = RunFolder(tmp_path / "run")
+    assert end(start(2, recipe, run.path, broken)) == [0, 0]
+    progress = load_state(run.state).progress
+    assert [omission.path for omission in progress.omissions] == list(map(str, broken))
+    assert progress.epoch == 2
