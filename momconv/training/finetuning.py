@@ -100,6 +100,7 @@ def finetune(
     began, run = time.monotonic(), RunFolder(Path(folder))
     device = find_own_device(recipe.train.device)
     choose_precision(recipe.train, device)
+    network.require_synchronisable(recipe.train, device)
     with (
         joined() as processes,
         _seeded(recipe.train.seed, device),
@@ -109,6 +110,8 @@ def finetune(
         job, progress = _begin(task, resume=resume)
         job.plan = plan_together(job.plan, job.model, processes)
         write_plan(job)
+        if recipe.train.sync_bn and processes.count > 1:
+            network.synchronise(job.model)
         if recipe.train.time_limit is not None:
             job.ends = began + parse_duration(recipe.train.time_limit)
         train(job, progress)

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import printable
-from momconv.errors import ResourceError
+from momconv.errors import DataError, ResourceError
 from momconv.evaluation import Scores, evaluate
 from momconv.planner.measurement import autocast, measure, static_bytes
 from momconv.training.compilation import compiling, uncompiled
@@ -158,14 +158,33 @@ def _fail_together(job: Job, *, exhausted: bool, unreadable: int) -> None:
     """Do nothing if no process ran out of memory or has met an ``unreadable`` image.
 
     Raises:
+        MomconvError: This one did, and the others wait for it within BatchNorm.
         torch.OutOfMemoryError: One did.
         UnreadableImage: One has.
     """
+    if job.recipe.train.sync_bn and job.processes.count > 1:
+        _refuse_to_redo(job, exhausted=exhausted, unreadable=unreadable)
     anywhere, unreadable = job.processes.largest(exhausted, unreadable)
     if anywhere:
         raise torch.OutOfMemoryError
     if unreadable != _NONE:
         raise UnreadableImage(job.splits.train.samples[unreadable].path, "could not be read")
+
+
+def _refuse_to_redo(job: Job, *, exhausted: bool, unreadable: int) -> None:
+    if exhausted:
+        raise ResourceError(
+            f"{job.device} ran out of memory, while others wait for it (--sync-bn)",
+            kind="memory.exhausted",
+            fix=f"{job.folder.resume_command} --micro-batch {max(2, job.plan.micro_batch // 2)}",
+        )
+    if unreadable != _NONE:
+        path = printable(job.splits.train.samples[unreadable].path)
+        raise DataError(
+            f"{path}: could not be read, while others wait for it (--sync-bn)",
+            kind="data.lost_image",
+            fix=f"put the image back, and {job.folder.resume_command}",
+        )
 
 
 def _step(job: Job, progress: Progress) -> bool:

@@ -1,6 +1,7 @@
 """The images of each optimisation step, read and augmented, in micro-batches."""
 
 import itertools
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class Steps:
 
         The images ``left_out`` are missing from theirs.
         """
-        batches = self._leave_out(self._split(epoch), left_out)[first:]
+        batches = self._fill_up(self._split(epoch), left_out)[first:]
         self._dataset.set_epoch(epoch)
         self._micro_batches.steps = list(map(self._read_share, batches))
         parts = read_batches(self._loader)
@@ -87,21 +88,33 @@ class Steps:
         return images, labels
 
     def _read_share(self, batch: list[int]) -> list[list[int]]:
-        """The micro-batches of this process's share of ``batch``."""
-        own = self._job.processes.share(len(batch), fewest=fewest_images(self._job.model))
-        parts = split_batch(batch[own.start : own.stop], self._job.plan.micro_batch)
+        """The micro-batches of this process's share of ``batch``.
+
+        All processes have equally many if BatchNorm sees those of all at once.
+        """
+        together, processes = self._recipe.sync_bn, self._job.processes
+        fewest = 1 if together else fewest_images(self._job.model)
+        own = processes.share(len(batch), fewest=fewest)
+        largest = math.ceil(len(batch) / processes.count) if together else None
+        share, micro_batch = batch[own.start : own.stop], self._job.plan.micro_batch
+        parts = split_batch(share, micro_batch, largest=largest)
         return self._mixer.extend(parts, before=batch[own.start - 1])
 
-    def _leave_out(self, batches: list[list[int]], left_out: Collection[int]) -> list[list[int]]:
-        """What is left of ``batches``; too small a rest is filled up with the next images."""
-        if not left_out:
-            return batches
-        kept = [[i for i in batch if i % self._count not in left_out] for batch in batches]
-        order, fewest = [*itertools.chain(*kept)], fewest_images(self._job.model)
-        for batch in kept:
-            others = (i for i in order if i not in batch)
-            batch += itertools.islice(others, max(0, fewest - len(batch)))
-        return kept
+    def _fill_up(self, batches: list[list[int]], left_out: Collection[int]) -> list[list[int]]:
+        """``batches`` without what is ``left_out``; too small ones take the epoch's first images.
+
+        That is, where images are left out or every process needs one.
+        """
+        fewest = self._job.processes.count if self._recipe.sync_bn else 0
+        if left_out:
+            fewest = max(fewest, fewest_images(self._job.model))
+            batches = [[i for i in batch if i % self._count not in left_out] for batch in batches]
+        order = [*itertools.chain(*batches)]
+        for batch in batches:
+            if len(batch) < fewest:
+                others = [i for i in order if i not in batch]
+                batch += others[: fewest - len(batch)]
+        return batches
 
     def _split(self, epoch: int) -> list[list[int]]:
         size, seed = self._recipe.batch_size, self._recipe.seed
