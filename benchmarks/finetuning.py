@@ -41,7 +41,7 @@ from torchvision.transforms import v2
 from benchmarks import transfer
 from benchmarks.tables import Log, Row, show
 from momconv import finetune, load_network
-from momconv.data.transforms import evaluation_transform
+from momconv.data.transforms import NormalisedTensor, evaluation_transform
 from momconv.recipe import load_recipe
 from momconv.zoo.description import Preprocessing, describe
 from momconv.zoo.networks import replace_head
@@ -114,8 +114,7 @@ def transform_like_reference(p: Preprocessing) -> v2.Compose:
     """The training preset of torchvision's references."""
     size = p.resolution
     crop = v2.RandomCrop(size, padding=4) if size == 32 else v2.RandomResizedCrop(size)
-    *_, to_tensor, normalise = evaluation_transform(p).transforms
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), to_tensor, normalise])
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), NormalisedTensor(p)])
 
 
 def evaluate(model: nn.Module, images: ImageFolder) -> float:

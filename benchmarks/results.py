@@ -45,6 +45,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     "batches": show_all,
     "conversion": show_all,
     "prediction": show_all,
+    "loading": show_all,
     "transfer": transfer.present,
     "finetuning": finetuning.present,
 }

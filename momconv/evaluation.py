@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -22,6 +23,7 @@ from torchmetrics.classification import (
 )
 
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
+from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import ImageSet, plural
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError
@@ -124,7 +126,7 @@ def evaluate(
     ).to(device)
     confidences, said = list[float](), list[int]()
     with in_eval_mode(model.to(device)), torch.no_grad():
-        for pictures, labels in read_batches(loader):
+        for pictures, labels in _read_together(loader, count):
             outputs, targets = model(pictures.to(device)), labels.to(device)
             metrics.update(outputs, targets)
             loss.update(F.cross_entropy(outputs, targets, reduction="none"))
@@ -170,6 +172,25 @@ def _gather(own: Sequence[T], count: int) -> list[T]:
     dist.all_gather_object(shares, list(own))
     rows = itertools.zip_longest(*map(enumerate, shares))
     return [entry[1] for row in rows for entry in row if entry is not None]
+
+
+def _read_together(loader: "DataLoader[Any]", count: int) -> Iterator[Any]:
+    """The batches of a loader; a file that cannot be read fails all of ``count`` processes.
+
+    Raises:
+        UnreadableImage: Some process could not read the file that it names.
+    """
+    failed: UnreadableImage | None = None
+    try:
+        yield from read_batches(loader)
+    except UnreadableImage as error:
+        failed = error
+    if count > 1:
+        shares: list[list[tuple[Path, str]]] = [[] for _ in range(count)]
+        dist.all_gather_object(shares, [(failed.path, failed.reason)] if failed else [])
+        failed = next((UnreadableImage(*file) for share in shares for file in share), None)
+    if failed:
+        raise failed
 
 
 def _make_metrics(classes: int, *, sync: bool) -> MetricCollection:

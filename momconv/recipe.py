@@ -134,6 +134,7 @@ class TrainRecipe(_Section):
     save_every: Count | Duration = "10min"  # steps or time, inside an epoch; its end always
     time_limit: Duration | None = None  # after which a process stops, to be resumed
     freeze_bn: bool = False  # BatchNorm keeps its statistics and weights
+    sync_bn: bool = False  # BatchNorm sees a micro-batch of all processes
 
     @property
     def resolved_lr(self) -> float:

@@ -33,6 +33,7 @@ _KEYS = {
     "memory": "train.memory",
     "micro_batch": "train.micro_batch",
     "freeze_bn": "train.freeze_bn",
+    "sync_bn": "train.sync_bn",
     "gamma": "momentum.gamma",
     "strategy": "momentum.strategy",
     "seed": "train.seed",
@@ -186,6 +187,15 @@ def finetune(  # noqa: PLR0913 (one for each option)
         typer.Option(
             "--freeze-bn",
             help="Keep BatchNorm as it is, for small micro-batches.",
+            rich_help_panel=_MEMORY,
+            show_default=False,
+        ),
+    ] = None,
+    sync_bn: Annotated[
+        bool | None,
+        typer.Option(
+            "--sync-bn",
+            help="Let BatchNorm see the images of all processes; on GPUs.",
             rich_help_panel=_MEMORY,
             show_default=False,
         ),

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from momconv.data.dataset import Transform
 from momconv.data.decoding import decode
 from momconv.data.folder import list_images
-from momconv.data.transforms import evaluation_transform
+from momconv.data.transforms import Transform, evaluation_transform
 from momconv.errors import DataError
 from momconv.zoo.description import Preprocessing
 

@@ -1,8 +1,8 @@
 """Image files as datasets for a DataLoader.
 
-A worker process cannot hand over a DataError: PyTorch turns it into a RuntimeError with the text of
-a traceback. The datasets therefore remember, in memory that all processes share, which file failed,
-and ``read_batches`` raises the error that names it.
+A worker process cannot hand over an UnreadableImage: PyTorch turns it into a RuntimeError with the
+text of a traceback. The datasets therefore remember, in memory that all processes share, which file
+failed, and ``read_batches`` raises the error that names it.
 """
 
 import hashlib
@@ -11,20 +11,20 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from momconv.data.decoding import decode
+from momconv.data.decoding import UnreadableImage, decode
 from momconv.data.folder import ImageSet
-from momconv.errors import DataError, ResourceError
+from momconv.data.transforms import Transform
+from momconv.errors import ResourceError
 
-Transform = Callable[[Image.Image], Tensor]
 _NONE = -1
 _SHARED_MEMORY = Path("/dev/shm")  # where processes hand over tensors, on Linux
 _ALMOST_NOTHING = 2**20  # bytes of free space
@@ -46,19 +46,22 @@ class _ImageFiles:
     def _decode(self, index: int) -> Image.Image:
         try:
             return decode(self.paths[index])
-        except DataError:
-            self._failed.fill_(index)
+        except UnreadableImage:
+            if get_worker_info():
+                self._failed.fill_(index)
             raise
 
     def raise_failure(self) -> None:
-        """Raise the error of the file that a worker could not decode, if there is one.
+        """Raise the error of the file that a worker could not decode, once, if there is one.
 
         Raises:
-            DataError: the file is still unreadable.
+            UnreadableImage: There is.
         """
         index = int(self._failed)
         if index != _NONE:
+            self._failed.fill_(_NONE)
             decode(self.paths[index])
+            raise UnreadableImage(self.paths[index], "could not be read")  # but is back now
 
 
 class LabelledImages(_ImageFiles, Dataset[tuple[Tensor, int]]):
@@ -83,10 +86,14 @@ class LabelledImages(_ImageFiles, Dataset[tuple[Tensor, int]]):
         image = self._decode(index)
         if self.seed is None:
             return self.transform(image), self.labels[index]
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would also seed the GPUs, whose state is not restored here.
-            torch.default_generator.manual_seed(_mix(self.seed, int(self._epoch), index))
+        # Only the CPU's generator: torch.manual_seed and fork_rng would go through the GPUs' too.
+        generator = torch.default_generator
+        before = generator.get_state()
+        generator.manual_seed(_mix(self.seed, int(self._epoch), index))
+        try:
             return self.transform(image), self.labels[index]
+        finally:
+            generator.set_state(before)
 
 
 class UnlabelledImages(_ImageFiles, Dataset[Tensor]):
@@ -117,7 +124,7 @@ def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
     """The batches of a loader of ``LabelledImages`` or ``UnlabelledImages``.
 
     Raises:
-        DataError: a file cannot be decoded, whichever process found out.
+        UnreadableImage: a file cannot be decoded, whichever process found out.
         ResourceError: a process was killed, or there is no shared memory left.
     """
     iterator = iter(loader)

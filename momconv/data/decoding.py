@@ -47,7 +47,7 @@ _one_at_a_time = threading.Lock()
 
 
 class UnreadableImage(DataError):
-    """A file that is no picture, with the ``reason`` alone."""
+    """A file that is no picture, with its ``path`` and the ``reason`` alone."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(
@@ -55,7 +55,7 @@ class UnreadableImage(DataError):
             kind="data.unreadable_image",
             fix="replace the file or take it out of the data folder",
         )
-        self.reason = reason
+        self.path, self.reason = path, reason
 
 
 @dataclass(frozen=True, slots=True)

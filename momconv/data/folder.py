@@ -24,7 +24,8 @@ from momconv.errors import DataError
 Image.init()
 # Formats that Pillow names but that hold no pixels it can read by itself. (EPS starts Ghostscript.)
 _NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
-FORMATS = tuple(name for name in Image.ID if name not in _NOT_PICTURES)
+_COMMON = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # tried first: each has a signature
+FORMATS = (*_COMMON, *(name for name in Image.ID if name not in {*_COMMON, *_NOT_PICTURES}))
 SUFFIXES = frozenset(
     suffix for suffix, name in Image.registered_extensions().items() if name not in _NOT_PICTURES
 )

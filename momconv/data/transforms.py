@@ -7,8 +7,11 @@ for bit, given the same Preprocessing.
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, ToTensor, v2
+from torchvision.transforms import InterpolationMode, v2
 
 from momconv.zoo.description import Preprocessing
 
@@ -17,12 +20,13 @@ _TINY = 64  # pixels; images of CIFAR's kind are shifted rather than cropped
 _SHIFT = 4  # pixels
 _ERASED = {"trivial": 0.1, "randaug": 0.25}  # share of the images from which a rectangle is erased
 
+Transform = Callable[[Image.Image], Tensor]
 Augmentation = Literal["none", "light", "trivial", "randaug"]
 
 
 def evaluation_transform(p: Preprocessing) -> v2.Compose:
     """The centre crop of ``p.resolution`` pixels, after the shorter side is made ``p.resize``."""
-    return v2.Compose([_resize(p), v2.CenterCrop(p.resolution), *_to_normalised_tensor(p)])
+    return v2.Compose([_Resize(p), _CentreCrop(p.resolution), NormalisedTensor(p)])
 
 
 def training_transform(
@@ -41,13 +45,48 @@ def training_transform(
     if level == "none":
         return evaluation_transform(p)
     mirror = [v2.RandomHorizontalFlip()] if flip else []
-    steps = [*_random_crop(p), *mirror, *_policy(level), *_to_normalised_tensor(p)]
+    steps = [*_random_crop(p), *mirror, *_policy(level), NormalisedTensor(p)]
     return v2.Compose([*steps, *_erasing(level)])
 
 
-def _random_crop(p: Preprocessing) -> list[v2.Transform]:
+class _Resize:
+    """``v2.Resize``, which takes a while to find that there is nothing to do."""
+
+    def __init__(self, p: Preprocessing) -> None:
+        self._side = p.resize
+        self._resize = v2.Resize(p.resize, InterpolationMode(p.interpolation), antialias=True)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image if min(image.size) == self._side else self._resize(image)
+
+
+class _CentreCrop:
+    """``v2.CenterCrop``, which copies where there is nothing to do."""
+
+    def __init__(self, resolution: int) -> None:
+        self._size = (resolution, resolution)
+        self._crop = v2.CenterCrop(resolution)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image if image.size == self._size else self._crop(image)
+
+
+class NormalisedTensor:
+    """``ToTensor`` and ``v2.Normalize`` of an 8-bit RGB image, in a third of their time."""
+
+    def __init__(self, p: Preprocessing) -> None:
+        self._mean, self._std = (torch.tensor(v).view(3, 1, 1) for v in (p.mean, p.std))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Red, green and blue, normalised: shape (3, height, width)."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        # Divided by 255, as presets do; v2.ToDtype multiplies by 1/255: not the same.
+        return pixels.float().div_(255).sub_(self._mean).div_(self._std)
+
+
+def _random_crop(p: Preprocessing) -> list[Callable[[Image.Image], Image.Image]]:
     if p.resolution <= _TINY:
-        return [_resize(p), v2.RandomCrop(p.resolution, padding=_SHIFT)]
+        return [_Resize(p), v2.RandomCrop(p.resolution, padding=_SHIFT)]
     mode = InterpolationMode(p.interpolation)
     scale = (_SMALLEST_SCALE, 1.0)
     return [v2.RandomResizedCrop(p.resolution, scale, interpolation=mode, antialias=True)]
@@ -62,12 +101,3 @@ def _policy(level: Augmentation) -> list[v2.Transform]:
 
 def _erasing(level: Augmentation) -> list[v2.Transform]:
     return [v2.RandomErasing(_ERASED[level])] if level in _ERASED else []
-
-
-def _resize(p: Preprocessing) -> v2.Transform:
-    return v2.Resize(p.resize, InterpolationMode(p.interpolation), antialias=True)
-
-
-def _to_normalised_tensor(p: Preprocessing) -> list[Callable[..., Tensor]]:
-    # ToTensor divides by 255, as presets do; v2.ToDtype multiplies by 1/255: not the same.
-    return [ToTensor(), v2.Normalize(p.mean, p.std)]

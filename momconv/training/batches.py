@@ -35,16 +35,25 @@ def split_order(order: Sequence[int], batch_size: int) -> list[list[int]]:
     return [list(order[i:j]) for i, j in itertools.pairwise([*starts, count])]
 
 
-def split_batch(batch: Sequence[int], micro_batch: int) -> list[list[int]]:
+def split_batch(
+    batch: Sequence[int], micro_batch: int, *, largest: int | None = None
+) -> list[list[int]]:
     """``batch`` in even parts of at most ``micro_batch`` images.
+
+    If it is the share of a process, and ``largest`` the images of the largest share, which has one
+    more at most, it has as many parts as that one.
 
     >>> split_batch([5, 3, 8, 1, 2], 4), split_batch([5, 3, 8, 1, 2], 2)
     ([[5, 3, 8], [1, 2]], [[5, 3, 8], [1, 2]])
+    >>> split_batch([5, 3, 8], 2), split_batch([5, 3, 8], 2, largest=4)
+    ([[5, 3, 8]], [[5, 3], [8]])
     """
     if not batch:
         return []
+    parts = len(split_evenly(largest or len(batch), micro_batch))
+    size, larger = divmod(len(batch), parts)
     rest = iter(batch)
-    return [list(itertools.islice(rest, size)) for size in split_evenly(len(batch), micro_batch)]
+    return [list(itertools.islice(rest, size + (part < larger))) for part in range(parts)]
 
 
 class MicroBatches(Sampler[list[int]]):

@@ -28,6 +28,7 @@ from momconv.training.images import (
 )
 from momconv.training.job import Job
 from momconv.training.loop import train
+from momconv.training.omission import keep_rest
 from momconv.training.optimisation import choose_precision, make_optimizer
 from momconv.training.parameters import require_stages
 from momconv.training.planning import (
@@ -99,6 +100,7 @@ def finetune(
     began, run = time.monotonic(), RunFolder(Path(folder))
     device = find_own_device(recipe.train.device)
     choose_precision(recipe.train, device)
+    network.require_synchronisable(recipe.train, device)
     with (
         joined() as processes,
         _seeded(recipe.train.seed, device),
@@ -108,11 +110,14 @@ def finetune(
         job, progress = _begin(task, resume=resume)
         job.plan = plan_together(job.plan, job.model, processes)
         write_plan(job)
+        if recipe.train.sync_bn and processes.count > 1:
+            network.synchronise(job.model)
         if recipe.train.time_limit is not None:
             job.ends = began + parse_duration(recipe.train.time_limit)
         train(job, progress)
     assert progress.best is not None
-    done = (progress.best, progress.epoch, tuple(progress.history), job.splits, job.plan)
+    splits = keep_rest(job.splits, progress)
+    done = (progress.best, progress.epoch, tuple(progress.history), splits, job.plan)
     return Result(run.path, run.best, run.last, *done)
 
 
@@ -229,9 +234,9 @@ def _resume(task: _Task) -> tuple[Job, Progress]:
         run.make(0)
     before = load_recipe(run.config)
     _refuse_changes(before, recipe, run)
-    splits = recall_images(run.split, recipe.data.path, task.listener)
     saved = load_newest(run, task.listener.tell)
     model, progress = saved.model, saved.progress
+    splits = recall_images(run.split, recipe.data.path, task.listener, progress=progress)
     network.place(model, task.device)
     network.start_training(model, recipe.train)
     plan = _recall_plan(run, _describe_setting(task, splits, model), model)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
@@ -21,7 +21,8 @@ from momconv.data.report import DataReport, fingerprint, name_classes, report
 from momconv.errors import DataError, ModelFileError, UsageError
 from momconv.files.atomic import write_text
 from momconv.recipe import DataRecipe
-from momconv.training.progress import SILENT, Listener
+from momconv.training.omission import keep_rest
+from momconv.training.progress import SILENT, Listener, Progress
 from momconv.training.run_folder import RunFolder
 
 _SHOWN = 5  # files that an error names
@@ -136,8 +137,16 @@ def remember_images(
         listener.tell(f"note: all unreadable images are listed in {run.data_report}")
 
 
-def recall_images(path: Path, root: Path | None = None, listener: Listener = SILENT) -> Splits:
+def recall_images(
+    path: Path,
+    root: Path | None = None,
+    listener: Listener = SILENT,
+    *,
+    progress: Progress | None = None,
+) -> Splits:
     """The images that ``remember_images`` wrote to ``path``, which may be below ``root`` now.
+
+    Those that were left out according to ``progress`` may be anything.
 
     Raises:
         ModelFileError: ``path`` is missing or damaged.
@@ -147,12 +156,15 @@ def recall_images(path: Path, root: Path | None = None, listener: Listener = SIL
     root = root or split.data
     parts = {"train": split.train, "val": split.val}
     train, val = (_from_part(part, split.classes, root) for part in parts.values())
-    found = _examine(train, listener) | _examine(val, listener)
+    recalled = Splits(train, val, ())
+    rest = keep_rest(recalled, progress) if progress else recalled
+    found = _examine(rest.train, listener) | _examine(rest.val, listener)
     files = [(name, root / part.folder, f) for name, part in parts.items() for f in part.files]
-    changed = [at / f.path for _, at, f in files if found[at / f.path].sha256 != f.sha256]
-    if changed:
+    sha256 = {at / f.path: f.sha256 for _, at, f in files}
+    if changed := [path for path, now in found.items() if now.sha256 != sha256[path]]:
         raise _changed(root, changed)
-    return Splits(train, val, (), fingerprint((n, f.class_name, f.sha256) for n, _, f in files))
+    digest = fingerprint((name, f.class_name, f.sha256) for name, _, f in files)
+    return replace(recalled, fingerprint=digest)
 
 
 def find_held_out(path: Path, root: Path) -> ImageSet | None:

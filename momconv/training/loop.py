@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import printable
-from momconv.errors import ResourceError
+from momconv.errors import DataError, ResourceError
 from momconv.evaluation import Scores, evaluate
 from momconv.planner.measurement import autocast, measure, static_bytes
 from momconv.training.compilation import compiling, uncompiled
 from momconv.training.interruption import Interrupted, TimeUp, catching_signals
 from momconv.training.job import Job
 from momconv.training.network import read_gamma, start_training
+from momconv.training.omission import find_number, keep_rest, leave_out
 from momconv.training.optimisation import set_rate
 from momconv.training.progress import EpochRow, Halving, Progress
 from momconv.training.saving import (
@@ -39,6 +41,7 @@ from momconv.training.stopping import has_stalled
 from momconv.units import format_bytes
 
 _SHOWN = 5  # files that an error names
+_NONE = -1  # in place of an image's number
 
 
 def train(job: Job, progress: Progress) -> None:
@@ -51,7 +54,7 @@ def train(job: Job, progress: Progress) -> None:
         TimeUp: The time limit is reached.
         MomconvError: The loss or a gradient is not finite, again after a return to the last saved
             state, which is then the one that the folder holds.
-        DataError: An image cannot be decoded any more.
+        DataError: Too many images cannot be decoded any more.
         ResourceError: Memory or disk is exhausted.
     """
     steps, report, autosave = Steps(job), _Report(job, progress), Autosave(job, progress)
@@ -64,7 +67,8 @@ def train(job: Job, progress: Progress) -> None:
             start_training(job.model, job.recipe.train)
             _reset_peak(job.device)
             began = time.perf_counter()
-            for step in steps.read(progress.epoch, first=progress.step):
+            left_out = progress.left_out("train")
+            for step in steps.read(progress.epoch, first=progress.step, left_out=left_out):
                 loss = _add_up(job, progress, step, report, check)
                 if loss is None or not _step(job, progress):
                     report.start_over()
@@ -76,7 +80,7 @@ def train(job: Job, progress: Progress) -> None:
                 _stop_if_asked(job, check)
                 began = time.perf_counter()
             else:
-                scores = _validate(job, report, check)
+                scores = _validate(job, progress, report, check)
                 _finish_epoch(job, progress, scores, time.perf_counter() - began)
                 if not _is_done(job, progress):
                     _stop_if_asked(job, check)
@@ -111,6 +115,9 @@ def _add_up(
     except torch.OutOfMemoryError:
         halve(job, progress)
         return None
+    except UnreadableImage as error:
+        leave_out(job, progress, "train", find_number(job.splits.train, error))
+        return None
     except NotFinite as error:
         go_back_and_slow_down(job, progress, error)
         return None
@@ -122,8 +129,10 @@ def _add_share(job: Job, step: Step, report: "_Report", check: Callable[[], None
 
     Raises:
         torch.OutOfMemoryError: In this process or in another one.
+        UnreadableImage: The same.
     """
-    loss, left, exhausted = torch.zeros((), device=job.device), step.images, False
+    loss, left = torch.zeros((), device=job.device), step.images
+    exhausted, unreadable = False, _NONE
     try:
         for images, labels in step.parts:
             share = len(labels) / step.images
@@ -137,11 +146,45 @@ def _add_share(job: Job, step: Step, report: "_Report", check: Callable[[], None
                 check()
     except torch.OutOfMemoryError:
         exhausted = True
-    if any(job.processes.largest(exhausted)):
-        raise torch.OutOfMemoryError
+    except UnreadableImage as error:
+        unreadable = find_number(job.splits.train, error)
+    _fail_together(job, exhausted=exhausted, unreadable=unreadable)
     if left:
         report(left)  # those of the other processes
     return loss
+
+
+def _fail_together(job: Job, *, exhausted: bool, unreadable: int) -> None:
+    """Do nothing if no process ran out of memory or has met an ``unreadable`` image.
+
+    Raises:
+        MomconvError: This one did, and the others wait for it within BatchNorm.
+        torch.OutOfMemoryError: One did.
+        UnreadableImage: One has.
+    """
+    if job.recipe.train.sync_bn and job.processes.count > 1:
+        _refuse_to_redo(job, exhausted=exhausted, unreadable=unreadable)
+    anywhere, unreadable = job.processes.largest(exhausted, unreadable)
+    if anywhere:
+        raise torch.OutOfMemoryError
+    if unreadable != _NONE:
+        raise UnreadableImage(job.splits.train.samples[unreadable].path, "could not be read")
+
+
+def _refuse_to_redo(job: Job, *, exhausted: bool, unreadable: int) -> None:
+    if exhausted:
+        raise ResourceError(
+            f"{job.device} ran out of memory, while others wait for it (--sync-bn)",
+            kind="memory.exhausted",
+            fix=f"{job.folder.resume_command} --micro-batch {max(2, job.plan.micro_batch // 2)}",
+        )
+    if unreadable != _NONE:
+        path = printable(job.splits.train.samples[unreadable].path)
+        raise DataError(
+            f"{path}: could not be read, while others wait for it (--sync-bn)",
+            kind="data.lost_image",
+            fix=f"put the image back, and {job.folder.resume_command}",
+        )
 
 
 def _step(job: Job, progress: Progress) -> bool:
@@ -266,8 +309,7 @@ def halve(job: Job, progress: Progress) -> None:
     Raises:
         ResourceError: There are no smaller ones.
     """
-    if job.device.type == "cuda":
-        torch.cuda.empty_cache()
+    _release_memory(job.device)
     before = job.plan.micro_batch
     smaller = job.plan.halve(fewest=fewest_images(job.model))
     if smaller is None:
@@ -325,18 +367,21 @@ def _require_finite(job: Job, progress: Progress, loss: Tensor, step: Step) -> N
     )
 
 
-def _validate(job: Job, report: "_Report", check: Callable[[], None]) -> Scores | None:
+def _validate(
+    job: Job, progress: Progress, report: "_Report", check: Callable[[], None]
+) -> Scores | None:
     """The scores on the held-out images; None without any.
 
     Without gradients an image needs less than in training, so the micro-batch should fit here too.
 
     Raises:
         ResourceError: Not even one image does.
+        DataError: Too many images cannot be decoded any more.
     """
     if not job.splits.val.samples:
         return None
 
-    def progress(done: int, total: int) -> None:
+    def tell(done: int, total: int) -> None:
         report(0, f"validating {done}/{total}")
         if job.processes.count == 1:
             check()
@@ -348,18 +393,20 @@ def _validate(job: Job, report: "_Report", check: Callable[[], None]) -> Scores 
             with uncompiled(wanted=job.recipe.train.compile), job.processes.noticing_losses():
                 return evaluate(
                     job.networks[-1],
-                    job.splits.val,
+                    keep_rest(job.splits, progress).val,
                     batch_size=size,
                     device=job.device,
                     workers=job.workers,
-                    progress=progress,
+                    progress=tell,
                 )
+        except UnreadableImage as error:
+            leave_out(job, progress, "val", find_number(job.splits.val, error))
+            continue
         except torch.OutOfMemoryError:
             if size == 1:
                 raise _out_of_memory(job, "validating 1 image at a time") from None
             job.evaluation_batch = size // 2
-        if job.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _release_memory(job.device)
         job.listener.tell(
             f"warning: {job.device} ran out of memory while validating {size} images at once; it "
             f"is done again, with {size // 2}"
@@ -407,6 +454,11 @@ class _Report:
         parts.append(f"peak {format_bytes(_peak_bytes(self._job))}")
         text = " · ".join([f"epoch {progress.epoch + 1}/{self._job.recipe.train.epochs}", *parts])
         self._job.listener.advance("training", self._done, self._total, text)
+
+
+def _release_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _reset_peak(device: torch.device) -> None:

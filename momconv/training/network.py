@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.folder import ImageSet
 from momconv.data.transforms import evaluation_transform
+from momconv.errors import UsageError
 from momconv.files import model_file
 from momconv.momentum.sequential import momentum_stages
 from momconv.recipe import ModelRecipe, Recipe, TrainRecipe
@@ -77,6 +78,25 @@ def start_training(model: nn.Module, recipe: TrainRecipe) -> None:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval().requires_grad_(requires_grad=False)
+
+
+def require_synchronisable(recipe: TrainRecipe, device: torch.device) -> None:
+    """Do nothing unless BatchNorm is to be synchronised on a ``device`` that cannot do that.
+
+    Raises:
+        UsageError: It is.
+    """
+    if recipe.sync_bn and device.type != "cuda":
+        raise UsageError(
+            f"--sync-bn: PyTorch's SyncBatchNorm does not run on the device {device}, only on GPUs",
+            kind="usage.sync_bn_device",
+            fix="leave out --sync-bn; with --freeze-bn images do not depend on each other",
+        )
+
+
+def synchronise(model: nn.Module) -> None:
+    """Let each BatchNorm of ``model`` see the micro-batches of all processes at once."""
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def name_strategies(model: nn.Module) -> str:

@@ -1,9 +1,17 @@
 """The processes of one run, as torchrun starts them. Each has a share of every batch.
 
-They sum their gradients after the last micro-batch of a step, by plain all-reduces. PyTorch's
-DistributedDataParallel does that within the backward pass, where a process that runs out of memory,
-or has none of the images of a small last batch, would leave the others waiting. Here all of them
-agree on what to do.
+They sum their gradients after the last micro-batch of a step, by plain all-reduces, and not within
+its backward pass as PyTorch's DistributedDataParallel does:
+
+* Before the sum, all agree on what to do where one ran out of memory, or met an image that cannot
+  be read: the step is done again. In the middle of a backward pass the others would wait for ever.
+* Each loss is weighted by its images, so the sum is the gradient of the joint batch, also where
+  shares differ by an image, or a small last batch has none for some process. DDP averages over all
+  processes, and needs each of them to run backward.
+* DDP's buckets are a second copy of the gradients, or what gradients are views of, which the plan
+  of the memory would have to know.
+
+What that costs is the overlap of sum and computation, once a step, however many micro-batches.
 """
 
 import os
@@ -174,6 +182,8 @@ def joined() -> Iterator[Processes]:
 
 def _learnt_statistics(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):  # has those of all processes already
+            continue
         if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
             assert module.running_mean is not None
             assert module.running_var is not None

@@ -1,6 +1,9 @@
 """How far a run is, and who hears about it."""
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+SplitName = Literal["train", "val"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,17 @@ class Rollback:
     step: int
 
 
+@dataclass(frozen=True, slots=True)
+class Omission:
+    """An image could not be read any more, and the run went on without it."""
+
+    epoch: int  # from 1, as the step
+    step: int | None  # None while validating
+    split: SplitName
+    image: int  # its number in split.json, from 0
+    path: str
+
+
 @dataclass(slots=True)
 class Progress:
     """The counters of a run. Together with weights and optimiser they are its whole state."""
@@ -48,6 +62,7 @@ class Progress:
     seconds: float = 0.0  # spent on them
     halvings: list[Halving] = field(default_factory=list)
     rollbacks: list[Rollback] = field(default_factory=list)
+    omissions: list[Omission] = field(default_factory=list)
     lr_factor: float = 1.0  # of the recipe's learning rate: a rollback halves it
 
     @property
@@ -67,6 +82,10 @@ class Progress:
             return self.history[-1]
         same = [row for row in self.history if row.gamma == self.history[-1].gamma]
         return max(same, key=lambda row: row.val_top1 or 0.0)
+
+    def left_out(self, split: SplitName) -> set[int]:
+        """The numbers of the images of the ``split`` that the run goes on without."""
+        return {omission.image for omission in self.omissions if omission.split == split}
 
     def count_step(self, images: int, loss: float, seconds: float) -> None:
         """Count one optimisation step on so many images with this mean ``loss``."""

@@ -167,6 +167,7 @@ class RunFolder:
         events = [{"event": "epoch"} | _finite(row) for row in rows]
         events += [{"event": "out_of_memory"} | asdict(halving) for halving in progress.halvings]
         events += [{"event": "not_finite"} | asdict(back) for back in progress.rollbacks]
+        events += [{"event": "unreadable_image"} | asdict(one) for one in progress.omissions]
         events.sort(key=lambda event: (event["epoch"], event["event"] == "epoch"))
         write_text(self.events, "".join(json.dumps(event) + "\n" for event in events))
 

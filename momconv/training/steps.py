@@ -1,7 +1,8 @@
 """The images of each optimisation step, read and augmented, in micro-batches."""
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,9 +60,14 @@ class Steps:
         self._job, self._recipe = job, job.recipe.train
         self._count = len(job.splits.train.samples)
 
-    def read(self, epoch: int, *, first: int) -> Iterator[Step]:
-        """The steps of ``epoch`` from its step ``first`` on. Each must be used up in turn."""
-        batches = self._split(epoch)[first:]
+    def read(
+        self, epoch: int, *, first: int, left_out: Collection[int] = frozenset()
+    ) -> Iterator[Step]:
+        """The steps of ``epoch`` from its step ``first`` on. Each must be used up in turn.
+
+        The images ``left_out`` are missing from theirs.
+        """
+        batches = self._fill_up(self._split(epoch), left_out)[first:]
         self._dataset.set_epoch(epoch)
         self._micro_batches.steps = list(map(self._read_share, batches))
         parts = read_batches(self._loader)
@@ -82,10 +88,33 @@ class Steps:
         return images, labels
 
     def _read_share(self, batch: list[int]) -> list[list[int]]:
-        """The micro-batches of this process's share of ``batch``."""
-        own = self._job.processes.share(len(batch), fewest=fewest_images(self._job.model))
-        parts = split_batch(batch[own.start : own.stop], self._job.plan.micro_batch)
+        """The micro-batches of this process's share of ``batch``.
+
+        All processes have equally many if BatchNorm sees those of all at once.
+        """
+        together, processes = self._recipe.sync_bn, self._job.processes
+        fewest = 1 if together else fewest_images(self._job.model)
+        own = processes.share(len(batch), fewest=fewest)
+        largest = math.ceil(len(batch) / processes.count) if together else None
+        share, micro_batch = batch[own.start : own.stop], self._job.plan.micro_batch
+        parts = split_batch(share, micro_batch, largest=largest)
         return self._mixer.extend(parts, before=batch[own.start - 1])
+
+    def _fill_up(self, batches: list[list[int]], left_out: Collection[int]) -> list[list[int]]:
+        """``batches`` without what is ``left_out``; too small ones take the epoch's first images.
+
+        That is, where images are left out or every process needs one.
+        """
+        fewest = self._job.processes.count if self._recipe.sync_bn else 0
+        if left_out:
+            fewest = max(fewest, fewest_images(self._job.model))
+            batches = [[i for i in batch if i % self._count not in left_out] for batch in batches]
+        order = [*itertools.chain(*batches)]
+        for batch in batches:
+            if len(batch) < fewest:
+                others = [i for i in order if i not in batch]
+                batch += others[: fewest - len(batch)]
+        return batches
 
     def _split(self, epoch: int) -> list[list[int]]:
         size, seed = self._recipe.batch_size, self._recipe.seed

@@ -5,7 +5,7 @@ import torch
 from pictures import save_picture
 from PIL import Image
 from torchvision.models import ResNet50_Weights
-from torchvision.transforms import v2
+from torchvision.transforms import ToTensor, v2
 
 from momconv.data.decoding import decode
 from momconv.data.transforms import Augmentation, evaluation_transform, training_transform
@@ -116,3 +116,19 @@ def test_stronger_levels_change_colours_and_erase(p: Preprocessing, level: Augme
     }
     assert len(centres) > 5
     assert isinstance(transform.transforms[-1], v2.RandomErasing)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 32), (40, 50)])
+def test_leaving_out_what_changes_nothing_changes_nothing(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator)
+    image = v2.functional.to_pil_image(pixels)
+    crop, flip = v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()
+    normal = [ToTensor(), v2.Normalize(CIFAR.mean, CIFAR.std)]
+    whole = v2.Compose([v2.Resize(32, antialias=True), v2.CenterCrop(32), *normal])
+    moved = v2.Compose([v2.Resize(32, antialias=True), crop, flip, *normal])
+    for ours, theirs in ((evaluation_transform, whole), (training_transform, moved)):
+        torch.manual_seed(1)
+        expected = theirs(image)
+        torch.manual_seed(1)
+        assert torch.equal(ours(CIFAR)(image), expected)

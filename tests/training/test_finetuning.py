@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Log, Signals, read_metrics, read_tensors, small
+from runs import Log, Signals, assert_same, read_metrics, small
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -44,14 +44,6 @@ def resume(folder: Path, *changes: str, listener: Listener | None = None) -> Res
 def interrupt(recipe: Recipe, folder: Path, n: int) -> None:
     with pytest.raises(Interrupted):
         finetune(recipe, folder, listener=Signals(n))
-
-
-def assert_same(one: Path, other: Path) -> None:
-    assert read_metrics(one) == read_metrics(other)
-    ours, theirs = read_tensors(one), read_tensors(other)
-    assert ours.keys() == theirs.keys()
-    different = [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
-    assert not different
 
 
 # A run

@@ -1,28 +1,36 @@
 """Two real processes that talk over gloo, against one with the joint batch."""
 
 import os
+import shutil
 import signal
 import socket
 from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import read_metrics, small
+from runs import Damage, read_metrics, small
 from safetensors.torch import load_file
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from momconv.errors import ResourceError
+from momconv.errors import ResourceError, UsageError
 from momconv.recipe import Recipe, load_recipe
+from momconv.training import network
+from momconv.training.batches import split_batch, split_epoch
 from momconv.training.finetuning import finetune
+from momconv.training.images import find_images
 from momconv.training.interruption import Interrupted
 from momconv.training.processes import ALONE, Processes, find_own_device, is_leader
+from momconv.training.progress import SILENT
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state
+from momconv.zoo.networks import build
 
 LOST = 55
 FROZEN = ["train.freeze_bn=true", "train.epochs=1", "train.warmup_epochs=0"]
@@ -60,12 +68,18 @@ def test_only_the_loss_of_another_process_is_named_so() -> None:
         raise RuntimeError("a bug")
 
 
-def take_part(recipe: Recipe, folder: Path, environment: dict[str, str]) -> NoReturn:
+def take_part(
+    recipe: Recipe, folder: Path, environment: dict[str, str], broken: tuple[Path, ...]
+) -> NoReturn:
     """Be one process of a run, as torchrun would start it; the exit code says how it ended."""
     os.environ.update(environment)
     torch.set_num_threads(1)
+    if recipe.train.sync_bn:
+        network.require_synchronisable = lambda *_: None
+        nn.SyncBatchNorm.forward = normalise_together  # type: ignore[method-assign, assignment]
     try:
-        finetune(recipe, folder, resume=(folder / "state.safetensors").exists())
+        resume = (folder / "state.safetensors").exists()
+        finetune(recipe, folder, resume=resume, listener=Damage(broken))
     except ResourceError as error:
         os._exit({"run.lost_process": LOST}.get(error.kind, 1))
     except Interrupted as interrupted:
@@ -73,8 +87,38 @@ def take_part(recipe: Recipe, folder: Path, environment: dict[str, str]) -> NoRe
     os._exit(0)
 
 
-def start(count: int, recipe: Recipe, folder: Path) -> list[ForkServerProcess]:
-    """Processes that talk over gloo.
+class Total(torch.autograd.Function):
+    """The sum over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return Total.forward(ctx, gradient)
+
+
+def normalise_together(layer: Any, x: Tensor) -> Any:
+    """What SyncBatchNorm does on GPUs, with sums over gloo."""
+    if not layer.training:
+        return nn.BatchNorm2d.forward(layer, x)
+    n = Total.apply(torch.tensor(float(x[:, 0].numel())))
+    mean = Total.apply(x.sum((0, 2, 3), keepdim=True)) / n
+    var = Total.apply(((x - mean) ** 2).sum((0, 2, 3), keepdim=True)) / n
+    with torch.no_grad():
+        layer.running_mean.lerp_(mean.flatten(), layer.momentum)
+        layer.running_var.lerp_(var.flatten() * n / (n - 1), layer.momentum)
+    weight, bias = (p.view(1, -1, 1, 1) for p in (layer.weight, layer.bias))
+    return (x - mean) * (var + layer.eps).rsqrt() * weight + bias
+
+
+def start(
+    count: int, recipe: Recipe, folder: Path, broken: tuple[Path, ...] = ()
+) -> list[ForkServerProcess]:
+    """Processes that talk over gloo; the files ``broken`` break when training begins.
 
     They come from a server that has imported everything, but not run anything, as autograd does not
     survive a fork.
@@ -89,7 +133,7 @@ def start(count: int, recipe: Recipe, folder: Path) -> list[ForkServerProcess]:
     processes = [
         context.Process(
             target=take_part,
-            args=(recipe, folder, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
+            args=(recipe, folder, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, broken),
         )
         for rank in range(count)
     ]
@@ -163,3 +207,63 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(
     saved = load_state(run.state)
     done = saved.progress.epoch * 4 + saved.progress.step
     assert int(saved.model.state_dict()["bn1.num_batches_tracked"]) >= done
+
+
+def test_an_image_that_breaks_in_one_process_is_left_out_by_both(
+    colours: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(colours, tmp_path / "data"))
+    recipe = small(data, *FROZEN, "data.max_bad_fraction=0.2", "train.epochs=2")
+    images = find_images(data, recipe.data, SILENT)
+    late = split_epoch(18, 5, seed=0, epoch=0)[-1][-1]
+    broken = (images.train.samples[late].path, images.val.samples[1].path)
+    run = RunFolder(tmp_path / "run")
+    assert end(start(2, recipe, run.path, broken)) == [0, 0]
+    progress = load_state(run.state).progress
+    assert [omission.path for omission in progress.omissions] == list(map(str, broken))
+    assert progress.epoch == 2
+
+
+def test_with_sync_bn_batch_norm_sees_the_joint_batch(colours: Path, tmp_path: Path) -> None:
+    """One step, on shares of 11 and 10 images, and of the plain network.
+
+    Momentum with γ = 0.9 makes a hundredth of what another formula for BatchNorm rounds differently.
+    """
+    changes = ["train.epochs=1", "train.batch_size=21", "train.micro_batch=21"]
+    changes += ["data.val_frac=0.13", "momentum.gamma=0"]
+    recipe = small(colours, *changes, "train.sync_bn=true")
+    assert end(start(2, recipe, tmp_path / "two")) == [0, 0]
+    finetune(small(colours, *changes), tmp_path / "one")
+    ours, theirs = (load_file(RunFolder(tmp_path / name).state) for name in ("two", "one"))
+    compared = [key for key in theirs if "momentum_buffer" in key or "running" in key]
+    assert len(compared) == 97
+    for key in compared:
+        scale = float(theirs[key].abs().max())
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=2**-14 * scale)
+
+
+def test_sync_bn_is_refused_on_the_cpu(colours: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--sync-bn: .* does not run on the device cpu"):
+        finetune(small(colours, "train.sync_bn=true"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sync_bn_keeps_all_but_the_kind_of_layer() -> None:
+    model = build("cifar_resnet20")
+    layers, keys = [m for m in model.modules() if isinstance(m, _BatchNorm)], [*model.state_dict()]
+    weights = [layer.weight for layer in layers]
+    network.synchronise(model)
+    replaced = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    assert {type(layer) for layer in replaced} == {nn.SyncBatchNorm}
+    assert all(layer.weight is weight for layer, weight in zip(replaced, weights, strict=True))
+    assert [*model.state_dict()] == keys
+
+
+@given(st.integers(2, 60), st.integers(2, 5), st.integers(2, 9))
+def test_shares_can_have_equally_many_micro_batches(batch: int, count: int, micro: int) -> None:
+    shares = [len(Processes(rank, count).share(batch, fewest=1)) for rank in range(count)]
+    parts = [
+        split_batch(range(share), micro, largest=shares[0]) for share in shares if batch >= count
+    ]
+    assert len({len(own) for own in parts}) <= 1
+    assert all(own and all(own) for own in parts)

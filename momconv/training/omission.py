@@ -1,0 +1,59 @@
+"""Going on without an image that cannot be read any more, although it could before the run.
+
+The others keep their places in the order, and what is left out is part of the state: a run that is
+resumed goes on without it too, whether or not the file is back.
+"""
+
+from dataclasses import replace
+
+from momconv.data.decoding import UnreadableImage
+from momconv.data.examination import examine
+from momconv.data.folder import ImageSet, Splits, printable
+from momconv.data.inspection import refuse_many_unreadable
+from momconv.training.job import Job
+from momconv.training.progress import Omission, Progress, SplitName
+
+
+def leave_out(job: Job, progress: Progress, split: SplitName, image: int) -> None:
+    """Go on without the image of this number in the ``split``.
+
+    Raises:
+        DataError: Too many are left out now, or the recipe is strict.
+    """
+    images = select(job.splits, split)
+    path = images.samples[image].path
+    reason = examine(path).problem or "could not be read"  # the file may be back by now
+    if job.recipe.data.strict:
+        raise UnreadableImage(path, reason)
+    step = progress.step + 1 if split == "train" else None
+    progress.omissions.append(Omission(progress.epoch + 1, step, split, image, str(path)))
+    left_out = progress.left_out(split)
+    names = [printable(images.samples[number].path) for number in left_out]
+    total = len(images.samples)
+    refuse_many_unreadable(names, total, job.recipe.data.max_bad_fraction)
+    if job.processes.leads:
+        job.folder.write_history(progress)
+    job.listener.tell(
+        f"warning: {printable(path)}: {reason}; going on without it "
+        f"({len(names)} of {total} images unreadable since the start)"
+    )
+
+
+def keep_rest(splits: Splits, progress: Progress) -> Splits:
+    """The images that are not left out."""
+
+    def rest(split: SplitName) -> ImageSet:
+        images, left_out = select(splits, split), progress.left_out(split)
+        return images.select(n for n in range(len(images.samples)) if n not in left_out)
+
+    return replace(splits, train=rest("train"), val=rest("val"))
+
+
+def select(splits: Splits, split: SplitName) -> ImageSet:
+    """The images of the ``split``."""
+    return splits.train if split == "train" else splits.val
+
+
+def find_number(images: ImageSet, error: UnreadableImage) -> int:
+    """The number of the image that the ``error`` is about."""
+    return [sample.path for sample in images.samples].index(error.path)

@@ -1,0 +1,96 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import Damage, assert_same, small
+
+from momconv.errors import DataError
+from momconv.evaluation import evaluate
+from momconv.files import model_file
+from momconv.recipe import load_recipe
+from momconv.training.batches import split_epoch
+from momconv.training.finetuning import Result, finetune
+from momconv.training.images import find_images, require_folder
+from momconv.training.interruption import Interrupted
+from momconv.training.progress import SILENT
+
+LENIENT = "data.max_bad_fraction=0.2"
+
+
+@pytest.fixture
+def data(colours: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(colours, tmp_path / "data"))
+
+
+def choose(data: Path) -> tuple[Path, Path]:
+    """An image of the last step of the first epoch, and one that is held out."""
+    recipe = small(data).data
+    splits = find_images(require_folder(recipe), recipe, SILENT)
+    last = split_epoch(len(splits.train.samples), 5, seed=0, epoch=0)[-1][0]
+    return splits.train.samples[last].path, splits.val.samples[1].path
+
+
+# Python 3.12 warns of any fork.
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_images_that_break_are_named_counted_and_left_out(data: Path, tmp_path: Path) -> None:
+    train, val = choose(data)
+    recipe, log = small(data, LENIENT, "data.workers=1"), Damage([train, val])
+    result = finetune(recipe, tmp_path / "run", listener=log)
+    assert [text for text in log.told if "going on without it" in text] == [
+        f"warning: {train}: empty file; going on without it (1 of 18 images unreadable since the "
+        "start)",
+        f"warning: {val}: empty file; going on without it (1 of 6 images unreadable since the "
+        "start)",
+    ]
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    events = [event for event in map(json.loads, lines) if event["event"] == "unreadable_image"]
+    assert [(event["epoch"], event["step"], event["path"]) for event in events] == [
+        (1, 4, str(train)),
+        (1, None, str(val)),
+    ]
+    assert_scored_without(result, val)
+
+
+def assert_scored_without(result: Result, val: Path) -> None:
+    assert result.epochs == 2
+    assert val not in [sample.path for sample in result.splits.val.samples]
+    scores = evaluate(model_file.load(result.best), result.splits.val)
+    assert (scores.n, scores.top1) == (5, result.best_epoch.val_top1)
+
+
+def test_a_resumed_run_goes_on_without_them_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    broken = choose(data)
+    whole = {path: path.read_bytes() for path in broken}
+    finetune(small(data, LENIENT), tmp_path / "straight", listener=Damage(broken))
+    for path, content in whole.items():
+        path.write_bytes(content)
+    with pytest.raises(Interrupted):
+        finetune(small(data, LENIENT), tmp_path / "run", listener=Damage(broken, n=14))
+    for path in broken:
+        path.unlink()
+    recipe = load_recipe(tmp_path / "run" / "config.yaml")
+    finetune(recipe, tmp_path / "run", resume=True)
+    assert_same(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ("data.max_bad_fraction=0.05", "data.too_many_unreadable"),
+        ("data.strict=true", "data.unreadable_image"),
+    ],
+)
+def test_too_many_of_them_end_the_run(data: Path, tmp_path: Path, change: str, kind: str) -> None:
+    with pytest.raises(DataError) as caught:
+        finetune(small(data, change), tmp_path / "run", listener=Damage(choose(data)))
+    assert caught.value.kind == kind
+    assert (tmp_path / "run" / "state.safetensors").is_file()
+
+
+def test_a_batch_of_which_nothing_is_left_takes_others(data: Path, tmp_path: Path) -> None:
+    train, _ = choose(data)
+    recipe = small(data, LENIENT, "train.batch_size=1", "train.epochs=1")
+    result = finetune(recipe, tmp_path / "run", listener=Damage([train]))
+    assert result.best_epoch.train_loss < float("inf")
+    assert len(result.splits.train.samples) == 17
