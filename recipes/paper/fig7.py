@@ -6,10 +6,12 @@ included, for the ResNet and for the Momentum ResNet (γ = 0.9, all runs of bloc
 checkpointed, or reconstructed ("auto"). Then what smaller γ costs in the CIFAR network, whose
 stages have 18 and 17 blocks (1202: 200 and 199). The predictions are exact to a thousandth on a
 CPU (benchmarks/RESULTS.md, prediction). ``python -m benchmarks.batches`` measures, momentumnet
-included; accuracy over γ is in fig6.
+included. Last, accuracy against memory as γ varies: the published ResNet-20 (``--weights``),
+calibrated on 500 training images of CIFAR-10 (``--data``) without their labels, on 1,000 others.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -17,9 +19,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from benchmarks.tables import Row
-from momconv import convert, load_network, peak_memory
+from momconv import calibrate, convert, load_network, peak_memory
 from momconv.momentum.autograd import Strategy
 from momconv.planner.prediction import PeakMemory
+from recipes.paper import cifar
 from recipes.paper.report import MOMENTUM, RESNET, REVNET, Claim, panels, report
 
 GAMMAS = (0.1, 0.3, 0.5, 0.9, 0.99)
@@ -44,6 +47,7 @@ class Case:
 IMAGENET = Case("resnet152", 224, (8, 32))
 CIFAR = Case("cifar_resnet110", 32, (32, 128))
 CIFAR_FULL = Case("cifar_resnet1202", 32, (32, 128))
+SMALL = Case("cifar_resnet20", 32, (8,))
 
 
 def make(name: str, gamma: float = 0.9) -> nn.Module:
@@ -74,6 +78,22 @@ def predict_gammas(case: Case, gammas: tuple[float, ...] = GAMMAS) -> dict[float
     return {gamma: peak_memory(make(case.network, gamma), 8, case.resolution) for gamma in gammas}
 
 
+def measure_accuracies(
+    plain: nn.Module, archive: Path, gammas: tuple[float, ...] = (0.0, *GAMMAS)
+) -> dict[float, float]:
+    """Top-1 in percent of the calibrated network, by γ."""
+    train, val = cifar.read(archive, "train", 50), cifar.read(archive, "val", 100)
+    device = next(plain.parameters()).device
+    images = [x for x, _ in train.batches(device, augment=False)]
+    result = {}
+    for gamma in gammas:
+        model = convert(plain, gamma, "all") if gamma else plain
+        if gamma:
+            calibrate(model, images, plain)
+        result[gamma] = cifar.accuracy(model, val)
+    return result
+
+
 def judge(curves: list[Curves]) -> Claim:
     """At the largest batch, in every network."""
     parts = [[curve[max(curve)].total for curve in case.values()] for case in curves]
@@ -81,9 +101,14 @@ def judge(curves: list[Curves]) -> Claim:
     return Claim("momentum trains the same batch in less than half of the ResNet's memory", holds)
 
 
-def draw(cases: list[Case], curves: list[Curves], gammas: dict[float, PeakMemory]) -> Figure:
-    """Memory over the batch for each network, and over γ for the last."""
-    figure, (*grid, last) = panels(len(cases) + 1)
+def draw(
+    cases: list[Case],
+    curves: list[Curves],
+    gammas: dict[float, PeakMemory],
+    trade: dict[float, tuple[float, float]],
+) -> Figure:
+    """Memory over the batch for each network, and over γ for the last; accuracy over memory."""
+    figure, (*grid, middle, last) = panels(len(cases) + 2)
     for axes, case, methods in zip(grid, cases, curves, strict=True):
         for method, points in methods.items():
             peaks = [peak.total / GIB for peak in points.values()]
@@ -96,9 +121,13 @@ def draw(cases: list[Case], curves: list[Curves], gammas: dict[float, PeakMemory
         ("remainders", "o:", [peak.side_information for peak in gammas.values()]),
     ):
         an_image = [size / 8 / MIB for size in sizes]
-        last.plot(list(gammas), an_image, style, color=MOMENTUM, label=label)
-    last.set(title=cases[-1].network, xlabel="γ", ylabel="MiB an image", ylim=(0, None))
-    last.legend(fontsize="small")
+        middle.plot(list(gammas), an_image, style, color=MOMENTUM, label=label)
+    middle.set(title=cases[-1].network, xlabel="γ", ylabel="MiB an image", ylim=(0, None))
+    middle.legend(fontsize="small")
+    for gamma, (size, accuracy) in trade.items():
+        last.plot(size, accuracy, "o", color=MOMENTUM if gamma else RESNET)
+        last.annotate(f"γ = {gamma:g}", (size, accuracy), fontsize="x-small")
+    last.set(title="ResNet-20", xlabel="MiB an image", ylabel="accuracy (%)")
     return figure
 
 
@@ -111,13 +140,16 @@ def tabulate(case: Case, method: str, batch: int, peak: PeakMemory) -> Row:
         "peak in GiB": f"{peak.total / GIB:.2f}",
         "a step, MiB an image": f"{peak.step / batch / MIB:.2f}",
         "of these remainders": f"{peak.side_information / batch / MIB:.3f}",
+        "accuracy in %": "",
     }
 
 
 def main(
     full: Annotated[bool, typer.Option("--full", help="The CIFAR ResNet-1202.")] = False,
+    data: Annotated[Path, typer.Option(help="CIFAR-10 as images in a ZIP file.")] = cifar.ARCHIVE,
+    weights: Annotated[Path, typer.Option(help="Folder of the published ones.")] = cifar.WEIGHTS,
 ) -> None:
-    """Predict, without running a step."""
+    """Predict, without running a step, and calibrate for the accuracies."""
     cases = [IMAGENET, CIFAR_FULL if full else CIFAR]
     curves = [predict(case) for case in cases]
     gammas = predict_gammas(cases[-1])
@@ -128,7 +160,14 @@ def main(
         for batch, peak in points.items()
     ]
     rows += [tabulate(cases[-1], f"γ = {gamma:g}", 8, peak) for gamma, peak in gammas.items()]
-    report("fig7", rows, draw(cases, curves, gammas), judge(curves))
+    trade = {}
+    if file := cifar.find_published(weights).get(SMALL.network):
+        accuracies = measure_accuracies(load_network(SMALL.network, file), data)
+        for gamma, peak in predict_gammas(SMALL, tuple(accuracies)).items():
+            trade[gamma] = (peak.step / 8 / MIB, accuracies[gamma])
+            row = tabulate(SMALL, f"γ = {gamma:g}", 8, peak)
+            rows.append(row | {"accuracy in %": f"{accuracies[gamma]:.1f}"})
+    report("fig7", rows, draw(cases, curves, gammas, trade), judge(curves))
 
 
 if __name__ == "__main__":

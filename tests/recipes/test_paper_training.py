@@ -131,7 +131,7 @@ def test_memory_is_predicted_for_every_method_and_gamma() -> None:
     assert gammas[0.1].side_information > 0
     row = fig7.tabulate(case, "ResNet", 2, curves["ResNet"][2])
     assert row["of these remainders"] == "0.000"
-    assert len(fig7.draw([case], [curves], gammas).axes) == 2
+    assert len(fig7.draw([case], [curves], gammas, {0.1: (0.8, 81.0)}).axes) == 3
     assert not fig7.judge([dict(zip(curves, reversed(curves.values()), strict=True))]).holds
 
 
