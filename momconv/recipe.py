@@ -6,6 +6,7 @@ pydantic, which knows the type of the key it belongs to, reads it: ``lr: 1e-3`` 
 """
 
 import difflib
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ class _Section(BaseModel):
 class ModelRecipe(_Section):
     """The network to start from."""
 
-    name: str = "resnet152"
+    name: str = "resnet152"  # or a function that makes it, as model.py:make
+    arguments: list[str] = []  # of that function, each as KEY=VALUE
     weights: str = "DEFAULT"
     from_file: Path | None = None
 
@@ -182,11 +184,23 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
     0.001
 
     Raises:
-        UsageError: the file is missing or is not YAML; a key is unknown; a value is not allowed.
+        UsageError: the file is missing or is not YAML; a key is unknown; a value is not allowed; a
+            function of the user's is named in the file and not in ``overrides``.
     """
     settings = {} if path is None else _read_file(path)
+    given: dict[str, _Setting] = {}
     for override in overrides:
-        settings |= _read_override(override)
+        given |= _read_override(override)
+    _refuse_code(settings, given)
+    return _validate(settings | given)
+
+
+def recall_recipe(path: Path) -> Recipe:
+    """The recipe that :func:`dump_recipe` wrote, to be read and not to be run."""
+    return _validate(_read_file(path))
+
+
+def _validate(settings: dict[str, "_Setting"]) -> Recipe:
     sections: dict[str, dict[str, object]] = {}
     for setting in settings.values():
         _check_key(setting)
@@ -200,7 +214,7 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """``recipe`` as YAML, with every default written out; ``load_recipe`` reads it back equal."""
+    """``recipe`` as YAML, with every default written out; reading it back gives an equal one."""
     document = recipe.model_dump(mode="json")
     return yaml.safe_dump(document, sort_keys=False)  # in ASCII: PyYAML leaves a raw NEL unquoted
 
@@ -210,6 +224,29 @@ class _Setting:
     key: str  # "train.epochs"
     value: object
     where: str  # "recipe.yaml:3: ", or nothing for an override
+
+
+def _refuse_code(settings: dict[str, _Setting], given: dict[str, _Setting]) -> None:
+    """Do nothing if the file's ``settings`` name no function that the user has not ``given``."""
+    name, arguments = (settings.get(f"model.{key}") for key in ("name", "arguments"))
+    if name is None or not names_code(str(name.value)) or (name.key in given):
+        name = None
+    if arguments is None or not arguments.value or arguments.key in given:
+        arguments = None
+    if found := name or arguments:
+        texts = arguments.value if arguments and isinstance(arguments.value, list) else []
+        words = ["--network", str(name.value)] if name else []
+        raise UsageError(
+            f"{found.where}{found.key} is of a network of your own\n"
+            "momconv runs no code because of what a file says: name the function again",
+            kind="usage.own_network",
+            fix=shlex.join([*words, *(word for text in texts for word in ("--arg", str(text)))]),
+        )
+
+
+def names_code(network: str) -> bool:
+    """Whether ``network`` is the name of a function of the user's."""
+    return ":" in network and not network.startswith("timm:")
 
 
 _NULL, _STR, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "str", "map"))

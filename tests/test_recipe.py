@@ -16,6 +16,7 @@ from momconv.recipe import (
     TrainRecipe,
     dump_recipe,
     load_recipe,
+    recall_recipe,
 )
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -137,7 +138,7 @@ def test_a_recipe_cannot_be_changed_or_given_more_keys() -> None:
         ("? [a]\n: 1", ":1: unknown key ['a']\nsections: model, momentum, data, train"),
         (
             "model: resnet50",
-            ":1: model is a section, not a value\nits keys: name, weights, from_file",
+            ":1: model is a section, not a value\nits keys: name, arguments, weights, from_file",
         ),
     ],
 )
@@ -323,13 +324,33 @@ def test_a_written_recipe_reads_back_equal(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     path.write_text(dump_recipe(recipe), encoding="utf-8")
-    assert load_recipe(path) == recipe
+    assert recall_recipe(path) == recipe
 
 
 def test_a_written_recipe_shows_every_key() -> None:
     written = dump_recipe(Recipe())
     assert all(f"  {key.partition('.')[2]}: " in written for key in KEYS)
-    assert written.startswith("model:\n  name: resnet152\n  weights: DEFAULT\n  from_file: null\n")
+    assert written.startswith("model:\n  name: resnet152\n  arguments: []\n  weights: DEFAULT\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "missing"),
+    [
+        ("mine.py:make", [], "--network mine.py:make --arg depth=3"),
+        ("mine.py:make", ["model.arguments=[]"], "--network mine.py:make"),
+        ("mine.py:make", ["model.name=mine.py:make"], "--arg depth=3"),
+        ("timm:resnet26", [], "--arg depth=3"),  # of which some are files to be unpickled
+    ],
+)
+def test_a_function_in_a_file_is_to_be_named_again(
+    write: Write, name: str, overrides: list[str], missing: str
+) -> None:
+    path = write(f"model:\n  name: {name}\n  arguments: [depth=3]\n")
+    error = refusal(path, *overrides)
+    assert "momconv runs no code because of what a file says" in error.message
+    assert error.fix == missing
+    again = ["model.name=mine.py:make", "model.arguments=[depth=4]"]
+    assert load_recipe(path, again).model.arguments == ["depth=4"]
 
 
 # The recipes that come with momconv

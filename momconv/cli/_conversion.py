@@ -1,13 +1,12 @@
 """The work of ``momconv convert``, in both directions."""
 
-import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from momconv.cli._console import err, note, warn
 from momconv.cli._display import Display
@@ -34,7 +33,7 @@ class Scheme:
     """How to convert; ``gamma`` is None where the largest that drifts little is to be found."""
 
     model: str
-    arguments: dict[str, Any]  # of the function that makes a network of the user's own
+    arguments: tuple[str, ...]  # of the function that makes a network of the user's own
     resolution: int  # of its images
     weights: str
     gamma: float | None
@@ -47,8 +46,9 @@ class Scheme:
     def file_name(self) -> str:
         """The name of the output, where none is given."""
         gamma = "auto" if self.gamma is None else f"{self.gamma:g}"
-        name = Path(self.model).name.replace(".py:", "-").replace(":", "-")
-        return f"{name}-g{gamma}.safetensors"
+        from momconv.zoo.own import file_stem
+
+        return f"{file_stem(self.model)}-g{gamma}.safetensors"
 
     def apply(self, original: "nn.Module", gamma: float) -> "nn.Module":
         """The converted network."""
@@ -181,15 +181,14 @@ def convert_network(scheme: Scheme, means: Means, path: Path) -> "Conversion":
     from momconv.files.model_file import save
     from momconv.surgery.ladder import LADDER, Choice, find_gamma
     from momconv.zoo.networks import check_name
-    from momconv.zoo.own import is_own
+    from momconv.zoo.own import is_own, parse_arguments
     from momconv.zoo.weights import load_network
 
     if not is_own(scheme.model):
         check_name(scheme.model)
     means.check()
-    original = load_network(
-        scheme.model, scheme.weights, scheme.arguments, resolution=scheme.resolution
-    )
+    arguments = parse_arguments(scheme.arguments)
+    original = load_network(scheme.model, scheme.weights, arguments, resolution=scheme.resolution)
     convert = cache(partial(scheme.apply, original))
     with err.status(f"converting {scheme.model}"):
         convert(LADDER[0] if scheme.gamma is None else scheme.gamma)  # refuse now what is wrong
@@ -229,6 +228,7 @@ def _report(
     from momconv.reports.conversion import Conversion
     from momconv.surgery.conversion import summarise
     from momconv.zoo.description import describe
+    from momconv.zoo.own import is_own, restate
 
     network = choice.adaptation.model
     return Conversion(
@@ -250,6 +250,7 @@ def _report(
         command=_command(scheme, workshop.means, path),
         path=path,
         bytes=path.stat().st_size,
+        options=f" {restate(describe(network))}" if is_own(scheme.model) else "",
     )
 
 
@@ -266,9 +267,10 @@ def _describe_calibration(adaptation: "Adaptation", workshop: _Workshop) -> "Cal
 
 def _command(scheme: Scheme, means: Means, path: Path) -> str:
     """What converts the network like this, but for γ and the length of the work."""
+    from momconv.zoo.own import write_options
+
     words = ["momconv", "convert", scheme.model, "--weights", scheme.weights]
-    for key, value in scheme.arguments.items():
-        words += ["--arg", f"{key}={json.dumps(value)}"]
+    words += write_options(scheme.arguments)
     words += ["--resolution", str(scheme.resolution)] if scheme.resolution != 224 else []
     words += ["--stages", scheme.stages] if scheme.stages != "auto" else []
     words += ["--velocity", scheme.velocity] if scheme.velocity != "zero" else []
@@ -278,44 +280,11 @@ def _command(scheme: Scheme, means: Means, path: Path) -> str:
     return shlex.join([*words, "-o", str(path), "--overwrite"])
 
 
-def load_file(file: Path, network: str | None, arguments: Mapping[str, Any]) -> "nn.Module":
-    """The network in ``file``, which the function ``network`` makes if it is the user's own."""
-    from momconv.files.model_file import load
-    from momconv.zoo.own import make
-
-    return load(file, make(network, arguments) if network else None)
-
-
-def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
-    """The values of ``KEY=VALUE``, as in YAML.
-
-    >>> parse_arguments(["depth=3", "widths=[8, 16]", "norm=batch"])
-    {'depth': 3, 'widths': [8, 16], 'norm': 'batch'}
-
-    Raises:
-        UsageError: One is not of that form.
-    """
-    import yaml
-
-    pairs = [text.partition("=") for text in texts]
-    for text, (key, sign, _) in zip(texts, pairs, strict=True):
-        if not sign or not key.isidentifier():
-            raise UsageError(
-                f"--arg {text}: not of the form KEY=VALUE",
-                kind="usage.bad_value",
-                fix="--arg depth=3",
-            )
-    try:
-        return {key: yaml.safe_load(value) for key, _, value in pairs}
-    except yaml.YAMLError as error:
-        raise UsageError(f"--arg: not YAML: {error}", kind="usage.bad_value") from error
-
-
 def revert_network(
     file: Path, load: Callable[[Path], "nn.Module"], means: Means, path: Path
 ) -> "Reversion":
     """Write the network in ``file`` as a plain one, adapted with ``means``."""
-    from momconv.files.plain_file import check_suffix, save_plain
+    from momconv.files.plain_file import check_suffix, load_command, save_plain
     from momconv.reports.reversion import Reversion
     from momconv.surgery.conversion import revert
     from momconv.zoo.description import describe
@@ -342,6 +311,7 @@ def revert_network(
         interrupted=adaptation.interrupted,
         path=path,
         bytes=path.stat().st_size,
+        python=load_command(description, path),
     )
 
 

@@ -12,11 +12,10 @@ from momconv.cli._conversion import (
     Means,
     Scheme,
     convert_network,
-    load_file,
-    parse_arguments,
     parse_distillation,
     revert_network,
 )
+from momconv.cli._own import ArgumentOption, Function, NetworkOption
 from momconv.errors import UsageError
 from momconv.files.atomic import require_free
 from momconv.units import parse_share
@@ -34,22 +33,14 @@ def convert(  # noqa: PLR0913 (one for each option)
             " that makes it, as model.py:make or package.module:make. Or timm:NAME."
         ),
     ] = None,
-    arg: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An argument for that function; again for more."),
-    ] = None,
+    arg: ArgumentOption = None,
     resolution: Annotated[
         int | None,
         typer.Option(
             metavar="PIXELS", min=16, help="Side of your network's images.", show_default="224"
         ),
     ] = None,
-    network: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FUNCTION", help="With --back, for a network of your own: what made it."
-        ),
-    ] = None,
+    network: NetworkOption = None,
     back: Annotated[
         Path | None,
         typer.Option(
@@ -167,7 +158,7 @@ def convert(  # noqa: PLR0913 (one for each option)
     means = Means(calibrate, verify, max_images or _COUNTS[bool(length)], seed, length, device)
     scheme = Scheme(
         model=model or "",
-        arguments=parse_arguments(arg or []),
+        arguments=tuple(arg or []),
         resolution=resolution or 224,
         weights=weights or "DEFAULT",
         gamma=_read_gamma(gamma or "0.9"),
@@ -178,8 +169,8 @@ def convert(  # noqa: PLR0913 (one for each option)
     )
     path = output or Path(f"{back.stem}-plain.safetensors" if back else scheme.file_name)
     require_free(path, overwrite=overwrite)
-    made_again = partial(load_file, network=network, arguments=parse_arguments(arg or []))
-    work = partial(revert_network, back, made_again) if back else partial(convert_network, scheme)
+    load = Function(network, arg).load
+    work = partial(revert_network, back, load) if back else partial(convert_network, scheme)
     done = work(means, path)
     if json_output:
         print_json({"ok": True, **done.to_json()})

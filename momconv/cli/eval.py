@@ -8,11 +8,13 @@ import typer
 from rich.text import Text
 
 from momconv.cli._console import describe_error, note, out, print_json, progress, tell
+from momconv.cli._own import ArgumentOption, Function, NetworkOption
 from momconv.errors import ModelFileError, ThresholdNotMet
 from momconv.units import parse_share
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from momconv.data.folder import ImageSet
     from momconv.evaluation import Scores
@@ -39,6 +41,8 @@ def evaluate(  # noqa: PLR0913 (one for each option)
         str | None,
         typer.Option("--min-top1", metavar="SHARE", help="Exit with 6 below it, such as 90%."),
     ] = None,
+    network: NetworkOption = None,
+    arg: ArgumentOption = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images at once.")] = 32,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")
@@ -52,23 +56,23 @@ def evaluate(  # noqa: PLR0913 (one for each option)
 ) -> None:
     """Say how good a model is on a folder of images: top-1, each class, the worst mistakes."""
     from momconv.data.folder import find_evaluation_set
-    from momconv.files.model_file import read_skeleton
+    from momconv.files.model_file import read_description
     from momconv.planner.devices import find_device
-    from momconv.zoo.description import describe
 
     least = None if min_top1 is None else parse_share(min_top1)
     where = find_device(device)
     others = compare or []
     for other in others:
         _require_same_classes(file, other)
-    description = describe(read_skeleton(file))
+    description = read_description(file)
     held_out = _find_held_out(file, data, description) if split == "val" else None
     found = held_out or find_evaluation_set(
         data, description.classes, split=split, unknown=unknown_classes
     )
     _note_classes(file, found, description)
     images = _check(found, max_bad_fraction)
-    scores = {path: _score(path, images, batch_size, where) for path in (file, *others)}
+    load = Function(network, arg).load
+    scores = {path: _score(load(path), path, images, batch_size, where) for path in (file, *others)}
     failure = _judge(file, scores[file], least)
     if json_output:
         _print_json(scores, images, failure)
@@ -80,14 +84,15 @@ def evaluate(  # noqa: PLR0913 (one for each option)
         raise typer.Exit(failure.exit_code)
 
 
-def _score(file: Path, images: "ImageSet", batch_size: int, device: "torch.device") -> "Scores":
+def _score(
+    model: "nn.Module", file: Path, images: "ImageSet", batch_size: int, device: "torch.device"
+) -> "Scores":
     from momconv.data.dataset import count_workers
     from momconv.evaluation import evaluate as score
-    from momconv.files.model_file import load
 
     with progress(f"evaluating {file.name}", len(images.samples)) as report:
         return score(
-            load(file),
+            model,
             images,
             batch_size=batch_size,
             device=device,
@@ -102,10 +107,9 @@ def _require_same_classes(file: Path, other: Path) -> None:
     Raises:
         ModelFileError: They do not, or a file cannot be read.
     """
-    from momconv.files.model_file import read_skeleton
-    from momconv.zoo.description import describe
+    from momconv.files.model_file import read_description
 
-    ours, theirs = (describe(read_skeleton(path)) for path in (file, other))
+    ours, theirs = read_description(file), read_description(other)
     named = ours.classes is not None and theirs.classes is not None
     if ours.num_classes != theirs.num_classes or (named and ours.classes != theirs.classes):
         raise ModelFileError(

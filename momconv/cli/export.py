@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from momconv.cli._console import err, out, print_json, warn
+from momconv.cli._own import ArgumentOption, Function, NetworkOption
 from momconv.files.atomic import require_free
 from momconv.units import format_bytes
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from momconv.files.export import Export
 
 
-def export(
+def export(  # noqa: PLR0913 (one for each option)
     *,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A converted or fine-tuned model.")],
     format_: Annotated[
@@ -32,6 +33,8 @@ def export(
             show_default="FILE.pt2, .onnx, or FILE-plain.safetensors",
         ),
     ] = None,
+    network: NetworkOption = None,
+    arg: ArgumentOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON document on stdout instead of text.")
@@ -40,7 +43,6 @@ def export(
     """Write a model for other programs, and check that it computes the same there."""
     from momconv.files.export import SUFFIXES, config_path, require_extra
     from momconv.files.export import export as write
-    from momconv.files.model_file import load
     from momconv.files.plain_file import check_suffix
 
     plain = "-plain" if format_ == "torchvision" else ""
@@ -51,7 +53,7 @@ def export(
     for new in (path, config_path(path)):
         require_free(new, overwrite=overwrite)
     with err.status(f"exporting {file.name}"):
-        done = write(load(file), path, format_)
+        done = write(Function(network, arg).load(file), path, format_)
     if done.lost:
         warn(done.lost)
     if json_output:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from momconv.cli._console import note, out, progress, tell, warn
 from momconv.cli._display import Display
+from momconv.cli._own import ArgumentOption, NetworkOption
 from momconv.errors import MomconvError, UsageError
 from momconv.recipe import Recipe, load_recipe
 
@@ -24,6 +25,8 @@ _LEARNING = "What is learnt, and from what"
 _KEYS = {
     "data": "data.path",
     "model": "model.name",
+    "network": "model.name",
+    "arg": "model.arguments",
     "from_file": "model.from_file",
     "weights": "model.weights",
     "epochs": "train.epochs",
@@ -77,6 +80,8 @@ def finetune(  # noqa: PLR0913 (one for each option)
     from_file: Annotated[
         str | None, _option("--from", "FILE", "A converted network to start from instead.")
     ] = None,
+    network: NetworkOption = None,
+    arg: ArgumentOption = None,
     weights: Annotated[
         str | None,
         _option("--weights", "NAME", "Its weights: a name, a file, or none for random ones."),
@@ -248,10 +253,7 @@ def finetune(  # noqa: PLR0913 (one for each option)
     from momconv.training.processes import is_leader
     from momconv.training.run_folder import RunFolder, name_folder
 
-    _refuse_together("--resume", resume, {"--recipe": recipe, "--output": output})
-    _refuse_together(
-        "--from", from_file, {"--model": model, "--weights": weights, "--gamma": gamma}
-    )
+    _refuse_contradictions(context.params)
     unwanted = ["momentum.calibrate=false"] if no_calibrate else []
     changes = [*_read_options(context), *unwanted, *(set_ or [])]
     if resume is not None:
@@ -266,12 +268,12 @@ def finetune(  # noqa: PLR0913 (one for each option)
             _report(result, wanted)
     except Interrupted as interrupted:
         if is_leader():
-            note(f"stopped, and saved. To go on: {RunFolder(folder).resume_command}")
+            note(f"stopped, and saved. To go on: {_go_on(folder, wanted)}")
         raise typer.Exit(128 + interrupted.signal) from None
     except TimeUp:
-        limit, command = wanted.train.time_limit, RunFolder(folder).resume_command
         if is_leader():
-            note(f"stopped after {limit}, and saved. To go on: {command}")
+            limit = wanted.train.time_limit
+            note(f"stopped after {limit}, and saved. To go on: {_go_on(folder, wanted)}")
         return
     if is_leader():
         _print_result(result, wanted)
@@ -279,9 +281,19 @@ def finetune(  # noqa: PLR0913 (one for each option)
 
 def _read_options(context: typer.Context) -> list[str]:
     """The options that were given, as changes to the recipe; a JSON string is a YAML string."""
-    given = {key: context.params[name] for name, key in _KEYS.items()}
+    given = [(key, context.params[name]) for name, key in _KEYS.items()]
     unset: tuple[object, ...] = (None, (), [])
-    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value not in unset]
+    return [f"{key}={json.dumps(value)}" for key, value in given if value not in unset]
+
+
+def _refuse_contradictions(given: Mapping[str, object]) -> None:
+    for option, *others in (
+        ("resume", "recipe", "output"),
+        ("network", "model"),
+        ("from_file", "model", "weights", "gamma"),
+    ):
+        names = {f"--{name}": given[name] for name in others}
+        _refuse_together(f"--{option.removesuffix('_file')}", given[option], names)
 
 
 def _refuse_together(option: str, value: object, others: Mapping[str, object]) -> None:
@@ -309,10 +321,26 @@ def _report(result: "Result", recipe: Recipe) -> None:
         tell(text)
 
 
+def _go_on(folder: Path, recipe: Recipe) -> str:
+    from momconv.training.run_folder import RunFolder
+
+    return f"{RunFolder(folder).resume_command}{_name_own(recipe)}"
+
+
+def _name_own(recipe: Recipe) -> str:
+    """The options that a command needs for a network of the user's own, after a space."""
+    from momconv.zoo.own import is_own, write_options
+
+    name, arguments = recipe.model.name, recipe.model.arguments
+    if not is_own(name):
+        return ""
+    return f" {shlex.join(['--network', name, *write_options(arguments)])}"
+
+
 def _print_result(result: "Result", recipe: Recipe) -> None:
     from momconv.data.folder import printable
 
-    best = result.best_epoch
+    best, own = result.best_epoch, _name_own(recipe)
     if best.val_top1 is not None:
         out.print(f"best top-1  {best.val_top1:.1%} (epoch {best.epoch} of {result.epochs})")
     data = shlex.quote(str(recipe.data.path or recipe.data.val_dir or recipe.data.train_dir))
@@ -321,7 +349,7 @@ def _print_result(result: "Result", recipe: Recipe) -> None:
         "last model": result.last,
         "numbers": result.folder / "metrics.csv",
         "card": result.folder / "README.md",
-        "next": f"momconv eval {shlex.quote(str(result.best))} --data {data}",
+        "next": f"momconv eval {shlex.quote(str(result.best))} --data {data}{own}",
     }
     for label, value in rows.items():
         out.print(Text(f"{label:<11} {printable(str(value))}"), soft_wrap=True)

@@ -6,11 +6,14 @@ from typing import Annotated
 import typer
 
 from momconv.cli._console import out, print_json
+from momconv.cli._own import ArgumentOption, Function, NetworkOption
 
 
 def inspect(
     *,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A converted or fine-tuned model.")],
+    network: NetworkOption = None,
+    arg: ArgumentOption = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
     ] = False,
@@ -18,7 +21,7 @@ def inspect(
     """Say what a model file holds: network, classes, input, origin, stages, certificate, scores."""
     from momconv.reports.inspection import inspect_file
 
-    found = inspect_file(file)
+    found = inspect_file(file, Function(network, arg).make_for(file))
     if json_output:
         print_json({"ok": True, **found.to_json()})
         return

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from momconv.cli._console import note, out, print_json, print_json_lines, progress, warn
+from momconv.cli._own import ArgumentOption, Function, NetworkOption
 from momconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def predict(  # noqa: PLR0913 (one for each option)
         Format | None,
         typer.Option("--format", help="jsonl is an object a line.", show_default="table"),
     ] = None,
+    network: NetworkOption = None,
+    arg: ArgumentOption = None,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")
     ] = "auto",
@@ -42,7 +45,6 @@ def predict(  # noqa: PLR0913 (one for each option)
             kind="usage.exclusive_options",
             fix="leave out one of them",
         )
-    from momconv.files.model_file import load
     from momconv.planner.devices import find_device
     from momconv.prediction import list_files
     from momconv.prediction import predict as say
@@ -50,7 +52,7 @@ def predict(  # noqa: PLR0913 (one for each option)
 
     where = find_device(device)
     files = list_files(paths)
-    model = load(file)
+    model = Function(network, arg).load(file)
     if describe(model).classes is None:
         note(f"{file} names no classes; they are called by their numbers, from 0")
     with progress("predicting", len(files)) as report:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from momconv.cli._console import err, out, print_json, progress
+from momconv.cli._own import ArgumentOption, Function, NetworkOption
 from momconv.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -17,8 +18,13 @@ _BUDGETS = ["3GiB,8GiB,24GiB,80GiB"]
 def profile_memory(  # noqa: PLR0913 (one for each option)
     *,
     model: Annotated[
-        str, typer.Argument(help="A network, such as resnet50, or a converted file.")
+        str,
+        typer.Argument(
+            help="A network, such as resnet50, or your own, as model.py:make, or a converted file."
+        ),
     ] = "resnet152",
+    network: NetworkOption = None,
+    arg: ArgumentOption = None,
     resolution: Annotated[
         int | None,
         typer.Option(
@@ -73,12 +79,12 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
         require_matplotlib(plot)
     where = str(find_device(device)) if measure or device == "auto" else device
     with err.status(f"converting {model}"):
-        network = _load(model, gamma, "cpu" if measure else "meta")
-    side = resolution or describe(network).preprocessing.resolution
-    check_resolution(network, side)
+        measured = _load(Function(network, arg), model, gamma, "cpu" if measure else "meta")
+    side = resolution or describe(measured).preprocessing.resolution
+    check_resolution(measured, side)
     training = Training(side, precision, optimizer, device=where)
     with progress("measuring" if measure else "predicting", len(VARIANTS)) as report:
-        found = profile(network, training, measuring=measure, progress=report)
+        found = profile(measured, training, measuring=measure, progress=report)
     if csv is not None:
         write_text(csv, to_csv(found, budgets))
     if plot is not None:
@@ -99,17 +105,20 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
         out.print(part)
 
 
-def _load(model: str, gamma: float | None, device: str) -> "nn.Module":
+def _load(function: Function, model: str, gamma: float | None, device: str) -> "nn.Module":
     """The converted network; one by name gets random weights, as memory does not depend on them."""
-    from momconv.files.model_file import load
     from momconv.momentum.sequential import momentum_stages
     from momconv.surgery.conversion import convert
     from momconv.zoo.networks import build, outline
+    from momconv.zoo.own import is_own, make, parse_arguments
 
     if not _names_a_file(model):
-        network = build(model) if device == "cpu" else outline(model)
+        if is_own(model):
+            network = make(model, parse_arguments(function.arguments or []))
+        else:
+            network = build(model) if device == "cpu" else outline(model)
         return convert(network, 0.9 if gamma is None else gamma)
-    network = load(model)
+    network = function.load(Path(model))
     is_plain = not any(stage.gamma for stage in momentum_stages(network).values())
     if gamma is None and not is_plain:
         return network
@@ -117,4 +126,4 @@ def _load(model: str, gamma: float | None, device: str) -> "nn.Module":
 
 
 def _names_a_file(model: str) -> bool:
-    return Path(model).is_file() or "." in model or "/" in model
+    return Path(model).is_file() or (":" not in model and ("." in model or "/" in model))

@@ -5,6 +5,7 @@ refused. What an image must be made into and what the outputs are called is writ
 the keys that timm uses, and into the file where the format has a place for it.
 """
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -22,9 +23,9 @@ from momconv.files.plain_file import load_command, save_plain
 from momconv.momentum.sequential import momentum_stages
 from momconv.surgery.conversion import revert
 from momconv.surgery.modes import in_eval_mode
-from momconv.zoo import checkpoints
+from momconv.zoo import checkpoints, own
 from momconv.zoo.description import Description, describe
-from momconv.zoo.networks import build
+from momconv.zoo.networks import build_described
 
 Format = Literal["torch-export", "onnx", "torchvision"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -197,10 +198,11 @@ def _write_plain(model: nn.Module, path: Path, images: Tensor, expected: Tensor)
     plain = revert(model)
     save_plain(plain, path)
     description = describe(model)
-    copy = build(description.architecture, description.num_classes).eval()
-    copy.load_state_dict(checkpoints.read_state(path))
+    is_own = own.is_own(description.architecture)
+    again = copy.deepcopy(plain) if is_own else build_described(description).eval()
+    again.load_state_dict(checkpoints.read_state(path))
     logits = _apply(plain, images)
-    if difference := _difference(_apply(copy, images), logits):
+    if difference := _difference(_apply(again, images), logits):
         raise _differs(path, difference)
     return _difference(logits, expected)
 
@@ -256,4 +258,4 @@ def _explain(path: Path, format_: Format, description: Description) -> str:
     if format_ == "onnx":
         session = f"onnxruntime.InferenceSession({str(path)!r})"
         return f"{session}.run(None, {{{_IMAGES!r}: images}})"
-    return load_command(description.architecture, description.num_classes, path)
+    return load_command(description, path)

@@ -6,7 +6,6 @@ every other value that a caller adds. Nothing that is read from a file is run.
 """
 
 import json
-import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,17 +23,9 @@ from momconv.errors import ModelFileError, UsageError
 from momconv.files.atomic import write_atomically
 from momconv.surgery.conversion import apply_schemes, read_schemes
 from momconv.zoo import checkpoints
-from momconv.zoo.description import Description, attach, describe
-from momconv.zoo.networks import (
-    build_described,
-    count_classes,
-    find_head,
-    head_name,
-    is_known,
-    replace_head,
-    without_memory,
-)
-from momconv.zoo.own import is_own
+from momconv.zoo.description import Description, describe
+from momconv.zoo.networks import find_head, head_name, is_known, without_memory
+from momconv.zoo.own import remake, require_made, restate
 
 SCHEMA = 1
 _PREFIX = "momconv."
@@ -95,10 +86,11 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     if network is not None or is_known(description.architecture):
         head = find_head(network) if network is not None else head_name(description.architecture)
         if checkpoints.outputs_in(state, head) != description.num_classes:
-            raise _inconsistent(path, f"there is no head of {description.num_classes} classes")
-    model = _build(metadata, path) if network is None else _convert(network, metadata, path)
+            reason = f"there is no head of {description.num_classes} classes"
+            raise _unfitting(path, metadata, network, reason)
+    model = _build(metadata, path, network)
     if difference := checkpoints.difference(model, state):
-        raise _inconsistent(path, f"tensors {difference}")
+        raise _unfitting(path, metadata, network, f"tensors {difference}")
     checkpoints.fill(model, state)
     return model.eval()
 
@@ -112,19 +104,31 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return _read(Path(path)).model_dump(mode="json", by_alias=True)
 
 
-def read_skeleton(path: str | Path) -> nn.Module:
+def read_skeleton(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     """The network in ``path`` on the meta device, without reading the tensors.
+
+    ``network`` is as for :func:`load`.
 
     Raises:
         ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
+        UsageError: The file holds a network of your own, and there is no ``network``.
     """
     path = Path(path)
     metadata = _read(path)
     if metadata.description.num_classes > path.stat().st_size:
         raise _inconsistent(path, "it has more classes than bytes")
     with without_memory():
-        model = _build(metadata, path)
+        model = _build(metadata, path, network)
     return model.to("meta")
+
+
+def read_description(path: str | Path) -> Description:
+    """What the network in ``path`` is, without making it.
+
+    Raises:
+        ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
+    """
+    return _read(Path(path)).description
 
 
 def _compose(model: nn.Module, extra: Mapping[str, object]) -> dict[str, str]:
@@ -162,39 +166,25 @@ def _read(path: Path) -> _Metadata:
         raise _inconsistent(path, f"{_PREFIX}{where}: {first['msg']}") from error
 
 
-def _build(metadata: _Metadata, path: Path) -> nn.Module:
-    """The network that ``metadata`` describe, with random weights."""
-    _refuse_own(metadata, path)
+def _build(metadata: _Metadata, path: Path, network: nn.Module | None) -> nn.Module:
+    """The network that ``metadata`` describe, with the weights that it was made with."""
+    require_made(path, metadata.description, network)
     try:
-        model = build_described(metadata.description)
-    except UsageError as error:
-        raise _inconsistent(path, error.message) from error
-    return _convert(model, metadata, path)
+        return apply_schemes(remake(metadata.description, network), metadata.stages)
+    except (UsageError, ModelFileError) as error:
+        raise _unfitting(path, metadata, network, error.message) from error
 
 
-def _convert(model: nn.Module, metadata: _Metadata, path: Path) -> nn.Module:
-    """``model`` with the stages and the description of ``metadata``."""
-    description = metadata.description
-    attach(model, description)
-    if is_own(description.architecture) and count_classes(model) != description.num_classes:
-        replace_head(model, description.classes or [""] * description.num_classes)
-        attach(model, description)
-    try:
-        return apply_schemes(model, metadata.stages)
-    except ModelFileError as error:
-        raise _inconsistent(path, error.message) from error
-
-
-def _refuse_own(metadata: _Metadata, path: Path) -> None:
-    name = metadata.description.architecture
-    if is_own(name):
-        raise UsageError(
-            f"{path} holds a network of your own, made by {name}\n"
-            "momconv runs no code because of what a file says: name the function again",
-            kind="usage.own_network",
-            fix=f"momconv.load(path, network) in Python, or momconv convert --back {path}"
-            f" --network {shlex.quote(name)}",
-        )
+def _unfitting(
+    path: Path, metadata: _Metadata, network: nn.Module | None, reason: str
+) -> ModelFileError:
+    if network is None:
+        return _inconsistent(path, reason)
+    return ModelFileError(
+        f"{path} does not fit the network that was made for it\n{reason}",
+        kind="model_file.wrong_architecture",
+        fix=f"as it was made for the file: {restate(metadata.description)}",
+    )
 
 
 def _unconverted(path: Path) -> ModelFileError:

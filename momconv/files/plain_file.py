@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from momconv.errors import UsageError
 from momconv.files.atomic import write_atomically
+from momconv.zoo import own
 from momconv.zoo.checkpoints import with_version
+from momconv.zoo.description import Description
 
 _PICKLED = (".pth", ".pt", ".th")
 SUFFIXES = (".safetensors", *_PICKLED)
@@ -48,13 +50,16 @@ def save_plain(model: nn.Module, path: Path) -> None:
         )
 
 
-def load_command(architecture: str, num_classes: int, path: Path) -> str:
+def load_command(description: Description, path: Path) -> str:
     """The Python that reads what ``save_plain`` wrote to ``path``."""
-    file = str(path)
+    file, architecture = str(path), description.architecture
+    if own.is_own(architecture):
+        arguments = own.parse_arguments(description.arguments)
+        return f"momconv.load_network({architecture!r}, {file!r}, {arguments!r})"
     if architecture.startswith("cifar_"):
         return f"momconv.load_network({architecture!r}, {file!r})"
     read = "torch.load" if path.suffix in _PICKLED else "safetensors.torch.load_file"
-    network = f"torchvision.models.{architecture}(num_classes={num_classes})"
+    network = f"torchvision.models.{architecture}(num_classes={description.num_classes})"
     return f"{network}.load_state_dict({read}({file!r}))"
 
 

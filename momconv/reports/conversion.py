@@ -57,6 +57,7 @@ class Conversion:
         command: What converts it the same way, but for γ and the steps.
         path: The file.
         bytes: Its size.
+        options: What a command needs besides the file, after a space: a network of the user's own.
     """
 
     architecture: str
@@ -77,11 +78,12 @@ class Conversion:
     command: str
     path: Path
     bytes: int
+    options: str = ""
 
     @property
     def next_commands(self) -> tuple[str, ...]:
         """What can be done with the file."""
-        file = shlex.quote(str(self.path))
+        file = f"{shlex.quote(str(self.path))}{self.options}"
         return (
             f"momconv eval {file} --data FOLDER",
             f"momconv finetune --from {file} --data FOLDER",

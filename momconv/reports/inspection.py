@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from rich.console import RenderableType
 from rich.text import Text
+from torch import nn
 
 from momconv.data.folder import plural, printable
 from momconv.errors import ModelFileError
@@ -64,13 +65,18 @@ class Inspection:
         return {**asdict(self), "path": str(self.path), "certificate": certificate}
 
 
-def inspect_file(path: Path) -> Inspection:
+def inspect_file(path: Path, own: nn.Module | None = None) -> Inspection:
     """What the model file ``path`` says about itself, which is checked but not tried.
+
+    Args:
+        path: The file.
+        own: For a file of a network of your own: as for ``momconv.load``.
 
     Raises:
         ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
+        UsageError: The file holds a network of your own, and it is not given.
     """
-    metadata, network = read_metadata(path), read_skeleton(path)
+    metadata, network = read_metadata(path), read_skeleton(path, own)
     certificate = metadata.get("certificate")
     return Inspection(
         path=path,
@@ -113,6 +119,8 @@ def _check(path: Path, name: str, kind: Any, value: object) -> Any:
 def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
     description, certificate = inspection.description, inspection.certificate
     yield "network", f"{description.architecture}, {plural(description.num_classes, 'class')}"
+    if description.arguments:
+        yield "arguments", printable(", ".join(description.arguments))
     yield "classes", _list_classes(description)
     yield "input", describe_input(description.preprocessing)
     sha256 = f" (sha256 {description.source_sha256})" if description.source_sha256 else ""

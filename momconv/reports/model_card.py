@@ -13,6 +13,7 @@ from momconv.recipe import Recipe
 from momconv.reports.inspection import describe_input
 from momconv.training.finetuning import Result
 from momconv.units import format_bytes
+from momconv.zoo import own
 from momconv.zoo.description import Description
 
 _MOST_ROWS = 50  # classes in a table
@@ -81,12 +82,17 @@ def _introduce(result: Result, description: Description) -> Iterator[str]:
 
 
 def _explain_use(result: Result, description: Description) -> Iterator[str]:
-    file = result.best.name
+    file, is_own = result.best.name, own.is_own(description.architecture)
+    options = f" {own.restate(description)}" if is_own else ""
+    network = ", make()" if is_own else ""
     yield "## Use\n"
-    yield f"```sh\nmomconv predict {file} PHOTO.jpg\nmomconv eval {file} --data FOLDER\n```\n"
+    yield (
+        f"```sh\nmomconv predict {file} PHOTO.jpg{options}\n"
+        f"momconv eval {file} --data FOLDER{options}\n```\n"
+    )
     yield (
         "```python\nimport momconv\n\n"
-        f'model = momconv.load("{file}")\n'
+        f'model = momconv.load("{file}"{network})\n'
         'print(momconv.predict(model, ["PHOTO.jpg"]).images)\n```\n'
     )
     yield f"Both prepare an image in the same way: {describe_input(description.preprocessing)}.\n"

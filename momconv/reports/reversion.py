@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import RenderableType
 
 from momconv.data.folder import plural, printable
-from momconv.files.plain_file import load_command
 from momconv.reports.drift import describe_drift, show_facts, show_steps
 from momconv.surgery.adaptation import Step
 from momconv.surgery.certificate import Accuracy
@@ -31,6 +30,7 @@ class Reversion:
         interrupted: Whether Ctrl-C ended a step early.
         path: The file.
         bytes: Its size.
+        python: What reads it.
     """
 
     architecture: str
@@ -43,11 +43,7 @@ class Reversion:
     interrupted: bool
     path: Path
     bytes: int
-
-    @property
-    def python(self) -> str:
-        """What reads the file."""
-        return load_command(self.architecture, self.num_classes, self.path)
+    python: str
 
     def show(self) -> Iterator[RenderableType]:
         """The steps, and what else is to be known."""
@@ -62,7 +58,6 @@ class Reversion:
             "path": str(self.path),
             "steps": [step.to_json() for step in self.steps],
             "drift": self.drift.to_json(),
-            "python": self.python,
         }
 
 

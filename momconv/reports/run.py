@@ -20,6 +20,7 @@ from momconv.reports.run_plots import (
     draw_mistakes,
 )
 from momconv.training.finetuning import Result
+from momconv.training.network import make_own
 from momconv.zoo.description import describe
 
 _BATCH = 32  # images to evaluate at once
@@ -40,7 +41,7 @@ def report_run(
         ModelFileError: The best model is gone.
         ResourceError: The folder cannot be written.
     """
-    model = load(result.best)
+    model = load(result.best, make_own(recipe.model))
     description = describe(model)
     images = result.splits.val
     scores = None

@@ -174,7 +174,8 @@ def _trace(model: nn.Module, stages: Sequence[str], images: Tensor) -> tuple[Ten
     with ExitStack() as hooks:
         for name in stages:
             stage = model.get_submodule(name)
-            hook = stage.register_forward_hook(lambda _, __, output: features.append(output))
+            last = stage[-1] if isinstance(stage, nn.ModuleList) else stage  # a list is not called
+            hook = last.register_forward_hook(lambda _, __, output: features.append(output))
             hooks.callback(hook.remove)
         logits: Tensor = model(images)
     return logits, features

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from momconv.data.folder import Splits
 from momconv.errors import ResourceError, UsageError
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
-from momconv.recipe import Recipe, dump_recipe, load_recipe
+from momconv.recipe import Recipe, dump_recipe, recall_recipe
 from momconv.training import network
 from momconv.training.balancing import describe_imbalance
 from momconv.training.determinism import deterministic
@@ -54,7 +55,7 @@ _NO_MOMENTUM = (
 )
 # What a run is about: to change it is to start another.
 _FIXED = [
-    *("model.name", "model.weights", "model.from_file"),
+    *("model.name", "model.arguments", "model.weights", "model.from_file"),
     *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
     *("momentum.calibrate", "momentum.anneal"),
     *("data.resolution", "data.val_frac", "data.split_seed"),
@@ -145,7 +146,7 @@ def _begin(task: _Task, *, resume: bool) -> tuple[Job, Progress]:
         task.processes.wait()
     except ResourceError:
         raise SystemExit(1) from None  # the leader has said why
-    return _resume(replace(task, recipe=load_recipe(task.run.config)))
+    return _resume(replace(task, recipe=recall_recipe(task.run.config)))
 
 
 def _start(task: _Task) -> tuple[Job, Progress]:
@@ -213,7 +214,7 @@ def _calibrate(
     is done, an image takes up to twice what it takes in half precision.
     """
     half = plan.setting.precision != "fp32"
-    original = network.load_plain(recipe.model)
+    original = network.load_plain(recipe.model, recipe.data.resolution)
     network.place(original, next(model.parameters()).device)
     network.calibrate_on(
         splits.train,
@@ -232,9 +233,9 @@ def _resume(task: _Task) -> tuple[Job, Progress]:
     run.require_state()
     if task.processes.leads:
         run.make(0)
-    before = load_recipe(run.config)
+    before = recall_recipe(run.config)
     _refuse_changes(before, recipe, run)
-    saved = load_newest(run, task.listener.tell)
+    saved = load_newest(run, task.listener.tell, partial(network.make_own, recipe.model))
     model, progress = saved.model, saved.progress
     splits = recall_images(run.split, recipe.data.path, task.listener, progress=progress)
     network.place(model, task.device)

@@ -21,6 +21,7 @@ from momconv.training.annealing import gamma_at
 from momconv.training.batches import split_epoch
 from momconv.training.parameters import freeze
 from momconv.training.progress import Listener
+from momconv.zoo import own
 from momconv.zoo.description import attach, describe
 from momconv.zoo.networks import check_resolution, find_head, replace_head
 from momconv.zoo.weights import load_network
@@ -39,11 +40,12 @@ def load(recipe: Recipe) -> nn.Module:
         ResourceError: Its weights cannot be downloaded.
     """
     if recipe.model.from_file is not None:
-        model = model_file.load(recipe.model.from_file)
+        model = model_file.load(recipe.model.from_file, make_own(recipe.model))
     else:
         how = recipe.momentum
         gamma = gamma_at(how, epochs=0)
-        model = convert(load_plain(recipe.model), gamma, how.stages, how.velocity, gain=how.gain)
+        plain = load_plain(recipe.model, recipe.data.resolution)
+        model = convert(plain, gamma, how.stages, how.velocity, gain=how.gain)
     if recipe.data.resolution is not None:
         check_resolution(model, recipe.data.resolution)
         description = describe(model)
@@ -52,9 +54,18 @@ def load(recipe: Recipe) -> nn.Module:
     return model
 
 
-def load_plain(recipe: ModelRecipe) -> nn.Module:
+def load_plain(recipe: ModelRecipe, resolution: int | None) -> nn.Module:
     """The network as it was before its conversion."""
-    return load_network(recipe.name, recipe.weights)
+    arguments = own.parse_arguments(recipe.arguments)
+    side = resolution or own.RESOLUTION
+    return load_network(recipe.name, recipe.weights, arguments, resolution=side)
+
+
+def make_own(recipe: ModelRecipe) -> nn.Module | None:
+    """What the recipe's function makes, which files of such a network need; None without one."""
+    if not own.is_own(recipe.name):
+        return None
+    return own.make(recipe.name, own.parse_arguments(recipe.arguments))
 
 
 def fit_head(model: nn.Module, classes: tuple[str, ...]) -> None:

@@ -15,11 +15,13 @@ from momconv.files.atomic import is_temporary, sweep, write_text
 from momconv.recipe import Recipe
 from momconv.training.progress import EpochRow, Progress
 from momconv.units import format_bytes
+from momconv.zoo import own
 
 
 def name_folder(recipe: Recipe) -> Path:
     """The default folder of a run, below the working directory."""
-    model = recipe.model.from_file.stem if recipe.model.from_file else recipe.model.name
+    file = recipe.model.from_file
+    model = file.stem if file else own.file_stem(recipe.model.name)
     data = recipe.data.path.absolute().name if recipe.data.path else "images"
     return Path("runs") / f"{model}-{data}"
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from momconv.errors import MomconvError, ResourceError
@@ -16,6 +17,7 @@ from momconv.files.atomic import write_text
 from momconv.training.annealing import anneal
 from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.job import Job
+from momconv.training.network import make_own
 from momconv.training.progress import Progress, Rollback
 from momconv.training.state import load_newest, save_state
 from momconv.units import parse_duration
@@ -82,7 +84,8 @@ def go_back(job: Job, progress: Progress) -> None:
         ModelFileError: It is damaged or gone.
     """
     with job.processes.leader_first():
-        saved = load_newest(job.folder, job.listener.tell)
+        make = partial(make_own, job.recipe.model)
+        saved = load_newest(job.folder, job.listener.tell, make)
     job.model.load_state_dict(saved.model.state_dict())
     job.optimizer.zero_grad()
     job.scaler.update()  # for which gradients are scaled again; its scale is restored below

@@ -25,7 +25,7 @@ from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
 from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, attach, describe
-from momconv.zoo.networks import build_described
+from momconv.zoo.own import remake, require_made
 
 _KEY, _CHECKSUM = "momconv.run", "momconv.sha256"
 _MODEL, _OPTIMIZER, _EXTRAS, _RANDOM = "model/", "optimizer/", "extra/", "random/"
@@ -113,20 +113,27 @@ class SavedState:
             raise ModelFileError(problem, kind="run.bad_state") from error
 
 
-def load_newest(folder: RunFolder, tell: Callable[[str], None]) -> SavedState:
+def load_newest(
+    folder: RunFolder, tell: Callable[[str], None], make: Callable[[], nn.Module | None]
+) -> SavedState:
     """The newest whole state of a run.
 
     A damaged one is put aside, so that it never takes the place of the one before.
+
+    Args:
+        folder: Where the run is.
+        tell: Hears of a damaged state.
+        make: What gives :func:`load_state` its ``network``.
 
     Raises:
         ModelFileError: There is none.
     """
     try:
-        return load_state(folder.state)
+        return load_state(folder.state, make())
     except ModelFileError as error:
         if not folder.previous.is_file():
             raise
-        saved = load_state(folder.previous)
+        saved = load_state(folder.previous, make())
         if folder.state.exists():
             os.replace(folder.state, folder.damaged)
             tell(f"warning: {error.message}")
@@ -135,21 +142,23 @@ def load_newest(folder: RunFolder, tell: Callable[[str], None]) -> SavedState:
         return saved
 
 
-def load_state(path: Path) -> SavedState:
-    """Read a state, and rebuild its network.
+def load_state(path: Path, network: nn.Module | None = None) -> SavedState:
+    """Read a state, and rebuild its network, or fill ``network`` if it is the user's own.
 
     Raises:
         ModelFileError: The file is missing, damaged or no state.
+        UsageError: Its network is the user's own, and there is no ``network``.
     """
     metadata = checkpoints.read_metadata(path)
     if _KEY not in metadata:
         raise ModelFileError(f"{path} is not the state of a run", kind="run.bad_state")
     try:
         record = _Record.model_validate_json(metadata[_KEY])
-        model = build_described(record.description)
-        model = apply_schemes(model, record.stages)
     except ValidationError as error:
         raise _damaged(path, error.errors()[0]["msg"]) from error
+    require_made(path, record.description, network)
+    try:
+        model = apply_schemes(remake(record.description, network), record.stages)
     except (UsageError, ModelFileError) as error:
         raise _damaged(path, error.message) from error
     tensors = checkpoints.read_state(path)

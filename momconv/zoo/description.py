@@ -54,6 +54,7 @@ class Description:
         classes: The outputs' names in order; ``None`` when unknown.
         source: Where the weights came from: torchvision's name for them, a file name, or ``none``.
         source_sha256: SHA-256 of the file that the weights came from.
+        arguments: Of the function that makes a network of the user's own, each as ``KEY=VALUE``.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -64,6 +65,7 @@ class Description:
     classes: tuple[str, ...] | None = None
     source: str = "none"
     source_sha256: str | None = None
+    arguments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.classes is not None and len(self.classes) != self.num_classes:

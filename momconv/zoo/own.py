@@ -2,25 +2,29 @@
 
 ``path/to/model.py:make`` and ``package.module:make`` name a function without required arguments, or
 with those that are given; ``timm:NAME`` one of timm's networks. A file that holds such a network
-records the name, but the function is only called when the user names it again.
+records the name and the arguments, but the function is only called when the user names it again.
 """
 
 import importlib
 import importlib.util
 import inspect
+import json
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
 from torch import nn
 
 from momconv.errors import UsageError
 from momconv.zoo.description import Description, Interpolation, Preprocessing, attach
-from momconv.zoo.networks import count_classes
+from momconv.zoo.networks import build_described, count_classes, replace_head
 
+RESOLUTION = 224  # pixels, of networks that do not know theirs
 _TIMM = "timm:"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
@@ -35,11 +39,20 @@ def is_timm(name: str) -> bool:
     return name.startswith(_TIMM)
 
 
+def file_stem(name: str) -> str:
+    """What a file of the network ``name`` may be called.
+
+    >>> file_stem("path/to/model.py:make"), file_stem("resnet50")
+    ('model-make', 'resnet50')
+    """
+    return Path(name).name.replace(".py:", "-").replace(":", "-")
+
+
 def make(
     name: str,
     arguments: Mapping[str, Any] | None = None,
     *,
-    resolution: int = 224,
+    resolution: int = RESOLUTION,
     pretrained: bool = False,
 ) -> nn.Module:
     """The network that ``name`` says, with a description.
@@ -69,12 +82,84 @@ def make(
         raise UsageError(
             f"{name} makes a {type(model).__name__}, not a torch.nn.Module", kind="usage.factory"
         )
-    _describe(model, name, Preprocessing(resolution, resolution, _MEAN, _STD))
+    _describe(model, name, arguments, Preprocessing(resolution, resolution, _MEAN, _STD))
     return model
 
 
-def _describe(model: nn.Module, name: str, preprocessing: Preprocessing) -> None:
-    attach(model, Description(name, count_classes(model), preprocessing))
+def remake(description: Description, network: nn.Module | None) -> nn.Module:
+    """The network of a description, with that description; the user's own is ``network`` itself.
+
+    Raises:
+        UsageError: There is no ``network``, and no such network is known.
+    """
+    if network is None:
+        return build_described(description)
+    attach(network, description)
+    if count_classes(network) != description.num_classes:
+        replace_head(network, description.classes or [""] * description.num_classes)
+        attach(network, description)
+    return network
+
+
+def require_made(path: Path, description: Description, network: nn.Module | None) -> None:
+    """Do nothing if ``network`` is there, or not needed to know what the file ``path`` describes.
+
+    Raises:
+        UsageError: It is needed: nothing in a file is ever run.
+    """
+    if network is None and is_own(description.architecture):
+        raise UsageError(
+            f"{path} holds a network of your own, made by {description.architecture}\n"
+            "momconv runs no code because of what a file says: name the function again",
+            kind="usage.own_network",
+            fix=restate(description),
+        )
+
+
+def parse_arguments(texts: Iterable[str]) -> dict[str, Any]:
+    """The values of ``KEY=VALUE``, as in YAML.
+
+    >>> parse_arguments(["depth=3", "widths=[8, 16]", "norm=batch"])
+    {'depth': 3, 'widths': [8, 16], 'norm': 'batch'}
+
+    Raises:
+        UsageError: One is not of that form.
+    """
+    pairs = [(text, *text.partition("=")) for text in texts]
+    for text, key, sign, _ in pairs:
+        if not sign or not key.isidentifier():
+            raise UsageError(
+                f"--arg {text}: not of the form KEY=VALUE",
+                kind="usage.bad_value",
+                fix="--arg depth=3",
+            )
+    try:
+        return {key: yaml.safe_load(value) for _, key, _, value in pairs}
+    except yaml.YAMLError as error:
+        raise UsageError(f"--arg: not YAML: {error}", kind="usage.bad_value") from error
+
+
+def write_arguments(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """The inverse of :func:`parse_arguments`, for the values that JSON knows."""
+    return tuple(f"{key}={json.dumps(value, default=str)}" for key, value in arguments.items())
+
+
+def restate(description: Description) -> str:
+    """The options with which a command makes the user's own network of a description again."""
+    words = ["--network", description.architecture]
+    return shlex.join([*words, *write_options(description.arguments)])
+
+
+def write_options(arguments: Sequence[str]) -> list[str]:
+    """The options of the command line that give these ``arguments``."""
+    return [word for argument in arguments for word in ("--arg", argument)]
+
+
+def _describe(
+    model: nn.Module, name: str, arguments: Mapping[str, Any] | None, preprocessing: Preprocessing
+) -> None:
+    written = write_arguments(arguments or {})
+    attach(model, Description(name, count_classes(model), preprocessing, arguments=written))
 
 
 def _find(name: str) -> Callable[..., Any]:
@@ -143,5 +228,5 @@ def _make_timm(name: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.
     resize = round(side / data["crop_pct"])
     how: Interpolation = "bicubic" if data["interpolation"] == "bicubic" else "bilinear"
     preprocessing = Preprocessing(side, resize, tuple(data["mean"]), tuple(data["std"]), how)
-    _describe(model, name, preprocessing)
+    _describe(model, name, arguments, preprocessing)
     return model

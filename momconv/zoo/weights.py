@@ -17,7 +17,7 @@ from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.zoo import checkpoints, own
 from momconv.zoo.cifar import DEPTHS
 from momconv.zoo.description import attach, describe
-from momconv.zoo.networks import build, check_name, preprocessing_of
+from momconv.zoo.networks import build, check_name, find_head, preprocessing_of
 from momconv.zoo.own import is_own
 
 _SUFFIXES = (".pth", ".th", ".pt", ".safetensors")
@@ -70,6 +70,8 @@ def _load_own(
     path = Path(weights)
     _refuse_converted(path)
     state = checkpoints.read_state(path)
+    if classes := checkpoints.outputs_in(state, find_head(model)):
+        model = own.remake(replace(describe(model), num_classes=classes), model)
     if difference := checkpoints.difference(model, state):
         raise ModelFileError(
             f"{path} does not fit {name}\ntensors {difference}",

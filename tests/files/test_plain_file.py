@@ -6,8 +6,9 @@ import torch
 import torchvision
 
 from momconv.errors import UsageError
-from momconv.files.plain_file import save_plain
+from momconv.files.plain_file import load_command, save_plain
 from momconv.surgery.conversion import convert, revert
+from momconv.zoo.description import describe
 from momconv.zoo.networks import build
 
 
@@ -32,3 +33,25 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot tell the format of .*net.onnx"):
         save_plain(build("cifar_resnet20"), tmp_path / "net.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("architecture", "path", "python"),
+    [
+        (
+            "resnet34",
+            "a.pth",
+            "torchvision.models.resnet34(num_classes=7).load_state_dict(torch.load('a.pth'))",
+        ),
+        (
+            "resnet34",
+            "a.safetensors",
+            "torchvision.models.resnet34(num_classes=7)"
+            ".load_state_dict(safetensors.torch.load_file('a.safetensors'))",
+        ),
+        ("cifar_resnet20", "a.pth", "momconv.load_network('cifar_resnet20', 'a.pth')"),
+    ],
+)
+def test_it_says_how_to_read_the_file(architecture: str, path: str, python: str) -> None:
+    described = describe(build(architecture, num_classes=7))
+    assert load_command(described, Path(path)) == python

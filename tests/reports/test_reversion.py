@@ -1,9 +1,7 @@
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from momconv.reports.reversion import Reversion
@@ -23,6 +21,7 @@ DONE = Reversion(
     interrupted=False,
     path=Path("plain.pth"),
     bytes=2**21,
+    python="torch.load('plain.pth')",
 )
 
 
@@ -35,27 +34,6 @@ def test_it_says_what_the_file_is_and_how_far_from_the_momentum_network() -> Non
     assert "98.5% of 200 images held out of photos" in text
     assert "with momentum 70.0%, plain 69.0%" in text
     assert "plain.pth (2.0 MiB)" in text
-
-
-@pytest.mark.parametrize(
-    ("architecture", "path", "python"),
-    [
-        (
-            "resnet34",
-            "a.pth",
-            "torchvision.models.resnet34(num_classes=7).load_state_dict(torch.load('a.pth'))",
-        ),
-        (
-            "resnet34",
-            "a.safetensors",
-            "torchvision.models.resnet34(num_classes=7)"
-            ".load_state_dict(safetensors.torch.load_file('a.safetensors'))",
-        ),
-        ("cifar_resnet20", "a.pth", "momconv.load_network('cifar_resnet20', 'a.pth')"),
-    ],
-)
-def test_it_says_how_to_read_the_file(architecture: str, path: str, python: str) -> None:
-    assert replace(DONE, architecture=architecture, path=Path(path)).python == python
 
 
 def test_the_document_holds_the_same() -> None:

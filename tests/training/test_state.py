@@ -193,9 +193,11 @@ def test_without_the_newest_state_the_one_before_is_used_and_kept(
     for progress in (PROGRESS, Progress()):
         save_state(folder, model, sgd(model), progress)
     spoil(folder.state)
-    assert load_newest(folder, heard.append).progress == PROGRESS
+    assert load_newest(folder, heard.append, lambda: None).progress == PROGRESS
     assert [part in text for part, text in zip(told, heard, strict=True)] == [True] * len(told)
-    assert load_newest(folder, heard.append).progress == PROGRESS  # which is the newest now
+    assert (
+        load_newest(folder, heard.append, lambda: None).progress == PROGRESS
+    )  # which is the newest now
     assert len(heard) == len(told)
 
 
@@ -206,5 +208,5 @@ def test_two_damaged_states_are_an_error_that_moves_nothing(tmp_path: Path) -> N
     for path in (folder.state, folder.previous):
         flip_a_bit(path)
     with pytest.raises(ModelFileError, match="checksum"):
-        load_newest(folder, pytest.fail)
+        load_newest(folder, pytest.fail, lambda: None)
     assert all(path.is_file() for path in (folder.state, folder.previous))

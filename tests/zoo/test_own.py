@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import momconv
 from momconv.cli import app
-from momconv.errors import UsageError
+from momconv.errors import ModelFileError, UsageError
 from momconv.momentum.sequential import momentum_stages
 from momconv.zoo import own
 from momconv.zoo.description import describe
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "own-network.md"
 MODULE, USE = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-(COMMANDS,) = re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+COMMANDS = "".join(re.findall(r"```sh\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+OPTIONS = "--network mine.py:make --arg depth=4 --arg width=8"
 
 
 @pytest.fixture
@@ -34,14 +35,55 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_the_commands_of_the_page_work(mine: Path) -> None:
-    for line in COMMANDS.splitlines():
-        result = CliRunner().invoke(app, shlex.split(line)[1:])
+def run(*words: str) -> Result:
+    return CliRunner().invoke(app, words)
+
+
+def test_the_commands_of_the_page_work_and_none_runs_code_because_of_a_file(
+    mine: Path, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine.with_name("photos").symlink_to(colours)
+    lines = COMMANDS.splitlines()
+    for line in lines:
+        result = run(*shlex.split(line)[1:])
         assert result.exit_code == 0, result.output
-    plain = torch.load(mine.with_name("plain.pth"), weights_only=True)
-    own.make("mine.py:make", {"depth": 8, "width": 8}).load_state_dict(plain, strict=True)
-    with pytest.raises(UsageError, match=r"a network of your own, made by mine\.py:make"):
-        momconv.load("mine.safetensors")
+    plain = momconv.load_network("mine.py:make", "plain.pth", {"depth": 4, "width": 8})
+    assert describe(plain).num_classes == 3
+
+    for path in mine.parent.glob("*plain*"):
+        path.unlink()
+    monkeypatch.setattr(own, "make", pytest.fail)
+    without = [line.replace(OPTIONS, "").replace("-o run", "-o new") for line in lines]
+    resuming = "momconv finetune --resume run --epochs 2"
+    for line in (*(line for line in without if line not in lines), resuming):
+        result = run(*shlex.split(line)[1:])
+        assert result.exit_code == 2
+        assert result.output.endswith(f"fix: {OPTIONS}\n")
+
+
+def test_a_run_of_ones_own_network_goes_on_where_the_function_is_named_again(
+    mine: Path, colours: Path
+) -> None:
+    words = ["--model", "mine.py:make", "--arg", "depth=4", "--resolution", "16"]
+    begun = run("finetune", *words, "--data", str(colours), "--epochs", "1", "-o", "run")
+    assert begun.exit_code == 0, begun.output
+    options = ["--network", "mine.py:make", "--arg", "depth=4"]
+    assert f"momconv eval run/best.safetensors --data {colours} {shlex.join(options)}" in " ".join(
+        begun.output.split()
+    )
+    resumed = run("finetune", "--resume", "run", "--epochs", "2", *options)
+    assert resumed.exit_code == 0, resumed.output
+    loaded = momconv.load("run/last.safetensors", own.make("mine.py:make", {"depth": 4}))
+    assert describe(loaded).classes == ("blue", "green", "red")
+
+
+def test_a_file_does_not_fit_what_the_function_makes_with_other_arguments(mine: Path) -> None:
+    model = momconv.convert(own.make("mine.py:make", {"depth": 4}, resolution=16))
+    momconv.save(model, "mine.safetensors")
+    with pytest.raises(ModelFileError, match="does not fit the network that was made") as error:
+        momconv.load("mine.safetensors", own.make("mine.py:make"))
+    assert error.value.fix is not None
+    assert error.value.fix.endswith("--network mine.py:make --arg depth=4")
 
 
 def test_the_python_of_the_page_works_and_its_gradients_are_exact(mine: Path) -> None:
