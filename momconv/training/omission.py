@@ -5,6 +5,7 @@ resumed goes on without it too, whether or not the file is back.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from momconv.data.decoding import UnreadableImage
 from momconv.data.examination import examine
@@ -22,21 +23,25 @@ def leave_out(job: Job, progress: Progress, split: SplitName, image: int) -> Non
     """
     images = select(job.splits, split)
     path = images.samples[image].path
-    reason = examine(path).problem or "could not be read"  # the file may be back by now
+    reason = _find_reason(path)
     if job.recipe.data.strict:
         raise UnreadableImage(path, reason)
+    total = len(images.samples)
+    paths = [images.samples[number].path for number in (*progress.left_out(split), image)]
+    problems = [f"{printable(other)}: {_find_reason(other)}" for other in paths]
+    refuse_many_unreadable(problems, total, job.recipe.data.max_bad_fraction)
     step = progress.step + 1 if split == "train" else None
     progress.omissions.append(Omission(progress.epoch + 1, step, split, image, str(path)))
-    left_out = progress.left_out(split)
-    names = [printable(images.samples[number].path) for number in left_out]
-    total = len(images.samples)
-    refuse_many_unreadable(names, total, job.recipe.data.max_bad_fraction)
     if job.processes.leads:
         job.folder.write_history(progress)
     job.listener.tell(
         f"warning: {printable(path)}: {reason}; going on without it "
-        f"({len(names)} of {total} images unreadable since the start)"
+        f"({len(paths)} of {total} images unreadable since the start)"
     )
+
+
+def _find_reason(path: Path) -> str:
+    return examine(path).problem or "could not be read"  # the file may be back by now
 
 
 def keep_rest(splits: Splits, progress: Progress) -> Splits:

@@ -227,7 +227,8 @@ def test_an_image_that_breaks_in_one_process_is_left_out_by_both(
 def test_with_sync_bn_batch_norm_sees_the_joint_batch(colours: Path, tmp_path: Path) -> None:
     """One step, on shares of 11 and 10 images, and of the plain network.
 
-    Momentum with γ = 0.9 makes a hundredth of what another formula for BatchNorm rounds differently.
+    Momentum with γ = 0.9 makes a hundredth of what another formula for BatchNorm rounds
+    differently.
     """
     changes = ["train.epochs=1", "train.batch_size=21", "train.micro_batch=21"]
     changes += ["data.val_frac=0.13", "momentum.gamma=0"]
