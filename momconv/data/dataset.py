@@ -156,6 +156,12 @@ def _explain_death(iterator: object, error: RuntimeError) -> None:
             kind="memory.killed",
             fix="--set data.workers=0",
         ) from error
+    if died := codes - {0, None}:
+        raise ResourceError(
+            f"a process that reads images ended by itself, with code {min(died)}",
+            kind="run.lost_reader",
+            fix="--set data.workers=0",
+        ) from error
 
 
 def _is_full(folder: Path) -> bool:
