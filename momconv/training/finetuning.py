@@ -19,6 +19,7 @@ from momconv.planner.measurement import static_bytes
 from momconv.recipe import Recipe, dump_recipe, recall_recipe
 from momconv.training import network
 from momconv.training.balancing import describe_imbalance
+from momconv.training.board import require_tensorboard
 from momconv.training.determinism import deterministic
 from momconv.training.images import (
     find_images,
@@ -102,6 +103,7 @@ def finetune(
     device = find_own_device(recipe.train.device)
     choose_precision(recipe.train, device)
     network.require_synchronisable(recipe.train, device)
+    require_tensorboard(recipe)
     with (
         joined() as processes,
         _seeded(recipe.train.seed, device),

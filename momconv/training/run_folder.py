@@ -94,6 +94,11 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def board(self) -> Path:
+        """The same for TensorBoard, if that is asked for."""
+        return self.path / "tensorboard"
+
+    @property
     def resume_command(self) -> str:
         """What goes on with the run."""
         return f"momconv finetune --resume {shlex.quote(str(self.path))}"
