@@ -181,7 +181,7 @@ def _look_at_memory() -> Iterator[Finding]:
             str(shared),
             ok=free > _SHARED,
             found=f"{format_bytes(free)} free",
-            fix="--set data.workers=0; in a container, docker run --shm-size=1g",
+            fix="--workers 0; in a container, docker run --shm-size=1g",
             needed=False,
         )
 

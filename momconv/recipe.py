@@ -149,6 +149,12 @@ class TrainRecipe(_Section):
         return 0.01 * self.batch_size / 32 if self.optimizer == "sgd" else 1e-4
 
 
+class LogRecipe(_Section):
+    """What is written down besides metrics.csv and events.jsonl."""
+
+    tensorboard: bool = False
+
+
 class Recipe(_Section):
     """All that a run depends on besides the images and the weights themselves."""
 
@@ -156,6 +162,7 @@ class Recipe(_Section):
     momentum: MomentumRecipe = MomentumRecipe()
     data: DataRecipe = DataRecipe()
     train: TrainRecipe = TrainRecipe()
+    log: LogRecipe = LogRecipe()
 
     @model_validator(mode="after")
     def _check_annealing(self) -> Self:

@@ -134,8 +134,8 @@ def test_a_recipe_cannot_be_changed_or_given_more_keys() -> None:
         ("train:\n  epohcs: 3", ":2: unknown key train.epohcs — did you mean train.epochs?"),
         ("epochs: 3", ":1: unknown key epochs — did you mean train.epochs?"),
         ("trian:\n  lr: 3", ":2: unknown key trian.lr — did you mean train.lr?"),
-        ("# x\nfoo: 3", ":2: unknown key foo\nsections: model, momentum, data, train"),
-        ("? [a]\n: 1", ":1: unknown key ['a']\nsections: model, momentum, data, train"),
+        ("# x\nfoo: 3", ":2: unknown key foo\nsections: model, momentum, data, train, log"),
+        ("? [a]\n: 1", ":1: unknown key ['a']\nsections: model, momentum, data, train, log"),
         (
             "model: resnet50",
             ":1: model is a section, not a value\nits keys: name, arguments, weights, from_file",
@@ -237,7 +237,7 @@ def test_an_override_without_a_key_or_a_value_shows_how_to_write_one(override: s
 
 def test_a_file_that_is_not_a_mapping_is_not_a_recipe(write: Write) -> None:
     path = write("- train\n")
-    expected = f"{path} is not a recipe: it has none of model, momentum, data, train"
+    expected = f"{path} is not a recipe: it has none of model, momentum, data, train, log"
     assert refusal(path).message == expected
 
 

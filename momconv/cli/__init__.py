@@ -25,7 +25,7 @@ from momconv.cli import (
     recipes,
 )
 from momconv.cli import eval as eval_
-from momconv.cli._console import guarded, out
+from momconv.cli._console import Terminated, guarded, out
 
 EXIT_CODES = (
     "Exit codes: 0 done · 1 failed · 2 usage or recipe · 3 images · 4 model file · "
@@ -87,4 +87,4 @@ def main() -> None:
 
 def _quit(number: int, _frame: object) -> None:
     """End as Ctrl-C does, with the processes that read images."""
-    raise SystemExit(128 + number)
+    raise Terminated(128 + number)

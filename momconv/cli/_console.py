@@ -72,6 +72,10 @@ def _finite(document: object) -> Any:
     return json.loads(json.dumps(document, default=str), parse_constant=lambda _: None)
 
 
+class Terminated(SystemExit):
+    """SIGTERM came: to the program's parts the end, as other exits are."""
+
+
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
     """``command``, ending in one readable error and its exit code instead of a traceback.
 
@@ -86,7 +90,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise
         except BrokenPipeError:
             out.on_broken_pipe()
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt, Terminated) as error:
             failure = _failure(error)
             if os.environ.get("MOMCONV_DEBUG"):
                 err.print(Text(traceback.format_exc()), soft_wrap=True)
@@ -125,6 +129,8 @@ def _failure(error: BaseException) -> _Failure:
     if isinstance(error, MomconvError):
         hints = (error.fix or "").splitlines()
         return _Failure("error", error.exit_code, error.kind, error.message, hints)
+    if isinstance(error, Terminated):
+        return _Failure("error", 143, "terminated", "terminated", [])
     if isinstance(error, KeyboardInterrupt):
         return _Failure("error", 130, "interrupted", "interrupted", [])
     summary = " ".join("".join(traceback.format_exception_only(error)).split())

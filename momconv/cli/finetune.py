@@ -37,6 +37,7 @@ _KEYS = {
     "micro_batch": "train.micro_batch",
     "freeze_bn": "train.freeze_bn",
     "sync_bn": "train.sync_bn",
+    "tensorboard": "log.tensorboard",
     "gamma": "momentum.gamma",
     "strategy": "momentum.strategy",
     "seed": "train.seed",
@@ -55,6 +56,7 @@ _KEYS = {
     "max_bad_fraction": "data.max_bad_fraction",
     "device": "train.device",
     "time_limit": "train.time_limit",
+    "workers": "data.workers",
 }
 
 
@@ -175,6 +177,17 @@ def finetune(  # noqa: PLR0913 (one for each option)
             show_default=False,
         ),
     ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            "--workers",
+            "-j",
+            metavar="N",
+            help="Processes that read images. (default: auto)",
+            rich_help_panel=_IMAGES,
+            show_default=False,
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
         _option("--memory", "AMOUNT", "Limit, such as 3GiB. (default: what is free)", _MEMORY),
@@ -227,6 +240,15 @@ def finetune(  # noqa: PLR0913 (one for each option)
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A recipe in YAML.", rich_help_panel=_RUN),
+    ] = None,
+    tensorboard: Annotated[
+        bool | None,
+        typer.Option(
+            "--tensorboard",
+            help="Write the numbers for TensorBoard too.",
+            rich_help_panel=_RUN,
+            show_default=False,
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,

@@ -148,13 +148,19 @@ def _explain_death(iterator: object, error: RuntimeError) -> None:
         raise ResourceError(
             f"no shared memory left for the processes that read images: {_SHARED_MEMORY} is full",
             kind="memory.shared",
-            fix="--set data.workers=0\ndocker run --shm-size=8g, in a container",
+            fix="--workers 0\ndocker run --shm-size=8g, in a container",
         ) from error
     if -signal.SIGKILL in codes:
         raise ResourceError(
             "a process that reads images was killed, as happens where memory runs out",
             kind="memory.killed",
-            fix="--set data.workers=0",
+            fix="--workers 0",
+        ) from error
+    if died := codes - {0, None}:
+        raise ResourceError(
+            f"a process that reads images ended by itself, with code {min(died)}",
+            kind="run.lost_reader",
+            fix="--workers 0",
         ) from error
 
 

@@ -19,6 +19,7 @@ from momconv.planner.measurement import static_bytes
 from momconv.recipe import Recipe, dump_recipe, recall_recipe
 from momconv.training import network
 from momconv.training.balancing import describe_imbalance
+from momconv.training.board import require_tensorboard
 from momconv.training.determinism import deterministic
 from momconv.training.images import (
     find_images,
@@ -102,6 +103,7 @@ def finetune(
     device = find_own_device(recipe.train.device)
     choose_precision(recipe.train, device)
     network.require_synchronisable(recipe.train, device)
+    require_tensorboard(recipe)
     with (
         joined() as processes,
         _seeded(recipe.train.seed, device),
@@ -153,6 +155,7 @@ def _start(task: _Task) -> tuple[Job, Progress]:
     """A run at its beginning, with a folder from which it can be resumed."""
     recipe, run, device, listener = task.recipe, task.run, task.device, task.listener
     run.require_unused()
+    run.require_room(0)
     root = require_folder(recipe.data)
     found = find_images(root, recipe.data, listener)
     model = network.load(recipe)
@@ -165,14 +168,13 @@ def _start(task: _Task) -> tuple[Job, Progress]:
     network.fit_head(model, splits.train.classes)
     network.place(model, device)
     network.start_training(model, recipe.train)
-    plan = plan_batches(model, _describe_setting(task, splits, model))
-    _tell_of_plan(plan, model, listener)
+    plan = _plan(task, splits, model)
     workers = _choose_workers(task, splits)
     if network.needs_calibration(model, recipe):
         _calibrate(model, recipe, splits, plan, workers, listener)
     optimizer, progress = make_optimizer(model, recipe.train), Progress()
     job = _make_job(task, splits, model, optimizer, plan)
-    run.make(_disk_bytes(model, recipe))
+    run.make()
     if recipe.train.lr == "auto":
         _choose_rate(job)
     write_text(run.config, dump_recipe(_with_absolute_paths(job.recipe)))
@@ -180,6 +182,18 @@ def _start(task: _Task) -> tuple[Job, Progress]:
     remember_images(images, root, run, listener)
     save_state(run, model, job.optimizer, progress, job.read_extras())
     return job, progress
+
+
+def _plan(task: _Task, splits: Splits, model: nn.Module) -> BatchPlan:
+    """How the run fits the memory; it is told.
+
+    Raises:
+        ResourceError: It does not, or what it writes does not fit the disk.
+    """
+    task.run.require_room(_disk_bytes(model, task.recipe))
+    plan = plan_batches(model, _describe_setting(task, splits, model))
+    _tell_of_plan(plan, model, task.listener)
+    return plan
 
 
 def _disk_bytes(model: nn.Module, recipe: Recipe) -> int:
@@ -232,7 +246,7 @@ def _resume(task: _Task) -> tuple[Job, Progress]:
     recipe, run = task.recipe, task.run
     run.require_state()
     if task.processes.leads:
-        run.make(0)
+        run.make()
     before = recall_recipe(run.config)
     _refuse_changes(before, recipe, run)
     saved = load_newest(run, task.listener.tell, partial(network.make_own, recipe.model))

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import os
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -93,6 +94,11 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def board(self) -> Path:
+        """The same for TensorBoard, if that is asked for."""
+        return self.path / "tensorboard"
+
+    @property
     def resume_command(self) -> str:
         """What goes on with the run."""
         return f"momconv finetune --resume {shlex.quote(str(self.path))}"
@@ -133,24 +139,32 @@ class RunFolder:
             fix=RunFolder(others[-1].parent).resume_command if others else None,
         )
 
-    def make(self, needed_bytes: int) -> None:
-        """Make the folder and those above it, on a disk with room for ``needed_bytes``.
-
-        Temporary files of a killed process are removed.
+    def make(self) -> None:
+        """Make the folder and those above it; temporary files of a killed process are removed.
 
         Raises:
-            ResourceError: That is not allowed, or there is no room.
+            ResourceError: That is not allowed.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ResourceError(
-                f"cannot make output folder {self.path}: {error.strerror}",
-                kind="output.unwritable",
-                fix="-o with a folder that can be written",
-            ) from error
+            raise self._unwritable(error.strerror) from error
         sweep(self.path)
-        free = shutil.disk_usage(self.path).free
+
+    def require_room(self, needed_bytes: int) -> None:
+        """Do nothing if the folder can be made, or written to, and has room for so much.
+
+        For use before the work that leads to it: nothing is made.
+
+        Raises:
+            ResourceError: It cannot, or has not.
+        """
+        above = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not above.is_dir():
+            raise self._unwritable(f"{above} is a file")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise self._unwritable(f"{above} cannot be written to")
+        free = shutil.disk_usage(above).free
         if free < needed_bytes:
             raise ResourceError(
                 f"{self.path} needs about {format_bytes(needed_bytes)}, {format_bytes(free)} free",
@@ -176,6 +190,13 @@ class RunFolder:
     @property
     def _has_state(self) -> bool:
         return self.state.is_file() or self.previous.is_file()
+
+    def _unwritable(self, reason: str | None) -> ResourceError:
+        return ResourceError(
+            f"cannot make output folder {self.path}: {reason}",
+            kind="output.unwritable",
+            fix="-o with a folder that can be written",
+        )
 
     def _holds_something(self) -> bool:
         # What is written before the first state.

@@ -15,6 +15,7 @@ from momconv.errors import MomconvError, ResourceError
 from momconv.files import model_file
 from momconv.files.atomic import write_text
 from momconv.training.annealing import anneal
+from momconv.training.board import write_board
 from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.job import Job
 from momconv.training.network import make_own
@@ -39,6 +40,8 @@ def publish(job: Job, progress: Progress) -> None:
         _save_model(job, job.folder.best, progress)
     _save_model(job, job.folder.last, progress)
     job.folder.write_history(progress)
+    if job.recipe.log.tensorboard:
+        write_board(job.folder, progress.history)
 
 
 def write_plan(job: Job) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from momconv import cli
 from momconv.cli import app
 from momconv.cli._display import Display
+from momconv.planner import search
 from momconv.zoo.networks import build
 
 SMALL = ["--model", "cifar_resnet20", "--weights", "none", "--device", "cpu"]
@@ -167,20 +170,48 @@ def test_calibration_can_be_left_out_and_gamma_annealed(colours: Path, tmp_path:
     assert [float(row["gamma"]) for row in rows] == pytest.approx([0.1 + 0.8 / 1.5, 0.9])
 
 
-def test_ctrl_c_while_calibrating_is_130_and_leaves_nothing(
-    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def sigterm() -> Iterator[None]:
+    """SIGTERM is handled as in the real program."""
+    before = signal.signal(signal.SIGTERM, cli._quit)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("sigterm")
+@pytest.mark.parametrize(
+    ("title", "number", "word"),
+    [
+        ("planning", signal.SIGTERM, "terminated"),
+        ("calibrating", signal.SIGTERM, "terminated"),
+        ("calibrating", signal.SIGINT, "interrupted"),
+    ],
+)
+def test_a_signal_before_the_run_is_told_and_leaves_nothing(
+    colours: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    title: str,
+    number: signal.Signals,
+    word: str,
 ) -> None:
-    def advance(_self: Display, title: str, _done: int, _total: int, _text: str = "") -> None:
-        if title == "calibrating":
-            signal.raise_signal(signal.SIGINT)
+    def advance(_self: Display, doing: str, _done: int, _total: int, _text: str = "") -> None:
+        if doing == title:
+            signal.raise_signal(number)
+
+    def predict(*_: object) -> None:
+        signal.raise_signal(number)
 
     monkeypatch.setattr(Display, "advance", advance)
+    if title == "planning":
+        monkeypatch.setattr(search, "predict", predict)
     torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
     options: list[str | Path] = [*SMALL, "--weights", tmp_path / "trained.th"]
     options += ["--micro-batch", "5"]
     ran = run("--data", colours, *options, *IN_PROCESS, "-o", tmp_path / "run")
-    assert (ran.exit_code, ran.stdout) == (130, "")
-    assert ran.stderr.endswith("error: interrupted\n")
+    assert (ran.exit_code, ran.stdout) == (128 + number, "")
+    assert ran.stderr.splitlines()[-1] == f"error: {word}"
+    assert "Traceback" not in ran.stderr
     assert not (tmp_path / "run").exists()
 
 

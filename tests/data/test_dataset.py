@@ -136,7 +136,12 @@ def test_other_failures_in_a_worker_are_not_hidden(images: ImageSet) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"), [(signal.SIGBUS, "memory.shared"), (signal.SIGKILL, "memory.killed")]
+    ("number", "kind"),
+    [
+        (signal.SIGBUS, "memory.shared"),
+        (signal.SIGKILL, "memory.killed"),
+        (signal.SIGHUP, "run.lost_reader"),
+    ],
 )
 def test_a_process_that_was_killed_is_explained(
     images: ImageSet, number: signal.Signals, kind: str

@@ -227,8 +227,9 @@ def test_an_image_that_breaks_in_one_process_is_left_out_by_both(
 def test_with_sync_bn_batch_norm_sees_the_joint_batch(colours: Path, tmp_path: Path) -> None:
     """One step, on shares of 11 and 10 images, and of the plain network.
 
-    Momentum with γ = 0.9 makes a hundredth of what another formula for BatchNorm rounds
-    differently.
+    Another formula for BatchNorm alone, in one process, changes these gradients by a hundredth: the
+    images are so alike that what it rounds differently puts some activations on the other side of
+    zero. The statistics are sums over them.
     """
     changes = ["train.epochs=1", "train.batch_size=21", "train.micro_batch=21"]
     changes += ["data.val_frac=0.13", "momentum.gamma=0"]
@@ -239,8 +240,8 @@ def test_with_sync_bn_batch_norm_sees_the_joint_batch(colours: Path, tmp_path: P
     compared = [key for key in theirs if "momentum_buffer" in key or "running" in key]
     assert len(compared) == 97
     for key in compared:
-        scale = float(theirs[key].abs().max())
-        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=2**-14 * scale)
+        scale = float(theirs[key].abs().max()) * (2**-14 if "running" in key else 2**-5)
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=scale)
 
 
 def test_sync_bn_is_refused_on_the_cpu(colours: Path, tmp_path: Path) -> None:

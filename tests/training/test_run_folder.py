@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_a_missing_or_empty_folder_is_unused(tmp_path: Path) -> None:
 
 def test_a_used_folder_is_refused_with_what_can_be_done(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "a run")
-    run.make(0)
+    run.make()
     run.metrics.touch()
     with pytest.raises(UsageError, match="not empty") as refused:
         run.require_unused()
@@ -49,7 +50,7 @@ def test_what_a_killed_start_left_counts_as_nothing(tmp_path: Path) -> None:
     for path in (run.rates, run.config, run.plan, run.split, run.data_report, left):
         path.touch()
     run.require_unused()
-    run.make(0)
+    run.make()
     assert not left.exists()
     run.previous.touch()
     with pytest.raises(UsageError, match="not empty"):
@@ -79,13 +80,25 @@ def test_what_cannot_be_resumed_is_named_with_what_can(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ResourceError, match="cannot make output folder"):
-        RunFolder(tmp_path / "file" / "run").make(0)
+    for act in (RunFolder.make, lambda run: run.require_room(0)):
+        with pytest.raises(ResourceError, match="cannot make output folder"):
+            act(RunFolder(tmp_path / "file" / "run"))
+
+
+def test_a_folder_that_may_not_be_written_to_is_named_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rights are asked for, as a test of root may write anywhere."""
+    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
+    with pytest.raises(ResourceError, match=f"{tmp_path} cannot be written to"):
+        RunFolder(tmp_path / "above" / "run").require_room(0)
+    RunFolder(tmp_path.parent / "run").require_room(2**10)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_disk_without_room_is_told_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"needs about 1048576.0 TiB, .* free"):
-        RunFolder(tmp_path / "run").make(2**60)
+        RunFolder(tmp_path / "run").require_room(2**60)
 
 
 def test_metrics_are_a_table_and_events_are_objects(tmp_path: Path) -> None:
