@@ -2,25 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
-
-NetworkOption = Annotated[
-    str | None,
-    typer.Option(
-        "--network",
-        metavar="FUNCTION",
-        help="For a file of a network of your own: what makes it, as model.py:make.",
-    ),
-]
-ArgumentOption = Annotated[
-    list[str] | None,
-    typer.Option("--arg", metavar="KEY=VALUE", help="An argument for it; again for more."),
-]
 
 
 @dataclass(frozen=True, slots=True)

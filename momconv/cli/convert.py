@@ -15,7 +15,8 @@ from momconv.cli._conversion import (
     parse_distillation,
     revert_network,
 )
-from momconv.cli._own import ArgumentOption, Function, NetworkOption
+from momconv.cli._options import ArgumentOption, JsonOption, NetworkOption, OverwriteOption
+from momconv.cli._own import Function
 from momconv.errors import UsageError
 from momconv.files.atomic import require_free
 from momconv.units import parse_share
@@ -134,10 +135,8 @@ def convert(  # noqa: PLR0913 (one for each option)
             show_default="MODEL-gGAMMA.safetensors; FILE-plain.safetensors",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
-    ] = False,
+    overwrite: OverwriteOption = False,
+    json_output: JsonOption = False,
 ) -> None:
     """Turn a residual network into a momentum network with the same weights, in one file.
 

@@ -1,12 +1,13 @@
 """``momconv doctor``."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.text import Text
 
 from momconv.cli._console import describe_error, out, print_json, progress
+from momconv.cli._options import JsonOption
 from momconv.errors import ResourceError
 
 if TYPE_CHECKING:
@@ -17,9 +18,7 @@ _WIDTH = 14  # of a name
 
 def doctor(
     *,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout instead of lines.")
-    ] = False,
+    json_output: JsonOption = False,
 ) -> None:
     """Look whether this machine has what is needed, and try a small network; to report a bug."""
     try:

@@ -8,7 +8,14 @@ import typer
 from rich.text import Text
 
 from momconv.cli._console import describe_error, note, out, print_json, progress, tell
-from momconv.cli._own import ArgumentOption, Function, NetworkOption
+from momconv.cli._options import (
+    ArgumentOption,
+    DeviceOption,
+    JsonOption,
+    MaxBadFractionOption,
+    NetworkOption,
+)
+from momconv.cli._own import Function
 from momconv.errors import ModelFileError, ThresholdNotMet
 from momconv.units import parse_share
 
@@ -44,15 +51,9 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     network: NetworkOption = None,
     arg: ArgumentOption = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images at once.")] = 32,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")
-    ] = "auto",
-    max_bad_fraction: Annotated[
-        float, typer.Option(metavar="F", min=0, max=1, help="Of unreadable images, left out.")
-    ] = 0.05,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
-    ] = False,
+    device: DeviceOption = "auto",
+    max_bad_fraction: MaxBadFractionOption = 0.05,
+    json_output: JsonOption = False,
 ) -> None:
     """Say how good a model is on a folder of images: top-1, each class, the worst mistakes."""
     from momconv.data.folder import find_evaluation_set

@@ -8,7 +8,8 @@ import typer
 from rich.text import Text
 
 from momconv.cli._console import err, out, print_json, warn
-from momconv.cli._own import ArgumentOption, Function, NetworkOption
+from momconv.cli._options import ArgumentOption, JsonOption, NetworkOption, OverwriteOption
+from momconv.cli._own import Function
 from momconv.files.atomic import require_free
 from momconv.units import format_bytes
 
@@ -35,10 +36,8 @@ def export(  # noqa: PLR0913 (one for each option)
     ] = None,
     network: NetworkOption = None,
     arg: ArgumentOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout instead of text.")
-    ] = False,
+    overwrite: OverwriteOption = False,
+    json_output: JsonOption = False,
 ) -> None:
     """Write a model for other programs, and check that it computes the same there."""
     from momconv.files.export import SUFFIXES, config_path, require_extra

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from momconv.cli._console import note, out, progress, tell, warn
 from momconv.cli._display import Display
-from momconv.cli._own import ArgumentOption, NetworkOption
+from momconv.cli._options import ArgumentOption, NetworkOption
 from momconv.errors import MomconvError, UsageError
 from momconv.recipe import Recipe, load_recipe
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from momconv.cli._console import out, print_json
-from momconv.cli._own import ArgumentOption, Function, NetworkOption
+from momconv.cli._options import ArgumentOption, JsonOption, NetworkOption
+from momconv.cli._own import Function
 
 
 def inspect(
@@ -14,9 +15,7 @@ def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A converted or fine-tuned model.")],
     network: NetworkOption = None,
     arg: ArgumentOption = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
-    ] = False,
+    json_output: JsonOption = False,
 ) -> None:
     """Say what a model file holds: network, classes, input, origin, stages, certificate, scores."""
     from momconv.reports.inspection import inspect_file

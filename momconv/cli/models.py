@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from momconv.cli._console import out, print_json, progress
+from momconv.cli._options import JsonOption
 from momconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ def models(
         list[str] | None, typer.Argument(help="Only these, such as 'regnet_y*'; again for more.")
     ] = None,
     sort: Annotated[Order, typer.Option(help="The column to sort by.")] = "name",
-    json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout instead of a table.")
-    ] = False,
+    json_output: JsonOption = False,
 ) -> None:
     """List the networks that momconv converts, and what that saves.
 

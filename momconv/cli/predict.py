@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from momconv.cli._console import note, out, print_json, print_json_lines, progress, warn
-from momconv.cli._own import ArgumentOption, Function, NetworkOption
+from momconv.cli._options import (
+    ArgumentOption,
+    DeviceOption,
+    JsonOption,
+    MaxBadFractionOption,
+    NetworkOption,
+)
+from momconv.cli._own import Function
 from momconv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,15 +35,9 @@ def predict(  # noqa: PLR0913 (one for each option)
     ] = None,
     network: NetworkOption = None,
     arg: ArgumentOption = None,
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")
-    ] = "auto",
-    max_bad_fraction: Annotated[
-        float, typer.Option(metavar="F", min=0, max=1, help="Of unreadable images, left out.")
-    ] = 0.05,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout instead of a table.")
-    ] = False,
+    device: DeviceOption = "auto",
+    max_bad_fraction: MaxBadFractionOption = 0.05,
+    json_output: JsonOption = False,
 ) -> None:
     """Say what is on images: the most probable classes of each."""
     if json_output and format_ is not None:

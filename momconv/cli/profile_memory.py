@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from momconv.cli._console import err, out, print_json, progress
-from momconv.cli._own import ArgumentOption, Function, NetworkOption
+from momconv.cli._options import ArgumentOption, DeviceOption, JsonOption, NetworkOption
+from momconv.cli._own import Function
 from momconv.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     optimizer: Annotated[
         Literal["sgd", "adamw"], typer.Option(help="What holds a state for each parameter.")
     ] = "sgd",
-    device: Annotated[
-        str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")
-    ] = "auto",
+    device: DeviceOption = "auto",
     measure: Annotated[
         bool, typer.Option("--measure", help="Run small steps as well, and trust them instead.")
     ] = False,
@@ -57,9 +56,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the table as CSV.")
     ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout instead of tables.")
-    ] = False,
+    json_output: JsonOption = False,
 ) -> None:
     """Predict what an image costs in training: stored, checkpointed, or with momentum.
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from momconv.cli._console import guarded, out, print_json
+from momconv.cli._options import JsonOption, OverwriteOption
 from momconv.cookbook import find_recipe, list_recipes
 from momconv.files.atomic import require_free, write_text
 from momconv.recipe import load_recipe
@@ -20,9 +21,7 @@ _Name = Annotated[str, typer.Argument(metavar="NAME", help="As momconv recipes l
 
 def ls(
     *,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="One JSON document on stdout instead of a table.")
-    ] = False,
+    json_output: JsonOption = False,
 ) -> None:
     """List the recipes."""
     recipes = {name: load_recipe(path) for name, path in list_recipes().items()}
@@ -52,7 +51,7 @@ def cp(
         Path | None,
         typer.Argument(metavar="FILE", help="The copy.", show_default="NAME.yaml"),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Copy a recipe, to change it."""
     source = find_recipe(name)

@@ -1,0 +1,26 @@
+"""Options that several commands have."""
+
+from typing import Annotated
+
+import typer
+
+ArgumentOption = Annotated[
+    list[str] | None,
+    typer.Option("--arg", metavar="KEY=VALUE", help="An argument for it; again for more."),
+]
+DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document instead, on stdout.")
+]
+MaxBadFractionOption = Annotated[
+    float, typer.Option(metavar="F", min=0, max=1, help="Of unreadable images, left out.")
+]
+NetworkOption = Annotated[
+    str | None,
+    typer.Option(
+        "--network",
+        metavar="FUNCTION",
+        help="For a file of a network of your own: what makes it, as model.py:make.",
+    ),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the file.")]
