@@ -2,7 +2,8 @@
 
 Each input is a sound file with a few changes: bits, bytes, slices, words, or values of a
 safetensors header, whose length is mostly put right, so that what is behind it is reached.
-Anything but a MomconvError is printed with the number of its input, which repeats it:
+``metadata`` reads no more than a model file's header. Anything but a MomconvError is a failure, and
+printed with the number of its input, which repeats it:
 ``python -m benchmarks.fuzz --only state --start 1234 --inputs 1``.
 """
 
@@ -14,7 +15,8 @@ import resource
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,10 @@ from unittest.mock import patch
 import torch
 import typer
 from PIL import Image
+from safetensors.torch import save
 from torch.nn import functional as F
 
+from benchmarks.tables import Log, Row, show
 from momconv.data.decoding import decode_bytes
 from momconv.data.folder import ImageSet, Sample, Splits
 from momconv.data.inspection import Inspection
@@ -54,6 +58,12 @@ VALUES: list[Any] = [
     *("resnet50", "layer1", "F32", "I8", "F8_E4M3", "C64", "BOOL", [], [1], [[]], {}, {"a": 1}),
     *([2, 2], [0], [10**9, 10**9], "x" * 10_000, 1e-320),
 ]
+
+
+TITLE = "fuzz"
+KEY = ("parser", "first")
+COUNTS = ("inputs", "accepted", "refused by name", "failures")
+FAILED = "FAILED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +155,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
     """All parsers, with files that are made in ``folder``."""
     model, state, pickled = (_write_files(folder / name) for name in ("model", "state", "pickled"))
     return {
+        "metadata": Target(model_file.read_metadata, [_shorten(model[0])]),
         "model": Target(model_file.load, model[:1]),
         "state": Target(_resume, state[1:2]),
         "checkpoint": Target(_load_checkpoint, pickled[2:4]),
@@ -183,6 +194,12 @@ def _write_files(folder: Path) -> list[bytes]:
         torch.save(plain.state_dict(), folder / name, _use_new_zipfile_serialization=zipped)
     names = ("model", RunFolder(folder).state.name, "zipped", "old")
     return [(folder / name).read_bytes() for name in names]
+
+
+def _shorten(data: bytes) -> bytes:
+    """A model file with its metadata and one tensor."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return save({"fc.bias": torch.zeros(2)}, json.loads(data[8:end])["__metadata__"])
 
 
 def _write_split(folder: Path) -> bytes:
@@ -243,6 +260,27 @@ def limited_memory(gigabytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+def present(rows: Sequence[Row]) -> list[Row]:
+    """All inputs that a parser was given."""
+    totals: dict[str, dict[str, int]] = {}
+    for row in rows:
+        total = totals.setdefault(row["parser"], dict.fromkeys(COUNTS, 0))
+        for name in COUNTS:
+            total[name] += int(row[name])
+    return [
+        {"parser": parser} | {name: f"{count:,}" for name, count in total.items()}
+        for parser, total in totals.items()
+    ]
+
+
+def _count(title: str, start: int, kinds: Counter[str]) -> Row:
+    """A row of the log."""
+    inputs, accepted, failed = kinds.total(), kinds["accepted"], kinds[FAILED]
+    counts = (inputs, accepted, inputs - accepted - failed, failed)
+    numbers = map(str, counts)
+    return {"parser": title, "first": str(start)} | dict(zip(COUNTS, numbers, strict=True))
+
+
 def main(
     *,
     inputs: Annotated[int, typer.Option(help="How many, for each parser.")] = 1000,
@@ -250,25 +288,25 @@ def main(
     only: Annotated[list[str], typer.Option(default_factory=list, help="Only these parsers.")],
 ) -> None:
     """Feed damaged files to every parser."""
-    failures = 0
+    log = Log.of(TITLE, torch.device("cpu"))
     with tempfile.TemporaryDirectory() as name, limited_memory(16):
         for title, target in make_targets(Path(name)).items():
             if only and title not in only:
                 continue
-            began, kinds = time.monotonic(), dict[str, int]()
+            began, kinds = time.monotonic(), Counter[str]()
             for number in range(start, start + inputs):
                 try:
                     kind = try_input(target, make_input(target, number), Path(name) / "input")
                 except Exception:
-                    failures += 1
-                    kind = "FAILED"
+                    kind = FAILED
                     typer.echo(f"{title} {number}\n{traceback.format_exc(limit=-3)}")
-                kinds[kind] = kinds.get(kind, 0) + 1
+                kinds[kind] += 1
+            log.merge([_count(title, start, kinds)], KEY)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
             counts = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
             seconds = time.monotonic() - began
             typer.echo(f"{title}: {inputs} inputs in {seconds:.0f} s, peak {peak} MiB: {counts}")
-    raise typer.Exit(failures > 0)
+    show(TITLE, present(log.read()))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import finetuning, memory, transfer
+from benchmarks import finetuning, fuzz, memory, transfer
 from benchmarks.tables import Log, Row, find_logs, number
 
 DOCUMENT = Path(__file__).parent / "RESULTS.md"
@@ -46,6 +46,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     "conversion": show_all,
     "prediction": show_all,
     "loading": show_all,
+    "fuzz": fuzz.present,
     "transfer": transfer.present,
     "finetuning": finetuning.present,
 }

@@ -1,6 +1,7 @@
 """``momconv eval``."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from momconv.cli._options import (
     NetworkOption,
 )
 from momconv.cli._own import Function
-from momconv.errors import ModelFileError, ThresholdNotMet
+from momconv.errors import ModelFileError, ThresholdNotMet, UsageError
 from momconv.units import parse_share
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     ] = "error",
     compare: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Another model, side by side; may be given again."),
+        typer.Option(
+            metavar="FILE", help="Another one, or an unconverted checkpoint; may be given again."
+        ),
     ] = None,
     min_top1: Annotated[
         str | None,
@@ -62,17 +65,16 @@ def evaluate(  # noqa: PLR0913 (one for each option)
 
     least = None if min_top1 is None else parse_share(min_top1)
     where = find_device(device)
-    others = compare or []
+    others, description = compare or [], read_description(file)
+    load = _Loader(Function(network, arg), description)
     for other in others:
-        _require_same_classes(file, other)
-    description = read_description(file)
+        _require_same_classes(file, description, other, load.describe(other))
     held_out = _find_held_out(file, data, description) if split == "val" else None
     found = held_out or find_evaluation_set(
         data, description.classes, split=split, unknown=unknown_classes
     )
     _note_classes(file, found, description)
     images = _check(found, max_bad_fraction)
-    load = Function(network, arg).load
     scores = {path: _score(load(path), path, images, batch_size, where) for path in (file, *others)}
     failure = _judge(file, scores[file], least)
     if json_output:
@@ -102,15 +104,63 @@ def _score(
         )
 
 
-def _require_same_classes(file: Path, other: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """Reads what is evaluated: momconv's files, and checkpoints of the same architecture.
+
+    A checkpoint gets the preprocessing of the first file, so that both see the same.
+    """
+
+    function: Function
+    first: "Description"
+
+    def __call__(self, path: Path) -> "nn.Module":
+        """The network in ``path``."""
+        from momconv.zoo.checkpoints import is_converted
+        from momconv.zoo.description import attach, describe
+
+        if is_converted(path):
+            return self.function.load(path)
+        model = self._load_checkpoint(path)
+        attach(model, replace(describe(model), preprocessing=self.first.preprocessing))
+        return model
+
+    def _load_checkpoint(self, path: Path) -> "nn.Module":
+        from momconv.zoo.own import is_own, parse_arguments, restate
+        from momconv.zoo.weights import load_network
+
+        name, own = self.first.architecture, is_own(self.first.architecture)
+        if own and self.function.name is None:  # the file's own word for it is not to be run
+            raise UsageError(
+                f"--compare {path}: a checkpoint of a network of your own",
+                kind="usage.no_network",
+                fix=restate(self.first),
+            )
+        arguments = parse_arguments(self.function.arguments or []) if own else None
+        return load_network(
+            (own and self.function.name) or name,
+            path,
+            arguments,
+            resolution=self.first.preprocessing.resolution,
+        )
+
+    def describe(self, path: Path) -> "Description":
+        """What is in ``path``."""
+        from momconv.files.model_file import read_description
+        from momconv.zoo.checkpoints import is_converted
+        from momconv.zoo.description import describe
+
+        return read_description(path) if is_converted(path) else describe(self(path))
+
+
+def _require_same_classes(
+    file: Path, ours: "Description", other: Path, theirs: "Description"
+) -> None:
     """Do nothing if the networks in both files tell the same classes apart, as far as is known.
 
     Raises:
-        ModelFileError: They do not, or a file cannot be read.
+        ModelFileError: They do not.
     """
-    from momconv.files.model_file import read_description
-
-    ours, theirs = read_description(file), read_description(other)
     named = ours.classes is not None and theirs.classes is not None
     if ours.num_classes != theirs.num_classes or (named and ours.classes != theirs.classes):
         raise ModelFileError(

@@ -122,6 +122,15 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
+def is_converted(path: Path) -> bool:
+    """Whether ``path`` is a file that momconv wrote.
+
+    Raises:
+        ModelFileError: It is missing or damaged.
+    """
+    return is_safetensors(path) and "momconv.schema" in read_metadata(path)
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of the file's bytes, in hexadecimal.
 

@@ -110,9 +110,7 @@ def _is_file_name(weights: str | Path) -> bool:
 
 
 def _refuse_converted(path: Path) -> None:
-    if not checkpoints.is_safetensors(path):
-        return
-    if "momconv.schema" in checkpoints.read_metadata(path):
+    if checkpoints.is_converted(path):
         raise ModelFileError(
             f"{path} is already converted",
             kind="model_file.already_converted",

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from benchmarks.fuzz import Target, make_input, make_targets, try_input
 from momconv.errors import MomconvError
 
-TITLES = ["model", "state", "checkpoint", "recipe", "split", "image"]
+TITLES = ["metadata", "model", "state", "checkpoint", "recipe", "split", "image"]
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,11 @@ import torch
 from typer.testing import CliRunner, Result
 
 from momconv.cli import app
+from momconv.data.folder import find_evaluation_set
+from momconv.evaluation import evaluate
 from momconv.files import model_file
+from momconv.surgery.conversion import convert
+from momconv.zoo.description import attach, describe
 from momconv.zoo.networks import build, replace_head
 
 
@@ -156,3 +161,29 @@ def test_with_json_a_mistake_is_a_document_too(model: Path) -> None:
     ran = run(model, "--data", "/nope", "--json")
     assert ran.exit_code == 3
     assert json.loads(ran.stdout)["error"]["kind"] == "data.missing_folder"
+
+
+def test_the_original_is_compared_with_what_became_of_it(
+    model: Path, colours: Path, tmp_path: Path
+) -> None:
+    """An unconverted checkpoint, what it was converted to, and what comes of that."""
+    original = build("cifar_resnet20", 3)
+    torch.save(original.state_dict(), tmp_path / "original.pth")
+    attach(original, replace(describe(original), classes=("blue", "green", "red")))
+    model_file.save(convert(original, 0.9), tmp_path / "converted.safetensors")
+    files = [tmp_path / "converted.safetensors", tmp_path / "original.pth"]
+    ran = run(model, "--data", colours, "--compare", files[0], "--compare", files[1], "--json")
+    assert ran.exit_code == 0, ran.stderr
+    document = json.loads(ran.stdout)
+    assert [row["file"] for row in document["compared"]] == list(map(str, files))
+    plain = evaluate(original, find_evaluation_set(colours))
+    assert document["compared"][1]["loss"] == plain.loss
+    torch.save(build("cifar_resnet20").state_dict(), tmp_path / "ten.pth")
+    torch.save(build("cifar_resnet32", 3).state_dict(), tmp_path / "deeper.pth")
+    for name, said in (
+        ("ten", "does not tell the same classes"),
+        ("deeper", "like cifar_resnet32"),
+    ):
+        ran = run(model, "--data", colours, "--compare", tmp_path / f"{name}.pth")
+        assert (ran.exit_code, ran.stdout) == (4, "")
+        assert said in ran.stderr

@@ -155,7 +155,7 @@ def test_a_process_that_was_killed_is_explained(
         list(read_batches(loader))
     assert caught.value.kind == kind
     assert caught.value.fix is not None
-    assert "data.workers=0" in caught.value.fix
+    assert "--workers 0" in caught.value.fix
 
 
 def test_full_shared_memory_is_named(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
