@@ -13,8 +13,8 @@ from momconv.errors import ModelFileError, ResourceError
 from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.planner.measurement import Precision, available_bytes, static_bytes
 from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
-from momconv.planner.prediction import Training
-from momconv.planner.search import FEW, Choice, Request, has_batch_norm, search
+from momconv.planner.prediction import Choice, Training
+from momconv.planner.search import FEW, Request, has_batch_norm, search
 from momconv.training.network import name_strategies
 from momconv.training.processes import Processes
 from momconv.units import format_bytes, parse_bytes
