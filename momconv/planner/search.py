@@ -47,6 +47,7 @@ class Plan:
         peak: What is alive at the peak of a step with the largest micro-batch, predicted.
         limit_bytes: The limit.
         seconds_per_image: The time of a step, about; see cost.py.
+        is_calibrated: Whether that comes from steps that were measured on the device.
     """
 
     strategy: Choice
@@ -55,6 +56,7 @@ class Plan:
     peak: PeakMemory
     limit_bytes: int
     seconds_per_image: float
+    is_calibrated: bool
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -157,8 +159,11 @@ def search(model: nn.Module, request: Request) -> Plan:
         if outlook.may_fit(strategy, size):
             peak = outlook.predict(strategy, size).peak
             if peak.total <= request.usable_bytes:
-                seconds = outlook.seconds_per_image(strategy, size)
-                return Plan(strategy, request.batch, size, peak, request.limit_bytes, seconds)
+                return Plan(
+                    *(strategy, request.batch, size, peak, request.limit_bytes),
+                    seconds_per_image=outlook.seconds_per_image(strategy, size),
+                    is_calibrated=outlook.speed.is_measured,
+                )
     raise _does_not_fit(outlook)
 
 
