@@ -21,7 +21,7 @@ from torchvision.models import VisionTransformer
 from benchmarks.checkpointing import checkpoint_each_block, checkpoint_sqrt
 from benchmarks.tables import Log, Row, choose_device, show
 from momconv import convert
-from momconv.planner.prediction import Training, predict
+from momconv.planner.prediction import peak_memory
 from momconv.zoo.cifar import cifar_resnet
 from momconv.zoo.description import Description, Preprocessing, attach
 
@@ -58,7 +58,7 @@ def measure(network: str, depth: int, method: str, device: torch.device) -> Row:
     make, side, _ = LADDERS[network]
     torch.manual_seed(0)
     model = METHODS[method](make(depth)).train()
-    peak = predict(model, IMAGES, Training(side, device=device.type)).peak.step
+    peak = peak_memory(model, IMAGES, side, device=device.type).step
     seconds = min(_time(model.to(device), side, device) for _ in range(STEPS))
     return {
         "network": network,

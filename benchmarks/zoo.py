@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.checkpointing import checkpoint_each_block, checkpoint_sqrt
 from benchmarks.tables import Log, Row, show
 from momconv import convert
-from momconv.planner.prediction import Training, predict
+from momconv.planner.prediction import peak_memory
 from momconv.zoo.description import describe
 from momconv.zoo.networks import names, outline
 
@@ -40,7 +40,7 @@ def measure(name: str) -> Row:
     row = {"network": name, "pixels": str(resolution)}
     for method, prepare in METHODS.items():
         model = prepare(outline(name).train())
-        step = predict(model, IMAGES, Training(resolution)).peak.step
+        step = peak_memory(model, IMAGES, resolution).step
         row[method] = f"{step / IMAGES / MIB:.2f}"
     best = min(float(row["checkpoint"]), float(row["sqrt"]))
     return row | {"auto / best checkpointing": f"{float(row['auto']) / best:.2f}"}

@@ -6,12 +6,12 @@ in the order of the real step. The storages alive at each operation, plus what i
 itself (scratch.py), are the live memory, and its maximum is the peak.
 """
 
-import copy
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,15 +20,15 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
     UnsupportedOperatorException,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from momconv.errors import UsageError
 from momconv.momentum.autograd import Strategy
 from momconv.momentum.sequential import set_strategy
+from momconv.planner.cost import Work, count_work
+from momconv.planner.imitation import Imitator
 from momconv.planner.measurement import Precision, find_stages, marking, run_step, static_bytes
 from momconv.planner.scratch import peak_within
 
@@ -38,6 +38,8 @@ CONTEXT_BYTES = 512 * 2**20  # kernels and tables of the CUDA context
 WORKSPACE_BYTES = 64 * 2**20  # cuBLAS's (32 MiB on Hopper) and the usual ones of cuDNN
 SEGMENT_BYTES = (2 + 20) * 2**20  # one partly filled segment each for small and for large blocks
 _CUDA_BLOCK = 512  # bytes to which PyTorch's CUDA allocator rounds up
+
+Choice = Strategy | Literal["auto"]
 
 _ACCUMULATION = "torch::autograd::AccumulateGrad"
 
@@ -120,11 +122,13 @@ class Prediction(NamedTuple):
         peak: The peak.
         moments: All that is alive at each operation, in bytes.
         places: Where each operation runs: in the forward pass or not, and the stage.
+        work: What all operations amount to.
     """
 
     peak: PeakMemory
     moments: list[int]
     places: list[tuple[bool, str]]
+    work: Work
 
 
 def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
@@ -134,7 +138,7 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
     precision: Precision = "fp32",
     optimizer: Literal["sgd", "adamw"] = "sgd",
     *,
-    strategy: Strategy | Literal["auto"] | None = None,
+    strategy: Choice | None = None,
     ema: bool = False,
     device: str = "cpu",
 ) -> PeakMemory:
@@ -162,39 +166,74 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
             values, which fake tensors do not have.
     """
     training = Training(resolution, precision, optimizer, ema, device)
-    return predict(model, batch, training, strategy).peak
+    return Predictor(model, training).predict(batch, strategy).peak
 
 
-def predict(
-    model: nn.Module,
-    batch: int,
-    training: Training,
-    strategy: Strategy | Literal["auto"] | None = None,
-) -> Prediction:
-    """As ``peak_memory``, with the whole course of the step."""
-    kind = _device_type(training.device)
-    trace = _Trace(kind)
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)  # such as a tensor that is no buffer
-    traced = torch.device(kind if kind == "cpu" or torch.cuda.is_available() else "cpu")
-    imitation = _imitate(model, fakes, traced)
-    if strategy is not None:
-        set_strategy(imitation, strategy)
-    side = training.resolution
-    with _explaining(model), fakes:
-        images = torch.empty(batch, 3, side, side, device=traced)
-        labels = torch.empty(batch, dtype=torch.long, device=traced)
-        trace.run(imitation, images, labels, training.precision)
-    static = static_bytes(model, training.optimizer, ema=training.ema)
-    peak = trace.report(
-        weights=static.weights,
-        gradients=static.gradients,
-        optimizer=static.optimizer,
-        ema=static.ema,
-        batch=images.nbytes + labels.nbytes,
-        allowance=CONTEXT_BYTES + WORKSPACE_BYTES + SEGMENT_BYTES if kind == "cuda" else 0,
-    )
-    rest = peak.total - peak.step
-    return Prediction(peak, [rest + alive for alive in trace.moments], trace.places)
+class Predictor:
+    """Predicts steps of a network.
+
+    Attributes:
+        model: A copy of it, on fake tensors. What is changed in it, such as what is frozen, counts
+            from then on.
+        training: What a step is.
+    """
+
+    def __init__(self, model: nn.Module, training: Training) -> None:
+        """``model`` may be on any device and stays as it is."""
+        self.training, self._name = training, type(model).__name__
+        self._kind = _device_type(training.device)
+        is_traced_on_cpu = self._kind == "cpu" or not torch.cuda.is_available()
+        self._device = torch.device("cpu" if is_traced_on_cpu else self._kind)
+        self._imitator = Imitator(partial(_examine, with_scratch=self._kind == "cpu"))
+        self.model = self._imitator.copy(model, self._device)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_forget_gradient)
+
+    def predict(self, batch: int, strategy: Choice | None = None, **changes: Any) -> Prediction:
+        """A step with ``batch`` images, under ``changes`` of what a step is.
+
+        Raises:
+            UsageError: What the model computes depends on values, or the strategy is unknown.
+        """
+        training = replace(self.training, **changes)
+        if strategy is not None:
+            set_strategy(self.model, strategy)
+        trace = _Trace(self._imitator, 1 if self._kind == "cpu" else _CUDA_BLOCK)
+        side = training.resolution
+        with _explaining(self._name), self._imitator.mode:
+            images = torch.empty(batch, 3, side, side, device=self._device)
+            labels = torch.empty(batch, dtype=torch.long, device=self._device)
+            trace.run(self.model, images, labels, training.precision)
+        static = static_bytes(self.model, training.optimizer, ema=training.ema)
+        allowance = CONTEXT_BYTES + WORKSPACE_BYTES + SEGMENT_BYTES
+        peak = trace.report(
+            weights=static.weights,
+            gradients=static.gradients,
+            optimizer=static.optimizer,
+            ema=static.ema,
+            batch=images.nbytes + labels.nbytes,
+            allowance=allowance if self._kind == "cuda" else 0,
+        )
+        rest = peak.total - peak.step
+        moments = [rest + alive for alive in trace.moments]
+        return Prediction(peak, moments, trace.places, trace.work)
+
+
+class _Finding(NamedTuple):
+    """What is to be known about an operation."""
+
+    name: str
+    scratch: int  # the most bytes that it adds to the live memory
+    work: Work
+
+
+def _examine(
+    func: OpOverload, args: Any, results: Sequence[Tensor], *, with_scratch: bool
+) -> _Finding:
+    """On a GPU, what kernels need for themselves is part of the allowance."""
+    scratch = peak_within(func, args, results) if with_scratch else 0
+    return _Finding(func.name().partition("::")[2], scratch, count_work(func, args, results))
 
 
 class _Tensor(NamedTuple):
@@ -220,16 +259,17 @@ class _Peak(NamedTuple):
 class _Trace(TorchDispatchMode):
     """Follows the storages of a step on fake tensors from their first operation to their end."""
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, imitator: Imitator[_Finding], block: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._on_cpu = device_type == "cpu"
-        self._block = 1 if self._on_cpu else _CUDA_BLOCK
+        self._imitator = imitator
+        self._block = block  # bytes to which the allocator rounds up
         self._known: dict[int, weakref.ref[Any]] = {}  # storages by their address
         self._changes: list[tuple[int, _Tensor | None]] = []  # None: the end of a storage
         self._live = 0
         self._peak = _Peak(0, 0, 0, "", "")
         self.moments: list[int] = []  # the live memory at each operation
         self.places: list[tuple[bool, str]] = []  # its pass and stage
+        self.work = Work()
         self._stage = ""
         self._in_forward = True
 
@@ -237,9 +277,6 @@ class _Trace(TorchDispatchMode):
         """Trace the step; what exists before it does not count."""
         for tensor in (*model.parameters(), *model.buffers(), images, labels):
             self._follow(tensor, None)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_forget_gradient)
         stages = find_stages(model)
         self._stage = next(iter(stages.values()))
         with marking(stages, self._enter), self:
@@ -271,16 +308,17 @@ class _Trace(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
         if func is torch.ops.aten.equal.default:  # of random states, which are no fakes
             with _disable_current_modes():
                 return func(*args)
         before = self._live
-        out = func(*args, **(kwargs or {}))
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        operation = func.name().partition("::")[2]
+        out, results, (operation, within, work) = self._imitator.run(func, args, kwargs or {})
+        is_accumulating = _is_accumulating()
         for tensor in results:
-            self._follow(tensor, None if _is_accumulating() else operation)
-        within = peak_within(func, args, results) if self._on_cpu else 0
+            self._follow(tensor, None if is_accumulating else operation)
+        self.work += work
         scratch = max(0, before + within - self._live)
         now = self._live + scratch
         self.moments.append(now)
@@ -323,19 +361,6 @@ def _summarise(tensors: Any) -> tuple[Alive, ...]:
     return tuple(Alive(*kind, counts[kind], size) for kind, size in sizes.most_common())
 
 
-def _imitate(model: nn.Module, fakes: FakeTensorMode, device: torch.device) -> nn.Module:
-    """A copy of ``model`` on ``device`` whose parameters and buffers are fakes."""
-    memo: dict[int, Any] = {}
-    with fakes:
-        for tensor in (*model.parameters(), *model.buffers()):
-            fake = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-            )
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-    return copy.deepcopy(model, memo)
-
-
 def _forget_gradient(parameter: Tensor) -> None:
     """Let go of a gradient where the real step adds it to the one that exists."""
     parameter.grad = None
@@ -355,7 +380,7 @@ def _device_type(device: str) -> str:
 
 
 @contextmanager
-def _explaining(model: nn.Module) -> Iterator[None]:
+def _explaining(name: str) -> Iterator[None]:
     try:
         yield
     except (
@@ -364,7 +389,7 @@ def _explaining(model: nn.Module) -> Iterator[None]:
         UnsupportedOperatorException,
     ) as error:
         raise UsageError(
-            f"the memory of this {type(model).__name__} depends on values: {error}",
+            f"the memory of this {name} depends on values: {error}",
             kind="model.depends_on_values",
             fix="measure it with momconv.planner.measurement.measure_step",
         ) from error

@@ -10,10 +10,17 @@ import torch
 from torch import nn
 
 from momconv.momentum.sequential import momentum_stages, set_strategy
-from momconv.planner.measurement import find_stages, per_image, static_bytes, time_step
+from momconv.planner.calibration import calibrate
+from momconv.planner.cost import Speed, Work, estimate_speed
+from momconv.planner.measurement import (
+    available_bytes,
+    find_stages,
+    per_image,
+    static_bytes,
+    time_step,
+)
 from momconv.planner.micro_batch import Curve, Line, StaticBytes
-from momconv.planner.prediction import PeakMemory, Prediction, Training, predict
-from momconv.planner.search import SECONDS
+from momconv.planner.prediction import PeakMemory, Prediction, Predictor, Training
 
 # "plain" is the network before its conversion; the others are strategies of the converted one.
 Variant = Literal["plain", "checkpoint", "segment", "momentum", "auto"]
@@ -36,12 +43,14 @@ class Profile:
         course: The way of that step through the stages and back: how many are done, and what is
             alive then.
         measured: The same as ``predicted``, through two small steps that were run; None without.
+        work: What that step amounts to.
         images_per_second: Of another small step, without an optimiser; None without.
     """
 
     variant: Variant
     predicted: Curve
     example: PeakMemory
+    work: Work
     course: tuple[tuple[float, int], ...] = ()
     measured: Line | None = None
     images_per_second: float | None = None
@@ -51,10 +60,9 @@ class Profile:
         """The measured peak, or else the predicted one."""
         return self.predicted if self.measured is None else Curve((self.measured,))
 
-    @property
-    def relative_seconds(self) -> float:
-        """The time of a step as a multiple of the plain network's, about."""
-        return SECONDS["store" if self.variant == "plain" else self.variant]
+    def predict_rate(self, images: int, speed: Speed) -> float | None:
+        """About the images a second in steps with so many; None without any."""
+        return images / speed.seconds(self.work.scale(images / EXAMPLE)) if images else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +72,16 @@ class MemoryProfile:
     static: StaticBytes
     gamma: float  # the least of the stages'
     stages: tuple[str, ...]  # from the image to the logits
+    speed: Speed  # of the device: fitted to small steps if they were measured, else estimated
     profiles: tuple[Profile, ...]
 
     def __getitem__(self, variant: Variant) -> Profile:
         return next(profile for profile in self.profiles if profile.variant == variant)
+
+    def relative_seconds(self, variant: Variant) -> float:
+        """The time of a step with ``EXAMPLE`` images as a multiple of plain's, about."""
+        plain, other = (self.speed.seconds(self[name].work) for name in ("plain", variant))
+        return other / plain
 
 
 def profile(
@@ -95,18 +109,30 @@ def profile(
     gammas = {name: stage.gamma for name, stage in momentum_stages(model).items()}
     stages = tuple(dict.fromkeys(find_stages(model).values()))
     profiles: list[Profile] = []
+    predictor = Predictor(model, training)
     for variant in VARIANTS:
         if progress:
             progress(len(profiles), variant)
-        _become(model, variant, gammas)
-        few, example = (predict(model, images, training) for images in (_FEW, EXAMPLE))
+        _become(predictor.model, variant, gammas)
+        few, example = (predictor.predict(images) for images in (_FEW, EXAMPLE))
         curve = Curve.through((_FEW, few.moments), (EXAMPLE, example.moments))
         course = tuple(_follow(example, stages))
-        found = Profile(variant, curve, example.peak, course)
-        profiles.append(_measure(found, model, training) if measuring else found)
+        found = Profile(variant, curve, example.peak, example.work, course)
+        if measuring:
+            _become(model, variant, gammas)
+            found = _measure(found, model, training)
+        profiles.append(found)
     static = static_bytes(model, training.optimizer)
     least = min(gamma for gamma in gammas.values() if gamma)
-    return MemoryProfile(static, least, stages, tuple(profiles))
+    speed = _find_speed(model, training, measuring=measuring)
+    return MemoryProfile(static, least, stages, speed, tuple(profiles))
+
+
+def _find_speed(model: nn.Module, training: Training, *, measuring: bool) -> Speed:
+    device = torch.device(training.device)
+    if measuring:
+        return calibrate(model, training, device, available_bytes(device))
+    return estimate_speed(device.type, training.precision)
 
 
 def _become(model: nn.Module, variant: Variant, gammas: dict[str, float]) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from momconv.planner.prediction import Training, predict
+from momconv.planner.prediction import peak_memory
 from momconv.surgery.modes import in_training_mode
 from momconv.zoo.description import describe
 
@@ -36,7 +36,6 @@ def predict_saving(plain: nn.Module, converted: nn.Module) -> Saving:
     resolution = describe(plain).preprocessing.resolution
     with in_training_mode(plain, converted):
         store, auto = (
-            predict(model, IMAGES, Training(resolution)).peak.step // IMAGES
-            for model in (plain, converted)
+            peak_memory(model, IMAGES, resolution).step // IMAGES for model in (plain, converted)
         )
     return Saving(resolution=resolution, store_bytes=store, auto_bytes=auto)

@@ -1,16 +1,18 @@
 """The fastest way to train with a batch within a limit of memory, found by prediction.
 
-A strategy is faster the less it recomputes, but needs more memory the more it stores. Gradients of
-micro-batches add up to exactly those of the batch, but BatchNorm sees only one micro-batch at a
-time. So the search takes the fastest strategy under which the whole batch fits at once; where none
-is, the one that comes closest, or, without BatchNorm, the fastest that leaves no tiny parts.
+A strategy is faster the less it recomputes, but needs more memory the more it stores; how long a
+step takes is estimated from the operations of its prediction (cost.py). Gradients of micro-batches
+add up to exactly those of the batch, but BatchNorm sees only one micro-batch at a time. So the
+search takes the fastest strategy under which the whole batch fits at once; where none is, the
+fastest of those that come closest, or, without BatchNorm, the fastest that leaves no tiny parts.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -18,25 +20,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from momconv.errors import ResourceError, UsageError
-from momconv.momentum.autograd import Strategy
 from momconv.momentum.sequential import momentum_stages
+from momconv.planner.cost import Speed, estimate_speed
 from momconv.planner.measurement import Precision, available_bytes, find_stages, static_bytes
 from momconv.planner.micro_batch import largest_part, split_evenly
-from momconv.planner.prediction import PeakMemory, Training, predict
-from momconv.surgery.modes import in_training_mode
+from momconv.planner.prediction import Choice, PeakMemory, Prediction, Predictor, Training
 from momconv.units import format_bytes, parse_bytes
 
-Choice = Strategy | Literal["auto"]
-
-# Time of a step relative to "store", the fastest first: ResNet-152 in benchmarks/speed.py; segment,
-# which computes each block three times, on a ResNet-50 of 96 × 96 pixels (checkpoint 1.33 there).
-SECONDS: dict[Choice, float] = {
-    "store": 1.0,
-    "checkpoint": 1.37,
-    "auto": 1.5,
-    "momentum": 1.5,
-    "segment": 1.7,
-}
+STRATEGIES: tuple[Choice, ...] = ("store", "checkpoint", "auto", "segment")  # auto has momentum
 FEW = 8  # images; the statistics of fewer are noise
 _SLACK = 0.01  # of the limit; predictions were off by at most 0.1 % (benchmarks/RESULTS.md)
 _GRID = 32  # pixels; the resolutions that classification networks divide evenly
@@ -55,7 +46,8 @@ class Plan:
         micro_batch: The most images that go through the network at once.
         peak: What is alive at the peak of a step with the largest micro-batch, predicted.
         limit_bytes: The limit.
-        relative_seconds: The time of a step, about, as a multiple of storing everything.
+        seconds_per_image: The time of a step, about; see cost.py.
+        is_calibrated: Whether that comes from steps that were measured on the device.
     """
 
     strategy: Choice
@@ -63,7 +55,8 @@ class Plan:
     micro_batch: int
     peak: PeakMemory
     limit_bytes: int
-    relative_seconds: float
+    seconds_per_image: float
+    is_calibrated: bool
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -82,6 +75,8 @@ class Request:
         micro_batch: A number to keep to, or "auto".
         strategy: One to keep to, or "auto" for the fastest that fits.
         images: Of an epoch, whose last batch may be larger by one; None: one batch.
+        find_speed: Asked for the device's speed where strategies have to be compared; None: it is
+            estimated.
     """
 
     training: Training
@@ -90,6 +85,7 @@ class Request:
     micro_batch: int | Literal["auto"] = "auto"
     strategy: Choice = "auto"
     images: int | None = None
+    find_speed: Callable[[], Speed] | None = None
 
     @property
     def batch(self) -> int:
@@ -158,25 +154,36 @@ def search(model: nn.Module, request: Request) -> Plan:
         ResourceError: Nothing fits; the error says what would.
         UsageError: One image alone cannot be trained on.
     """
-    with in_training_mode(model):
-        peaks = _Peaks(model, request)
-        for strategy, size in _list_options(model, request):
-            if peaks.may_fit(strategy, size):
-                peak = peaks.predict(strategy, size)
-                if peak.total <= request.usable_bytes:
-                    seconds = SECONDS[strategy]
-                    return Plan(strategy, request.batch, size, peak, request.limit_bytes, seconds)
-        raise _does_not_fit(peaks)
+    outlook = _Outlook(model, request)
+    for strategy, size in _list_options(outlook, request):
+        if outlook.may_fit(strategy, size):
+            peak = outlook.predict(strategy, size).peak
+            if peak.total <= request.usable_bytes:
+                return Plan(
+                    *(strategy, request.batch, size, peak, request.limit_bytes),
+                    seconds_per_image=outlook.seconds_per_image(strategy, size),
+                    is_calibrated=outlook.speed.is_measured,
+                )
+    raise _does_not_fit(outlook)
 
 
-def _list_options(model: nn.Module, request: Request) -> Iterator[tuple[Choice, int]]:
+Option = tuple[Choice, int]  # a strategy and the size of a micro-batch
+
+
+def _list_options(outlook: "_Outlook", request: Request) -> Iterator[Option]:
     """Strategies and micro-batches, the best first."""
-    strategies = _list_strategies(model, request.strategy)
-    enough = request.batch if has_batch_norm(model) else min(FEW, request.batch)
+    strategies = _list_strategies(outlook.model, request.strategy)
+    enough = request.batch if has_batch_norm(outlook.model) else min(FEW, request.batch)
     large = [size for size in request.sizes if size >= enough]
-    yield from itertools.product(strategies, large)
+    yield from _sort(outlook, list(itertools.product(strategies, large)))
     for size in request.sizes[len(large) :]:
-        yield from ((strategy, size) for strategy in strategies)
+        yield from _sort(outlook, [(strategy, size) for strategy in strategies])
+
+
+def _sort(outlook: "_Outlook", options: Sequence[Option]) -> Iterator[Option]:
+    """The fastest first. That is the first of all, before which nothing need be compared."""
+    yield from options[:1]
+    yield from sorted(options[1:], key=lambda option: outlook.seconds_per_image(*option))
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -184,40 +191,62 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) and module.training for module in model.modules())
 
 
-class _Peaks:
-    """The predicted peaks of a network, each strategy's first for the largest micro-batch."""
+class _Outlook:
+    """What steps of a network are predicted to take."""
 
     def __init__(self, model: nn.Module, request: Request) -> None:
-        self.model, self.request = model, request
-        self.latest: dict[Choice, tuple[int, PeakMemory]] = {}
+        self.request = request
+        self._predictor = Predictor(model, request.training)
+        self.model = self._predictor.model
+        if not model.training:  # else its frozen parts are in the mode that they are to be in
+            self.model.train()
+        self.latest: dict[Choice, tuple[int, Prediction]] = {}  # by strategy, with its images
 
     def may_fit(self, strategy: Choice, micro_batch: int) -> bool:
         """Whether a prediction is worth its time: what a step allocates is almost linear."""
         if strategy not in self.latest:
             return True
-        images, peak = self.latest[strategy]
+        images, (peak, *_) = self.latest[strategy]
         linear = (peak.step + peak.batch) * self.request.largest_part(micro_batch) / images
         estimate = peak.total - peak.step - peak.batch + linear
         return estimate <= _WORTH_TRYING * self.request.usable_bytes
 
-    def predict(self, strategy: Choice, micro_batch: int, **changes: Any) -> PeakMemory:
-        """The peak with micro-batches of at most so many images, under ``changes``."""
+    def predict(self, strategy: Choice, micro_batch: int) -> Prediction:
+        """A step with micro-batches of at most so many images."""
         images = self.request.largest_part(micro_batch)
-        peak = self.try_out(strategy, micro_batch, **changes)
-        if not changes:
-            self.latest[strategy] = images, peak
-        return peak
+        if self.latest.get(strategy, (0,))[0] != images:
+            self.latest[strategy] = images, self._predict(strategy, images)
+        return self.latest[strategy][1]
 
     def try_out(self, strategy: Choice, micro_batch: int, **changes: Any) -> PeakMemory:
-        """The same for a model that was changed for this, which is not to be remembered."""
-        images = self.request.largest_part(micro_batch)
-        training = replace(self.request.training, **changes)
+        """The same under ``changes``, or of a model that was changed; not to be remembered."""
+        return self._predict(strategy, self.request.largest_part(micro_batch), **changes).peak
+
+    def seconds_per_image(self, strategy: Choice, micro_batch: int) -> float:
+        """About the time that an image takes in micro-batches of at most so many."""
+        if strategy not in self.latest:
+            self.predict(strategy, micro_batch)
+        images, prediction = self.latest[strategy]
+        parts = split_evenly(self.request.batch, micro_batch)
+        seconds = (self.speed.seconds(prediction.work.scale(part / images)) for part in parts)
+        return sum(seconds) / self.request.batch
+
+    @cached_property
+    def speed(self) -> Speed:
+        """Of the device, measured if that was asked for."""
+        training = self.request.training
+        if self.request.find_speed is not None and len(self.latest) > 1:
+            return self.request.find_speed()
+        return estimate_speed(training.device, training.precision)
+
+    def _predict(self, strategy: Choice, images: int, **changes: Any) -> Prediction:
         chosen = strategy if momentum_stages(self.model) else None
         try:
-            return predict(self.model, images, training, chosen).peak
+            return self._predictor.predict(images, chosen, **changes)
         except ValueError as error:
             if images > 1:
                 raise
+            training = replace(self.request.training, **changes)
             raise _cannot_take_one(training, error) from error
 
 
@@ -232,27 +261,28 @@ def _cannot_take_one(training: Training, error: ValueError) -> UsageError:
 
 
 def _list_strategies(model: nn.Module, asked: Choice) -> list[Choice]:
-    """Those to choose from, the fastest first; "auto" has momentum in it."""
+    """Those to choose from; the first of them does the least."""
     if not momentum_stages(model):
         return ["store"]
-    return [asked] if asked != "auto" else [name for name in SECONDS if name != "momentum"]
+    return [asked] if asked != "auto" else list(STRATEGIES)
 
 
 # What to say if nothing fits
 
 
-def _does_not_fit(peaks: _Peaks) -> ResourceError:
+def _does_not_fit(outlook: _Outlook) -> ResourceError:
     """The error, with a breakdown of the leanest strategy and changes that would fit."""
-    request = peaks.request
-    leanest = min(peaks.latest, key=lambda strategy: peaks.latest[strategy][1].total)
+    request = outlook.request
+    latest = {strategy: prediction.peak for strategy, (_, prediction) in outlook.latest.items()}
+    leanest = min(latest, key=lambda strategy: latest[strategy].total)
     size = request.sizes[-1]
-    peak, images = peaks.predict(leanest, size), request.largest_part(size)
+    peak, images = outlook.predict(leanest, size).peak, request.largest_part(size)
     return ResourceError(
         f"a micro-batch of {images} image{'s' if images > 1 else ''} does not fit: it needs "
         f"{format_bytes(peak.total)} ({leanest}), the limit is "
         f"{format_bytes(request.limit_bytes)}\n{_break_down(peak)}",
         kind="memory.does_not_fit",
-        fix="\n".join(_find_fixes(peaks, leanest, peak)),
+        fix="\n".join(_find_fixes(outlook, leanest, peak)),
     )
 
 
@@ -272,19 +302,19 @@ def _break_down(peak: PeakMemory) -> str:
     return " · ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
 
 
-def _find_less_training(peaks: _Peaks, strategy: Choice, size: int) -> Iterator[str]:
+def _find_less_training(outlook: _Outlook, strategy: Choice, size: int) -> Iterator[str]:
     """The fewest stages from the input on that are to be frozen, and the least larger γ."""
-    usable = peaks.request.usable_bytes
-    stages = find_stages(peaks.model)
+    usable = outlook.request.usable_bytes
+    stages = find_stages(outlook.model)
     *names, _head = dict.fromkeys(stages.values())
     for count in range(1, min(_TRIES, len(names)) + 1):
         with _frozen([module for module, name in stages.items() if name in names[:count]]):
-            if peaks.try_out(strategy, size).total <= usable:
+            if outlook.try_out(strategy, size).total <= usable:
                 yield f"--set train.freeze=[{','.join(names[:count])}]"
                 break
     for gamma in _GAMMAS:
-        with _larger_gamma(peaks.model, gamma) as is_larger:
-            if is_larger and peaks.try_out(strategy, size).total <= usable:
+        with _larger_gamma(outlook.model, gamma) as is_larger:
+            if is_larger and outlook.try_out(strategy, size).total <= usable:
                 yield f"--gamma {gamma:g}, if the network is yet to be converted"
                 break
 
@@ -319,22 +349,22 @@ def _larger_gamma(model: nn.Module, gamma: float) -> Iterator[bool]:
             stage.gamma = before
 
 
-def _find_fixes(peaks: _Peaks, strategy: Choice, peak: PeakMemory) -> Iterator[str]:
+def _find_fixes(outlook: _Outlook, strategy: Choice, peak: PeakMemory) -> Iterator[str]:
     """What would fit, each tried out by a prediction."""
-    request, size = peaks.request, peaks.request.sizes[-1]
+    request, size = outlook.request, outlook.request.sizes[-1]
     training, usable = request.training, request.usable_bytes
 
     def fits(strategy: Choice, size: int, **changes: Any) -> bool:
-        return peaks.predict(strategy, size, **changes).total <= usable
+        return outlook.try_out(strategy, size, **changes).total <= usable
 
-    others = _list_strategies(peaks.model, "auto")
+    others = _list_strategies(outlook.model, "auto")
     if strategy == request.strategy != "auto" and any(fits(other, size) for other in others):
         yield "--strategy auto"
     if request.micro_batch != "auto" and size > 2 and fits(strategy, 2):
         yield "--micro-batch auto"
     if training.precision == "fp32" and fits(strategy, size, precision="bf16"):
         yield "--set train.precision=bf16"
-    yield from _find_less_training(peaks, strategy, size)
+    yield from _find_less_training(outlook, strategy, size)
     needed = peak.step + peak.batch
     share = max(0, usable - peak.total + needed) / needed
     largest = math.floor(training.resolution * math.sqrt(share) / _GRID) * _GRID

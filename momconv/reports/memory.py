@@ -38,7 +38,8 @@ def show_memory(profile: MemoryProfile, budgets: Mapping[str, int]) -> Iterator[
     yield Text("MiB an image at the peak of a training step, and the largest batch in a budget")
     yield _tabulate_peaks(profile, budgets, letters)
     yield Text(", ".join(f"{letter} {part}" for part, letter in letters.items()))
-    yield Text("time: of a step, the plain network's being 1, about (of a ResNet-152 on a CPU)")
+    yield Text(f"\nimages/s with the largest batch, {_explain_speed(profile)}")
+    yield _tabulate_rates(profile, budgets)
     static = profile.static
     yield Text(
         f"\nin the budgets for all: weights {format_bytes(static.weights)}, gradients "
@@ -50,6 +51,34 @@ def show_memory(profile: MemoryProfile, budgets: Mapping[str, int]) -> Iterator[
     yield _tabulate_alive(profile)
     yield Text(f"\n{_explain_side_information(profile)}")
     yield Text(f"\n{judge(profile)}", style="bold")
+
+
+def _explain_speed(profile: MemoryProfile) -> str:
+    """Where the predicted times come from."""
+    if profile.speed.is_measured:
+        return "predicted from two small steps; time: relative to plain"
+    return "about, for a typical device of this kind; time: relative to plain"
+
+
+def _tabulate_rates(profile: MemoryProfile, budgets: Mapping[str, int]) -> Table:
+    table = Table("strategy", box=None, pad_edge=False)
+    for name in ("time", *budgets):
+        table.add_column(Text(name), justify="right")
+    for p in profile.profiles:
+        rates = _predict_rates(p, profile, budgets).values()
+        cells = ("-" if rate is None else f"{rate:.3g}" for rate in rates)
+        table.add_row(p.variant, f"{profile.relative_seconds(p.variant):.2f}", *cells)
+    return table
+
+
+def _predict_rates(
+    p: Profile, profile: MemoryProfile, budgets: Mapping[str, int]
+) -> dict[str, float | None]:
+    """The images a second in each budget; None where not even one fits."""
+    return {
+        name: p.predict_rate(p.peak.largest_batch(size), profile.speed)
+        for name, size in budgets.items()
+    }
 
 
 def _explain_side_information(profile: MemoryProfile) -> str:
@@ -91,7 +120,8 @@ def to_json(profile: MemoryProfile, budgets: Mapping[str, int]) -> dict[str, Any
             "optimizer": static.optimizer,
         },
         "gamma": profile.gamma,
-        "variants": {p.variant: _variant_to_json(p, budgets) for p in profile.profiles},
+        "speed_is_measured": profile.speed.is_measured,
+        "variants": {p.variant: _variant_to_json(p, profile, budgets) for p in profile.profiles},
         "verdict": judge(profile),
     }
 
@@ -103,21 +133,26 @@ def to_csv(profile: MemoryProfile, budgets: Mapping[str, int]) -> str:
     writer.writerow(
         ["strategy", "bytes_per_image", f"peak_bytes_of_{EXAMPLE}", "measured_bytes_per_image"]
         + [f"largest_batch_in_{name}" for name in budgets]
+        + [f"images_per_second_in_{name}" for name in budgets]
     )
     for p in profile.profiles:
         batches = [p.peak.largest_batch(budget) for budget in budgets.values()]
         measured = p.measured.bytes_per_image if p.measured else None
+        rates = _predict_rates(p, profile, budgets).values()
         writer.writerow(
-            [p.variant, p.predicted.bytes_per_image, p.example.total, measured, *batches]
+            [p.variant, p.predicted.bytes_per_image, p.example.total, measured, *batches, *rates]
         )
     return table.getvalue()
 
 
-def _variant_to_json(p: Profile, budgets: Mapping[str, int]) -> dict[str, Any]:
+def _variant_to_json(
+    p: Profile, profile: MemoryProfile, budgets: Mapping[str, int]
+) -> dict[str, Any]:
     return {
         "bytes_per_image": p.predicted.bytes_per_image,
-        "relative_seconds": p.relative_seconds,
-        "images_per_second": p.images_per_second,
+        "relative_seconds": profile.relative_seconds(p.variant),
+        "predicted_images_per_second": _predict_rates(p, profile, budgets),
+        "measured_images_per_second": p.images_per_second,
         "measured_bytes_per_image": p.measured.bytes_per_image if p.measured else None,
         f"peak_of_{EXAMPLE}": asdict(p.example) | {"total": p.example.total},
         "largest_batch": {name: p.peak.largest_batch(size) for name, size in budgets.items()},
@@ -132,8 +167,6 @@ def _tabulate_peaks(
     measured = any(p.measured for p in profile.profiles)
     if measured:
         table.add_column("measured", justify="right")
-    table.add_column("time", justify="right")
-    if measured:
         table.add_column("images/s", justify="right")
     table.add_column("")
     for name in budgets:
@@ -144,7 +177,6 @@ def _tabulate_peaks(
             p.variant,
             _mebibytes(p.predicted.bytes_per_image),
             *([_mebibytes(p.measured.bytes_per_image)] if p.measured else []),
-            f"{p.relative_seconds:.2f}",
             *([f"{p.images_per_second:.1f}"] if p.images_per_second else []),
             _draw_bar(p.example, largest, letters),
             *(str(p.peak.largest_batch(budget)) for budget in budgets.values()),

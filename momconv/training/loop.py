@@ -65,7 +65,7 @@ def train(job: Job, progress: Progress) -> None:
     ):
         while not _is_done(job, progress):
             start_training(job.model, job.recipe.train)
-            _reset_peak(job.device)
+            _reset_peak(job)
             began = time.perf_counter()
             left_out = progress.left_out("train")
             for step in steps.read(progress.epoch, first=progress.step, left_out=left_out):
@@ -136,7 +136,7 @@ def _add_share(job: Job, step: Step, report: "_Report", check: Callable[[], None
     try:
         for images, labels in step.parts:
             share = len(labels) / step.images
-            if job.plan.measured_bytes is None and job.device.type == "cpu":
+            if _has_to_measure(job, len(labels)):
                 loss += _measure_gradients(job, images, labels, share)
             else:
                 loss += add_gradients(job, images, labels, share)
@@ -271,6 +271,16 @@ def take_step(job: Job, lr: float) -> None:
 # Memory
 
 
+def _has_to_measure(job: Job, images: int) -> bool:
+    """Whether nothing says yet what a micro-batch of so many takes, on a CPU, where nobody counts.
+
+    Equal shapes take equal memory. A limit that was asked for is checked once more in each epoch.
+    """
+    if job.device.type != "cpu" or images in job.measured_sizes:
+        return False
+    return job.recipe.train.memory is not None or job.plan.measured_bytes is None
+
+
 def _measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Tensor:
     """As ``add_gradients``, and the plan learns the peak.
 
@@ -279,7 +289,7 @@ def _measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -
             enforces on a CPU.
     """
     for parameter in job.model.parameters():
-        if parameter.requires_grad:  # as in every micro-batch but the first
+        if parameter.requires_grad and parameter.grad is None:  # as in all micro-batches but one
             parameter.grad = torch.zeros_like(parameter)
     losses: list[Tensor] = []
     work = partial(add_gradients, job, images, labels, share)
@@ -287,6 +297,7 @@ def _measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -
     train = job.recipe.train
     static = static_bytes(job.model, train.optimizer, ema=train.ema > 0)
     _learn_peak(job, static.total + images.nbytes + labels.nbytes + usage.peak_bytes)
+    job.measured_sizes.add(len(labels))
     if train.memory is not None and job.plan.is_exceeded:
         raise torch.OutOfMemoryError(f"above the limit of {train.memory}")
     return losses[0]
@@ -299,8 +310,10 @@ def _note_peak(job: Job) -> None:
 
 
 def _learn_peak(job: Job, measured_bytes: int) -> None:
-    job.plan = replace(job.plan, measured_bytes=measured_bytes)
-    write_plan(job)
+    """Let the plan have the highest of the peaks that were measured."""
+    if measured_bytes > (job.plan.measured_bytes or 0):
+        job.plan = replace(job.plan, measured_bytes=measured_bytes)
+        write_plan(job)
 
 
 def halve(job: Job, progress: Progress) -> None:
@@ -315,6 +328,7 @@ def halve(job: Job, progress: Progress) -> None:
     if smaller is None:
         raise _out_of_memory(job, f"with micro-batches of {before}")
     job.plan = smaller
+    job.measured_sizes.clear()
     progress.halvings.append(Halving(progress.epoch + 1, progress.step + 1, smaller.micro_batch))
     write_plan(job)
     if job.processes.leads:
@@ -427,6 +441,9 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
         val_macro_f1=scores.macro_f1 if scores else None,
         val_macro_recall=scores.macro_recall if scores else None,
     )
+    if job.plan.measured_seconds is None:
+        job.plan = replace(job.plan, measured_seconds=1 / row.images_per_second)
+        write_plan(job)
     progress.finish_epoch(row)
     save(job, progress)
     job.listener.finish_epoch(row, job.recipe.train.epochs)
@@ -461,9 +478,10 @@ def _release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def _reset_peak(job: Job) -> None:
+    job.measured_sizes.clear()
+    if job.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(job.device)
 
 
 def _peak_bytes(job: Job) -> int:

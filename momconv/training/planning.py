@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 
 from momconv.errors import ModelFileError, ResourceError
 from momconv.momentum.sequential import momentum_stages, set_strategy
+from momconv.planner.calibration import calibrate
 from momconv.planner.measurement import Precision, available_bytes, static_bytes
 from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
-from momconv.planner.prediction import Training
-from momconv.planner.search import FEW, Choice, Request, has_batch_norm, search
+from momconv.planner.prediction import Choice, Training
+from momconv.planner.search import FEW, Request, has_batch_norm, search
 from momconv.training.network import name_strategies
 from momconv.training.processes import Processes
 from momconv.units import format_bytes, parse_bytes
@@ -77,6 +79,9 @@ class BatchPlan:
     predicted_bytes: int  # at the peak of a step with the largest micro-batch of an epoch
     limit_bytes: int
     measured_bytes: int | None = None  # the same in the first step of the run
+    predicted_seconds: float | None = None  # of an image in a step, about
+    is_calibrated: bool = False  # whether by steps on the device
+    measured_seconds: float | None = None  # the same in the first epoch
 
     @property
     def sizes(self) -> list[int]:
@@ -100,7 +105,13 @@ class BatchPlan:
         images, batch = self.setting.own_images, self.setting.own_batch_size
         if largest_part(images, batch, smaller) >= largest_part(images, batch, self.micro_batch):
             return None
-        return replace(self, micro_batch=smaller, measured_bytes=None)
+        return replace(
+            self,
+            micro_batch=smaller,
+            measured_bytes=None,
+            predicted_seconds=None,
+            measured_seconds=None,
+        )
 
     def to_json(self) -> str:
         """The plan as a JSON document, with the sizes."""
@@ -128,7 +139,10 @@ class BatchPlan:
         text = f"batch of {setting.batch}{whose} in {parts} ({self.stages}, {setting.precision})"
         peak, limit = format_bytes(self.predicted_bytes), format_bytes(self.limit_bytes)
         whose = "the limit" if setting.memory else "what is free"
-        return f"{text}, {peak} predicted at the peak; {whose} is {limit}"
+        text = f"{text}, {peak} predicted at the peak; {whose} is {limit}"
+        if self.is_calibrated and self.predicted_seconds:
+            text += f"; about {1 / self.predicted_seconds:.3g} images/s"
+        return text
 
 
 def plan_batches(model: nn.Module, setting: Setting) -> BatchPlan:
@@ -140,9 +154,9 @@ def plan_batches(model: nn.Module, setting: Setting) -> BatchPlan:
         ResourceError: Nothing fits.
         UsageError: Only one image fits or is asked for, and BatchNorm cannot take it alone.
     """
-    device = torch.device(setting.device).type
+    device = torch.device(setting.device)
     training = Training(
-        setting.resolution, setting.precision, setting.optimizer, setting.ema, device
+        setting.resolution, setting.precision, setting.optimizer, setting.ema, device.type
     )
     limit = setting.find_limit(model)
     found = search(
@@ -154,9 +168,14 @@ def plan_batches(model: nn.Module, setting: Setting) -> BatchPlan:
             setting.micro_batch,
             setting.strategy,
             setting.own_images,
+            partial(calibrate, model, training, device, limit),
         ),
     )
-    plan = BatchPlan(setting, found.strategy, "", found.micro_batch, found.peak.total, limit)
+    plan = BatchPlan(
+        *(setting, found.strategy, "", found.micro_batch, found.peak.total, limit),
+        predicted_seconds=found.seconds_per_image,
+        is_calibrated=found.is_calibrated,
+    )
     plan.apply(model)
     return replace(plan, stages=name_strategies(model))
 

@@ -12,8 +12,9 @@ from torch import nn
 import momconv
 from momconv.errors import ResourceError, UsageError
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.prediction import peak_memory
-from momconv.planner.search import plan
+from momconv.planner.cost import Speed
+from momconv.planner.prediction import Predictor, Training, peak_memory
+from momconv.planner.search import Request, plan, search
 from momconv.recipe import TrainRecipe, load_recipe
 from momconv.training.network import start_training
 from momconv.training.parameters import freeze
@@ -46,7 +47,9 @@ def room_for(model: nn.Module, images: int, strategy: Any) -> int:
 
 def test_everything_is_stored_where_it_fits(deep: nn.Module) -> None:
     made = plan(deep, SIDE, "8GiB")
-    assert (made.strategy, made.sizes, made.relative_seconds) == ("store", (32,), 1.0)
+    assert (made.strategy, made.sizes) == ("store", (32,))
+    again = plan(deep, SIDE, "8GiB", strategy="checkpoint")
+    assert 0 < made.seconds_per_image < again.seconds_per_image
     assert made.peak.total == peak_of(deep, 32, "store")
     assert made.limit_bytes == 8 * 2**30
 
@@ -97,6 +100,32 @@ def test_without_a_limit_what_is_free_counts() -> None:
     made = plan(build("cifar_resnet20"), SIDE)
     assert made.sizes == (32,)
     assert made.limit_bytes > made.peak.total
+
+
+def test_a_leaner_strategy_wins_if_it_is_faster(deep: nn.Module) -> None:
+    """How fast each is depends on the device: here only bytes count, or only operations."""
+    limit = max(peak_of(deep, 32, strategy) for strategy in ("checkpoint", "segment", "auto"))
+    assert peak_of(deep, 32, "store") > limit
+
+    def choose(speed: Speed) -> str:
+        request = Request(Training(SIDE), 32, int(limit * 1.015), find_speed=lambda: speed)
+        return search(deep, request).strategy
+
+    def seconds(strategy: Any, speed: Speed) -> float:
+        return speed.seconds(Predictor(deep, Training(SIDE)).predict(32, strategy).work)
+
+    for speed in (Speed(0, 0, 1e-9), Speed(1e-3, 0, 0)):
+        fastest = min(("checkpoint", "segment", "auto"), key=lambda name: seconds(name, speed))
+        assert choose(speed) == fastest
+
+
+def test_the_speed_is_found_only_where_there_is_a_choice(deep: nn.Module) -> None:
+    def fail() -> Speed:
+        raise AssertionError
+
+    for strategy, memory in (("auto", 2**33), ("checkpoint", room_for(deep, 8, "checkpoint"))):
+        request = Request(Training(SIDE), 32, memory, "auto", strategy, find_speed=fail)  # type: ignore[arg-type]
+        assert search(deep, request).seconds_per_image > 0
 
 
 # Nothing fits

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from momconv.errors import UsageError
+from momconv.planner.cost import Speed, Work
 from momconv.planner.micro_batch import Curve, Line, StaticBytes
 from momconv.planner.prediction import Alive, PeakMemory
 from momconv.planner.profile import VARIANTS, MemoryProfile, Profile, Variant
@@ -37,16 +38,17 @@ def need(variant: Variant, mebibytes: float) -> Profile:
         alive=alive,
     )
     course = ((0.0, 0), (1.5, 2 * image), (2.5, 32 * image), (3.5, 0))
-    return Profile(variant, Curve((Line(40 * MIB, image),)), peak, course)
+    work = Work(1, flops=32 * (1 if variant == "plain" else 2))
+    return Profile(variant, Curve((Line(40 * MIB, image),)), peak, work, course)
 
 
 def profiled(plain: float, checkpoint: float, segment: float, momentum: float) -> MemoryProfile:
     """A profile in which an image takes so many MiB."""
     needs = dict(zip(VARIANTS, (plain, checkpoint, segment, momentum, momentum), strict=True))
     static = StaticBytes(weights=10 * MIB, gradients=10 * MIB, optimizer=20 * MIB)
-    return MemoryProfile(
-        static, 0.5, ("stem", "layer3"), tuple(need(*item) for item in needs.items())
-    )
+    speed = Speed(per_operation=5, per_flop=1, per_byte=0)
+    profiles = tuple(need(*item) for item in needs.items())
+    return MemoryProfile(static, 0.5, ("stem", "layer3"), speed, profiles)
 
 
 def shown(profile: MemoryProfile, *, width: int = 80, encoding: str = "utf-8") -> str:
@@ -68,9 +70,18 @@ def test_every_variant_has_its_need_its_batches_and_what_is_alive() -> None:
     assert alive == ["momentum", "layer3", "0.062", "7", "convolution", "layer3"]
 
 
+def test_the_images_a_second_are_those_of_the_largest_batch() -> None:
+    profile = profiled(12, 15, 6, 100)
+    rows = [line.split() for line in shown(profile).splitlines()]
+    assert ["plain", "1.00", "0.5", "0.943"] in rows  # 5 / (5 + 5) and 82 / (5 + 82)
+    assert ["momentum", "1.86", "-", "0.391"] in rows  # (5 + 64) / (5 + 32) and 9 / (5 + 18)
+    momentum = to_json(profile, BUDGETS)["variants"]["momentum"]
+    assert list(momentum["predicted_images_per_second"].values()) == [None, 9 / 23]
+
+
 def test_bars_are_in_proportion_and_show_the_parts() -> None:
     lines = shown(profiled(12, 6, 6, 3)).splitlines()[2:7]
-    bars = {line.split()[0]: line.split()[3] for line in lines}
+    bars = {line.split()[0]: line.split()[2] for line in lines}
     assert bars["plain"] == "b" * 12 + "e" * 12
     assert bars["checkpoint"] == "b" * 6 + "e" * 6
     assert bars["momentum"] == "b" * 3 + "e" * 3
@@ -138,8 +149,11 @@ def test_the_document_has_every_number() -> None:
 
 def test_the_csv_has_a_line_for_each_variant() -> None:
     header, plain, *_ = to_csv(profiled(12, 15, 6, 4), BUDGETS).splitlines()
-    assert header.endswith("measured_bytes_per_image,largest_batch_in_100MiB,largest_batch_in_1GiB")
-    assert plain == f"plain,{12 * MIB},{(40 + 32 * 12) * MIB},,5,82"
+    assert header.endswith(
+        "measured_bytes_per_image,largest_batch_in_100MiB,largest_batch_in_1GiB,"
+        "images_per_second_in_100MiB,images_per_second_in_1GiB"
+    )
+    assert plain.startswith(f"plain,{12 * MIB},{(40 + 32 * 12) * MIB},,5,82,0.5,0.94")
 
 
 def test_the_picture_is_written_or_its_extra_is_named(

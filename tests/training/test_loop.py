@@ -169,7 +169,7 @@ def test_with_frozen_batchnorm_smaller_parts_come_to_the_same(
 def test_a_first_step_above_the_limit_counts_as_out_of_memory(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peaks = iter([2**31, 2**20])
+    peaks = itertools.chain([2**31], itertools.repeat(2**20))
 
     def measure(work: Any, _device: torch.device) -> Usage:
         work()
@@ -184,6 +184,25 @@ def test_a_first_step_above_the_limit_counts_as_out_of_memory(
     monkeypatch.undo()
     finetune(small(colours), tmp_path / "two")
     assert_same_tensors(tmp_path / "run", tmp_path / "two")
+
+
+def test_each_size_of_micro_batch_is_held_to_the_limit_once_in_each_epoch(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 18 images, an epoch has batches of 5 and of 3: the third measurement is in the second."""
+    calls = itertools.count(1)
+
+    def measure(work: Any, _device: torch.device) -> Usage:
+        work()
+        return Usage(2**31 if next(calls) == 3 else 2**20)
+
+    monkeypatch.setattr(loop, "measure", measure)
+    recipe = small(colours, "train.micro_batch=auto", "train.memory=1GiB", "train.epochs=2")
+    finetune(recipe, tmp_path / "run")
+    events = map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+    (halving,) = (event for event in events if event["event"] == "out_of_memory")
+    assert (halving["epoch"], halving["step"], halving["micro_batch"]) == (2, 1, 2)
+    assert next(calls) == 6  # and parts of 3 and 2
 
 
 def test_where_parts_cannot_be_smaller_the_state_is_saved(
@@ -245,3 +264,5 @@ def test_the_plan_s_prediction_is_what_the_first_step_takes(colours: Path, tmp_p
         finetune(recipe, tmp_path / strategy)
         plan = read_plan(tmp_path / strategy)
         assert plan["predicted_bytes"] == pytest.approx(plan["measured_bytes"], rel=0.02)
+        assert plan["predicted_seconds"] > 0
+        assert plan["measured_seconds"] > 0

@@ -59,6 +59,8 @@ def test_the_network_gets_the_leaner_strategy_that_fits(model: nn.Module) -> Non
     assert plan.strategy != "store"
     assert "momentum" in plan.stages or "checkpoint" in plan.stages
     assert {stage.strategy for stage in momentum_stages(model).values()} != {"store"}
+    assert plan.is_calibrated  # as strategies had to be compared
+    assert str(plan).endswith(" images/s")
 
 
 def test_a_strategy_that_is_asked_for_is_kept(model: nn.Module) -> None:

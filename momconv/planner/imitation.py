@@ -1,0 +1,166 @@
+"""Operations on fake tensors, which have shapes, types and lifetimes but no memory.
+
+PyTorch's FakeTensorMode finds out what an operation returns, but takes a tenth of a millisecond
+for it. A network repeats few operations many times, so the answers are remembered here.
+"""
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
+from torch.utils._pytree import tree_leaves
+
+_T = TypeVar("_T")
+
+
+class Answer(NamedTuple, Generic[_T]):
+    """What an operation returned, and what was found out about it."""
+
+    value: Any
+    tensors: Sequence[Tensor]
+    finding: _T
+
+
+class _New(NamedTuple):
+    """A result with a storage of its own."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+# A result is new, one of the arguments' tensors (by its number), a view of one, or no tensor.
+_Kind = _New | int | Literal["view"] | None
+
+
+class _Memory(NamedTuple, Generic[_T]):
+    """What is known of an operation on certain arguments."""
+
+    kinds: Sequence[_Kind]
+    is_single: bool  # rather than a tuple
+    finding: _T
+
+
+class _Unknown(Exception):
+    """A result that has to be asked for each time."""
+
+
+class Imitator(Generic[_T]):
+    """Runs operations on fake tensors."""
+
+    def __init__(self, examine: Callable[[OpOverload, Any, Sequence[Tensor]], _T]) -> None:
+        """``examine`` hears of an operation, its arguments and its results, once for all alike."""
+        # Not every tensor is a fake: a module may hold one that is no buffer.
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._examine = examine
+        self._memories: dict[Hashable, _Memory[_T]] = {}
+
+    def copy(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """A copy of ``model`` on ``device`` whose parameters and buffers are fakes."""
+        memo: dict[int, Any] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            fake = self._make(_New(tensor.shape, tensor.stride(), tensor.dtype, device))
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+        return copy.deepcopy(model, memo)
+
+    def run(self, func: OpOverload, args: Any, kwargs: Any) -> Answer[_T]:
+        """``func(*args, **kwargs)`` while ``mode`` is on."""
+        try:
+            key = func, _sign((*args, *kwargs.items()))
+        except _Unknown:
+            return self._ask(func, args, kwargs)
+        if key in self._memories:
+            return self._repeat(self._memories[key], func, args, kwargs)
+        answer = self._ask(func, args, kwargs)
+        inputs = _find_tensors((args, kwargs))
+        results = list(answer.value) if isinstance(answer.value, tuple) else [answer.value]
+        try:
+            kinds = [_classify(func, result, inputs) for result in results]
+            if key == (func, _sign((*args, *kwargs.items()))):  # no argument has another shape now
+                is_single = not isinstance(answer.value, tuple)
+                self._memories[key] = _Memory(kinds, is_single, answer.finding)
+        except _Unknown:
+            pass
+        return answer
+
+    def _ask(self, func: OpOverload, args: Any, kwargs: Any) -> Answer[_T]:
+        value = func(*args, **kwargs)
+        tensors = _find_tensors(value)
+        return Answer(value, tensors, self._examine(func, args, tensors))
+
+    def _repeat(self, memory: _Memory[_T], func: OpOverload, args: Any, kwargs: Any) -> Answer[_T]:
+        results: list[Any] = []
+        for kind in memory.kinds:
+            if isinstance(kind, _New):
+                results.append(self._make(kind))
+            elif kind == "view":
+                with in_kernel_invocation_manager(self.mode):
+                    view = func(*args, **kwargs)
+                    results.append(FakeTensor(self.mode, view, args[0].fake_device))
+            else:
+                results.append(None if kind is None else _find_tensors((args, kwargs))[kind])
+        tensors = [result for result in results if result is not None]
+        value = results[0] if memory.is_single else tuple(results)
+        return Answer(value, tensors, memory.finding)
+
+    def _make(self, new: _New) -> FakeTensor:
+        with in_kernel_invocation_manager(self.mode):
+            empty = torch.empty_strided(new.shape, new.stride, dtype=new.dtype, device="meta")
+            return FakeTensor(self.mode, empty, new.device)
+
+
+def _sign(value: Any) -> Hashable:
+    """What the results of an operation can depend on, of one of its arguments.
+
+    Raises:
+        _Unknown: Its value counts.
+    """
+    kind = type(value)
+    if kind is FakeTensor:
+        if value.constant is not None:
+            raise _Unknown
+        place = value.dtype, value.fake_device
+        return *place, value.shape, value.stride(), value.storage_offset()
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_sign, value))
+    if isinstance(value, Tensor):
+        raise _Unknown
+    return kind, value
+
+
+def _classify(func: OpOverload, result: Any, inputs: Sequence[Tensor]) -> _Kind:
+    """What kind of result it is.
+
+    Raises:
+        _Unknown: None of them.
+    """
+    if result is None:
+        return None
+    if type(result) is not FakeTensor or result.constant is not None:
+        raise _Unknown
+    for number, tensor in enumerate(inputs):
+        if tensor is result:
+            return number
+    if func.is_view and len(inputs) == 1:
+        return "view"
+    storage = result.untyped_storage()
+    is_shared = any(storage._cdata == tensor.untyped_storage()._cdata for tensor in inputs)
+    new = _New(result.shape, result.stride(), result.dtype, result.fake_device)
+    size = torch.empty_strided(*new[:2], dtype=new.dtype, device="meta").untyped_storage().nbytes()
+    if is_shared or size != storage.nbytes():
+        raise _Unknown
+    return new
+
+
+def _find_tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
