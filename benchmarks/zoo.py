@@ -3,7 +3,8 @@
 Predicted by ``momconv.peak_memory`` at the network's own resolution on a CPU; weights, gradients,
 optimiser state and images are left out. "checkpoint" is torch's checkpointing of each block, "sqrt"
 of √L blocks at a time, both also of a ResNet's stem and of what else is in a sequence with stages;
-"auto" is ``momconv.convert(model)`` as it comes.
+"auto" is ``momconv.convert(model)`` as it comes, which recomputes every network's stem. About
+twenty minutes on one core; to predict some, name them.
 """
 
 from collections.abc import Callable

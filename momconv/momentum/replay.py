@@ -39,10 +39,17 @@ class Replay:
 
     def first(self, x: Tensor, *args: Tensor) -> Tensor:
         """block(x, *args), dropping what it saves for backward."""
+        # Autocast's cache would keep a copy of every weight until the end of the forward pass.
+        settings = autocast_settings(x.device.type) | {"cache_enabled": False}
+        with torch.autocast(**settings), self.forgetting(x, *args):
+            return evaluate(self._block, x, *args)
+
+    @contextmanager
+    def forgetting(self, x: Tensor, *args: Tensor) -> Iterator[None]:
+        """What is computed inside is the block's first call, whose saved tensors are dropped."""
         self._requires_grad = [tensor.requires_grad for tensor in (x, *args)]
         self._args = [arg.detach() for arg in args]
-        # Autocast's cache would keep a copy of every weight until the end of the forward pass.
-        self._autocast = autocast_settings(x.device.type) | {"cache_enabled": False}
+        self._autocast = autocast_settings(x.device.type)
         random_state = _random_state(x.device)
         sizes: list[int] = []  # in bytes, of what the block saves; what is kept anyway counts 0
         kept = {_memory_of(x)}
@@ -54,14 +61,18 @@ class Replay:
             sizes.append(tensor.nbytes if is_counted else 0)
             return len(sizes) - 1
 
-        with torch.autocast(**self._autocast), saved_tensors_hooks(drop, self._serve):
-            y = evaluate(self._block, x, *args)
+        with saved_tensors_hooks(drop, self._serve):
+            yield
         self._count = len(sizes)
         self._middle = _find_middle(sizes, x.nbytes)
         # Only a block that drew numbers needs the state again: 5 KB a block add up.
         drew = not all(map(torch.equal, random_state, _random_state(x.device)))
         self._random_state = random_state if drew else []
-        return y
+
+    def postpone(self, x: Tensor) -> None:
+        """Let the first tensor that backward asks for cause the repetition, for x."""
+        self._middle = self._count
+        self._inputs = self._detach(x)
 
     def repeat(self, x: Tensor) -> Tensor:
         """The same call once more, keeping what it saves; x must equal the first one.
@@ -69,9 +80,7 @@ class Replay:
         Raises:
             NotReproducible: the block saved more or fewer tensors than the first time.
         """
-        inputs = [tensor.detach() for tensor in (x, *self._args)]
-        for tensor, requires_grad in zip(inputs, self._requires_grad, strict=True):
-            tensor.requires_grad_(requires_grad)
+        inputs = self._detach(x)
         self._saved = {}
         numbers = count()
 
@@ -82,15 +91,24 @@ class Replay:
             return number
 
         y = self._call(inputs, keep)
-        if (saved := next(numbers)) != self._count:
+        self._require_as_many(next(numbers), self._count)
+        self._inputs = inputs if self._middle else []
+        return y.detach()
+
+    def _detach(self, x: Tensor) -> list[Tensor]:
+        inputs = [tensor.detach() for tensor in (x, *self._args)]
+        for tensor, requires_grad in zip(inputs, self._requires_grad, strict=True):
+            tensor.requires_grad_(requires_grad)
+        return inputs
+
+    def _require_as_many(self, saved: int, expected: int) -> None:
+        if saved != expected:
             raise NotReproducible(
-                f"a {type(self._block).__name__} saved {self._count} tensors for backward the"
+                f"a {type(self._block).__name__} saved {expected} tensors for backward the"
                 f" first time and {saved} when it was run again",
                 kind="inversion.not_reproducible",
                 fix='momconv.set_strategy(model, "store")',
             )
-        self._inputs = inputs if self._middle else []
-        return y.detach()
 
     def _repeat_beginning(self) -> None:
         """The call as far as the middle, keeping what it saves."""
@@ -100,12 +118,13 @@ class Replay:
         def keep(tensor: Tensor) -> int:
             number = next(numbers)
             if number == self._middle:
-                raise _Enough
+                raise Enough
             self._saved[number] = tensor.detach()
             return number
 
-        with suppress(_Enough):
+        with suppress(Enough):
             self._call(inputs, keep)
+        self._require_as_many(min(self._middle, next(numbers)), self._middle)
 
     def _call(self, inputs: list[Tensor], keep: Callable[[Tensor], int]) -> Tensor:
         copies = {id(buffer): buffer.clone() for _, _, buffer in self._buffers}
@@ -141,7 +160,7 @@ def _find_middle(sizes: list[int], input_bytes: int) -> int:
     return middle if sum(sizes[:middle]) > input_bytes else 0
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Ends a repetition of which no more is needed."""
 
 
@@ -182,13 +201,22 @@ def evaluate(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
     """
     version = x._version
     y: Tensor = block(x, *args)
+    require_unchanged(block, x, version)
+    return y
+
+
+def require_unchanged(block: nn.Module, x: Tensor, version: int) -> None:
+    """Do nothing if nobody wrote into x since it had this version.
+
+    Raises:
+        UsageError: the block did.
+    """
     if x._version != version:
         raise UsageError(
             f"a {type(block).__name__} modifies its input in place",
             kind="model.modifies_input",
             fix="inplace=False in the first operation of the block",
         )
-    return y
 
 
 class _Before(torch.autograd.Function):

@@ -24,6 +24,8 @@ Rule = Callable[[Arguments, Sequence[Tensor]], int]
 _FLOAT = 4  # bytes
 _IMAGE_CHANNELS = 3  # up to so many, oneDNN reads the input of a convolution as it is
 _LARGEST_DIRECT_KERNEL = 14  # oneDNN's direct gradient of weights has no larger ones
+_LARGEST_DEPTHWISE_KERNEL = 3  # the same, for groups of one channel in blocks
+_COLUMN_BYTES = 256  # the fixed part of the scratch of a gradient by im2col
 _WIDE_GROUP = 16  # channels
 _STRIDED_BYTES = 28 * 2**10  # the fixed part of the scratch of a strided convolution's gradient
 
@@ -192,8 +194,10 @@ class _Convolution:
     @property
     def gradient_needs_columns(self) -> bool:
         """The same for the weight's gradient: also of kernels larger than the image."""
-        narrow = self.x.shape[-1] < self.kernel[-1] or max(self.kernel) > _LARGEST_DIRECT_KERNEL
-        return narrow or self.needs_columns or (self.is_depthwise and not self.is_channels_last)
+        blocked = self.is_depthwise and not self.is_channels_last
+        largest = _LARGEST_DEPTHWISE_KERNEL if blocked else _LARGEST_DIRECT_KERNEL
+        narrow = self.x.shape[-1] < self.kernel[-1]
+        return narrow or self.needs_columns or max(self.kernel) > largest
 
 
 def _convolution(args: Arguments, results: Sequence[Tensor]) -> int:
@@ -277,8 +281,8 @@ def _onednn_weight_gradient(conv: _Convolution) -> int:
     weight, threads = _bytes(conv.weight), torch.get_num_threads()
     if conv.gradient_needs_columns:
         # oneDNN counts each thread's sum in bytes and takes them for floats.
-        sums = _FLOAT * weight if len(conv.x) > 1 else 0
-        return weight + max(threads * (sums + conv.columns // conv.groups), weight)
+        sums = _FLOAT * weight
+        return weight + max(threads * (sums + conv.columns) + _COLUMN_BYTES, weight)
     if conv.is_channels_last:
         blocks = _in_blocks(1) ** 2 if conv.is_depthwise else 1
         return blocks * weight + 2 * weight

@@ -1,39 +1,96 @@
-"""A torchvision ResNet whose stem, the layers before its stages, can be recomputed in backward.
+"""The stem of a network, all that it does before its first stage, recomputed in backward.
 
-At high resolution the stem's activations weigh as much as a block of the first stage.
+At high resolution the stem's activations weigh as much as a block of the first stage. Whatever the
+network's class is, its forward pass is run again as far as its first stage.
 """
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import ResNet
 
-from momconv.momentum.replay import checkpoint
-from momconv.momentum.sequential import MomentumSequential
-
-
-class StemmedResNet(ResNet):  # type: ignore[misc]  # torchvision has no types
-    """The same modules, keys and values as torchvision's class."""
-
-    def _forward_impl(self, x: Tensor) -> Tensor:
-        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
-        stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
-        recompute = any(
-            isinstance(stage, MomentumSequential) and stage.strategy != "store" for stage in stages
-        )
-        x = checkpoint(stem, x) if recompute else stem(x)
-        for stage in stages:
-            x = stage(x)
-        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
-        return logits
+from momconv.momentum.replay import Enough, Replay, require_unchanged
+from momconv.momentum.sequential import MomentumSequential, momentum_stages
 
 
 def make_stem_recomputable(model: nn.Module) -> None:
-    """Let a torchvision ResNet follow the strategy of its stages from the first layer on."""
-    if type(model) is ResNet:
-        model.__class__ = StemmedResNet
+    """Let what comes before the first stage of ``model`` follow that stage's strategy."""
+    stages = momentum_stages(model)
+    if "" in stages:  # the model itself
+        return
+    outer = [
+        stage
+        for name, stage in stages.items()
+        if not any(name.startswith(f"{other}.") for other in stages)
+    ]
+    stem = Stem(model, outer)
+    model.register_forward_pre_hook(stem.begin, with_kwargs=True)
+    model.register_forward_hook(stem.end, always_call=True)
+    for stage in outer:
+        stage.register_forward_pre_hook(stem.reach)
 
 
 def restore_stem(model: nn.Module) -> None:
-    """Give a torchvision ResNet its own class back."""
-    if type(model) is StemmedResNet:
-        model.__class__ = ResNet
+    """Undo :func:`make_stem_recomputable`."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in [*hooks.items()]:
+                if isinstance(getattr(hook, "__self__", None), Stem):
+                    del hooks[key]
+
+
+class Stem(nn.Module):
+    """The beginning of ``model``, which is not a part of it but has its parameters and buffers."""
+
+    def __init__(self, model: nn.Module, stages: Sequence[MomentumSequential]) -> None:
+        super().__init__()
+        self.model = model
+        self._stages = [*stages]
+        self._replay: Replay | None = None
+        self._context: AbstractContextManager[None] | None = None  # in the stem, the first time
+        self._images: tuple[Tensor, int] | None = None  # and their version
+        self._is_repeated = False
+
+    def forward(self, *images: Tensor) -> None:
+        """Run the model until it calls a stage, which raises Enough."""
+        self._is_repeated = True
+        try:
+            self.model.forward(*images)
+        finally:
+            self._is_repeated = False
+
+    def begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the model: forget what the stem saves, unless it is to be stored."""
+        is_plain = args and not kwargs and all(isinstance(arg, Tensor) for arg in args)
+        is_wanted = any(stage.strategy != "store" for stage in self._stages)
+        is_eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not (is_plain and is_wanted and is_eager):
+            return
+        self._images = args[0], args[0]._version
+        self._replay = Replay(self)
+        self._context = self._replay.forgetting(*args)
+        self._context.__enter__()
+
+    def reach(self, _stage: nn.Module, _args: object) -> None:
+        """Before a stage: the stem ends here."""
+        if self._is_repeated:
+            raise Enough
+        if self._context is not None:
+            assert self._replay is not None
+            assert self._images is not None
+            require_unchanged(self.model, *self._images)
+            self._close()
+            self._replay.postpone(self._images[0])
+
+    def end(self, _model: nn.Module, _args: object, _output: object) -> None:
+        """After the model, which may have failed in the stem."""
+        if self._context is not None:
+            self._close()
+        self._replay = self._images = None
+
+    def _close(self) -> None:
+        context, self._context = self._context, None
+        assert context is not None
+        context.__exit__(None, None, None)

@@ -1,0 +1,108 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import momconv
+from momconv.errors import InversionError, UsageError
+from momconv.planner.prediction import Training, predict
+from momconv.surgery.stem import restore_stem
+from momconv.zoo.networks import build
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.layer(x))
+
+
+class Network(nn.Module):
+    """Its stem has functions, statistics and random numbers, and goes past the stages too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = beginning = F.dropout(F.relu(self.norm(self.conv(images))), 0.2, self.training)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head((x + beginning.square()).mean((2, 3)))
+        return logits
+
+
+def make(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return momconv.convert(Network(), inputs=[IMAGES], **options).train()  # type: ignore[arg-type]
+
+
+IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+def step(model: nn.Module, strategy: str) -> dict[str, Tensor]:
+    momconv.set_strategy(model, strategy)  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    model(IMAGES).square().sum().backward()
+    left = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return left | {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.parametrize("strategy", ["momentum", "checkpoint", "segment", "auto"])
+def test_a_stem_is_recomputed_exactly_whatever_it_does(strategy: str) -> None:
+    model = make()
+    stored, recomputed = step(copy.deepcopy(model), "store"), step(copy.deepcopy(model), strategy)
+    assert stored.keys() == recomputed.keys()
+    assert all(torch.equal(value, recomputed[key]) for key, value in stored.items())
+
+
+@pytest.mark.parametrize(("name", "side"), [("resnet18", 224), ("cifar_resnet20", 32)])
+def test_recomputing_a_stem_takes_less_memory(name: str, side: int) -> None:
+    model = momconv.convert(build(name)).train()
+    recomputed = predict(model, 8, Training(side)).peak.step
+    restore_stem(model)
+    assert recomputed < predict(model, 8, Training(side)).peak.step
+
+
+def test_a_stem_that_fails_leaves_the_next_pass_alone() -> None:
+    model = make()
+    with pytest.raises(RuntimeError):
+        model(IMAGES[:, :2])
+    x = torch.ones(2, requires_grad=True)
+    (x * x).sum().backward()  # keeps what it saves
+    assert all(torch.equal(*pair) for pair in zip(*map(gradients, (model, make())), strict=True))
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    left = step(model, "momentum")
+    return [value for key, value in left.items() if not key.startswith("buffer")]
+
+
+def test_a_second_backward_pass_through_a_stem_is_refused() -> None:
+    model, seen = make(), list[Tensor]()
+    model.get_submodule("blocks").register_forward_pre_hook(lambda _, args: seen.extend(args))
+    model(IMAGES)
+    seen[0].sum().backward(retain_graph=True)
+    with pytest.raises(InversionError, match="asked again"):
+        seen[0].sum().backward()
+
+
+def test_a_stem_that_writes_into_the_images_is_refused() -> None:
+    model = make()
+    model.register_forward_pre_hook(lambda _, args: (args[0].clone(),), prepend=True)
+    model.get_submodule("conv").register_forward_pre_hook(lambda _, args: (args[0].add_(1),))
+    with pytest.raises(UsageError, match="modifies its input in place"):
+        model(IMAGES)
+
+
+def test_going_back_leaves_nothing_of_it() -> None:
+    plain = momconv.revert(make())
+    hooks = [h for m in plain.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
+    assert not any(hooks)
