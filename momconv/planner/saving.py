@@ -1,10 +1,11 @@
-"""What a conversion saves."""
+"""What a conversion saves, and the time that it costs."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
-from momconv.planner.prediction import peak_memory
+from momconv.planner.cost import estimate_speed
+from momconv.planner.prediction import Predictor, Training
 from momconv.surgery.modes import in_training_mode
 from momconv.zoo.description import describe
 
@@ -19,11 +20,13 @@ class Saving:
         resolution: Pixels of the image's sides.
         store_bytes: In the plain network with everything stored.
         auto_bytes: In the converted one, under "auto".
+        relative_seconds: The time of its step, about, as a multiple of the plain network's.
     """
 
     resolution: int
     store_bytes: int
     auto_bytes: int
+    relative_seconds: float
 
     @property
     def saved(self) -> float:
@@ -34,8 +37,13 @@ class Saving:
 def predict_saving(plain: nn.Module, converted: nn.Module) -> Saving:
     """Predict steps of ``IMAGES`` images, of the resolution that ``plain`` is described with."""
     resolution = describe(plain).preprocessing.resolution
+    training = Training(resolution)
     with in_training_mode(plain, converted):
-        store, auto = (
-            peak_memory(model, IMAGES, resolution).step // IMAGES for model in (plain, converted)
-        )
-    return Saving(resolution=resolution, store_bytes=store, auto_bytes=auto)
+        store, auto = (Predictor(model, training).predict(IMAGES) for model in (plain, converted))
+    speed = estimate_speed(training.device, training.precision)
+    return Saving(
+        resolution=resolution,
+        store_bytes=store.peak.step // IMAGES,
+        auto_bytes=auto.peak.step // IMAGES,
+        relative_seconds=speed.seconds(auto.work) / speed.seconds(store.work),
+    )

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import momconv
 from momconv.errors import InversionError, UsageError
-from momconv.planner.prediction import Training, predict
+from momconv.planner.prediction import peak_memory
 from momconv.surgery.stem import restore_stem
 from momconv.zoo.networks import build
 
@@ -66,9 +66,9 @@ def test_a_stem_is_recomputed_exactly_whatever_it_does(strategy: str) -> None:
 @pytest.mark.parametrize(("name", "side"), [("resnet18", 224), ("cifar_resnet20", 32)])
 def test_recomputing_a_stem_takes_less_memory(name: str, side: int) -> None:
     model = momconv.convert(build(name)).train()
-    recomputed = predict(model, 8, Training(side)).peak.step
+    recomputed = peak_memory(model, 8, side).step
     restore_stem(model)
-    assert recomputed < predict(model, 8, Training(side)).peak.step
+    assert recomputed < peak_memory(model, 8, side).step
 
 
 def test_a_stem_that_fails_leaves_the_next_pass_alone() -> None:
