@@ -96,6 +96,7 @@ class DataRecipe(_Section):
     unknown_classes: Literal["error", "skip"] = "error"  # of validation, which training lacks
     strict: bool = False  # whether a warning about the images is an error
     resolution: Annotated[int, Field(ge=16)] | None = None  # None: what the weights were made for
+    limit: Fraction = 1  # of the images of each class, for a try
     val_frac: BelowOne = 0.2
     split_seed: Seed = 0
     max_bad_fraction: UnitInterval = 0.05

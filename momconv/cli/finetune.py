@@ -4,17 +4,18 @@ import json
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from momconv.cli._console import note, out, progress, tell, warn
+from momconv.cli._console import note, out, print_json, progress, tell, warn
 from momconv.cli._display import Display
 from momconv.cli._options import ArgumentOption, NetworkOption
 from momconv.errors import MomconvError, UsageError
-from momconv.recipe import Recipe, load_recipe
+from momconv.recipe import Recipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
     from momconv.training.finetuning import Result
@@ -53,6 +54,7 @@ _KEYS = {
     "val_dir": "data.val_dir",
     "unknown_classes": "data.unknown_classes",
     "strict": "data.strict",
+    "limit": "data.limit",
     "max_bad_fraction": "data.max_bad_fraction",
     "device": "train.device",
     "time_limit": "train.time_limit",
@@ -152,6 +154,9 @@ def finetune(  # noqa: PLR0913 (one for each option)
     ] = None,
     val_dir: Annotated[
         str | None, _option("--val-dir", "FOLDER", "Validate on this one instead.", _IMAGES)
+    ] = None,
+    limit: Annotated[
+        str | None, _option("--limit", "F", "Only that part of each class, for a try.", _IMAGES)
     ] = None,
     unknown_classes: Annotated[
         str | None,
@@ -268,11 +273,22 @@ def finetune(  # noqa: PLR0913 (one for each option)
         Path | None,
         typer.Option(metavar="FOLDER", help="Go on with the run there.", rich_help_panel=_RUN),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check images, network, memory and disk, print the recipe, and stop.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
+    json_output: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="One JSON document on stdout at the end.", rich_help_panel=_RUN
+        ),
+    ] = False,
 ) -> None:
     """Fine-tune a network on a folder of images, within a limit of memory."""
-    from momconv.training.finetuning import finetune as run
-    from momconv.training.interruption import Interrupted, TimeUp
-    from momconv.training.processes import is_leader
     from momconv.training.run_folder import RunFolder, name_folder
 
     _refuse_contradictions(context.params)
@@ -283,22 +299,69 @@ def finetune(  # noqa: PLR0913 (one for each option)
         recipe = RunFolder(resume).config
     wanted = load_recipe(recipe, changes)
     folder = resume or output or name_folder(wanted)
+    if dry_run:
+        _rehearse(wanted, folder, as_json=json_output)
+    else:
+        _run(wanted, folder, resume=resume is not None, as_json=json_output)
+
+
+def _rehearse(recipe: Recipe, folder: Path, *, as_json: bool) -> None:
+    from momconv.training.finetuning import rehearse
+    from momconv.training.processes import is_leader
+
+    with ExitStack() as bars:
+        found = rehearse(recipe, folder, listener=Display(bars))
+    if not is_leader():
+        return
+    if as_json:
+        parts = {"plan": json.loads(found.plan.to_json()), "images": found.report.to_json()}
+        print_json(
+            {"ok": True, "folder": folder, "recipe": recipe.model_dump(mode="json"), **parts}
+        )
+    else:
+        typer.echo(dump_recipe(recipe), nl=False)
+        note(f"nothing was written; without --dry-run the results go to {folder}")
+
+
+def _run(recipe: Recipe, folder: Path, *, resume: bool, as_json: bool) -> None:
+    from momconv.training.finetuning import finetune as run
+    from momconv.training.interruption import Interrupted, TimeUp
+    from momconv.training.processes import is_leader
+
     try:
         with ExitStack() as bars:
-            result = run(wanted, folder, resume=resume is not None, listener=Display(bars))
+            result = run(recipe, folder, resume=resume, listener=Display(bars))
         if is_leader():
-            _report(result, wanted)
+            _report(result, recipe)
     except Interrupted as interrupted:
+        code = 128 + interrupted.signal
         if is_leader():
-            note(f"stopped, and saved. To go on: {_go_on(folder, wanted)}")
-        raise typer.Exit(128 + interrupted.signal) from None
+            _tell_of_stop("stopped", _go_on(folder, recipe), code, as_json=as_json)
+        raise typer.Exit(code) from None
     except TimeUp:
         if is_leader():
-            limit = wanted.train.time_limit
-            note(f"stopped after {limit}, and saved. To go on: {_go_on(folder, wanted)}")
+            what = f"stopped after {recipe.train.time_limit}"
+            _tell_of_stop(what, _go_on(folder, recipe), 0, as_json=as_json)
         return
     if is_leader():
-        _print_result(result, wanted)
+        (_print_document if as_json else _print_result)(result, recipe)
+
+
+def _tell_of_stop(what: str, command: str, code: int, *, as_json: bool) -> None:
+    if not as_json:
+        note(f"{what}, and saved. To go on: {command}")
+    elif code:
+        error = {"code": code, "kind": "interrupted", "message": what, "hints": [command]}
+        print_json({"ok": False, "error": error})
+    else:
+        print_json({"ok": True, "complete": False, "next": command})
+
+
+def _print_document(result: "Result", _: Recipe) -> None:
+    history = [asdict(row) for row in result.history]
+    document = {"folder": result.folder, "best": result.best, "last": result.last}
+    best = asdict(result.best_epoch)
+    print_json({"ok": True, "complete": True, **document, "best_epoch": best, "history": history})
 
 
 def _read_options(context: typer.Context) -> list[str]:
@@ -310,11 +373,11 @@ def _read_options(context: typer.Context) -> list[str]:
 
 def _refuse_contradictions(given: Mapping[str, object]) -> None:
     for option, *others in (
-        ("resume", "recipe", "output"),
+        ("resume", "recipe", "output", "dry_run"),
         ("network", "model"),
         ("from_file", "model", "weights", "gamma"),
     ):
-        names = {f"--{name}": given[name] for name in others}
+        names = {f"--{name.replace('_', '-')}": given[name] or None for name in others}
         _refuse_together(f"--{option.removesuffix('_file')}", given[option], names)
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from momconv.data.dataset import count_workers
 from momconv.data.folder import Splits
+from momconv.data.report import DataReport
 from momconv.errors import ResourceError, UsageError
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
@@ -22,6 +23,7 @@ from momconv.training.balancing import describe_imbalance
 from momconv.training.board import require_tensorboard
 from momconv.training.determinism import deterministic
 from momconv.training.images import (
+    CheckedImages,
     find_images,
     keep_readable,
     recall_images,
@@ -59,7 +61,7 @@ _FIXED = [
     *("model.name", "model.arguments", "model.weights", "model.from_file"),
     *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
     *("momentum.calibrate", "momentum.anneal"),
-    *("data.resolution", "data.val_frac", "data.split_seed"),
+    *("data.resolution", "data.val_frac", "data.split_seed", "data.limit"),
     *("train.batch_size", "train.optimizer", "train.seed", "train.freeze", "train.freeze_bn"),
     "train.ema",
 ]
@@ -100,20 +102,11 @@ def finetune(
         TimeUp: The recipe's time limit is reached; the run can be resumed.
     """
     began, run = time.monotonic(), RunFolder(Path(folder))
-    device = find_own_device(recipe.train.device)
-    choose_precision(recipe.train, device)
-    network.require_synchronisable(recipe.train, device)
-    require_tensorboard(recipe)
-    with (
-        joined() as processes,
-        _seeded(recipe.train.seed, device),
-        deterministic(wanted=recipe.train.deterministic),
-    ):
-        task = _Task(recipe, run, device, listener if processes.leads else SILENT, processes)
+    with _task_of(recipe, run, listener) as task:
         job, progress = _begin(task, resume=resume)
-        job.plan = plan_together(job.plan, job.model, processes)
+        job.plan = plan_together(job.plan, job.model, task.processes)
         write_plan(job)
-        if recipe.train.sync_bn and processes.count > 1:
+        if recipe.train.sync_bn and task.processes.count > 1:
             network.synchronise(job.model)
         if recipe.train.time_limit is not None:
             job.ends = began + parse_duration(recipe.train.time_limit)
@@ -125,6 +118,25 @@ def finetune(
 
 
 @dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a run would work with."""
+
+    report: DataReport
+    plan: BatchPlan
+
+
+def rehearse(recipe: Recipe, folder: str | Path, *, listener: Listener = SILENT) -> Rehearsal:
+    """Do all that ``finetune`` does before it changes a weight; nothing is written.
+
+    Raises:
+        MomconvError: As ``finetune`` before its first step.
+    """
+    with _task_of(recipe, RunFolder(Path(folder)), listener) as task:
+        ready = _prepare(task)
+    return Rehearsal(ready.images.report, ready.plan)
+
+
+@dataclass(frozen=True, slots=True)
 class _Task:
     """What was asked for, and of which process."""
 
@@ -133,6 +145,20 @@ class _Task:
     device: torch.device
     listener: Listener
     processes: Processes
+
+
+@contextmanager
+def _task_of(recipe: Recipe, run: RunFolder, listener: Listener) -> Iterator[_Task]:
+    device = find_own_device(recipe.train.device)
+    choose_precision(recipe.train, device)
+    network.require_synchronisable(recipe.train, device)
+    require_tensorboard(recipe)
+    with (
+        joined() as processes,
+        _seeded(recipe.train.seed, device),
+        deterministic(wanted=recipe.train.deterministic),
+    ):
+        yield _Task(recipe, run, device, listener if processes.leads else SILENT, processes)
 
 
 def _begin(task: _Task, *, resume: bool) -> tuple[Job, Progress]:
@@ -151,24 +177,37 @@ def _begin(task: _Task, *, resume: bool) -> tuple[Job, Progress]:
     return _resume(replace(task, recipe=recall_recipe(task.run.config)))
 
 
-def _start(task: _Task) -> tuple[Job, Progress]:
-    """A run at its beginning, with a folder from which it can be resumed."""
-    recipe, run, device, listener = task.recipe, task.run, task.device, task.listener
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """What a new run works with."""
+
+    images: CheckedImages
+    model: nn.Module
+    plan: BatchPlan
+
+
+def _prepare(task: _Task) -> _Ready:
+    """Check images, network, memory and disk; nothing is written."""
+    recipe, run, listener = task.recipe, task.run, task.listener
     run.require_unused()
     run.require_room(0)
-    root = require_folder(recipe.data)
-    found = find_images(root, recipe.data, listener)
+    found = find_images(require_folder(recipe.data), recipe.data, listener)
     model = network.load(recipe)
     require_stages(model, recipe.train.freeze)
     if recipe.momentum.gamma and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
     images = keep_readable(found, recipe.data, listener)
-    splits = images.splits
-    _check_images(recipe, splits, listener)
-    network.fit_head(model, splits.train.classes)
-    network.place(model, device)
+    _check_images(recipe, images.splits, listener)
+    network.fit_head(model, images.splits.train.classes)
+    network.place(model, task.device)
     network.start_training(model, recipe.train)
-    plan = _plan(task, splits, model)
+    return _Ready(images, model, _plan(task, images.splits, model))
+
+
+def _start(task: _Task) -> tuple[Job, Progress]:
+    """A run at its beginning, with a folder from which it can be resumed."""
+    recipe, run, listener, ready = task.recipe, task.run, task.listener, _prepare(task)
+    splits, model, plan = ready.images.splits, ready.model, ready.plan
     workers = _choose_workers(task, splits)
     if network.needs_calibration(model, recipe):
         _calibrate(model, recipe, splits, plan, workers, listener)
@@ -179,7 +218,7 @@ def _start(task: _Task) -> tuple[Job, Progress]:
         _choose_rate(job)
     write_text(run.config, dump_recipe(_with_absolute_paths(job.recipe)))
     write_text(run.plan, job.plan.to_json())
-    remember_images(images, root, run, listener)
+    remember_images(ready.images, require_folder(recipe.data), run, listener)
     save_state(run, model, job.optimizer, progress, job.read_extras())
     return job, progress
 

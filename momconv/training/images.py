@@ -18,6 +18,7 @@ from momconv.data.inspection import (
     warn_of_duplicates,
 )
 from momconv.data.report import DataReport, fingerprint, name_classes, report
+from momconv.data.splits import hold_out
 from momconv.errors import DataError, ModelFileError, UsageError
 from momconv.files.atomic import write_text
 from momconv.recipe import DataRecipe
@@ -104,7 +105,19 @@ def find_images(root: Path, recipe: DataRecipe, listener: Listener) -> Splits:
         unknown=recipe.unknown_classes,
     )
     _tell(found.notes, recipe, listener)
-    return found
+    if recipe.limit == 1:
+        return found
+    train, val = (_limit(images, recipe) for images in (found.train, found.val))
+    counts = f"{len(train.samples)} train / {len(val.samples)} val"
+    note = f"note: only {recipe.limit:.3g} of the images of each class: {counts}"
+    listener.tell(note)
+    return Splits(train, val, (*found.notes, note))
+
+
+def _limit(images: ImageSet, recipe: DataRecipe) -> ImageSet:
+    """A part of each class, but at least one image."""
+    kept, _ = hold_out(images.labels, 1 - recipe.limit, recipe.split_seed)
+    return images.select(kept)
 
 
 def keep_readable(splits: Splits, recipe: DataRecipe, listener: Listener) -> CheckedImages:

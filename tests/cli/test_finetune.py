@@ -1,6 +1,7 @@
 """What people type. The runs themselves are tested in tests/training/test_finetuning.py."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from momconv import cli
 from momconv.cli import app
 from momconv.cli._display import Display
 from momconv.planner import search
+from momconv.recipe import load_recipe
 from momconv.zoo.networks import build
 
 SMALL = ["--model", "cifar_resnet20", "--weights", "none", "--device", "cpu"]
@@ -272,3 +274,32 @@ def test_mistakes_that_need_images_are_explained(colours: Path, tmp_path: Path) 
         ran = run("--data", colours, *args, "-o", tmp_path / "run")
         assert (ran.exit_code, message in ran.stderr) == (code, True), ran.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_checks_all_and_writes_nothing(colours: Path, tmp_path: Path) -> None:
+    options: list[str | Path] = ["--data", colours, *SMALL, *IN_PROCESS, "--lr", "0.02"]
+    options += ["--limit", "0.5", "-o", tmp_path / "run", "--dry-run"]
+    ran = run(*options)
+    assert ran.exit_code == 0, ran.stderr
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "recipe.yaml").write_text(ran.stdout)
+    assert load_recipe(tmp_path / "recipe.yaml").train.lr == 0.02
+    assert "note: batch of 5 in 2 micro-batches" in ran.stderr
+    assert "note: only 0.5 of the images of each class: 9 train / 3 val" in ran.stderr
+    assert ran.stderr.endswith(f"the results go to {tmp_path / 'run'}\n")
+    document = json.loads(run(*options, "--json").stdout)
+    assert document["ok"] is True
+    assert document["plan"]["micro_batch"] == 2
+    assert document["images"]["train"]["classes"] == {"blue": 3, "green": 3, "red": 3}
+    assert run("--resume", tmp_path, "--dry-run").exit_code == 2
+
+
+def test_with_json_a_run_ends_in_one_document(colours: Path, tmp_path: Path) -> None:
+    options: list[str | Path] = [*IN_PROCESS, "--limit", "0.5", "--json", "-o", tmp_path / "run"]
+    ran = run("--data", colours, *SMALL, "--epochs", "1", *options)
+    document = json.loads(ran.stdout)
+    assert (ran.exit_code, document["ok"], document["complete"]) == (0, True, True)
+    assert document["best"] == str(tmp_path / "run" / "best.safetensors")
+    assert document["best_epoch"] == document["history"][0]
+    again = run("--resume", tmp_path / "run", "--epochs", "9", "--time-limit", "0.01s", "--json")
+    assert (again.exit_code, json.loads(again.stdout)["complete"]) == (0, False)
