@@ -46,6 +46,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     "conversion": show_all,
     "prediction": show_all,
     "loading": show_all,
+    "estimates": show_all,
     "cost": show_all,
     "transfer": transfer.present,
     "finetuning": finetuning.present,
