@@ -9,7 +9,7 @@ fastest of those that come closest, or, without BatchNorm, the fastest that leav
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +28,7 @@ from momconv.planner.prediction import Choice, PeakMemory, Prediction, Predictor
 from momconv.units import format_bytes, parse_bytes
 
 STRATEGIES: tuple[Choice, ...] = ("store", "checkpoint", "auto", "segment")  # auto has momentum
+Change = Literal["gamma", "precision"]
 FEW = 8  # images; the statistics of fewer are noise
 _SLACK = 0.01  # of the limit; predictions were off by at most 0.1 % (benchmarks/RESULTS.md)
 _GRID = 32  # pixels; the resolutions that classification networks divide evenly
@@ -46,6 +47,8 @@ class Plan:
         micro_batch: The most images that go through the network at once.
         peak: What is alive at the peak of a step with the largest micro-batch, predicted.
         limit_bytes: The limit.
+        precision: The one that was asked for, unless it was allowed to change.
+        gamma: A larger one for the model's momentum stages, if that was allowed and needed.
         seconds_per_image: The time of a step, about; see cost.py.
         is_calibrated: Whether that comes from steps that were measured on the device.
     """
@@ -55,6 +58,8 @@ class Plan:
     micro_batch: int
     peak: PeakMemory
     limit_bytes: int
+    precision: Precision
+    gamma: float | None
     seconds_per_image: float
     is_calibrated: bool
 
@@ -77,6 +82,7 @@ class Request:
         images: Of an epoch, whose last batch may be larger by one; None: one batch.
         find_speed: Asked for the device's speed where strategies have to be compared; None: it is
             estimated.
+        may_change: What may be changed where the whole batch does not fit at once otherwise.
     """
 
     training: Training
@@ -86,6 +92,7 @@ class Request:
     strategy: Choice = "auto"
     images: int | None = None
     find_speed: Callable[[], Speed] | None = None
+    may_change: Collection[Change] = ()
 
     @property
     def batch(self) -> int:
@@ -121,6 +128,7 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
     precision: Precision = "fp32",
     optimizer: Literal["sgd", "adamw"] = "sgd",
     device: str = "cpu",
+    may_change: Collection[Change] = (),
 ) -> Plan:
     """Plan how ``model`` is trained fastest within ``memory``; nothing is run, ``model`` stays.
 
@@ -134,6 +142,8 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
         precision: "bf16" and "fp16" are autocast.
         optimizer: Whose state counts.
         device: "cpu" or "cuda".
+        may_change: "gamma" (to 0.95 or 0.99, with less side information), "precision" (from fp32 to
+            bf16) or both, if the whole batch does not fit at once otherwise.
 
     Raises:
         ResourceError: Nothing fits; the error says what would.
@@ -144,7 +154,8 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
         memory = available_bytes(place) + static_bytes(model, optimizer).weights
     limit = parse_bytes(memory) if isinstance(memory, str) else memory
     training = Training(resolution, precision, optimizer, device=device)
-    return search(model, Request(training, batch_size, limit, micro_batch, strategy))
+    request = Request(training, batch_size, limit, micro_batch, strategy, may_change=may_change)
+    return search(model, request)
 
 
 def search(model: nn.Module, request: Request) -> Plan:
@@ -154,13 +165,46 @@ def search(model: nn.Module, request: Request) -> Plan:
         ResourceError: Nothing fits; the error says what would.
         UsageError: One image alone cannot be trained on.
     """
-    outlook = _Outlook(model, request)
+    best, refusal = None, None
+    for precision, gamma in _list_changes(model, request):
+        training = replace(request.training, precision=precision)
+        outlook = _Outlook(model, replace(request, training=training), gamma)
+        try:
+            found = _search(outlook)
+        except ResourceError as error:
+            refusal = refusal or error
+            continue
+        if best is None or found.micro_batch > best.micro_batch:
+            best = found
+        if best.micro_batch == request.sizes[0]:
+            break
+    if best is None:
+        assert refusal is not None
+        raise refusal
+    return best
+
+
+def _list_changes(model: nn.Module, request: Request) -> list[tuple[Precision, float | None]]:
+    """Precisions and γ (None: the model's own) to consider, what was asked for first."""
+    precisions, gammas = [request.training.precision], list[float | None]([None])
+    if "precision" in request.may_change and precisions == ["fp32"]:
+        precisions.append("bf16")
+    own = max((stage.gamma for stage in momentum_stages(model).values()), default=0.0)
+    if "gamma" in request.may_change and own:
+        gammas += [gamma for gamma in _GAMMAS if own < gamma < 1]  # 1 is another kind of network
+    return list(itertools.product(precisions, gammas))
+
+
+def _search(outlook: "_Outlook") -> Plan:
+    request = outlook.request
     for strategy, size in _list_options(outlook, request):
         if outlook.may_fit(strategy, size):
             peak = outlook.predict(strategy, size).peak
             if peak.total <= request.usable_bytes:
                 return Plan(
                     *(strategy, request.batch, size, peak, request.limit_bytes),
+                    precision=request.training.precision,
+                    gamma=outlook.gamma,
                     seconds_per_image=outlook.seconds_per_image(strategy, size),
                     is_calibrated=outlook.speed.is_measured,
                 )
@@ -194,10 +238,14 @@ def has_batch_norm(model: nn.Module) -> bool:
 class _Outlook:
     """What steps of a network are predicted to take."""
 
-    def __init__(self, model: nn.Module, request: Request) -> None:
-        self.request = request
+    def __init__(self, model: nn.Module, request: Request, gamma: float | None = None) -> None:
+        """``gamma`` is for the stages that have a smaller one."""
+        self.request, self.gamma = request, gamma
         self._predictor = Predictor(model, request.training)
         self.model = self._predictor.model
+        for stage in momentum_stages(self.model).values():
+            if gamma is not None and 0 < stage.gamma < gamma:
+                stage.gamma = gamma
         if not model.training:  # else its frozen parts are in the mode that they are to be in
             self.model.train()
         self.latest: dict[Choice, tuple[int, Prediction]] = {}  # by strategy, with its images

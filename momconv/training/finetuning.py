@@ -17,6 +17,7 @@ from momconv.data.report import DataReport
 from momconv.errors import ResourceError, UsageError
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
+from momconv.planner.search import Change
 from momconv.recipe import Recipe, dump_recipe, recall_recipe
 from momconv.training import network
 from momconv.training.balancing import describe_imbalance
@@ -235,6 +236,30 @@ def _plan(task: _Task, splits: Splits, model: nn.Module) -> BatchPlan:
     return plan
 
 
+def _prepare(model: nn.Module, task: _Task, splits: Splits) -> None:
+    """Make ``model`` what is going to be trained."""
+    network.fit_head(model, splits.train.classes)
+    network.place(model, task.device)
+    network.start_training(model, task.recipe.train)
+
+
+def _change(recipe: Recipe, asked: Setting, plan: BatchPlan) -> Recipe:
+    """The recipe with what the plan had to change, as if it had been asked for."""
+    momentum, train = recipe.momentum, recipe.train
+    if plan.gamma is not None:
+        momentum = momentum.model_copy(update={"gamma": plan.gamma})
+    if plan.setting.precision != asked.precision:
+        train = train.model_copy(update={"precision": plan.setting.precision})
+    return recipe.model_copy(update={"momentum": momentum, "train": train})
+
+
+def _describe_changes(recipe: Recipe) -> str:
+    return (
+        f"note: so that more of the batch fits (train.may_change): γ is "
+        f"{recipe.momentum.gamma:g}, precision {recipe.train.precision}"
+    )
+
+
 def _disk_bytes(model: nn.Module, recipe: Recipe) -> int:
     """What a run writes: two states, two models, and a file before it replaces another."""
     static = static_bytes(model, recipe.train.optimizer, ema=recipe.train.ema > 0)
@@ -352,6 +377,14 @@ def _describe_setting(task: _Task, splits: Splits, model: nn.Module) -> Setting:
         ema=train.ema > 0,
         processes=processes.count,
         sharers=processes.on_this_machine if task.device.type == "cpu" else 1,
+    )
+
+
+def _list_changeable(recipe: Recipe) -> tuple[Change, ...]:
+    """What may be changed; γ of a network that was converted before, or that anneals, may not."""
+    is_fixed = recipe.model.from_file is not None or recipe.momentum.anneal > 0
+    return tuple(
+        change for change in recipe.train.may_change if not (change == "gamma" and is_fixed)
     )
 
 

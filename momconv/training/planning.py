@@ -16,7 +16,7 @@ from momconv.planner.calibration import calibrate
 from momconv.planner.measurement import Precision, available_bytes, static_bytes
 from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
 from momconv.planner.prediction import Choice, Training
-from momconv.planner.search import FEW, Request, has_batch_norm, search
+from momconv.planner.search import FEW, Change, Request, has_batch_norm, search
 from momconv.training.network import name_strategies
 from momconv.training.processes import Processes
 from momconv.units import format_bytes, parse_bytes
@@ -38,6 +38,7 @@ class Setting:
     ema: bool = False  # whether an average of the weights is kept
     processes: int = 1  # among which a batch is divided
     sharers: int = 1  # of them, those that share the device
+    may_change: tuple[Change, ...] = ()  # where the whole batch would not fit at once otherwise
 
     @property
     def batch(self) -> int:
@@ -82,6 +83,7 @@ class BatchPlan:
     predicted_seconds: float | None = None  # of an image in a step, about
     is_calibrated: bool = False  # whether by steps on the device
     measured_seconds: float | None = None  # the same in the first epoch
+    gamma: float | None = None  # if it has to be larger than in the network
 
     @property
     def sizes(self) -> list[int]:
@@ -169,12 +171,15 @@ def plan_batches(model: nn.Module, setting: Setting) -> BatchPlan:
             setting.strategy,
             setting.own_images,
             partial(calibrate, model, training, device, limit),
+            setting.may_change,
         ),
     )
     plan = BatchPlan(
-        *(setting, found.strategy, "", found.micro_batch, found.peak.total, limit),
+        replace(setting, precision=found.precision, may_change=()),  # it is decided now
+        *(found.strategy, "", found.micro_batch, found.peak.total, limit),
         predicted_seconds=found.seconds_per_image,
         is_calibrated=found.is_calibrated,
+        gamma=found.gamma,
     )
     plan.apply(model)
     return replace(plan, stages=name_strategies(model))

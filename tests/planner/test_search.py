@@ -128,6 +128,23 @@ def test_the_speed_is_found_only_where_there_is_a_choice(deep: nn.Module) -> Non
         assert search(deep, request).seconds_per_image > 0
 
 
+def test_precision_and_gamma_change_only_if_that_is_allowed_and_makes_room() -> None:
+    with torch.device("meta"):
+        model = momconv.convert(build("cifar_resnet20"), 0.1, stages="all").train()
+        larger = momconv.convert(build("cifar_resnet20"), 0.95, stages="all").train()
+    asked: dict[str, Any] = {"strategy": "momentum", "batch_size": 5}
+    limit = int(peak_of(larger, 5, "momentum") * 1.0102)
+    for allowed, gamma, precision, sizes in (
+        ([], None, "fp32", (3, 2)),
+        (["precision", "gamma"], 0.95, "fp32", (5,)),
+        (["precision"], None, "bf16", (5,)),
+    ):
+        made = plan(model, SIDE, limit, may_change=allowed, **asked)  # type: ignore[arg-type]
+        assert (made.gamma, made.precision, made.sizes) == (gamma, precision, sizes)
+    assert plan(model, SIDE, 2 * limit, may_change=["gamma"], **asked).gamma is None
+    assert {stage.gamma for stage in momentum_stages(model).values()} == {0.1}
+
+
 # Nothing fits
 
 

@@ -17,7 +17,9 @@ from momconv.errors import DataError, MomconvError, UsageError
 from momconv.evaluation import evaluate
 from momconv.files import model_file
 from momconv.momentum.sequential import momentum_stages
+from momconv.planner.prediction import peak_memory
 from momconv.recipe import Recipe, load_recipe
+from momconv.surgery.conversion import convert
 from momconv.training import network
 from momconv.training.finetuning import Result, finetune
 from momconv.training.images import recall_images
@@ -26,6 +28,7 @@ from momconv.training.progress import Listener
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state
 from momconv.zoo.description import describe
+from momconv.zoo.networks import build
 
 MICRO_BATCHES = 7  # of an epoch of 18 images: 3 + 2, 3 + 2, 3 + 2, 3
 
@@ -377,3 +380,22 @@ def test_sigterm_is_told_apart(colours: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as interrupted:
         finetune(small(colours), tmp_path / "run", listener=Signals(1, signal.SIGTERM))
     assert interrupted.value.signal == signal.SIGTERM
+
+
+def test_what_a_plan_may_change_is_changed_where_the_batch_does_not_fit(
+    colours: Path, tmp_path: Path
+) -> None:
+    """From then on it is as if the recipe had asked for it."""
+    larger = convert(build("cifar_resnet20", num_classes=3), 0.95, stages="all").train()
+    limit = int(peak_memory(larger, 5, 32, strategy="momentum").total * 1.0102)
+    changes = [
+        *("momentum.gamma=0.1", "momentum.stages=all", "momentum.strategy=momentum"),
+        *(f"train.memory={limit}", "train.micro_batch=auto", "train.epochs=1"),
+    ]
+    log, run = Log(), tmp_path / "run"
+    done = finetune(small(colours, *changes, "train.may_change=[gamma]"), run, listener=log)
+    assert any("train.may_change): γ is 0.95" in text for text in log.told)
+    assert done.plan.sizes == [5]
+    assert load_recipe(run / "config.yaml").momentum.gamma == 0.95
+    stages = momentum_stages(model_file.load(done.best)).values()
+    assert {stage.gamma for stage in stages} == {0.95}
