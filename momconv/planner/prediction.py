@@ -242,7 +242,7 @@ class _Trace(TorchDispatchMode):
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)
         stages = find_stages(model)
         self._stage = next(iter(stages.values()))
-        with marking(stages, self._enter), self:
+        with torch.random.fork_rng(devices=[]), marking(stages, self._enter), self:
             run_step(model, images, labels, precision, self._enter_loss)
 
     def report(self, **parts: int) -> PeakMemory:
@@ -272,8 +272,13 @@ class _Trace(TorchDispatchMode):
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.aten.equal.default:  # of random states, which are no fakes
+            for state in args:  # a block that drew numbers keeps one
+                self._follow(state, "get_rng_state")
             with _disable_current_modes():
                 return func(*args)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            with _disable_current_modes():
+                torch.rand(())  # as the operation itself would, on tensors with values
         before = self._live
         out = func(*args, **(kwargs or {}))
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
