@@ -279,7 +279,7 @@ class _Trace(TorchDispatchMode):
             self._follow(tensor, None)
         stages = find_stages(model)
         self._stage = next(iter(stages.values()))
-        with marking(stages, self._enter), self:
+        with torch.random.fork_rng(devices=[]), marking(stages, self._enter), self:
             run_step(model, images, labels, precision, self._enter_loss)
 
     def report(self, **parts: int) -> PeakMemory:
@@ -311,8 +311,13 @@ class _Trace(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
         if func is torch.ops.aten.equal.default:  # of random states, which are no fakes
+            for state in args:  # a block that drew numbers keeps one
+                self._follow(state, "get_rng_state")
             with _disable_current_modes():
                 return func(*args)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            with _disable_current_modes():
+                torch.rand(())  # as the operation itself would, on tensors with values
         before = self._live
         out, results, (operation, within, work) = self._imitator.run(func, args, kwargs or {})
         is_accumulating = _is_accumulating()
