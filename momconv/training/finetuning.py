@@ -19,6 +19,7 @@ from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
 from momconv.planner.search import Change
 from momconv.recipe import Recipe, dump_recipe, recall_recipe
+from momconv.surgery.conversion import set_gamma
 from momconv.training import network
 from momconv.training.balancing import describe_imbalance
 from momconv.training.board import require_tensorboard
@@ -182,6 +183,7 @@ def _begin(task: _Task, *, resume: bool) -> tuple[Job, Progress]:
 class _Ready:
     """What a new run works with."""
 
+    task: _Task  # with what the plan changed
     images: CheckedImages
     model: nn.Module
     plan: BatchPlan
@@ -202,13 +204,14 @@ def _prepare(task: _Task) -> _Ready:
     network.fit_head(model, images.splits.train.classes)
     network.place(model, task.device)
     network.start_training(model, recipe.train)
-    return _Ready(images, model, _plan(task, images.splits, model))
+    return _plan(task, images, model)
 
 
 def _start(task: _Task) -> tuple[Job, Progress]:
     """A run at its beginning, with a folder from which it can be resumed."""
-    recipe, run, listener, ready = task.recipe, task.run, task.listener, _prepare(task)
-    splits, model, plan = ready.images.splits, ready.model, ready.plan
+    ready = _prepare(task)
+    task, splits, model, plan = ready.task, ready.images.splits, ready.model, ready.plan
+    recipe, run, listener = task.recipe, task.run, task.listener
     workers = _choose_workers(task, splits)
     if network.needs_calibration(model, recipe):
         _calibrate(model, recipe, splits, plan, workers, listener)
@@ -224,23 +227,22 @@ def _start(task: _Task) -> tuple[Job, Progress]:
     return job, progress
 
 
-def _plan(task: _Task, splits: Splits, model: nn.Module) -> BatchPlan:
-    """How the run fits the memory; it is told.
+def _plan(task: _Task, images: CheckedImages, model: nn.Module) -> _Ready:
+    """How the run fits the memory; it is told. ``model`` gets the γ that it takes.
 
     Raises:
         ResourceError: It does not, or what it writes does not fit the disk.
     """
     task.run.require_room(_disk_bytes(model, task.recipe))
-    plan = plan_batches(model, _describe_setting(task, splits, model))
+    asked = _describe_setting(task, images.splits, model)
+    plan = plan_batches(model, replace(asked, may_change=_list_changeable(task.recipe)))
+    recipe = _change(task.recipe, asked, plan)
+    if plan.gamma is not None:
+        set_gamma(model, plan.gamma, gain=recipe.momentum.gain)
+    if recipe != task.recipe:
+        task.listener.tell(_describe_changes(recipe))
     _tell_of_plan(plan, model, task.listener)
-    return plan
-
-
-def _prepare(model: nn.Module, task: _Task, splits: Splits) -> None:
-    """Make ``model`` what is going to be trained."""
-    network.fit_head(model, splits.train.classes)
-    network.place(model, task.device)
-    network.start_training(model, task.recipe.train)
+    return _Ready(replace(task, recipe=recipe), images, model, plan)
 
 
 def _change(recipe: Recipe, asked: Setting, plan: BatchPlan) -> Recipe:
