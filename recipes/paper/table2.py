@@ -4,8 +4,8 @@ A ResNet and two Momentum ResNets (γ = 0.9, v[0] = 0 and v[0] = f(x[0])) traine
 paper's are ResNet-101 on CIFAR-10 and CIFAR-100; ``--full`` does the same on a GPU (180 epochs,
 three seeds, data downloaded by torchvision). The default is ResNet-20, one seed, ten epochs on
 2,000 images of CIFAR-10 and accuracy on 1,000 others, from a ZIP file (``--data``); and the
-published ResNet-20 and -32 (``--weights``), which change their rule, without gains as in the paper,
-and train for three epochs on the same images. Training writes a checkpoint after each epoch to
+published ResNet-20 and -32 (``--weights``), converted with gains, and trained for three epochs on the
+same images. Training writes a checkpoint after each epoch to
 runs/paper/; the same command goes on where it was interrupted.
 """
 
@@ -48,6 +48,7 @@ class Task:
     schedule: Schedule
     seeds: int
     classes: int = 10
+    gain: bool = False  # of converted blocks; the paper has none
 
 
 Results = dict[str, dict[str, list[float]]]  # accuracies in % over the seeds, by task and kind
@@ -63,9 +64,10 @@ def published(archive: Path, name: str, weights: Path) -> Task:
     """A network with published weights, on a part of its training images."""
     return replace(
         small(archive),
-        name=name.replace("cifar_resnet", "published ResNet-"),
+        name=name.replace("cifar_resnet", "converted ResNet-"),
         make=lambda _classes: load_network(name, weights),
         schedule=Schedule(3, rate=0.01),
+        gain=True,
     )
 
 
@@ -82,7 +84,7 @@ def make(task: Task, kind: str, seed: int, gamma: float = GAMMA) -> nn.Module:
     network, velocity = task.make(task.classes), KINDS[kind]
     if velocity is None:
         return network
-    return convert(network, gamma, "all", velocity, gain=False)
+    return convert(network, gamma, "all", velocity, gain=task.gain)
 
 
 def train(task: Task, kind: str, seed: int, gamma: float = GAMMA) -> nn.Module:
