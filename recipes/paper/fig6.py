@@ -107,7 +107,7 @@ def main(
     file = cifar.find_published(weights).get("cifar_resnet20")
     if file and not full:
         other = published(data, "cifar_resnet20", file)
-        tests.append(Retest(other.name, 0.0, retest(other, other.make(10))))
+        tests.append(Retest("published ResNet-20", 0.0, retest(other, other.make(10))))
     rows: list[Row] = [
         {"trained on": test.title, "γ_train": f"{test.gamma:g}", "network": name}
         | {f"γ_test = {tested:g}": f"{pair[n]:.1f}" for tested, pair in test.accuracies.items()}

@@ -4,8 +4,8 @@ A ResNet and two Momentum ResNets (γ = 0.9, v[0] = 0 and v[0] = f(x[0])) traine
 paper's are ResNet-101 on CIFAR-10 and CIFAR-100; ``--full`` does the same on a GPU (180 epochs,
 three seeds, data downloaded by torchvision). The default is ResNet-20, one seed, ten epochs on
 2,000 images of CIFAR-10 and accuracy on 1,000 others, from a ZIP file (``--data``); and the
-published ResNet-20 and -32 (``--weights``), converted with gains, and trained for three epochs on the
-same images. Training writes a checkpoint after each epoch to
+published ResNet-20 and -32 (``--weights``), converted with gains, and trained for three epochs on
+the same images. Training writes a checkpoint after each epoch to
 runs/paper/; the same command goes on where it was interrupted.
 """
 
