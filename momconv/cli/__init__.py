@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,7 +26,7 @@ from momconv.cli import (
     recipes,
 )
 from momconv.cli import eval as eval_
-from momconv.cli._console import Terminated, guarded, out
+from momconv.cli._console import Terminated, configure, guarded, out
 
 EXIT_CODES = (
     "Exit codes: 0 done · 1 failed · 2 usage or recipe · 3 images · 4 model file · "
@@ -49,6 +50,7 @@ def _print_version(wanted: bool) -> None:  # noqa: FBT001 (Typer calls it)
 
 
 @app.callback()
+@guarded
 def momconv(
     *,
     version: Annotated[
@@ -57,8 +59,17 @@ def momconv(
             "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+    log_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Add what is told on stderr, with the time, to this."),
+    ] = None,
 ) -> None:
     """Fine-tune pretrained residual networks in less memory, with invertible momentum blocks."""
+    configure(quiet=quiet, debug=debug, log_file=log_file)
 
 
 app.command("convert")(guarded(convert.convert))

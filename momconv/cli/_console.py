@@ -9,8 +9,10 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import typer
@@ -18,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from momconv.errors import MomconvError
+from momconv.errors import MomconvError, ResourceError
 from momconv.units import format_duration
 
 P = ParamSpec("P")
@@ -39,6 +41,50 @@ def _console(*, stderr: bool) -> Console:
 
 out = _console(stderr=False)
 err = _console(stderr=True)
+
+
+@dataclass(slots=True)
+class _Settings:
+    quiet: bool = False
+    debug: bool = False
+    log_file: Path | None = None
+
+
+_settings = _Settings()
+
+
+def configure(*, quiet: bool, debug: bool, log_file: Path | None) -> None:
+    """Set what the options before a command ask for.
+
+    Raises:
+        ResourceError: The log file cannot be written.
+    """
+    _settings.quiet, _settings.debug, _settings.log_file = quiet, debug, None
+    if log_file is None:
+        return
+    try:
+        log_file.open("a").close()
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write the log file {log_file}: {error.strerror}",
+            kind="output.unwritable",
+            fix="--log-file with a file in a folder that can be written",
+        ) from error
+    _settings.log_file = log_file
+
+
+def show(text: Text, *, minor: bool = True) -> None:
+    """Print a line on stderr, unless it is ``minor`` and quiet is wanted; it is always logged."""
+    if not (minor and _settings.quiet):
+        err.print(text, soft_wrap=True)
+    if _settings.log_file:
+        stamp = datetime.now().astimezone().isoformat(timespec="seconds")
+        # A disk that is full is told of by what needs it.
+        with (
+            suppress(OSError),
+            _settings.log_file.open("a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            file.write(f"{stamp} {text.plain}\n")
 
 
 def note(text: str) -> None:
@@ -92,8 +138,8 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             out.on_broken_pipe()
         except (Exception, KeyboardInterrupt, Terminated) as error:
             failure = _failure(error)
-            if os.environ.get("MOMCONV_DEBUG"):
-                err.print(Text(traceback.format_exc()), soft_wrap=True)
+            if _settings.debug or os.environ.get("MOMCONV_DEBUG"):
+                show(Text(traceback.format_exc()), minor=False)
             failure.report(as_json=bool(kwargs.get("json_output")))
             raise typer.Exit(failure.code) from None
 
@@ -134,14 +180,14 @@ def _failure(error: BaseException) -> _Failure:
     if isinstance(error, KeyboardInterrupt):
         return _Failure("error", 130, "interrupted", "interrupted", [])
     summary = " ".join("".join(traceback.format_exception_only(error)).split())
-    message = f"{summary} (MOMCONV_DEBUG=1 shows where)"
+    message = f"{summary} (momconv --debug COMMAND shows where)"
     return _Failure("internal error", 1, "internal", message, [])
 
 
 def _say(label: str, text: str, style: str) -> None:
     """Print ``label: text`` on stderr: unwrapped, with control characters made visible."""
     visible = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-    err.print(Text.assemble((f"{label}: ", style), visible), soft_wrap=True)
+    show(Text.assemble((f"{label}: ", style), visible), minor=label == "note")
 
 
 Report = Callable[[int, str], None]
@@ -155,7 +201,7 @@ def progress(
 
     On a terminal this is a bar that goes away at the end; elsewhere a plain line every 30 s.
     """
-    if not err.is_terminal:
+    if _settings.quiet or not err.is_terminal:
         yield _plain_lines(title, total, clock)
         return
     with Progress(
@@ -181,6 +227,6 @@ def _plain_lines(title: str, total: int, clock: Callable[[], float]) -> Report:
             return
         printed = now
         left = format_duration((now - began) * (total - done) / done) if done else "unknown"
-        err.print(Text(f"{title} {done}/{total}, {left} left {text}".rstrip()), soft_wrap=True)
+        show(Text(f"{title} {done}/{total}, {left} left {text}".rstrip()))
 
     return report

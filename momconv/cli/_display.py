@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 from rich.text import Text
 
-from momconv.cli._console import Report, err, progress, tell
+from momconv.cli._console import Report, progress, show, tell
 from momconv.training.progress import EpochRow, Listener
 from momconv.units import format_duration
 
@@ -35,4 +35,4 @@ class Display(Listener):
             parts += [f"val loss {row.val_loss:.3f}", f"val top-1 {row.val_top1:.1%}"]
             parts += [f"macro F1 {row.val_macro_f1:.1%}"] if row.val_macro_f1 is not None else []
         parts += [f"{row.images_per_second:.1f} images/s", format_duration(row.seconds)]
-        err.print(Text(" · ".join(parts)), soft_wrap=True)
+        show(Text(" · ".join(parts)))

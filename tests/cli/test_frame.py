@@ -3,7 +3,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from momconv import cli
 from momconv._version import __version__
 from momconv.cli import _console, app
-from momconv.cli._console import guarded, note, print_json, progress, warn
+from momconv.cli._console import configure, guarded, note, print_json, progress, warn
 from momconv.errors import DataError, InversionError, ModelFileError, ResourceError, UsageError
 
 COMMANDS = [str(command.name) for command in app.registered_commands]
@@ -165,8 +166,8 @@ def test_a_bug_of_ours_is_one_line_that_says_how_to_see_more(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert fail(ZeroDivisionError("division\nby zero")) == 1
-    expected = "internal error: ZeroDivisionError: division by zero (MOMCONV_DEBUG=1 shows where)\n"
-    assert capsys.readouterr().err == expected
+    expected = "internal error: ZeroDivisionError: division by zero"
+    assert capsys.readouterr().err == f"{expected} (momconv --debug COMMAND shows where)\n"
 
 
 @pytest.mark.parametrize("json_output", [True, False])
@@ -179,6 +180,46 @@ def test_the_traceback_is_shown_on_request(
     assert printed.err.startswith("Traceback (most recent call last):\n")
     assert ", in command\n" in printed.err
     assert "Traceback" not in printed.out
+
+
+@pytest.fixture
+def usual() -> Iterator[None]:
+    """What the options before a command change is changed back."""
+    yield
+    configure(quiet=False, debug=False, log_file=None)
+
+
+@pytest.mark.usefixtures("usual")
+def test_quiet_leaves_warnings_and_errors_and_a_log_file_has_all(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    configure(quiet=True, debug=False, log_file=tmp_path / "log")
+    note("of no importance")
+    warn("two\nlines\x1b[31m")
+    with progress("training", 8) as report:
+        report(4, "")
+    fail(DataError("no images", kind="data.empty", fix="another folder"))
+    configure(quiet=False, debug=False, log_file=None)
+    expected = ["warning: two", "lines\\x1b[31m", "error: no images", "fix: another folder"]
+    assert capsys.readouterr().err.splitlines() == expected
+    logged = (tmp_path / "log").read_text().splitlines()
+    assert [line.partition(" ")[2] or line for line in logged] == [
+        *("note: of no importance", "warning: two", "lines\\x1b[31m", "error: no images"),
+        "fix: another folder",
+    ]
+    assert datetime.fromisoformat(logged[0].partition(" ")[0]).tzinfo is not None
+
+
+@pytest.mark.usefixtures("usual")
+def test_the_options_before_a_command(tmp_path: Path) -> None:
+    options = ["-q", "--debug", "--log-file", str(tmp_path / "log")]
+    ran = CliRunner().invoke(app, [*options, "recipes", "show", "nope"])
+    assert ran.exit_code == 2
+    assert ran.stderr.startswith("Traceback")
+    assert "error: no recipe 'nope' comes" in (tmp_path / "log").read_text()
+    ran = CliRunner().invoke(app, ["--log-file", str(tmp_path / "no" / "log"), "models"])
+    assert ran.exit_code == 5
+    assert ran.stderr.startswith("error: cannot write the log file ")
 
 
 @pytest.mark.parametrize("passed", [typer.Exit(6), typer.Abort(), typer.BadParameter("no")])
