@@ -47,6 +47,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     "prediction": show_all,
     "loading": show_all,
     "fuzz": fuzz.present,
+    "budget": show_all,
     "estimates": show_all,
     "cost": show_all,
     "transfer": transfer.present,
