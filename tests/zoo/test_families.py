@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchvision.models import get_model
 from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.maxvit import MaxVit
-from torchvision.models.segmentation import fcn_resnet50
+from torchvision.models.segmentation import deeplabv3_resnet50, fcn_resnet50
 
 import momconv
 from momconv.momentum.sequential import momentum_stages, set_strategy
@@ -120,14 +120,31 @@ def test_a_list_of_blocks_is_converted_and_the_longer_of_nested_runs_counts() ->
     ]
 
 
-@pytest.mark.parametrize(
-    ("make", "stages"),
-    [
-        (fcn_resnet50, ["backbone.layer2", "backbone.layer3"]),
-        (retinanet_resnet50_fpn, ["backbone.body.layer2", "backbone.body.layer3"]),
-    ],
-)
-def test_a_backbone_is_converted_where_it_is(make: Any, stages: list[str]) -> None:
-    plain = make(weights=None, weights_backbone=None)
-    found = spans(momconv.convert(plain, stages="all"))
-    assert set(stages) <= {name for name, runs in found.items() if runs}
+def test_backbones_of_segmentation_are_converted_where_they_are_with_exact_gradients() -> None:
+    images = torch.randn(2, 3, SIDE, SIDE)
+    for make in (fcn_resnet50, deeplabv3_resnet50):
+        check_backbone(make(weights=None, weights_backbone=None), "backbone", images)
+
+
+def test_a_backbone_of_detection_is_converted_where_it_is_with_exact_gradients() -> None:
+    plain = retinanet_resnet50_fpn(weights=None, weights_backbone=None, min_size=64, max_size=64)
+    boxes, labels = torch.tensor([[2.0, 2.0, 30.0, 30.0]]), torch.tensor([1])
+    check_backbone(
+        plain, "backbone.body", [torch.rand(3, 64, 64)], [{"boxes": boxes, "labels": labels}]
+    )
+
+
+def check_backbone(plain: nn.Module, backbone: str, *inputs: Any) -> None:
+    """Convert it all, and compare the gradients of some loss."""
+    model = momconv.convert(plain, stages="all").train()
+    found = {name for name, runs in spans(model).items() if runs}
+    assert {f"{backbone}.layer2", f"{backbone}.layer3"} <= found
+    gradients = []
+    for strategy in ("store", "momentum"):
+        momconv.set_strategy(model, strategy)  # type: ignore[arg-type]
+        model.zero_grad()
+        torch.manual_seed(0)
+        total = sum(output.square().mean() for output in model(*inputs).values())
+        total.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *gradients))
