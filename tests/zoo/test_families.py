@@ -141,7 +141,7 @@ def check_backbone(plain: nn.Module, backbone: str, *inputs: Any) -> None:
     assert {f"{backbone}.layer2", f"{backbone}.layer3"} <= found
     gradients = []
     for strategy in ("store", "momentum"):
-        momconv.set_strategy(model, strategy)  # type: ignore[arg-type]
+        momconv.set_strategy(model, strategy)
         model.zero_grad()
         torch.manual_seed(0)
         total = sum(output.square().mean() for output in model(*inputs).values())
