@@ -176,12 +176,21 @@ def test_a_list_whose_loop_does_more_is_left_alone(way: str) -> None:
 
 @pytest.mark.parametrize("name", ["resnet34", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
 def test_a_network_of_timms_is_converted(name: str) -> None:
-    pytest.importorskip("timm")
     plain = own.make(f"timm:{name}", {"num_classes": 3})
     model = momconv.convert(plain, stages="all").train()
     assert list(model.state_dict()) == list(plain.state_dict())
     assert any(stage.runs for stage in momentum_stages(model).values())
     assert describe(model).num_classes == 3
+    side = 224 if name.startswith("vit") else 32
+    images = torch.randn(2, 3, side, side)
+    gradients = []
+    for strategy in ("store", "momentum"):
+        momconv.set_strategy(model, strategy)
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(images).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *gradients))
 
 
 def test_timm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
