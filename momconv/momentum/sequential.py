@@ -199,7 +199,7 @@ def set_strategy(model: nn.Module, strategy: Strategy | Literal["auto"]) -> None
 
     Values and gradients stay the same, bit for bit; memory and time change. "auto" is momentum
     where a stage has runs and checkpoints elsewhere. Activations are largest in the first stage:
-    there it computes momentum blocks in parts and, if the stage has no runs, keeps its input alone.
+    there it computes blocks in parts and, if the stage has no runs, keeps its input alone.
 
     Raises:
         UsageError: an unknown strategy; a model without momentum stages; "momentum" for γ = 0.
@@ -227,7 +227,7 @@ def set_strategy(model: nn.Module, strategy: Strategy | Literal["auto"]) -> None
     innermost = [stage for stage in stages if len(momentum_stages(stage)) == 1]
     for stage in stages:
         is_first, has_runs = stage is innermost[0], bool(stage.gamma) and stage.runs != ()
-        stage.in_parts = strategy == "auto" and is_first and has_runs
+        stage.in_parts = strategy == "auto" and is_first
         if strategy == "auto":
             stage.strategy = "momentum" if has_runs else "segment" if is_first else "checkpoint"
         elif strategy == "segment" and stage not in innermost:
