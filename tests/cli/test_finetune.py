@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from momconv import cli
 from momconv.cli import app
 from momconv.cli._display import Display
-from momconv.planner import search
+from momconv.planner.prediction import Predictor
 from momconv.recipe import load_recipe
 from momconv.zoo.networks import build
 
@@ -201,12 +201,12 @@ def test_a_signal_before_the_run_is_told_and_leaves_nothing(
         if doing == title:
             signal.raise_signal(number)
 
-    def predict(*_: object) -> None:
+    def predict(*_: object, **_settings: object) -> None:
         signal.raise_signal(number)
 
     monkeypatch.setattr(Display, "advance", advance)
     if title == "planning":
-        monkeypatch.setattr(search, "predict", predict)
+        monkeypatch.setattr(Predictor, "predict", predict)
     torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
     options: list[str | Path] = [*SMALL, "--weights", tmp_path / "trained.th"]
     options += ["--micro-batch", "5"]

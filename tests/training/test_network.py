@@ -4,6 +4,7 @@ import signal
 import weakref
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,8 +161,8 @@ def test_the_original_is_gone_when_training_begins(
 ) -> None:
     originals: list[weakref.ref[nn.Module]] = []
 
-    def load(name: str, weights: str) -> nn.Module:
-        model = load_network(name, weights)
+    def load(*args: Any, **settings: Any) -> nn.Module:
+        model = load_network(*args, **settings)
         originals.append(weakref.ref(model))
         return model
 
