@@ -54,11 +54,18 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     network: NetworkOption = None,
     arg: ArgumentOption = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images at once.")] = 32,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", "-j", metavar="N", min=0, help="Processes that read.", show_default="auto"
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     max_bad_fraction: MaxBadFractionOption = 0.05,
     json_output: JsonOption = False,
 ) -> None:
     """Say how good a model is on a folder of images: top-1, each class, the worst mistakes."""
+    from momconv.data.dataset import count_workers
     from momconv.data.folder import find_evaluation_set
     from momconv.files.model_file import read_description
     from momconv.planner.devices import find_device
@@ -75,7 +82,10 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     )
     _note_classes(file, found, description)
     images = _check(found, max_bad_fraction)
-    scores = {path: _score(load(path), path, images, batch_size, where) for path in (file, *others)}
+    reading = {"batch_size": batch_size, "workers": count_workers(len(images.samples))}
+    if workers is not None:
+        reading["workers"] = workers
+    scores = {path: _score(load(path), path, images, where, reading) for path in (file, *others)}
     failure = _judge(file, scores[file], least)
     if json_output:
         _print_json(scores, images, failure)
@@ -88,19 +98,17 @@ def evaluate(  # noqa: PLR0913 (one for each option)
 
 
 def _score(
-    model: "nn.Module", file: Path, images: "ImageSet", batch_size: int, device: "torch.device"
+    model: "nn.Module",
+    file: Path,
+    images: "ImageSet",
+    device: "torch.device",
+    reading: Mapping[str, int],
 ) -> "Scores":
-    from momconv.data.dataset import count_workers
     from momconv.evaluation import evaluate as score
 
     with progress(f"evaluating {file.name}", len(images.samples)) as report:
         return score(
-            model,
-            images,
-            batch_size=batch_size,
-            device=device,
-            workers=count_workers(len(images.samples)),
-            progress=lambda done, _: report(done, ""),
+            model, images, device=device, progress=lambda done, _: report(done, ""), **reading
         )
 
 
