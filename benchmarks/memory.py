@@ -5,7 +5,7 @@ PyTorch's allocator handed out is in (momconv.planner.measurement). In bf16 (aut
 instructions for it takes many minutes for a step, so there the peak is what ``momconv.peak_memory``
 predicts, which is compared with measured ones, bf16 included, in benchmarks/prediction.py. Not all
 of a step halves in bf16: weights have a bf16 copy, and gradients in bf16 and fp32 of the size of a
-weight, whatever the batch is (6 of the 15.6 MiB for each of 4 images in ViT-L); x and v keep their
+weight, whatever the batch is (6 of the 15.0 MiB for each of 4 images in ViT-L); x and v keep their
 32 bits; and autocast computes normalisations and ConvNeXt's layer scale in fp32.
 
 memcnn and revtorch do not train the same network but one of couplings with half of the work, see
