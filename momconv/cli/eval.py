@@ -82,9 +82,8 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     )
     _note_classes(file, found, description)
     images = _check(found, max_bad_fraction)
-    reading = {"batch_size": batch_size, "workers": count_workers(len(images.samples))}
-    if workers is not None:
-        reading["workers"] = workers
+    chosen = count_workers(len(images.samples)) if workers is None else workers
+    reading = {"batch_size": batch_size, "workers": chosen}
     scores = {path: _score(load(path), path, images, where, reading) for path in (file, *others)}
     failure = _judge(file, scores[file], least)
     if json_output:

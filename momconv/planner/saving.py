@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from momconv.planner.cost import estimate_speed
-from momconv.planner.prediction import Predictor, Training
-from momconv.surgery.modes import in_training_mode
+from momconv.planner.prediction import Prediction, Predictor, Training
 from momconv.zoo.description import describe
 
 IMAGES = 32  # of the step that is predicted
@@ -38,8 +37,7 @@ def predict_saving(plain: nn.Module, converted: nn.Module) -> Saving:
     """Predict steps of ``IMAGES`` images, of the resolution that ``plain`` is described with."""
     resolution = describe(plain).preprocessing.resolution
     training = Training(resolution)
-    with in_training_mode(plain, converted):
-        store, auto = (Predictor(model, training).predict(IMAGES) for model in (plain, converted))
+    store, auto = (_predict(model, training) for model in (plain, converted))
     speed = estimate_speed(training.device, training.precision)
     return Saving(
         resolution=resolution,
@@ -47,3 +45,9 @@ def predict_saving(plain: nn.Module, converted: nn.Module) -> Saving:
         auto_bytes=auto.peak.step // IMAGES,
         relative_seconds=speed.seconds(auto.work) / speed.seconds(store.work),
     )
+
+
+def _predict(model: nn.Module, training: Training) -> Prediction:
+    predictor = Predictor(model, training)
+    predictor.model.train()
+    return predictor.predict(IMAGES)

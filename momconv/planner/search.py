@@ -20,11 +20,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from momconv.errors import ResourceError, UsageError
-from momconv.momentum.sequential import momentum_stages
+from momconv.momentum.sequential import MomentumSequential, momentum_stages
 from momconv.planner.cost import Speed, estimate_speed
 from momconv.planner.measurement import Precision, available_bytes, find_stages, static_bytes
 from momconv.planner.micro_batch import largest_part, split_evenly
 from momconv.planner.prediction import Choice, PeakMemory, Prediction, Predictor, Training
+from momconv.surgery.modes import in_eval_mode
 from momconv.units import format_bytes, parse_bytes
 
 STRATEGIES: tuple[Choice, ...] = ("store", "checkpoint", "auto", "segment")  # auto has momentum
@@ -243,9 +244,8 @@ class _Outlook:
         self.request, self.gamma = request, gamma
         self._predictor = Predictor(model, request.training)
         self.model = self._predictor.model
-        for stage in momentum_stages(self.model).values():
-            if gamma is not None and 0 < stage.gamma < gamma:
-                stage.gamma = gamma
+        if gamma is not None:
+            _raise_gamma(self.model, gamma)
         if not model.training:  # else its frozen parts are in the mode that they are to be in
             self.model.train()
         self.latest: dict[Choice, tuple[int, Prediction]] = {}  # by strategy, with its images
@@ -370,31 +370,34 @@ def _find_less_training(outlook: _Outlook, strategy: Choice, size: int) -> Itera
 @contextmanager
 def _frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, ``modules`` are not trained, and BatchNorm in them has its statistics."""
-    parts = [part for module in modules for part in module.modules()]
-    modes = [(part, part.training) for part in parts]
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-    try:
-        for module in modules:
-            module.eval().requires_grad_(requires_grad=False)
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-        for parameter in trained:
-            parameter.requires_grad = True
+    with in_eval_mode(*modules):
+        try:
+            for parameter in trained:
+                parameter.requires_grad = False
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad = True
 
 
 @contextmanager
 def _larger_gamma(model: nn.Module, gamma: float) -> Iterator[bool]:
     """Inside, no momentum stage has a smaller γ; whether that changes one."""
-    smaller = {s: s.gamma for s in momentum_stages(model).values() if 0 < s.gamma < gamma}
+    smaller = _raise_gamma(model, gamma)
     try:
-        for stage in smaller:
-            stage.gamma = gamma
         yield bool(smaller)
     finally:
         for stage, before in smaller.items():
             stage.gamma = before
+
+
+def _raise_gamma(model: nn.Module, gamma: float) -> dict[MomentumSequential, float]:
+    """Give ``gamma`` to the momentum stages with a smaller γ; they, with the γ that they had."""
+    smaller = {s: s.gamma for s in momentum_stages(model).values() if 0 < s.gamma < gamma}
+    for stage in smaller:
+        stage.gamma = gamma
+    return smaller
 
 
 def _find_fixes(outlook: _Outlook, strategy: Choice, peak: PeakMemory) -> Iterator[str]:

@@ -19,8 +19,8 @@ def weigh_classes(counts: Sequence[int]) -> list[float]:
 
     Few images weigh in inverse proportion to their number; far beyond 1 / (1 − β), all the same.
 
-    >>> [round(weight, 2) for weight in weigh_classes([30, 10, 0])]
-    [0.67, 1.99, 0.0]
+    >>> [round(weight, 2) for weight in weigh_classes([30, 10, 0]) + weigh_classes([10, 10])]
+    [0.67, 1.99, 0.0, 1.0, 1.0]
     """
     raw = [(1 - _BETA) / (1 - _BETA**count) if count else 0.0 for count in counts]
     mean = sum(weight * count for weight, count in zip(raw, counts, strict=True)) / sum(counts)
