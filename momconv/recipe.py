@@ -7,9 +7,10 @@ pydantic, which knows the type of the key it belongs to, reads it: ``lr: 1e-3`` 
 
 import difflib
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -59,6 +60,9 @@ Duration = Annotated[
     WithJsonSchema({"description": "a duration like 10min"}),
 ]
 
+Monitor = Literal["val/top1", "val/macro_f1", "val/loss"]
+
+_VARIABLE = "MOMCONV_"  # then section, two underscores and name, in capitals
 ANNEAL_FROM = 0.1  # γ where annealing begins: the rule is still close to that of the ResNet
 
 
@@ -116,7 +120,7 @@ class TrainRecipe(_Section):
     lr: PositiveFloat | Literal["auto"] | None = None  # auto: looked for; None: see resolved_lr
     head_lr: PositiveFloat | None = None  # of the head; None: the same
     layer_decay: Fraction = 1  # factor of the rate from each stage to the one below it
-    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
+    schedule: Literal["cosine", "constant", "onecycle"] = "cosine"  # after the warm-up
     momentum: BelowOne = 0.9
     weight_decay: NonNegativeFloat = 1e-4
     ema: BelowOne = 0  # decay of an average of the weights, which is then the result; 0: none
@@ -125,8 +129,9 @@ class TrainRecipe(_Section):
     mixup: NonNegativeFloat = 0  # α of the Beta distribution; 0.2 is usual
     cutmix: NonNegativeFloat = 0  # the same; 1 is usual
     clip: PositiveFloat | None = None  # the largest norm of the gradient
-    patience: Count | None = None  # epochs without a better top-1 after which to stop
-    min_delta: UnitInterval = 0  # what counts as better, as a fraction of the images
+    monitor: Monitor = "val/top1"  # which figure of the held-out images says what is best
+    patience: Count | None = None  # epochs without a better one after which to stop
+    min_delta: NonNegativeFloat = 0  # what counts as better; of top-1 and F1, a fraction
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False  # the residual blocks, by torch.compile
     deterministic: bool = False  # algorithms that repeat their results on a GPU
@@ -134,7 +139,8 @@ class TrainRecipe(_Section):
     memory: Memory | None = None
     may_change: list[Literal["gamma", "precision"]] = []  # if the batch does not fit otherwise
     device: str = "auto"
-    freeze: list[str] = []  # stages that stay as they are, such as stem and layer1
+    freeze: list[str] = []  # stages that stay as they are: stem, layer1, …, or all-but-head
+    freeze_epochs: NonNegativeInt = 0  # first, in which only the head learns
     save_every: Count | Duration = "10min"  # steps or time, inside an epoch; its end always
     time_limit: Duration | None = None  # after which a process stops, to be resumed
     freeze_bn: bool = False  # BatchNorm keeps its statistics and weights
@@ -186,8 +192,14 @@ SECTIONS: dict[str, type[_Section]] = {name: type(section) for name, section in 
 KEYS = [f"{section}.{name}" for section, cls in SECTIONS.items() for name in cls.model_fields]
 
 
-def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Recipe:
     """The recipe in the YAML file ``path`` (or the defaults), changed by ``overrides``.
+
+    Between the two stand variables of the ``environment`` such as ``MOMCONV_TRAIN__LR``.
 
     >>> load_recipe(None, ["train.lr=1e-3", "momentum.stages=[layer3]"]).train.lr
     0.001
@@ -197,7 +209,7 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
             function of the user's is named in the file and not in ``overrides``.
     """
     settings = {} if path is None else _read_file(path)
-    given: dict[str, _Setting] = {}
+    given = _read_environment(environment)
     for override in overrides:
         given |= _read_override(override)
     _refuse_code(settings, given)
@@ -232,7 +244,7 @@ def dump_recipe(recipe: Recipe) -> str:
 class _Setting:
     key: str  # "train.epochs"
     value: object
-    where: str  # "recipe.yaml:3: ", or nothing for an override
+    where: str  # "recipe.yaml:3: ", "MOMCONV_TRAIN__LR: ", or nothing for an override
 
 
 def _refuse_code(settings: dict[str, _Setting], given: dict[str, _Setting]) -> None:
@@ -297,6 +309,17 @@ def _read_override(override: str) -> dict[str, _Setting]:
             fix="write it as key=value, for example train.epochs=5",
         )
     return {setting.key: setting for setting in _parse(text, source="", key=key)}
+
+
+def _read_environment(environment: Mapping[str, str]) -> dict[str, _Setting]:
+    """What the variables that are named after keys say, as ``MOMCONV_TRAIN__LR``."""
+    found: dict[str, _Setting] = {}
+    for name, text in environment.items():
+        section, mark, key = name.removeprefix(_VARIABLE).lower().partition("__")
+        if name.startswith(_VARIABLE) and mark:
+            for setting in _parse(text, source="", key=f"{section}.{key}"):
+                found[setting.key] = replace(setting, where=f"{name}: ")
+    return found
 
 
 def _parse(text: bytes | str, source: str, key: str = "") -> Iterator[_Setting]:

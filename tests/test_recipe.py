@@ -98,6 +98,29 @@ def test_an_override_with_nothing_behind_it_is_null() -> None:
     assert load_recipe(None, ["train.memory=3GiB", "train.memory="]).train.memory is None
 
 
+def test_the_environment_beats_the_file_and_an_override_beats_it(write: Write) -> None:
+    path = write("train:\n  epochs: 3\n  lr: 0.5\n  seed: 1\n")
+    environment = {"MOMCONV_TRAIN__EPOCHS": "4", "MOMCONV_TRAIN__LR": "1e-3", "PATH": "x"}
+    environment |= {"MOMCONV_CACHE": "/x", "MOMCONV_TRAIN__FREEZE": "[stem, layer1]"}
+    recipe = load_recipe(path, ["train.epochs=5"], environment)
+    train = TrainRecipe(epochs=5, lr=0.001, seed=1, freeze=["stem", "layer1"])
+    assert recipe == Recipe(train=train)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("TRAIN__EPOHCS", "3", "unknown key train.epohcs — did you mean train.epochs?"),
+        ("TRAIN__EPOCHS", "many", "train.epochs: 'many' is not an integer ≥ 1"),
+        ("TRAIN__FREEZE", "[", "train.freeze: not valid YAML: "),
+    ],
+)
+def test_a_wrong_variable_is_named(name: str, text: str, message: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        load_recipe(None, environment={f"MOMCONV_{name}": text})
+    assert message in refused.value.message
+
+
 def test_an_override_may_set_part_of_a_section() -> None:
     recipe = load_recipe(None, ["train.lr=0.5", "train={epochs: 3}"])
     assert recipe == Recipe(train=TrainRecipe(epochs=3, lr=0.5))

@@ -1,6 +1,7 @@
 """``momconv finetune``."""
 
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -43,8 +44,10 @@ _KEYS = {
     "strategy": "momentum.strategy",
     "seed": "train.seed",
     "freeze": "train.freeze",
+    "freeze_epochs": "train.freeze_epochs",
     "layer_decay": "train.layer_decay",
     "ema": "train.ema",
+    "monitor": "train.monitor",
     "patience": "train.patience",
     "augment": "data.augment",
     "hflip": "data.flip",
@@ -112,7 +115,13 @@ def finetune(  # noqa: PLR0913 (one for each option)
     ] = None,
     freeze: Annotated[
         list[str] | None,
-        _option("--freeze", "STAGE", "Keep stem, layer1, … as it is; may be repeated.", _LEARNING),
+        _option(
+            "--freeze", "STAGE", "Keep stem, layer1, … or all-but-head; may be repeated.", _LEARNING
+        ),
+    ] = None,
+    freeze_epochs: Annotated[
+        str | None,
+        _option("--freeze-epochs", "N", "At first, only the head learns. (default: 0)", _LEARNING),
     ] = None,
     layer_decay: Annotated[
         str | None,
@@ -122,9 +131,13 @@ def finetune(  # noqa: PLR0913 (one for each option)
         str | None,
         _option("--ema", "DECAY", "Average the weights, such as with 0.999.", _LEARNING),
     ] = None,
+    monitor: Annotated[
+        str | None,
+        _option("--monitor", "FIGURE", "val/top1 (default), val/macro_f1 or val/loss.", _LEARNING),
+    ] = None,
     patience: Annotated[
         str | None,
-        _option("--patience", "N", "Stop after N epochs without a better top-1.", _LEARNING),
+        _option("--patience", "N", "Stop after N epochs without a better figure.", _LEARNING),
     ] = None,
     augment: Annotated[
         str | None,
@@ -297,7 +310,7 @@ def finetune(  # noqa: PLR0913 (one for each option)
     if resume is not None:
         RunFolder(resume).require_state()
         recipe = RunFolder(resume).config
-    wanted = load_recipe(recipe, changes)
+    wanted = load_recipe(recipe, changes, os.environ)
     folder = resume or output or name_folder(wanted)
     if dry_run:
         _rehearse(wanted, folder, as_json=json_output)
@@ -427,7 +440,9 @@ def _print_result(result: "Result", recipe: Recipe) -> None:
 
     best, own = result.best_epoch, _name_own(recipe)
     if best.val_top1 is not None:
-        out.print(f"best top-1  {best.val_top1:.1%} (epoch {best.epoch} of {result.epochs})")
+        by, where = recipe.train.monitor, f"epoch {best.epoch} of {result.epochs}"
+        label, why = ("best top-1", "") if by == "val/top1" else ("top-1", f", the best by {by}")
+        out.print(f"{label:<11} {best.val_top1:.1%} ({where}{why})")
     data = shlex.quote(str(recipe.data.path or recipe.data.val_dir or recipe.data.train_dir))
     rows = {
         "best model": result.best,

@@ -36,7 +36,7 @@ from momconv.training.job import Job
 from momconv.training.loop import train
 from momconv.training.omission import keep_rest
 from momconv.training.optimisation import choose_precision, make_optimizer
-from momconv.training.parameters import require_stages
+from momconv.training.parameters import describe_frozen, require_stages
 from momconv.training.planning import (
     BatchPlan,
     Setting,
@@ -65,7 +65,7 @@ _FIXED = [
     *("momentum.calibrate", "momentum.anneal"),
     *("data.resolution", "data.val_frac", "data.split_seed", "data.limit"),
     *("train.batch_size", "train.optimizer", "train.seed", "train.freeze", "train.freeze_bn"),
-    "train.ema",
+    *("train.ema", "train.monitor"),
 ]
 
 
@@ -113,9 +113,10 @@ def finetune(
         if recipe.train.time_limit is not None:
             job.ends = began + parse_duration(recipe.train.time_limit)
         train(job, progress)
-    assert progress.best is not None
+    best = progress.find_best(recipe.train.monitor)
+    assert best is not None
     splits = keep_rest(job.splits, progress)
-    done = (progress.best, progress.epoch, tuple(progress.history), splits, job.plan)
+    done = (best, progress.epoch, tuple(progress.history), splits, job.plan)
     return Result(run.path, run.best, run.last, *done)
 
 
@@ -196,7 +197,7 @@ def _prepare(task: _Task) -> _Ready:
     run.require_room(0)
     found = find_images(require_folder(recipe.data), recipe.data, listener)
     model = network.load(recipe)
-    require_stages(model, recipe.train.freeze)
+    require_stages(model, recipe.train)
     if recipe.momentum.gamma and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
     images = keep_readable(found, recipe.data, listener)
@@ -204,6 +205,8 @@ def _prepare(task: _Task) -> _Ready:
     network.fit_head(model, images.splits.train.classes)
     network.place(model, task.device)
     network.start_training(model, recipe.train)
+    if frozen := describe_frozen(model):
+        listener.tell(frozen)
     return _plan(task, images, model)
 
 
@@ -453,6 +456,7 @@ def _tell_of_resuming(job: Job, progress: Progress, before: Recipe) -> None:
     if epochs != before.train.epochs:
         lr = job.rate_at(progress.epoch, progress.step)
         job.listener.tell(
-            f"note: {epochs} epochs instead of {before.train.epochs}: the cosine now ends there, "
-            f"and the learning rate goes on at {lr:.3g}"
+            f"note: {epochs} epochs instead of {before.train.epochs}: the schedule "
+            f"({job.recipe.train.schedule}) now ends there, and the learning rate goes on at "
+            f"{lr:.3g}"
         )

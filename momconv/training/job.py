@@ -38,6 +38,7 @@ class Job:
     processes: Processes = ALONE
     ends: float = math.inf  # by time.monotonic
     evaluation_batch: int = 32  # images, at most
+    head_only: bool = False  # whether the rest waits, in this epoch, for train.freeze_epochs
     measured_sizes: set[int] = field(default_factory=set)  # of the epoch's micro-batches, on a CPU
     average: Average | None = field(init=False)
     scaler: GradScaler = field(init=False)

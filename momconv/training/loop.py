@@ -23,6 +23,7 @@ from momconv.training.job import Job
 from momconv.training.network import read_gamma, start_training
 from momconv.training.omission import find_number, keep_rest, leave_out
 from momconv.training.optimisation import set_rate
+from momconv.training.parameters import ALL_BUT_HEAD, freeze
 from momconv.training.progress import EpochRow, Halving, Progress
 from momconv.training.saving import (
     Autosave,
@@ -64,8 +65,7 @@ def train(job: Job, progress: Progress) -> None:
         compiling(job.model, wanted=job.recipe.train.compile),
     ):
         while not _is_done(job, progress):
-            start_training(job.model, job.recipe.train)
-            _reset_peak(job)
+            _begin_epoch(job, progress)
             began = time.perf_counter()
             left_out = progress.left_out("train")
             for step in steps.read(progress.epoch, first=progress.step, left_out=left_out):
@@ -86,12 +86,24 @@ def train(job: Job, progress: Progress) -> None:
                     _stop_if_asked(job, check)
 
 
+def _begin_epoch(job: Job, progress: Progress) -> None:
+    """Let what is to learn in this epoch learn: at first perhaps the head alone."""
+    start_training(job.model, job.recipe.train)
+    for group in job.optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.requires_grad = True
+    job.head_only = progress.epoch < job.recipe.train.freeze_epochs
+    if job.head_only:
+        freeze(job.model, [ALL_BUT_HEAD])
+    _reset_peak(job)
+
+
 def _is_done(job: Job, progress: Progress) -> bool:
     train = job.recipe.train
     if progress.epoch < train.epochs and has_stalled(progress.history, train):
         job.listener.tell(
             f"note: stopped after {progress.epoch} of {train.epochs} epochs, the last "
-            f"{train.patience} of them without a better top-1 (train.patience)"
+            f"{train.patience} of them without a better {train.monitor} (train.patience)"
         )
         return True
     return progress.epoch >= train.epochs
@@ -275,8 +287,9 @@ def _has_to_measure(job: Job, images: int) -> bool:
     """Whether nothing says yet what a micro-batch of so many takes, on a CPU, where nobody counts.
 
     Equal shapes take equal memory. A limit that was asked for is checked once more in each epoch.
+    Where only the head learns, it is less than planned.
     """
-    if job.device.type != "cpu" or images in job.measured_sizes:
+    if job.head_only or job.device.type != "cpu" or images in job.measured_sizes:
         return False
     return job.recipe.train.memory is not None or job.plan.measured_bytes is None
 
@@ -305,7 +318,7 @@ def _measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -
 
 def _note_peak(job: Job) -> None:
     """On a GPU, let the plan learn the peak of the first whole step."""
-    if job.device.type == "cuda" and job.plan.measured_bytes is None:
+    if job.device.type == "cuda" and job.plan.measured_bytes is None and not job.head_only:
         _learn_peak(job, torch.cuda.max_memory_allocated(job.device))
 
 
@@ -441,7 +454,7 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
         val_macro_f1=scores.macro_f1 if scores else None,
         val_macro_recall=scores.macro_recall if scores else None,
     )
-    if job.plan.measured_seconds is None:
+    if job.plan.measured_seconds is None and not job.head_only:
         job.plan = replace(job.plan, measured_seconds=1 / row.images_per_second)
         write_plan(job)
     progress.finish_epoch(row)

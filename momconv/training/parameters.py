@@ -5,7 +5,7 @@ its module, such as "layer3" in a ResNet, "features.2" in a ConvNeXt or
 "encoder.layers.encoder_layer_0" in a vision transformer, where each block is one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from momconv.errors import UsageError
 from momconv.recipe import TrainRecipe
 
+ALL_BUT_HEAD = "all-but-head"  # in place of the names of those stages
 _TRUNK = 0.9  # of the parameters: a module with more has the stages inside
 
 
@@ -42,31 +43,51 @@ def find_stages(model: nn.Module) -> dict[str, list[str]]:
     return {stage: modules for stage, modules in stages.items() if modules}
 
 
-def require_stages(model: nn.Module, wanted: Sequence[str]) -> None:
-    """Do nothing if ``model`` has the stages ``wanted``, and others to train.
+def require_stages(model: nn.Module, recipe: TrainRecipe) -> None:
+    """Do nothing if ``model`` has the stages that the recipe freezes, and others to train.
 
     Raises:
         UsageError: It has not.
     """
     known = list(find_stages(model))
+    wanted = _name_stages(known, recipe.freeze)
     some = f"train.freeze with some of {', '.join(known)}"
-    if unknown := [name for name in wanted if name not in known]:
+    if unknown := sorted(wanted.difference(known)):
         problem = f"train.freeze: this {type(model).__name__} has no stage {unknown[0]!r}"
         raise UsageError(problem, kind="usage.unknown_stage", fix=some)
-    if set(wanted) == set(known):
+    if wanted == set(known):
         problem = "train.freeze: all stages are frozen, which leaves nothing to train"
         raise UsageError(problem, kind="usage.all_frozen", fix=f"{some}, but not all")
+    if recipe.freeze_epochs and "head" in wanted:
+        problem = "train.freeze_epochs: only the head learns in them, and train.freeze has it too"
+        raise UsageError(problem, kind="usage.all_frozen", fix="--freeze-epochs 0")
 
 
 def freeze(model: nn.Module, wanted: Sequence[str]) -> None:
     """Let the stages ``wanted`` compute what they compute now, BatchNorm's statistics included."""
     stages = find_stages(model)
-    for name in wanted:
+    frozen = _name_stages(stages, wanted)
+    for name in frozen:
         for module in stages[name]:
             model.get_submodule(module).eval()
     for parameter, stage in _assign(model).items():
-        if stage in wanted:
+        if stage in frozen:
             parameter.requires_grad = False
+
+
+def describe_frozen(model: nn.Module) -> str | None:
+    """What to tell of the share of the parameters that learn; None if all do."""
+    total = _count(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trained == total:
+        return None
+    return f"note: {trained:,} of {total:,} parameters learn ({trained / total:.1%})"
+
+
+def _name_stages(known: Iterable[str], wanted: Sequence[str]) -> set[str]:
+    """The stages ``wanted``, of which most may be named by one word."""
+    body = set(known) - {"head"} if ALL_BUT_HEAD in wanted else set()
+    return body | (set(wanted) - {ALL_BUT_HEAD})
 
 
 def group(model: nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:

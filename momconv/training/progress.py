@@ -1,7 +1,10 @@
 """How far a run is, and who hears about it."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+from momconv.recipe import Monitor
 
 SplitName = Literal["train", "val"]
 
@@ -21,6 +24,13 @@ class EpochRow:
     gamma: float = 0.0  # at its end; 0 in a plain network
     val_macro_f1: float | None = None  # the mean over the classes
     val_macro_recall: float | None = None  # the same; also called balanced accuracy
+
+    def judge(self, monitor: Monitor) -> float:
+        """How good the epoch is, the higher the better; −∞ where nothing says so."""
+        loss = None if self.val_loss is None else -self.val_loss
+        figures = {"val/top1": self.val_top1, "val/macro_f1": self.val_macro_f1, "val/loss": loss}
+        figure = figures[monitor]
+        return -math.inf if figure is None or math.isnan(figure) else figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +80,8 @@ class Progress:
         """The finished epochs."""
         return len(self.history)
 
-    @property
-    def best(self) -> EpochRow | None:
-        """The first epoch with the highest top-1; without validation, the last one.
+    def find_best(self, monitor: Monitor) -> EpochRow | None:
+        """The first epoch that ``monitor`` finds best; without validation, the last one.
 
         While γ changes this is the last one too: the others scored another network.
         """
@@ -81,7 +90,7 @@ class Progress:
         if self.history[-1].val_top1 is None:
             return self.history[-1]
         same = [row for row in self.history if row.gamma == self.history[-1].gamma]
-        return max(same, key=lambda row: row.val_top1 or 0.0)
+        return max(same, key=lambda row: row.judge(monitor))
 
     def left_out(self, split: SplitName) -> set[int]:
         """The numbers of the images of the ``split`` that the run goes on without."""

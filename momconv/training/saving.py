@@ -36,7 +36,8 @@ def publish(job: Job, progress: Progress) -> None:
     if not job.processes.leads:
         return
     epoch_ended = progress.history and not progress.step
-    if epoch_ended and progress.best is progress.history[-1]:
+    best = progress.find_best(job.recipe.train.monitor)
+    if epoch_ended and best is progress.history[-1]:
         _save_model(job, job.folder.best, progress)
     _save_model(job, job.folder.last, progress)
     job.folder.write_history(progress)

@@ -8,7 +8,7 @@ from momconv.training.progress import EpochRow
 
 
 def has_stalled(history: Sequence[EpochRow], recipe: TrainRecipe) -> bool:
-    """Whether the last ``patience`` epochs brought no top-1 above the best by ``min_delta``.
+    """Whether the last ``patience`` epochs brought nothing better than the best by ``min_delta``.
 
     While γ changes nothing counts: earlier epochs scored another network.
     """
@@ -16,8 +16,8 @@ def has_stalled(history: Sequence[EpochRow], recipe: TrainRecipe) -> bool:
         return False
     best, waited = -math.inf, 0
     for row in (row for row in history if row.gamma == history[-1].gamma):
-        if (row.val_top1 or 0.0) > best + recipe.min_delta:
-            best, waited = row.val_top1 or 0.0, 0
+        if (figure := row.judge(recipe.monitor)) > best + recipe.min_delta:
+            best, waited = figure, 0
         else:
             waited += 1
     return waited >= recipe.patience

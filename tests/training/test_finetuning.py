@@ -258,7 +258,9 @@ def test_a_finished_run_goes_on_with_more_epochs(straight: Result, tmp_path: Pat
     result = resume(folder, "train.epochs=3", listener=log)
     assert result.epochs == 3
     assert read_metrics(folder)[:2] == read_metrics(straight.folder)
-    assert any("3 epochs instead of 2: the cosine now ends there" in text for text in log.told)
+    assert any(
+        "3 epochs instead of 2: the schedule (cosine) now ends there" in text for text in log.told
+    )
     assert load_recipe(folder / "config.yaml").train.epochs == 3
 
 

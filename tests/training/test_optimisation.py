@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import OneCycleLR
 
 from momconv.recipe import TrainRecipe
 from momconv.training.optimisation import (
@@ -67,3 +68,15 @@ def test_the_cpu_computes_in_fp32_unless_told_otherwise() -> None:
 def test_a_constant_rate_stays_at_its_top_after_the_warm_up() -> None:
     recipe = TrainRecipe(epochs=4, lr=1, warmup_epochs=1, schedule="constant")
     assert [rate_at(recipe, step, 2) for step in range(8)] == [0.5, 1, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler:UserWarning")
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 40])
+def test_one_cycle_is_pytorch_s(total: int) -> None:
+    optimizer = SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    theirs = OneCycleLR(optimizer, 0.5, total_steps=total, cycle_momentum=False)
+    recipe = TrainRecipe(epochs=total, lr=0.5, schedule="onecycle")
+    for step in range(total):
+        assert rate_at(recipe, step, 1) == pytest.approx(theirs.get_last_lr()[0])
+        if step < total - 1:
+            theirs.step()

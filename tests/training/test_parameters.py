@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Log, Signals, read_tensors, small
+from runs import Log, Signals, assert_same, read_tensors, small
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import get_model
@@ -119,3 +119,34 @@ def test_a_run_with_groups_and_frozen_stages_goes_on_exactly(colours: Path, tmp_
     last = load_file(tmp_path / "run" / "last.safetensors")
     assert int(last["layer1.0.bn1.num_batches_tracked"]) == 0
     assert int(last["layer2.0.bn1.num_batches_tracked"]) > 0
+
+
+def test_at_first_the_head_alone_may_learn_and_then_the_rest_that_is_not_frozen(
+    colours: Path, tmp_path: Path
+) -> None:
+    changes = ["train.freeze_epochs=1", "train.freeze=[layer1]", "train.warmup_epochs=0"]
+    recipe, log = small(colours, *changes, "train.epochs=3"), Log()
+    finetune(recipe, tmp_path / "straight", listener=log)
+    assert "note: 254,115 of 268,291 parameters learn (94.7%)" in log.told
+    with pytest.raises(Interrupted):
+        finetune(recipe, tmp_path / "run", listener=Signals(9))
+    begun = load_file(tmp_path / "run" / "last.safetensors")
+    assert int(begun["layer2.0.bn1.num_batches_tracked"]) < 4  # of 8 micro-batches
+    finetune(recipe, tmp_path / "run", resume=True)
+    assert_same(tmp_path / "straight", tmp_path / "run")
+
+
+def test_in_epochs_of_the_head_alone_nothing_else_changes(colours: Path, tmp_path: Path) -> None:
+    changes = ["train.epochs=1", "train.lr=0.1"]
+    finetune(small(colours, *changes, "train.freeze_epochs=1"), tmp_path / "first")
+    finetune(small(colours, *changes, "train.freeze=[all-but-head]"), tmp_path / "only")
+    first, only = (load_file(tmp_path / run / "last.safetensors") for run in ("first", "only"))
+    assert all(torch.equal(value, only[key]) for key, value in first.items())
+    start = convert(build("cifar_resnet20"), 0.9)
+    assert int(first["bn1.num_batches_tracked"]) == 0
+    assert first.keys() >= start.state_dict().keys()
+
+
+def test_the_head_cannot_be_frozen_and_learn_alone(colours: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only the head learns in them"):
+        finetune(small(colours, "train.freeze=[head]", "train.freeze_epochs=1"), tmp_path / "run")

@@ -1,5 +1,9 @@
+import math
 from dataclasses import replace
 
+import pytest
+
+from momconv.recipe import Monitor
 from momconv.training.progress import EpochRow, Progress
 
 
@@ -8,20 +12,30 @@ def row(epoch: int, top1: float | None) -> EpochRow:
 
 
 def test_the_best_epoch_is_the_first_with_the_highest_top1() -> None:
-    assert Progress().best is None
+    assert Progress().find_best("val/top1") is None
     rows = [row(1, 0.5), row(2, 0.75), row(3, 0.75), row(4, 0.25)]
-    assert Progress(rows).best is rows[1]
+    assert Progress(rows).find_best("val/top1") is rows[1]
+
+
+@pytest.mark.parametrize(("monitor", "best"), [("val/macro_f1", 3), ("val/loss", 2)])
+def test_another_figure_may_say_which_epoch_is_best(monitor: Monitor, best: int) -> None:
+    rows = [row(1, 0.9), replace(row(2, 0.5), val_loss=0.1), row(3, 0.5)]
+    rows = [replace(each, val_macro_f1=0.1 * each.epoch) for each in rows]
+    rows.append(replace(row(4, 0.8), val_loss=math.nan, val_macro_f1=math.nan))
+    found = Progress(rows).find_best(monitor)
+    assert found is not None
+    assert found.epoch == best
 
 
 def test_while_gamma_changes_the_last_epoch_is_the_best() -> None:
     rows = [replace(row(1, 0.75), gamma=0.5), *(replace(row(2, 0.5), gamma=g) for g in (0.9, 0.9))]
-    assert Progress(rows[:2]).best is rows[1]
-    assert Progress(rows).best is rows[1]
+    assert Progress(rows[:2]).find_best("val/top1") is rows[1]
+    assert Progress(rows).find_best("val/top1") is rows[1]
 
 
 def test_without_validation_the_last_epoch_is_the_best() -> None:
     rows = [row(1, None), row(2, None)]
-    assert Progress(rows).best is rows[1]
+    assert Progress(rows).find_best("val/top1") is rows[1]
 
 
 def test_an_epoch_that_ends_leaves_counters_at_zero() -> None:

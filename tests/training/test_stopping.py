@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def test_a_run_has_stalled_after_epochs_of_patience(
 ) -> None:
     recipe = TrainRecipe(patience=patience, min_delta=min_delta)
     assert has_stalled(history(*scores), recipe) is expected
+
+
+def test_patience_waits_for_what_is_monitored() -> None:
+    rows = [replace(row, val_loss=1 / row.epoch) for row in history(0.5, 0.4, 0.3)]
+    assert has_stalled(rows, TrainRecipe(patience=2))
+    assert not has_stalled(rows, TrainRecipe(patience=2, monitor="val/loss"))
+    assert has_stalled(rows, TrainRecipe(patience=2, monitor="val/loss", min_delta=1))
 
 
 def test_epochs_with_another_gamma_do_not_count() -> None:
