@@ -1,6 +1,7 @@
 """What a network says about images without labels."""
 
 import difflib
+import glob
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from torch import nn
 
 from momconv.data.calibration_images import CalibrationImages
 from momconv.data.folder import list_images, printable
-from momconv.data.inspection import refuse_many_unreadable
 from momconv.errors import DataError
 from momconv.surgery.modes import in_eval_mode
 from momconv.zoo.description import Description, describe
@@ -38,11 +38,23 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreadable:
+    """An image about which nothing can be said, and why."""
+
+    path: Path
+    error: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as values that JSON knows."""
+        return {"path": str(self.path), "error": self.error}
+
+
+@dataclass(frozen=True, slots=True)
 class Predictions:
-    """What is said about some images; ``unreadable`` are the others, each with the reason."""
+    """What is said about some images, and which of them cannot be read."""
 
     images: tuple[Prediction, ...]
-    unreadable: tuple[str, ...]
+    unreadable: tuple[Unreadable, ...]
 
 
 def predict(
@@ -51,7 +63,6 @@ def predict(
     *,
     top: int = 5,
     device: torch.device | str = "cpu",
-    max_bad_fraction: float = 0.05,
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """The ``top`` most probable classes of each image, with the preprocessing that ``model`` names.
@@ -60,15 +71,14 @@ def predict(
 
     Args:
         model: A network with a description. Without names, its classes are called by numbers.
-        paths: Image files, and folders of which every image is taken.
+        paths: Image files, folders of which every image is taken, and patterns such as ``*.jpg``.
         top: How many classes to name of each.
         device: Where to compute, in fp32.
-        max_bad_fraction: Of images that cannot be read, which are left out.
         progress: Hears of the images done and of all.
 
     Raises:
         UsageError: The model has no description.
-        DataError: A path does not exist, there are no images, or too many cannot be read.
+        DataError: A path does not exist, or no image can be read.
     """
     description = describe(model)
     files = list_files(map(Path, paths))
@@ -86,22 +96,30 @@ def predict(
             for path, row, numbers in zip(read, values.tolist(), labels.tolist(), strict=True):
                 guesses = (Guess(names[n], p) for n, p in zip(numbers, row, strict=True))
                 predictions.append(Prediction(path, tuple(guesses)))
-    refuse_many_unreadable(images.unreadable, len(files), max_bad_fraction)
-    return Predictions(tuple(predictions), tuple(images.unreadable))
+    unreadable = (Unreadable(error.path, error.reason) for error in images.unreadable)
+    return Predictions(tuple(predictions), tuple(unreadable))
 
 
 def list_files(paths: Iterable[Path]) -> list[Path]:
     """The files among ``paths``, and every image below the folders among them, each once.
+
+    What does not exist may be a pattern, in which ``**`` stands for any folders.
 
     Raises:
         DataError: One does not exist, or a folder has no images.
     """
     found: dict[Path, None] = {}
     for path in paths:
-        if not path.exists():
+        matches = [path] if path.exists() else _match(path)
+        if not matches:
             raise _missing(path)
-        found |= dict.fromkeys(list_images(path) if path.is_dir() else [path])
+        for match in matches:
+            found |= dict.fromkeys(list_images(match) if match.is_dir() else [match])
     return list(found)
+
+
+def _match(pattern: Path) -> list[Path]:
+    return sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
 
 
 def name_outputs(description: Description) -> tuple[str, ...]:

@@ -63,20 +63,25 @@ def test_a_file_that_is_named_twice_is_asked_about_once(colours: Path) -> None:
     assert len(done.images) == 8
 
 
-def test_unreadable_images_are_left_out_up_to_a_limit(colours: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_left_out_and_named(colours: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(colours / "red", tmp_path / "red"))
     (folder / "bad.png").write_bytes(b"no picture")
 
-    done = predict(Brightest(), [folder], max_bad_fraction=0.2)
+    done = predict(Brightest(), [folder])
 
     assert len(done.images) == 8
-    assert len(done.unreadable) == 1
-    assert done.unreadable[0].startswith(f"{folder / 'bad.png'}: not an image")
-    with pytest.raises(
-        DataError, match=r"1 of 9 images unreadable \(11.1%\), more than"
-    ) as refused:
-        predict(Brightest(), [folder], max_bad_fraction=0.1)
-    assert refused.value.fix == "--max-bad-fraction 0.15 to continue without them"
+    (bad,) = done.unreadable
+    assert bad.path == folder / "bad.png"
+    assert bad.error.startswith("not an image")
+
+
+def test_what_does_not_exist_may_be_a_pattern(colours: Path, tmp_path: Path) -> None:
+    done = predict(Brightest(), [colours / "**" / "[01].png", colours / "r?d"])
+    found = [str(image.path.relative_to(colours)) for image in done.images]
+    assert found[:6] == [f"{name}/{n}.png" for name in ("blue", "green", "red") for n in (0, 1)]
+    assert found[6:] == [f"red/{n}.png" for n in range(2, 8)]
+    literal = Path(shutil.copy(colours / "red" / "0.png", tmp_path / "[01].png"))
+    assert [image.path for image in predict(Brightest(), [literal]).images] == [literal]
 
 
 def test_what_does_not_exist_is_named_with_what_does(colours: Path) -> None:

@@ -260,7 +260,7 @@ def _describe_calibration(adaptation: "Adaptation", workshop: _Workshop) -> "Cal
     images = workshop.images.adapting
     if images is None:
         return None
-    unreadable = tuple(images.unreadable)
+    unreadable = tuple(error.message for error in images.unreadable)
     readable = len(images.paths) - len(unreadable)
     return Calibration(readable, adaptation.layers, workshop.images.more, unreadable)
 
@@ -326,7 +326,7 @@ def _warn_of_images(workshop: _Workshop) -> None:
     if images is None:
         return
     if bad := images.unreadable:
-        listed = "\n".join(f"  {reason}" for reason in bad[:_SHOWN])
+        listed = "\n".join(f"  {error.message}" for error in bad[:_SHOWN])
         more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         warn(f"{len(bad)} images left out because they are unreadable\n{listed}{more}")
     readable = len(images.paths) - len(bad)

@@ -12,9 +12,6 @@ DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead, on stdout.")
 ]
-MaxBadFractionOption = Annotated[
-    float, typer.Option(metavar="F", min=0, max=1, help="Of unreadable images, left out.")
-]
 NetworkOption = Annotated[
     str | None,
     typer.Option(

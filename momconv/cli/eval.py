@@ -13,7 +13,6 @@ from momconv.cli._options import (
     ArgumentOption,
     DeviceOption,
     JsonOption,
-    MaxBadFractionOption,
     NetworkOption,
 )
 from momconv.cli._own import Function
@@ -61,7 +60,9 @@ def evaluate(  # noqa: PLR0913 (one for each option)
         ),
     ] = None,
     device: DeviceOption = "auto",
-    max_bad_fraction: MaxBadFractionOption = 0.05,
+    max_bad_fraction: Annotated[
+        float, typer.Option(metavar="F", min=0, max=1, help="Of unreadable images, left out.")
+    ] = 0.05,
     json_output: JsonOption = False,
 ) -> None:
     """Say how good a model is on a folder of images: top-1, each class, the worst mistakes."""

@@ -1,20 +1,30 @@
 """``momconv predict``."""
 
+import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from momconv.cli._console import note, out, print_json, print_json_lines, progress, warn
+from momconv.cli._console import (
+    describe_error,
+    note,
+    out,
+    print_json,
+    print_json_lines,
+    progress,
+    warn,
+)
 from momconv.cli._options import (
     ArgumentOption,
     DeviceOption,
     JsonOption,
-    MaxBadFractionOption,
     NetworkOption,
 )
 from momconv.cli._own import Function
-from momconv.errors import UsageError
+from momconv.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from momconv.prediction import Predictions
@@ -26,7 +36,10 @@ def predict(  # noqa: PLR0913 (one for each option)
     *,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A converted or fine-tuned model.")],
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH…", help="Images, and folders of them.")
+        list[Path],
+        typer.Argument(
+            metavar="PATH…", help="Images, folders of them, patterns, or - for a list on stdin."
+        ),
     ],
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Classes to name.")] = 5,
     format_: Annotated[
@@ -36,7 +49,9 @@ def predict(  # noqa: PLR0913 (one for each option)
     network: NetworkOption = None,
     arg: ArgumentOption = None,
     device: DeviceOption = "auto",
-    max_bad_fraction: MaxBadFractionOption = 0.05,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 3 if an image cannot be read.")
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Say what is on images: the most probable classes of each."""
@@ -46,13 +61,14 @@ def predict(  # noqa: PLR0913 (one for each option)
             kind="usage.exclusive_options",
             fix="leave out one of them",
         )
+    from momconv.data.folder import printable
     from momconv.planner.devices import find_device
     from momconv.prediction import list_files
     from momconv.prediction import predict as say
     from momconv.zoo.description import describe
 
     where = find_device(device)
-    files = list_files(paths)
+    files = list_files(_read_list(paths))
     model = Function(network, arg).load(file)
     if describe(model).classes is None:
         note(f"{file} names no classes; they are called by their numbers, from 0")
@@ -62,17 +78,38 @@ def predict(  # noqa: PLR0913 (one for each option)
             files,
             top=top,
             device=where,
-            max_bad_fraction=max_bad_fraction,
             progress=lambda count, _: report(count, ""),
         )
-    for reason in done.unreadable:
-        warn(f"left out: {reason}")
+    for bad in done.unreadable:
+        warn(f"left out: {printable(bad.path)}: {bad.error}")
+    failure = _refuse_unreadable(done, len(files)) if strict and done.unreadable else None
     if json_output:
+        failed = {"error": describe_error(failure)} if failure else {}
         predictions = [image.to_json() for image in done.images]
-        document = {"file": file, "predictions": predictions, "unreadable": done.unreadable}
-        print_json({"ok": True, **document})
-    else:
-        _print(done, format_ or "table")
+        unreadable = [image.to_json() for image in done.unreadable]
+        document = {"file": file, "predictions": predictions, "unreadable": unreadable}
+        print_json({"ok": failure is None, **failed, **document})
+        raise typer.Exit(failure.exit_code if failure else 0)
+    _print(done, format_ or "table")
+    if failure:
+        raise failure
+
+
+def _read_list(paths: Iterable[Path]) -> list[Path]:
+    """The ``paths``, with those on the lines of stdin in place of ``-``."""
+    listed: list[Path] = []
+    for path in paths:
+        lines = sys.stdin.buffer.read().splitlines() if str(path) == "-" else [os.fsencode(path)]
+        listed += [Path(os.fsdecode(line)) for line in lines if line]
+    return listed
+
+
+def _refuse_unreadable(done: "Predictions", files: int) -> DataError:
+    return DataError(
+        f"{len(done.unreadable)} of {files} images cannot be read",
+        kind="data.unreadable_image",
+        fix="replace them, or leave out --strict",
+    )
 
 
 def _print(done: "Predictions", format_: Format) -> None:
@@ -83,4 +120,4 @@ def _print(done: "Predictions", format_: Format) -> None:
     elif format_ == "csv":
         typer.echo(to_csv(done), nl=False)
     else:
-        print_json_lines([image.to_json() for image in done.images])
+        print_json_lines([image.to_json() for image in (*done.images, *done.unreadable)])

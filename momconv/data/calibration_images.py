@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from momconv.data.decoding import decode
+from momconv.data.decoding import UnreadableImage, decode
 from momconv.data.folder import list_images
 from momconv.data.transforms import Transform, evaluation_transform
 from momconv.errors import DataError
@@ -46,7 +46,7 @@ class CalibrationImages:
 
     Attributes:
         paths: The files.
-        unreadable: What was wrong with those that had to be left out, known after the iteration.
+        unreadable: Those that had to be left out, known after the iteration.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CalibrationImages:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.paths = paths
-        self.unreadable: list[str] = []
+        self.unreadable: list[UnreadableImage] = []
         self._transform = evaluation_transform(preprocessing)
         largest = max(1, min(_BATCH, _PIXELS // preprocessing.resolution**2))
         self._batches = math.ceil(len(paths) / largest)
@@ -94,7 +94,7 @@ class CalibrationImages:
         with ThreadPoolExecutor() as pool:
             for start, stop in self._bounds():
                 results = list(pool.map(load, self.paths[start:stop]))
-                self.unreadable += [r.message for r in results if isinstance(r, DataError)]
+                self.unreadable += [r for r in results if isinstance(r, UnreadableImage)]
                 paths = self.paths[start:stop]
                 if images := [r for r in results if isinstance(r, Tensor)]:
                     readable = zip(results, paths, strict=True)
@@ -103,7 +103,7 @@ class CalibrationImages:
                     self._progress(stop)
         if len(self.unreadable) == len(self.paths):
             raise DataError(
-                f"none of {len(self.paths)} images can be read\n{self.unreadable[0]}",
+                f"none of {len(self.paths)} images can be read\n{self.unreadable[0].message}",
                 kind="data.unreadable_image",
                 fix="name another folder",
             )
@@ -114,8 +114,8 @@ class CalibrationImages:
         return list(pairwise(ends))
 
 
-def _load(path: Path, transform: Transform) -> Tensor | DataError:
+def _load(path: Path, transform: Transform) -> Tensor | UnreadableImage:
     try:
         return transform(decode(path))
-    except DataError as error:
+    except UnreadableImage as error:
         return error

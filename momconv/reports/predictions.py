@@ -26,14 +26,17 @@ def tabulate_predictions(predictions: Predictions) -> Table:
 
 
 def to_csv(predictions: Predictions) -> str:
-    """A line for each image, with two columns for each class that is named."""
+    """A line for each image, with two columns for each class that is named, or the error."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     ranks = range(1, 1 + max((len(image.guesses) for image in predictions.images), default=0))
-    writer.writerow(["path", *(f"{what}_{n}" for n in ranks for what in ("class", "probability"))])
+    columns = [f"{what}_{n}" for n in ranks for what in ("class", "probability")]
+    writer.writerow(["path", *columns, "error"])
     for image in predictions.images:
         pairs = ((guess.name, guess.probability) for guess in image.guesses)
-        writer.writerow([image.path, *(value for pair in pairs for value in pair)])
+        writer.writerow([image.path, *(value for pair in pairs for value in pair), ""])
+    for bad in predictions.unreadable:
+        writer.writerow([bad.path, *("" for _ in columns), bad.error])
     return table.getvalue()
 
 

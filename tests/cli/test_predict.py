@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -24,8 +25,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*args: str | Path) -> Result:
-    return CliRunner().invoke(app, ["predict", *map(str, args), "--device", "cpu"])
+def run(*args: str | Path, stdin: bytes | None = None) -> Result:
+    return CliRunner().invoke(app, ["predict", *map(str, args), "--device", "cpu"], input=stdin)
 
 
 def test_the_formats_say_the_same(model: Path, colours: Path) -> None:
@@ -53,13 +54,36 @@ def test_without_a_format_there_is_a_table(model: Path, colours: Path) -> None:
     assert " ".join(rest).count("%") == 2
 
 
-def test_unreadable_images_are_named_on_stderr(model: Path, colours: Path, tmp_path: Path) -> None:
+def test_each_unreadable_image_has_a_record(model: Path, colours: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(colours / "red", tmp_path / "red"))
-    (folder / "bad.png").touch()
-    ran = run(model, folder, "--max-bad-fraction", "0.2", "--format", "csv")
+    bad = folder / "bad.png"
+    bad.touch()
+    ran = run(model, folder, "--format", "csv")
     assert ran.exit_code == 0
-    assert ran.stderr == f"warning: left out: {folder / 'bad.png'}: empty file\n"
-    assert len(ran.stdout.splitlines()) == 1 + 8
+    assert ran.stderr == f"warning: left out: {bad}: empty file\n"
+    rows = list(csv.DictReader(io.StringIO(ran.stdout)))
+    assert [row["error"] for row in rows] == 8 * [""] + ["empty file"]
+    lines = run(model, folder, "--format", "jsonl").stdout.splitlines()
+    assert json.loads(lines[8]) == {"path": str(bad), "error": "empty file"}
+
+    strict = run(model, folder, "--format", "csv", "--strict")
+    assert (strict.exit_code, strict.stdout) == (3, ran.stdout)
+    assert "error: 1 of 9 images cannot be read\n" in strict.stderr
+    failed = run(model, folder, "--json", "--strict")
+    document = json.loads(failed.stdout)
+    assert (failed.exit_code, document["ok"], document["error"]["code"]) == (3, False, 3)
+    assert document["unreadable"] == [json.loads(lines[8])]
+    assert len(document["predictions"]) == 8
+    assert run(model, colours / "red", "--strict").exit_code == 0
+
+
+def test_a_list_of_images_may_come_from_stdin(model: Path, colours: Path, tmp_path: Path) -> None:
+    odd = Path(shutil.copy(colours / "red" / "0.png", tmp_path / os.fsdecode(b"caf\xe9.png")))
+    listed = b"\n".join([os.fsencode(colours / "blue"), b"", os.fsencode(odd), b""])
+    ran = run(model, "-", colours / "red" / "1.png", "--json", stdin=listed)
+    paths = [image["path"] for image in json.loads(ran.stdout)["predictions"]]
+    assert paths[:8] == [str(colours / "blue" / f"{n}.png") for n in range(8)]
+    assert [Path(path).name for path in paths[8:]] == ["caf\udce9.png", "1.png"]
 
 
 def test_classes_without_names_are_numbers(colours: Path, tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def test_unreadable_images_are_left_out_and_named(tmp_path: Path) -> None:
     images = CalibrationImages(choose_images(tmp_path, 9, seed=0), SMALL)
     for _ in range(2):  # the second iteration starts anew
         assert [len(batch) for batch in images] == [3]
-        assert images.unreadable == [f"{tmp_path}/a/bad.png: empty file"]
+        assert [str(e.path) for e in images.unreadable] == [f"{tmp_path}/a/bad.png"]
+        assert [e.reason for e in images.unreadable] == ["empty file"]
 
 
 def test_if_none_can_be_read_that_is_an_error(tmp_path: Path) -> None:
