@@ -6,6 +6,7 @@ A command joins with one import and one line: ``app.command("eval")(guarded(eval
 import os
 import signal
 import sys
+import warnings
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,7 @@ from momconv.cli import (
     recipes,
 )
 from momconv.cli import eval as eval_
-from momconv.cli._console import Terminated, configure, guarded, out
+from momconv.cli._console import Terminated, configure, guarded, out, show_warning
 
 EXIT_CODES = (
     "Exit codes: 0 done · 1 failed · 2 usage or recipe · 3 images · 4 model file · "
@@ -62,6 +63,12 @@ def momconv(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also what libraries log, on stderr.")
+    ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Download nothing, as with MOMCONV_OFFLINE=1.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
     log_file: Annotated[
         Path | None,
@@ -69,7 +76,9 @@ def momconv(
     ] = None,
 ) -> None:
     """Fine-tune pretrained residual networks in less memory, with invertible momentum blocks."""
-    configure(quiet=quiet, debug=debug, log_file=log_file)
+    configure(quiet=quiet, verbose=verbose, debug=debug, log_file=log_file)
+    if offline:
+        os.environ["MOMCONV_OFFLINE"] = "1"
 
 
 app.command("convert")(guarded(convert.convert))
@@ -92,6 +101,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = show_warning
     signal.signal(signal.SIGTERM, _quit)
     app()
 

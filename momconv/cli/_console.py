@@ -5,6 +5,7 @@ Results go to ``out`` (stdout); notes, warnings, errors and progress go to ``err
 
 import functools
 import json
+import logging
 import os
 import time
 import traceback
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from momconv.errors import MomconvError, ResourceError
+from momconv.files.cache import cache_folder
 from momconv.units import format_duration
 
 P = ParamSpec("P")
@@ -53,13 +55,15 @@ class _Settings:
 _settings = _Settings()
 
 
-def configure(*, quiet: bool, debug: bool, log_file: Path | None) -> None:
+def configure(*, quiet: bool, verbose: bool, debug: bool, log_file: Path | None) -> None:
     """Set what the options before a command ask for.
 
     Raises:
         ResourceError: The log file cannot be written.
     """
     _settings.quiet, _settings.debug, _settings.log_file = quiet, debug, None
+    if verbose:
+        logging.basicConfig(level=logging.INFO, handlers=[_Notes()])
     if log_file is None:
         return
     try:
@@ -95,6 +99,18 @@ def note(text: str) -> None:
 def warn(text: str) -> None:
     """Tell the user something that may be wrong."""
     _say("warning", text, "yellow")
+
+
+class _Notes(logging.Handler):
+    """Tells what libraries log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"{record.name}: {record.getMessage()}")
+
+
+def show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    """Tell a warning of Python's on one line; for ``warnings.showwarning``."""
+    warn(f"{' '.join(str(message).split())} ({category.__name__})")
 
 
 def tell(text: str) -> None:
@@ -180,8 +196,19 @@ def _failure(error: BaseException) -> _Failure:
     if isinstance(error, KeyboardInterrupt):
         return _Failure("error", 130, "interrupted", "interrupted", [])
     summary = " ".join("".join(traceback.format_exception_only(error)).split())
-    message = f"{summary} (momconv --debug COMMAND shows where)"
+    message = f"{summary} (momconv --debug COMMAND shows where{_keep_traceback()})"
     return _Failure("internal error", 1, "internal", message, [])
+
+
+def _keep_traceback() -> str:
+    """Write it to a file, which a long run is worth; how to go on in a sentence that names it."""
+    path = cache_folder() / "crash.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        return ""
+    return f", and so does {path}"
 
 
 def _say(label: str, text: str, style: str) -> None:

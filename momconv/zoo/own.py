@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,9 +21,10 @@ from typing import Any
 import yaml
 from torch import nn
 
-from momconv.errors import UsageError
+from momconv.errors import ResourceError, UsageError
 from momconv.zoo.description import Description, Interpolation, Preprocessing, attach
 from momconv.zoo.networks import build_described, count_classes, replace_head
+from momconv.zoo.offline import is_offline
 
 RESOLUTION = 224  # pixels, of networks that do not know theirs
 _TIMM = "timm:"
@@ -65,6 +67,7 @@ def make(
 
     Raises:
         UsageError: There is no such function, it wants other arguments, or makes no network.
+        ResourceError: timm's weights cannot be downloaded.
     """
     if is_timm(name):
         return _make_timm(name, dict(arguments or {}), pretrained=pretrained)
@@ -215,6 +218,8 @@ def _make_timm(name: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.
             kind="usage.no_timm",
             fix="pip install timm",
         )
+    if is_offline():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # which is read when timm is imported
     import timm
 
     plain = name.removeprefix(_TIMM)
@@ -222,7 +227,14 @@ def _make_timm(name: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.
         raise UsageError(
             f"timm has no network {plain!r}", kind="usage.unknown_model", fix="timm.list_models()"
         )
-    model: nn.Module = timm.create_model(plain, pretrained=pretrained, **arguments)
+    try:
+        model: nn.Module = timm.create_model(plain, pretrained=pretrained, **arguments)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot download timm's weights for {plain}\n{' '.join(str(error).split())}",
+            kind="weights.unreachable",
+            fix="--weights FILE\n--weights none",
+        ) from error
     data = timm.data.resolve_model_data_config(model)
     side = data["input_size"][-1]
     resize = round(side / data["crop_pct"])

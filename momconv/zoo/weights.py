@@ -18,6 +18,7 @@ from momconv.zoo import checkpoints, own
 from momconv.zoo.cifar import DEPTHS
 from momconv.zoo.description import attach, describe
 from momconv.zoo.networks import build, check_name, find_head, preprocessing_of
+from momconv.zoo.offline import is_offline
 from momconv.zoo.own import is_own
 
 _SUFFIXES = (".pth", ".th", ".pt", ".safetensors")
@@ -167,6 +168,8 @@ def _fetch(published: Any) -> Path:
     """The file of ``published`` in PyTorch's cache, downloaded if need be, verified each time."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / PurePosixPath(published.url).name
     if not path.exists():
+        if is_offline():
+            raise _unreachable(published, path, "not asked for, as momconv is --offline")
         try:
             _download(published.url, path)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
@@ -195,15 +198,15 @@ def _prefix(url: str) -> str:
     return PurePosixPath(url).stem.rpartition("-")[2]
 
 
-def _unreachable(published: Any, path: Path, error: Exception) -> ResourceError:
+def _unreachable(published: Any, path: Path, error: Exception | str) -> ResourceError:
     reason: object = error
     if isinstance(error, urllib.error.HTTPError):
         error.close()
     elif isinstance(error, urllib.error.URLError):
         reason = error.reason
     return ResourceError(
-        f"cannot download {published!r}\n{published.url}: {reason}",
+        f"cannot download {published!r}\n{published.url}: {reason}\n"
+        "it may come from another machine, by the first of these, or be another file of yours",
         kind="weights.unreachable",
-        fix=f"on a connected machine fetch {published.url}\n"
-        f"put it at {path}, or pass --weights FILE",
+        fix=f"curl --create-dirs -o {shlex.quote(str(path))} {published.url}\n--weights FILE",
     )

@@ -163,11 +163,14 @@ def test_with_json_an_error_is_one_document_on_stdout(capsys: pytest.CaptureFixt
 
 
 def test_a_bug_of_ours_is_one_line_that_says_how_to_see_more(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], cache: Path
 ) -> None:
     assert fail(ZeroDivisionError("division\nby zero")) == 1
     expected = "internal error: ZeroDivisionError: division by zero"
-    assert capsys.readouterr().err == f"{expected} (momconv --debug COMMAND shows where)\n"
+    kept = cache / "crash.log"
+    where = f"(momconv --debug COMMAND shows where, and so does {kept})"
+    assert capsys.readouterr().err == f"{expected} {where}\n"
+    assert kept.read_text().startswith("Traceback (most recent call last):\n")
 
 
 @pytest.mark.parametrize("json_output", [True, False])
@@ -186,20 +189,20 @@ def test_the_traceback_is_shown_on_request(
 def usual() -> Iterator[None]:
     """What the options before a command change is changed back."""
     yield
-    configure(quiet=False, debug=False, log_file=None)
+    configure(quiet=False, verbose=False, debug=False, log_file=None)
 
 
 @pytest.mark.usefixtures("usual")
 def test_quiet_leaves_warnings_and_errors_and_a_log_file_has_all(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    configure(quiet=True, debug=False, log_file=tmp_path / "log")
+    configure(quiet=True, verbose=False, debug=False, log_file=tmp_path / "log")
     note("of no importance")
     warn("two\nlines\x1b[31m")
     with progress("training", 8) as report:
         report(4, "")
     fail(DataError("no images", kind="data.empty", fix="another folder"))
-    configure(quiet=False, debug=False, log_file=None)
+    configure(quiet=False, verbose=False, debug=False, log_file=None)
     expected = ["warning: two", "lines\\x1b[31m", "error: no images", "fix: another folder"]
     assert capsys.readouterr().err.splitlines() == expected
     logged = (tmp_path / "log").read_text().splitlines()
@@ -251,6 +254,28 @@ def test_a_reader_that_has_gone_is_no_error(write: str) -> None:
 
 
 # Telling
+
+
+def test_what_libraries_say_is_told_on_one_line_each() -> None:
+    code = """if True:
+        import logging, warnings
+        from momconv import cli
+        def say():
+            warnings.warn("two\\nlines", UserWarning)
+            cli.momconv(verbose=True)
+            logging.getLogger("timm").info("loading")
+        cli.app = say
+        cli.main()
+    """
+    ran = python(code)
+    lines = ["warning: two lines (UserWarning)", "note: timm: loading"]
+    assert (ran.returncode, ran.stdout, ran.stderr.splitlines()) == (0, "", lines)
+
+
+def test_offline_is_told_to_all_that_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOMCONV_OFFLINE", "0")
+    assert CliRunner().invoke(app, ["--offline", "recipes", "ls"]).exit_code == 0
+    assert os.environ["MOMCONV_OFFLINE"] == "1"
 
 
 def test_notes_and_warnings_go_to_stderr_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,9 +116,19 @@ def test_an_unreachable_file_comes_with_a_way_out(
     assert error.message.startswith("cannot download ResNet18_Weights.IMAGENET1K_V1\n")
     assert reason in error.message
     assert error.fix is not None
-    for part in (url, str(cache / "resnet18-f37072fd.pth"), "--weights FILE"):
-        assert part in error.fix
+    path = cache / "resnet18-f37072fd.pth"
+    assert error.fix == f"curl --create-dirs -o {path} {url}\n--weights FILE"
     assert list(cache.iterdir()) == []
+
+
+def test_offline_nothing_is_asked_for(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOMCONV_OFFLINE", "1")
+    with _serving(tmp_path) as server:
+        _publish_at(f"{server}/resnet18-f37072fd.pth", monkeypatch)
+        assert "not asked for, as momconv is --offline" in _failure("resnet18").message
+    assert not cache.exists()
 
 
 def _failure(name: str) -> ResourceError:
