@@ -282,6 +282,14 @@ def finetune(  # noqa: PLR0913 (one for each option)
             rich_help_panel=_RUN,
         ),
     ] = None,
+    check_env: Annotated[
+        bool,
+        typer.Option(
+            "--check-env",
+            help="Compare versions, weights and images to those of the recipe's run.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     resume: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Go on with the run there.", rich_help_panel=_RUN),
@@ -312,18 +320,32 @@ def finetune(  # noqa: PLR0913 (one for each option)
         recipe = RunFolder(resume).config
     wanted = load_recipe(recipe, changes, os.environ)
     folder = resume or output or name_folder(wanted)
+    like = _find_like(recipe) if check_env else None
     if dry_run:
-        _rehearse(wanted, folder, as_json=json_output)
+        _rehearse(wanted, folder, like, as_json=json_output)
     else:
-        _run(wanted, folder, resume=resume is not None, as_json=json_output)
+        _run(wanted, folder, like, resume=resume is not None, as_json=json_output)
 
 
-def _rehearse(recipe: Recipe, folder: Path, *, as_json: bool) -> None:
+def _find_like(recipe: Path | None) -> Path:
+    """The file that says what the run of the ``recipe`` began with."""
+    from momconv.training.run_folder import RunFolder
+
+    if recipe is None:
+        raise UsageError(
+            "--check-env compares to the run of a recipe, and there is no recipe",
+            kind="usage.nothing_to_compare",
+            fix="--recipe runs/NAME/config.yaml --check-env",
+        )
+    return RunFolder(recipe.parent).provenance
+
+
+def _rehearse(recipe: Recipe, folder: Path, like: Path | None, *, as_json: bool) -> None:
     from momconv.training.finetuning import rehearse
     from momconv.training.processes import is_leader
 
     with ExitStack() as bars:
-        found = rehearse(recipe, folder, listener=Display(bars))
+        found = rehearse(recipe, folder, like=like, listener=Display(bars))
     if not is_leader():
         return
     if as_json:
@@ -336,14 +358,14 @@ def _rehearse(recipe: Recipe, folder: Path, *, as_json: bool) -> None:
         note(f"nothing was written; without --dry-run the results go to {folder}")
 
 
-def _run(recipe: Recipe, folder: Path, *, resume: bool, as_json: bool) -> None:
+def _run(recipe: Recipe, folder: Path, like: Path | None, *, resume: bool, as_json: bool) -> None:
     from momconv.training.finetuning import finetune as run
     from momconv.training.interruption import Interrupted, TimeUp
     from momconv.training.processes import is_leader
 
     try:
         with ExitStack() as bars:
-            result = run(recipe, folder, resume=resume, listener=Display(bars))
+            result = run(recipe, folder, resume=resume, like=like, listener=Display(bars))
         if is_leader():
             _report(result, recipe)
     except Interrupted as interrupted:

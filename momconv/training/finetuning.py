@@ -47,6 +47,13 @@ from momconv.training.planning import (
 )
 from momconv.training.processes import Processes, find_own_device, joined
 from momconv.training.progress import SILENT, EpochRow, Listener, Progress
+from momconv.training.provenance import (
+    Provenance,
+    describe_machine,
+    find_provenance,
+    list_differences,
+    read_provenance,
+)
 from momconv.training.rate_finder import find_rate
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import publish, save, write_plan
@@ -84,7 +91,12 @@ class Result:
 
 
 def finetune(
-    recipe: Recipe, folder: str | Path, *, resume: bool = False, listener: Listener = SILENT
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    like: Path | None = None,
+    listener: Listener = SILENT,
 ) -> Result:
     """Fine-tune the recipe's network on its images; all results go to ``folder``.
 
@@ -92,6 +104,7 @@ def finetune(
         recipe: What to do. To resume, the folder's own (``config.yaml``), possibly with changes.
         folder: A new or empty folder, or one to resume.
         resume: Whether to go on where the run in ``folder`` stopped.
+        like: The ``run.json`` of another run; the listener hears what is not as it was there.
         listener: Hears how the run goes.
 
     Raises:
@@ -104,7 +117,7 @@ def finetune(
         TimeUp: The recipe's time limit is reached; the run can be resumed.
     """
     began, run = time.monotonic(), RunFolder(Path(folder))
-    with _task_of(recipe, run, listener) as task:
+    with _task_of(recipe, run, like, listener) as task:
         job, progress = _begin(task, resume=resume)
         job.plan = plan_together(job.plan, job.model, task.processes)
         write_plan(job)
@@ -128,13 +141,15 @@ class Rehearsal:
     plan: BatchPlan
 
 
-def rehearse(recipe: Recipe, folder: str | Path, *, listener: Listener = SILENT) -> Rehearsal:
+def rehearse(
+    recipe: Recipe, folder: str | Path, *, like: Path | None = None, listener: Listener = SILENT
+) -> Rehearsal:
     """Do all that ``finetune`` does before it changes a weight; nothing is written.
 
     Raises:
         MomconvError: As ``finetune`` before its first step.
     """
-    with _task_of(recipe, RunFolder(Path(folder)), listener) as task:
+    with _task_of(recipe, RunFolder(Path(folder)), like, listener) as task:
         ready = _prepare(task)
     return Rehearsal(ready.images.report, ready.plan)
 
@@ -145,13 +160,17 @@ class _Task:
 
     recipe: Recipe
     run: RunFolder
+    like: Provenance | None  # of a run that this one is to be compared to
     device: torch.device
     listener: Listener
     processes: Processes
 
 
 @contextmanager
-def _task_of(recipe: Recipe, run: RunFolder, listener: Listener) -> Iterator[_Task]:
+def _task_of(
+    recipe: Recipe, run: RunFolder, like: Path | None, listener: Listener
+) -> Iterator[_Task]:
+    before = read_provenance(like) if like else None
     device = find_own_device(recipe.train.device)
     choose_precision(recipe.train, device)
     network.require_synchronisable(recipe.train, device)
@@ -161,7 +180,8 @@ def _task_of(recipe: Recipe, run: RunFolder, listener: Listener) -> Iterator[_Ta
         _seeded(recipe.train.seed, device),
         deterministic(wanted=recipe.train.deterministic),
     ):
-        yield _Task(recipe, run, device, listener if processes.leads else SILENT, processes)
+        heard = listener if processes.leads else SILENT
+        yield _Task(recipe, run, before, device, heard, processes)
 
 
 def _begin(task: _Task, *, resume: bool) -> tuple[Job, Progress]:
@@ -186,6 +206,7 @@ class _Ready:
 
     task: _Task  # with what the plan changed
     images: CheckedImages
+    provenance: Provenance
     model: nn.Module
     plan: BatchPlan
 
@@ -202,12 +223,16 @@ def _prepare(task: _Task) -> _Ready:
         listener.tell(_NO_MOMENTUM)
     images = keep_readable(found, recipe.data, listener)
     _check_images(recipe, images.splits, listener)
+    provenance = find_provenance(recipe, model, images.report.fingerprint, task.device)
+    if task.like:
+        _tell_of_differences(task.like, provenance, listener)
     network.fit_head(model, images.splits.train.classes)
     network.place(model, task.device)
     network.start_training(model, recipe.train)
     if frozen := describe_frozen(model):
         listener.tell(frozen)
-    return _plan(task, images, model)
+    task, plan = _plan(task, images.splits, model)
+    return _Ready(task, images, provenance, model, plan)
 
 
 def _start(task: _Task) -> tuple[Job, Progress]:
@@ -224,20 +249,21 @@ def _start(task: _Task) -> tuple[Job, Progress]:
     if recipe.train.lr == "auto":
         _choose_rate(job)
     write_text(run.config, dump_recipe(_with_absolute_paths(job.recipe)))
+    write_text(run.provenance, ready.provenance.model_dump_json(indent=1) + "\n")
     write_text(run.plan, job.plan.to_json())
     remember_images(ready.images, require_folder(recipe.data), run, listener)
     save_state(run, model, job.optimizer, progress, job.read_extras())
     return job, progress
 
 
-def _plan(task: _Task, images: CheckedImages, model: nn.Module) -> _Ready:
+def _plan(task: _Task, splits: Splits, model: nn.Module) -> tuple[_Task, BatchPlan]:
     """How the run fits the memory; it is told. ``model`` gets the γ that it takes.
 
     Raises:
         ResourceError: It does not, or what it writes does not fit the disk.
     """
     task.run.require_room(_disk_bytes(model, task.recipe))
-    asked = _describe_setting(task, images.splits, model)
+    asked = _describe_setting(task, splits, model)
     plan = plan_batches(model, replace(asked, may_change=_list_changeable(task.recipe)))
     recipe = _change(task.recipe, asked, plan)
     if plan.gamma is not None:
@@ -245,7 +271,7 @@ def _plan(task: _Task, images: CheckedImages, model: nn.Module) -> _Ready:
     if recipe != task.recipe:
         task.listener.tell(_describe_changes(recipe))
     _tell_of_plan(plan, model, task.listener)
-    return _Ready(replace(task, recipe=recipe), images, model, plan)
+    return replace(task, recipe=recipe), plan
 
 
 def _change(recipe: Recipe, asked: Setting, plan: BatchPlan) -> Recipe:
@@ -321,6 +347,10 @@ def _resume(task: _Task) -> tuple[Job, Progress]:
     saved = load_newest(run, task.listener.tell, partial(network.make_own, recipe.model))
     model, progress = saved.model, saved.progress
     splits = recall_images(run.split, recipe.data.path, task.listener, progress=progress)
+    if run.provenance.is_file():
+        began = read_provenance(run.provenance)
+        now = began.model_copy(update={"machine": describe_machine(task.device)})
+        _tell_of_differences(began, now, task.listener)
     network.place(model, task.device)
     network.start_training(model, recipe.train)
     plan = _recall_plan(run, _describe_setting(task, splits, model), model)
@@ -399,6 +429,11 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def _tell_of_differences(before: Provenance, now: Provenance, listener: Listener) -> None:
+    for difference in list_differences(before, now):
+        listener.tell(f"warning: not as in the run of {before.started}: {difference}")
 
 
 def _tell_of_plan(plan: BatchPlan, model: nn.Module, listener: Listener) -> None:

@@ -39,6 +39,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def provenance(self) -> Path:
+        """What the run began with besides: versions, weights, images and the command."""
+        return self.path / "run.json"
+
+    @property
     def plan(self) -> Path:
         """How the micro-batch was chosen."""
         return self.path / "plan.json"
@@ -200,7 +205,7 @@ class RunFolder:
 
     def _holds_something(self) -> bool:
         # What is written before the first state.
-        before = {self.rates, self.config, self.plan, self.split, self.data_report}
+        before = {self.rates, self.config, self.provenance, self.plan, self.split, self.data_report}
         return any(p not in before and not is_temporary(p) for p in self.path.iterdir())
 
     def _next_free(self) -> Path:

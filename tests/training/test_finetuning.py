@@ -61,6 +61,7 @@ def test_a_run_leaves_a_folder_with_all_that_it_came_to(straight: Result) -> Non
         "last.safetensors",
         "metrics.csv",
         "plan.json",
+        "run.json",
         "split.json",
         "state.previous.safetensors",
         "state.safetensors",

@@ -1,0 +1,86 @@
+"""What a run was started with, besides its recipe: ``run.json``."""
+
+import platform
+import sys
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from momconv._version import __version__
+from momconv.errors import ModelFileError
+from momconv.recipe import Recipe
+from momconv.zoo.checkpoints import sha256
+from momconv.zoo.description import describe
+
+_PACKAGES = ("torch", "torchvision", "torchmetrics", "safetensors", "numpy", "pillow")
+
+
+class Provenance(BaseModel):
+    """What made a run what it is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    started: str  # in ISO 8601
+    command: tuple[str, ...]
+    machine: dict[str, str]  # versions of the software, and the device
+    weights: str  # what they are
+    weights_sha256: str | None  # of their file
+    images: str  # the fingerprint of all of them
+
+
+def find_provenance(
+    recipe: Recipe, model: nn.Module, fingerprint: str, device: torch.device
+) -> Provenance:
+    """What a run of ``model`` on the images of the ``fingerprint`` starts with here."""
+    file, description = recipe.model.from_file, describe(model)
+    return Provenance(
+        started=datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=tuple(sys.argv),
+        machine=describe_machine(device),
+        weights=str(file.absolute()) if file else description.source,
+        weights_sha256=sha256(file) if file else description.source_sha256,
+        images=fingerprint,
+    )
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """The versions of what computes, and on what."""
+    is_gpu = device.type == "cuda"
+    return {
+        "momconv": __version__,
+        "Python": platform.python_version(),
+        **{name: version(name) for name in _PACKAGES},
+        "system": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if is_gpu else platform.machine(),
+    }
+
+
+def read_provenance(path: Path) -> Provenance:
+    """What is in the file ``path``.
+
+    Raises:
+        ModelFileError: It is missing or damaged.
+    """
+    try:
+        return Provenance.model_validate_json(path.read_bytes())
+    except OSError as error:
+        problem = f"cannot read {path}, which says what the run began with: {error.strerror}"
+        raise ModelFileError(problem, kind="run.no_provenance") from error
+    except ValidationError as error:
+        problem = f"{path} is damaged: {error.errors()[0]['msg']}"
+        raise ModelFileError(problem, kind="run.bad_provenance") from error
+
+
+def list_differences(before: Provenance, now: Provenance) -> list[str]:
+    """What is not as it was, in words."""
+    then = before.machine
+    machine = {k: (then.get(k), value) for k, value in now.machine.items()}
+    pairs = machine | {
+        "sha256 of the weights": (before.weights_sha256, now.weights_sha256),
+        "fingerprint of the images": (before.images, now.images),
+    }
+    return [f"{name} is {new}, and was {old}" for name, (old, new) in pairs.items() if old != new]
