@@ -101,6 +101,7 @@ class DataRecipe(_Section):
     strict: bool = False  # whether a warning about the images is an error
     resolution: Annotated[int, Field(ge=16)] | None = None  # None: what the weights were made for
     limit: Fraction = 1  # of the images of each class, for a try
+    max_images: Annotated[int, Field(ge=2)] | None = None  # of each split, for the same
     val_frac: BelowOne = 0.2
     split_seed: Seed = 0
     max_bad_fraction: UnitInterval = 0.05
@@ -137,6 +138,7 @@ class TrainRecipe(_Section):
     deterministic: bool = False  # algorithms that repeat their results on a GPU
     seed: Seed = 0
     memory: Memory | None = None
+    headroom: BelowOne = 0.1  # of the free memory, kept back where ``memory`` is not given
     may_change: list[Literal["gamma", "precision"]] = []  # if the batch does not fit otherwise
     device: str = "auto"
     freeze: list[str] = []  # stages that stay as they are: stem, layer1, …, or all-but-head
@@ -161,6 +163,7 @@ class LogRecipe(_Section):
     """What is written down besides metrics.csv and events.jsonl."""
 
     tensorboard: bool = False
+    plots: bool = True
 
 
 class Recipe(_Section):
@@ -214,6 +217,24 @@ def load_recipe(
         given |= _read_override(override)
     _refuse_code(settings, given)
     return _validate(settings | given)
+
+
+def shorten(recipe: Recipe) -> Recipe:
+    """``recipe`` with all its parts, but only two steps of training and images for two to validate.
+
+    >>> shorten(load_recipe(None, ["train.batch_size=8", "train.epochs=90"])).data.max_images
+    16
+    """
+    train = {"epochs": 1, "freeze_epochs": 0, "time_limit": None}
+    return recipe.model_copy(
+        update={
+            "momentum": recipe.momentum.model_copy(
+                update={"anneal": min(1, recipe.momentum.anneal)}
+            ),
+            "data": recipe.data.model_copy(update={"max_images": 2 * recipe.train.batch_size}),
+            "train": recipe.train.model_copy(update=train),
+        }
+    )
 
 
 def recall_recipe(path: Path) -> Recipe:

@@ -3,20 +3,22 @@
 import json
 import os
 import shlex
+import shutil
+import signal
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from momconv.cli._console import note, out, print_json, progress, tell, warn
+from momconv.cli._console import Terminated, note, out, print_json, progress, tell, warn
 from momconv.cli._display import Display
 from momconv.cli._options import ArgumentOption, NetworkOption
 from momconv.errors import MomconvError, UsageError
-from momconv.recipe import Recipe, dump_recipe, load_recipe
+from momconv.recipe import Recipe, dump_recipe, load_recipe, shorten
 
 if TYPE_CHECKING:
     from momconv.training.finetuning import Result
@@ -40,6 +42,7 @@ _KEYS = {
     "freeze_bn": "train.freeze_bn",
     "sync_bn": "train.sync_bn",
     "tensorboard": "log.tensorboard",
+    "plots": "log.plots",
     "gamma": "momentum.gamma",
     "strategy": "momentum.strategy",
     "seed": "train.seed",
@@ -58,7 +61,9 @@ _KEYS = {
     "unknown_classes": "data.unknown_classes",
     "strict": "data.strict",
     "limit": "data.limit",
+    "val_frac": "data.val_frac",
     "max_bad_fraction": "data.max_bad_fraction",
+    "precision": "train.precision",
     "device": "train.device",
     "time_limit": "train.time_limit",
     "workers": "data.workers",
@@ -168,6 +173,10 @@ def finetune(  # noqa: PLR0913 (one for each option)
     val_dir: Annotated[
         str | None, _option("--val-dir", "FOLDER", "Validate on this one instead.", _IMAGES)
     ] = None,
+    val_frac: Annotated[
+        str | None,
+        _option("--val-frac", "F", "Held out where there is no val/. (default: 0.2)", _IMAGES),
+    ] = None,
     limit: Annotated[
         str | None, _option("--limit", "F", "Only that part of each class, for a try.", _IMAGES)
     ] = None,
@@ -236,6 +245,9 @@ def finetune(  # noqa: PLR0913 (one for each option)
             show_default=False,
         ),
     ] = None,
+    precision: Annotated[
+        str | None, _option("--precision", "NAME", "auto, fp32, bf16 or fp16 (on GPUs).", _MEMORY)
+    ] = None,
     device: Annotated[
         str | None, _option("--device", "NAME", "auto, cpu, cuda or cuda:1.", _MEMORY)
     ] = None,
@@ -268,6 +280,15 @@ def finetune(  # noqa: PLR0913 (one for each option)
             show_default=False,
         ),
     ] = None,
+    plots: Annotated[
+        bool | None,
+        typer.Option(
+            "--plots/--no-plots",
+            help="Draw curves, confusion and more. (default: yes)",
+            rich_help_panel=_RUN,
+            show_default=False,
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe.", rich_help_panel=_RUN),
@@ -282,6 +303,18 @@ def finetune(  # noqa: PLR0913 (one for each option)
             rich_help_panel=_RUN,
         ),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Give up an earlier run there.", rich_help_panel=_RUN),
+    ] = False,
+    auto_name: Annotated[
+        bool,
+        typer.Option(
+            "--auto-name",
+            help="Put a number behind the name of a folder that is in use.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     check_env: Annotated[
         bool,
         typer.Option(
@@ -299,6 +332,14 @@ def finetune(  # noqa: PLR0913 (one for each option)
         typer.Option(
             "--dry-run",
             help="Check images, network, memory and disk, print the recipe, and stop.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
+    fast_dev_run: Annotated[
+        bool,
+        typer.Option(
+            "--fast-dev-run",
+            help="Go once through everything with two steps, keep nothing, and stop.",
             rich_help_panel=_RUN,
         ),
     ] = False,
@@ -320,11 +361,43 @@ def finetune(  # noqa: PLR0913 (one for each option)
         recipe = RunFolder(resume).config
     wanted = load_recipe(recipe, changes, os.environ)
     folder = resume or output or name_folder(wanted)
-    like = _find_like(recipe) if check_env else None
+    if auto_name:
+        folder = _find_unused(folder)
+    choices = _Choices(
+        resume=resume is not None,
+        overwrite=overwrite,
+        like=_find_like(recipe) if check_env else None,
+        as_json=json_output,
+    )
     if dry_run:
-        _rehearse(wanted, folder, like, as_json=json_output)
+        _rehearse(wanted, folder, choices)
+    elif fast_dev_run:
+        _try_out(wanted, folder, choices)
     else:
-        _run(wanted, folder, like, resume=resume is not None, as_json=json_output)
+        _run(wanted, folder, choices)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choices:
+    """How a run is begun and told of."""
+
+    resume: bool
+    overwrite: bool
+    like: Path | None
+    as_json: bool
+
+
+def _find_unused(folder: Path) -> Path:
+    from momconv.training.processes import is_alone
+    from momconv.training.run_folder import RunFolder
+
+    if not is_alone():
+        raise UsageError(
+            "--auto-name: each of several processes would choose a name of its own",
+            kind="usage.auto_name",
+            fix=f"-o {shlex.quote(str(RunFolder(folder).find_unused()))}",
+        )
+    return RunFolder(folder).find_unused()
 
 
 def _find_like(recipe: Path | None) -> Path:
@@ -340,15 +413,21 @@ def _find_like(recipe: Path | None) -> Path:
     return RunFolder(recipe.parent).provenance
 
 
-def _rehearse(recipe: Recipe, folder: Path, like: Path | None, *, as_json: bool) -> None:
+def _rehearse(recipe: Recipe, folder: Path, choices: _Choices) -> None:
     from momconv.training.finetuning import rehearse
     from momconv.training.processes import is_leader
 
     with ExitStack() as bars:
-        found = rehearse(recipe, folder, like=like, listener=Display(bars))
+        found = rehearse(
+            recipe,
+            folder,
+            overwrite=choices.overwrite,
+            like=choices.like,
+            listener=Display(bars),
+        )
     if not is_leader():
         return
-    if as_json:
+    if choices.as_json:
         parts = {"plan": json.loads(found.plan.to_json()), "images": found.report.to_json()}
         print_json(
             {"ok": True, "folder": folder, "recipe": recipe.model_dump(mode="json"), **parts}
@@ -358,28 +437,64 @@ def _rehearse(recipe: Recipe, folder: Path, like: Path | None, *, as_json: bool)
         note(f"nothing was written; without --dry-run the results go to {folder}")
 
 
-def _run(recipe: Recipe, folder: Path, like: Path | None, *, resume: bool, as_json: bool) -> None:
+def _try_out(recipe: Recipe, folder: Path, choices: _Choices) -> None:
+    """Run two steps in a folder beside the one that is asked for, and remove it."""
+    from momconv.training.finetuning import finetune as run
+    from momconv.training.interruption import Interrupted
+    from momconv.training.processes import is_leader
+    from momconv.training.run_folder import RunFolder
+
+    RunFolder(folder).require_unused(overwrite=choices.overwrite)
+    named, short = folder.absolute(), shorten(recipe)
+    place = named.with_name(f".{named.name}.fast-dev-run")
+    try:
+        with ExitStack() as bars:
+            result = run(short, place, overwrite=True, like=choices.like, listener=Display(bars))
+        if is_leader():
+            _report(result)
+    except Interrupted as interrupted:
+        if interrupted.signal == signal.SIGTERM:
+            raise Terminated(128 + interrupted.signal) from None
+        raise
+    finally:
+        if is_leader():
+            shutil.rmtree(place, ignore_errors=True)
+    if is_leader() and choices.as_json:
+        rows = [asdict(row) for row in result.history]
+        print_json({"ok": True, "complete": False, "folder": folder, "history": rows})
+    elif is_leader():
+        note(f"all went well, and nothing was kept; the results of a run go to {folder}")
+
+
+def _run(recipe: Recipe, folder: Path, choices: _Choices) -> None:
     from momconv.training.finetuning import finetune as run
     from momconv.training.interruption import Interrupted, TimeUp
     from momconv.training.processes import is_leader
 
     try:
         with ExitStack() as bars:
-            result = run(recipe, folder, resume=resume, like=like, listener=Display(bars))
+            result = run(
+                recipe,
+                folder,
+                resume=choices.resume,
+                overwrite=choices.overwrite,
+                like=choices.like,
+                listener=Display(bars),
+            )
         if is_leader():
-            _report(result, recipe)
+            _report(result)
     except Interrupted as interrupted:
         code = 128 + interrupted.signal
         if is_leader():
-            _tell_of_stop("stopped", _go_on(folder, recipe), code, as_json=as_json)
+            _tell_of_stop("stopped", _go_on(folder, recipe), code, as_json=choices.as_json)
         raise typer.Exit(code) from None
     except TimeUp:
         if is_leader():
             what = f"stopped after {recipe.train.time_limit}"
-            _tell_of_stop(what, _go_on(folder, recipe), 0, as_json=as_json)
+            _tell_of_stop(what, _go_on(folder, recipe), 0, as_json=choices.as_json)
         return
     if is_leader():
-        (_print_document if as_json else _print_result)(result, recipe)
+        (_print_document if choices.as_json else _print_result)(result, recipe)
 
 
 def _tell_of_stop(what: str, command: str, code: int, *, as_json: bool) -> None:
@@ -408,12 +523,15 @@ def _read_options(context: typer.Context) -> list[str]:
 
 def _refuse_contradictions(given: Mapping[str, object]) -> None:
     for option, *others in (
-        ("resume", "recipe", "output", "dry_run"),
+        ("resume", "recipe", "output", "overwrite", "auto_name", "dry_run", "fast_dev_run"),
+        ("auto_name", "overwrite"),
+        ("fast_dev_run", "dry_run"),
         ("network", "model"),
         ("from_file", "model", "weights", "gamma"),
     ):
         names = {f"--{name.replace('_', '-')}": given[name] or None for name in others}
-        _refuse_together(f"--{option.removesuffix('_file')}", given[option], names)
+        name = option.removesuffix("_file").replace("_", "-")
+        _refuse_together(f"--{name}", given[option] or None, names)
 
 
 def _refuse_together(option: str, value: object, others: Mapping[str, object]) -> None:
@@ -426,14 +544,14 @@ def _refuse_together(option: str, value: object, others: Mapping[str, object]) -
         )
 
 
-def _report(result: "Result", recipe: Recipe) -> None:
+def _report(result: "Result") -> None:
     """Add to the folder what people want to see; a run that cannot be described is still done."""
     from momconv.reports.run import report_run
 
     total = len(result.splits.val.samples)
     try:
         with progress("describing the run", total) as report:
-            notes = report_run(result, recipe, lambda done, _: report(done, ""))
+            notes = report_run(result, lambda done, _: report(done, ""))
     except MomconvError as error:
         warn(f"the run is done, but could not be described\n{error}")
         return

@@ -120,4 +120,5 @@ def _print(done: "Predictions", format_: Format) -> None:
     elif format_ == "csv":
         typer.echo(to_csv(done), nl=False)
     else:
-        print_json_lines([image.to_json() for image in (*done.images, *done.unreadable)])
+        predictions = [image.to_json() for image in done.images]
+        print_json_lines([*predictions, *(image.to_json() for image in done.unreadable)])

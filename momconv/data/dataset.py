@@ -28,6 +28,7 @@ from momconv.errors import ResourceError
 _NONE = -1
 _SHARED_MEMORY = Path("/dev/shm")  # where processes hand over tensors, on Linux
 _ALMOST_NOTHING = 2**20  # bytes of free space
+_BATCHES_ON_THE_WAY = 2  # of a process, as DataLoader has it
 _MOST_WORKERS = 8
 _IMAGES_PER_WORKER = 32  # fewer are read before a process has started
 
@@ -118,6 +119,17 @@ def count_workers(images: int) -> int:
     """How many processes should read so many images: one processor is left to the network."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return min(_MOST_WORKERS, cores - 1, images // _IMAGES_PER_WORKER)
+
+
+def count_workers_that_fit(workers: int, batch_bytes: int) -> int:
+    """How many of so many processes can hand over batches of that size through shared memory.
+
+    Each has two on the way, and one is in use.
+    """
+    if not _SHARED_MEMORY.is_dir():
+        return workers
+    batches = shutil.disk_usage(_SHARED_MEMORY).free // batch_bytes
+    return max(0, min(workers, (batches - 1) // _BATCHES_ON_THE_WAY))
 
 
 def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:

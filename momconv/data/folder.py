@@ -304,7 +304,7 @@ def _hold_out(whole: ImageSet, val_frac: float, seed: int) -> Splits:
     how = f"holding out {val_frac:.0%} per class (seed {seed})" if val_frac else "none held out"
     note = (
         f"note: no val/ folder; {how}: {len(train.samples)} train / {len(val.samples)} val. "
-        "Change it with --set data.val_frac=F or --val-dir."
+        "Change it with --val-frac or --val-dir."
     )
     return Splits(train, val, (note, *whole.notes, *_warn_of_few(train)))
 

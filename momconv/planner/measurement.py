@@ -29,7 +29,7 @@ from momconv.planner.micro_batch import Line, StaticBytes
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-_RESERVE = 0.1  # of the free memory: fragmentation, and what no allocator reports
+_HEADROOM = 0.1  # of the free memory: fragmentation, and what no allocator reports
 _STATES = {"sgd": 1, "adamw": 2}  # per trainable parameter
 _STAGE_MARK = "momconv.stage:"
 _LOSS_MARK = "momconv.loss"
@@ -144,17 +144,17 @@ def static_bytes(
     return StaticBytes(weights, gradients=trained, optimizer=state, ema=weights if ema else 0)
 
 
-def available_bytes(device: torch.device) -> int:
-    """The bytes that new tensors may take on ``device``, a tenth of the free memory kept back.
+def available_bytes(device: torch.device, headroom: float = _HEADROOM) -> int:
+    """The bytes that new tensors may take on ``device``, ``headroom`` of the free memory kept back.
 
     What is already alive, such as a loaded model, is not part of them.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int((free + cached) * (1 - _RESERVE))
+        return int((free + cached) * (1 - headroom))
     free = min([psutil.virtual_memory().available, *_free_in_cgroups()])
-    return int(free * (1 - _RESERVE))
+    return int(free * (1 - headroom))
 
 
 # The step and its stages

@@ -21,7 +21,6 @@ _MOST_ROWS = 50  # classes in a table
 
 def compose_card(
     result: Result,
-    recipe: Recipe,
     description: Description,
     scores: Scores | None,
     plots: Sequence[Path],
@@ -30,11 +29,11 @@ def compose_card(
 
     Args:
         result: What the run came to.
-        recipe: What was asked for.
         description: What the network of its best epoch is.
         scores: Of that network on the held-out images; None where there are none.
         plots: Pictures in the run's folder.
     """
+    recipe = result.recipe
     name = f"{description.architecture} on {_name_data(recipe)}"
     front = yaml.safe_dump(
         _compose_front_matter(name, description, scores), sort_keys=False, allow_unicode=True

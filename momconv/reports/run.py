@@ -10,7 +10,6 @@ from momconv.files.atomic import write_text
 from momconv.files.export import to_config
 from momconv.files.model_file import load
 from momconv.planner.devices import find_device
-from momconv.recipe import Recipe
 from momconv.reports.model_card import compose_card
 from momconv.reports.run_plots import (
     can_draw,
@@ -18,10 +17,14 @@ from momconv.reports.run_plots import (
     draw_curves,
     draw_memory,
     draw_mistakes,
+    draw_rates,
+    draw_training_images,
 )
+from momconv.reports.scores import confusion_to_csv
 from momconv.training.finetuning import Result
 from momconv.training.network import make_own
-from momconv.zoo.description import describe
+from momconv.training.run_folder import RunFolder
+from momconv.zoo.description import Description, describe
 
 _BATCH = 32  # images to evaluate at once
 
@@ -29,9 +32,9 @@ NO_PLOTS = "note: no plots, because matplotlib is not installed: pip install 'mo
 
 
 def report_run(
-    result: Result, recipe: Recipe, progress: Callable[[int, int], None] | None = None
+    result: Result, progress: Callable[[int, int], None] | None = None
 ) -> tuple[str, ...]:
-    """Write ``README.md``, ``config.json`` and ``plots`` to the folder of a run; notes on them.
+    """Write ``README.md``, ``config.json`` and pictures to the folder of a run; notes on them.
 
     The network of the best epoch is evaluated once more, for the confusion and the mistakes, which
     a run does not keep. ``progress`` is called with the number of images done and of all.
@@ -41,6 +44,7 @@ def report_run(
         ModelFileError: The best model is gone.
         ResourceError: The folder cannot be written.
     """
+    recipe = result.recipe
     model = load(result.best, make_own(recipe.model))
     description = describe(model)
     images = result.splits.val
@@ -54,21 +58,24 @@ def report_run(
             workers=count_workers(len(images.samples)),
             progress=progress,
         )
-    plots = _draw(result, scores) if can_draw() else []
+    run, wanted = RunFolder(result.folder), recipe.log.plots
+    plots = _draw(result, description, scores) if wanted and can_draw() else []
     config = json.dumps(to_config(description), indent=2, ensure_ascii=False)
-    write_text(result.folder / "config.json", f"{config}\n")
-    card = compose_card(result, recipe, description, scores, plots)
-    write_text(result.folder / "README.md", card)
-    return () if can_draw() else (NO_PLOTS,)
+    write_text(run.model_config, f"{config}\n")
+    write_text(run.card, compose_card(result, description, scores, plots))
+    if scores:
+        write_text(run.confusion, confusion_to_csv(scores))
+    return (NO_PLOTS,) if wanted and not can_draw() else ()
 
 
-def _draw(result: Result, scores: Scores | None) -> list[Path]:
+def _draw(result: Result, description: Description, scores: Scores | None) -> list[Path]:
     """The pictures that were drawn; one of an earlier end of the run that has none now is gone."""
-    folder = result.folder / "plots"
-    folder.mkdir(exist_ok=True)
-    names = ("curves", "confusion", "worst-errors", "memory")
-    curves, confusion, mistakes, memory = (folder / f"{name}.png" for name in names)
-    for path in (confusion, mistakes):
+    run = RunFolder(result.folder)
+    run.plots.mkdir(exist_ok=True)
+    names = ("curves", "confusion", "worst-errors", "memory", "training-images", "rates")
+    paths = [run.plots / f"{name}.png" for name in names]
+    curves, confusion, mistakes, memory, images, rates = paths
+    for path in paths:
         path.unlink(missing_ok=True)
     draw_curves(result.history, curves)
     if scores:
@@ -76,4 +83,7 @@ def _draw(result: Result, scores: Scores | None) -> list[Path]:
     if scores and scores.mistakes:
         draw_mistakes(scores.mistakes, mistakes)
     draw_memory(result.plan, memory)
-    return [path for path in (curves, confusion, mistakes, memory) if path.is_file()]
+    draw_training_images(result.splits.train, description.preprocessing, result.recipe, images)
+    if run.rates.is_file():
+        draw_rates(run.rates, result.recipe.train.resolved_lr, rates)
+    return [path for path in paths if path.is_file()]

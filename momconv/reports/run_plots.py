@@ -1,28 +1,36 @@
 """A run in pictures. Only this module and ``memory_plot`` draw."""
 
+import csv
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image, ImageOps
+from torchvision.transforms.v2.functional import to_pil_image
 
+from momconv.data.dataset import LabelledImages
 from momconv.data.decoding import decode
-from momconv.data.folder import printable
+from momconv.data.folder import ImageSet, printable
+from momconv.data.transforms import training_transform
 from momconv.evaluation import Mistake, Scores
 from momconv.files.atomic import write_atomically
+from momconv.recipe import Recipe
 from momconv.training.planning import BatchPlan
 from momconv.training.progress import EpochRow
+from momconv.zoo.description import Preprocessing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_CLASSES = 30  # above, only those that are confused most
 _MOST_COUNTS = 12  # classes, up to which the counts are written in
-_COLUMNS = 5  # of images
+_EXAMPLES = 15  # images
+_COLUMNS = 5  # of them
 _CELL = 240  # pixels of an image with its words
 _SIDE = 190  # pixels of the image
 _DPI = 100
@@ -81,17 +89,49 @@ def draw_confusion(scores: Scores, path: Path) -> None:
 
 def draw_mistakes(mistakes: Sequence[Mistake], path: Path) -> None:
     """The images themselves, with what was said and what is right."""
-    width, height = _COLUMNS * _CELL, math.ceil(len(mistakes) / _COLUMNS) * _CELL
+    texts = [
+        f"said {_shorten(m.said)} ({m.probability:.0%})\nis {_shorten(m.truth)}" for m in mistakes
+    ]
+    _draw_images((decode(mistake.path) for mistake in mistakes), texts, path)
+
+
+def draw_training_images(images: ImageSet, p: Preprocessing, recipe: Recipe, path: Path) -> None:
+    """Some images as the network saw them in the first epoch, with their classes; not yet mixed."""
+    data, total = recipe.data, len(images.samples)
+    count = min(_EXAMPLES, total)
+    transform = training_transform(p, level=data.augment, flip=data.flip)
+    dataset = LabelledImages(images, transform, seed=recipe.train.seed)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (p.mean, p.std))
+    numbers = [number * total // count for number in range(count)]
+    pictures = (to_pil_image((dataset[n][0] * std + mean).clamp(0, 1)) for n in numbers)
+    names = [_shorten(images.classes[images.samples[n].label]) for n in numbers]
+    _draw_images(pictures, names, path)
+
+
+def draw_rates(table: Path, chosen: float, path: Path) -> None:
+    """The loss at the learning rates that were tried, and the rate that was chosen."""
+    with table.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    rates = [float(row["lr"]) for row in rows]
+    with _figure(path, (6, 3.5)) as figure:
+        axes = figure.subplots()
+        axes.plot(rates, [float(row["loss"]) for row in rows], ".", label="loss of a step")
+        axes.plot(rates, [float(row["smoothed"]) for row in rows], label="smoothed")
+        axes.axvline(chosen, color="tab:green", label=f"chosen: {chosen:g}")
+        axes.set(xscale="log", xlabel="learning rate")
+        axes.legend()
+
+
+def _draw_images(images: Iterable[Image.Image], texts: Sequence[str], path: Path) -> None:
+    width, height = _COLUMNS * _CELL, math.ceil(len(texts) / _COLUMNS) * _CELL
     sheet = Image.new("RGB", (width, height), "white")
     with _figure(path, (width / _DPI, height / _DPI)) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.axis("off")
-        for number, mistake in enumerate(mistakes):
+        for number, (image, text) in enumerate(zip(images, texts, strict=True)):
             x, y = _CELL * (number % _COLUMNS), _CELL * (number // _COLUMNS)
-            image = ImageOps.contain(decode(mistake.path), (_SIDE, _SIDE))
-            sheet.paste(image, (x + (_CELL - image.width) // 2, y))
-            said = f"said {_shorten(mistake.said)} ({mistake.probability:.0%})"
-            text = f"{said}\nis {_shorten(mistake.truth)}"
+            small = ImageOps.contain(image, (_SIDE, _SIDE))
+            sheet.paste(small, (x + (_CELL - small.width) // 2, y))
             axes.text(x + _CELL / 2, y + _SIDE + 4, text, fontsize=9, ha="center", va="top")
         axes.imshow(sheet, aspect="auto")
 

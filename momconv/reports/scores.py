@@ -1,5 +1,7 @@
 """Scores as tables that stay readable with a thousand classes."""
 
+import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -39,6 +41,17 @@ def show_scores(scores: Scores) -> Iterator[RenderableType]:
     if scores.mistakes:
         yield Text("\nthe most confident mistakes")
         yield from map(_describe, scores.mistakes)
+
+
+def confusion_to_csv(scores: Scores) -> str:
+    """How many images of each class, a line, are said to be of each class, a column."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    names = [printable(score.name) for score in scores.classes]
+    writer.writerow(["class", *names])
+    for name, counts in zip(names, scores.confusion, strict=True):
+        writer.writerow([name, *counts])
+    return table.getvalue()
 
 
 def compare_scores(scores: Mapping[Path, Scores]) -> Iterator[RenderableType]:

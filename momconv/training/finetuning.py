@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from momconv.data.dataset import count_workers
+from momconv.data.dataset import count_workers, count_workers_that_fit
 from momconv.data.folder import Splits
 from momconv.data.report import DataReport
 from momconv.errors import ResourceError, UsageError
@@ -34,7 +34,7 @@ from momconv.training.images import (
 )
 from momconv.training.job import Job
 from momconv.training.loop import train
-from momconv.training.omission import keep_rest
+from momconv.training.omission import keep_rest, leave_out
 from momconv.training.optimisation import choose_precision, make_optimizer
 from momconv.training.parameters import describe_frozen, require_stages
 from momconv.training.planning import (
@@ -58,7 +58,7 @@ from momconv.training.rate_finder import find_rate
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import publish, save, write_plan
 from momconv.training.state import load_newest, save_state
-from momconv.units import parse_duration
+from momconv.units import format_bytes, parse_duration
 from momconv.zoo.description import describe
 
 _NO_MOMENTUM = (
@@ -70,7 +70,7 @@ _FIXED = [
     *("model.name", "model.arguments", "model.weights", "model.from_file"),
     *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
     *("momentum.calibrate", "momentum.anneal"),
-    *("data.resolution", "data.val_frac", "data.split_seed", "data.limit"),
+    *("data.resolution", "data.val_frac", "data.split_seed", "data.limit", "data.max_images"),
     *("train.batch_size", "train.optimizer", "train.seed", "train.freeze", "train.freeze_bn"),
     *("train.ema", "train.monitor"),
 ]
@@ -80,6 +80,7 @@ _FIXED = [
 class Result:
     """What a run came to."""
 
+    recipe: Recipe  # with what was found or had to be changed
     folder: Path
     best: Path  # the model of the best epoch
     last: Path
@@ -95,6 +96,7 @@ def finetune(
     folder: str | Path,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     like: Path | None = None,
     listener: Listener = SILENT,
 ) -> Result:
@@ -104,6 +106,7 @@ def finetune(
         recipe: What to do. To resume, the folder's own (``config.yaml``), possibly with changes.
         folder: A new or empty folder, or one to resume.
         resume: Whether to go on where the run in ``folder`` stopped.
+        overwrite: Whether an earlier run in ``folder`` is given up, once this one can begin.
         like: The ``run.json`` of another run; the listener hears what is not as it was there.
         listener: Hears how the run goes.
 
@@ -117,7 +120,7 @@ def finetune(
         TimeUp: The recipe's time limit is reached; the run can be resumed.
     """
     began, run = time.monotonic(), RunFolder(Path(folder))
-    with _task_of(recipe, run, like, listener) as task:
+    with _task_of(recipe, run, like, listener, overwrite=overwrite) as task:
         job, progress = _begin(task, resume=resume)
         job.plan = plan_together(job.plan, job.model, task.processes)
         write_plan(job)
@@ -130,7 +133,7 @@ def finetune(
     assert best is not None
     splits = keep_rest(job.splits, progress)
     done = (best, progress.epoch, tuple(progress.history), splits, job.plan)
-    return Result(run.path, run.best, run.last, *done)
+    return Result(job.recipe, run.path, run.best, run.last, *done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +145,19 @@ class Rehearsal:
 
 
 def rehearse(
-    recipe: Recipe, folder: str | Path, *, like: Path | None = None, listener: Listener = SILENT
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    like: Path | None = None,
+    listener: Listener = SILENT,
 ) -> Rehearsal:
     """Do all that ``finetune`` does before it changes a weight; nothing is written.
 
     Raises:
         MomconvError: As ``finetune`` before its first step.
     """
-    with _task_of(recipe, RunFolder(Path(folder)), like, listener) as task:
+    with _task_of(recipe, RunFolder(Path(folder)), like, listener, overwrite=overwrite) as task:
         ready = _prepare(task)
     return Rehearsal(ready.images.report, ready.plan)
 
@@ -160,6 +168,7 @@ class _Task:
 
     recipe: Recipe
     run: RunFolder
+    overwrite: bool  # whether the folder may hold another run
     like: Provenance | None  # of a run that this one is to be compared to
     device: torch.device
     listener: Listener
@@ -168,7 +177,7 @@ class _Task:
 
 @contextmanager
 def _task_of(
-    recipe: Recipe, run: RunFolder, like: Path | None, listener: Listener
+    recipe: Recipe, run: RunFolder, like: Path | None, listener: Listener, *, overwrite: bool
 ) -> Iterator[_Task]:
     before = read_provenance(like) if like else None
     device = find_own_device(recipe.train.device)
@@ -181,7 +190,7 @@ def _task_of(
         deterministic(wanted=recipe.train.deterministic),
     ):
         heard = listener if processes.leads else SILENT
-        yield _Task(recipe, run, before, device, heard, processes)
+        yield _Task(recipe, run, overwrite, before, device, heard, processes)
 
 
 def _begin(task: _Task, *, resume: bool) -> tuple[Job, Progress]:
@@ -214,7 +223,7 @@ class _Ready:
 def _prepare(task: _Task) -> _Ready:
     """Check images, network, memory and disk; nothing is written."""
     recipe, run, listener = task.recipe, task.run, task.listener
-    run.require_unused()
+    run.require_unused(overwrite=task.overwrite)
     run.require_room(0)
     found = find_images(require_folder(recipe.data), recipe.data, listener)
     model = network.load(recipe)
@@ -240,14 +249,15 @@ def _start(task: _Task) -> tuple[Job, Progress]:
     ready = _prepare(task)
     task, splits, model, plan = ready.task, ready.images.splits, ready.model, ready.plan
     recipe, run, listener = task.recipe, task.run, task.listener
-    workers = _choose_workers(task, splits)
+    progress = Progress()
     if network.needs_calibration(model, recipe):
-        _calibrate(model, recipe, splits, plan, workers, listener)
-    optimizer, progress = make_optimizer(model, recipe.train), Progress()
-    job = _make_job(task, splits, model, optimizer, plan)
+        _calibrate(ready, progress)
+    job = _make_job(task, splits, model, make_optimizer(model, recipe.train), plan)
+    if task.overwrite:
+        run.clear()
     run.make()
     if recipe.train.lr == "auto":
-        _choose_rate(job)
+        _choose_rate(job, progress)
     write_text(run.config, dump_recipe(_with_absolute_paths(job.recipe)))
     write_text(run.provenance, ready.provenance.model_dump_json(indent=1) + "\n")
     write_text(run.plan, job.plan.to_json())
@@ -297,10 +307,10 @@ def _disk_bytes(model: nn.Module, recipe: Recipe) -> int:
     return 3 * (static.weights + static.optimizer + static.ema) + 3 * static.weights
 
 
-def _choose_rate(job: Job) -> None:
+def _choose_rate(job: Job, progress: Progress) -> None:
     """Look for a learning rate, which from then on is the recipe's own."""
     network.start_training(job.model, job.recipe.train)
-    rate = find_rate(job)
+    rate = find_rate(job, progress)
     train = job.recipe.train.model_copy(update={"lr": rate})
     job.recipe = job.recipe.model_copy(update={"train": train})
     job.optimizer = make_optimizer(job.model, train)
@@ -309,30 +319,27 @@ def _choose_rate(job: Job) -> None:
     )
 
 
-def _calibrate(
-    model: nn.Module,
-    recipe: Recipe,
-    splits: Splits,
-    plan: BatchPlan,
-    workers: int,
-    listener: Listener,
-) -> None:
+def _calibrate(ready: _Ready, progress: Progress) -> None:
     """Adapt the converted network to its original, which is loaded for that and then dropped.
 
     It weighs no more than the gradients, which do not exist yet. In single precision, in which this
     is done, an image takes up to twice what it takes in half precision.
     """
-    half = plan.setting.precision != "fp32"
+    task, splits, plan = ready.task, ready.images.splits, ready.plan
+    recipe, listener, half = task.recipe, task.listener, plan.setting.precision != "fp32"
     original = network.load_plain(recipe.model, recipe.data.resolution)
-    network.place(original, next(model.parameters()).device)
+    network.place(original, task.device)
     network.calibrate_on(
         splits.train,
-        model,
+        ready.model,
         original,
         epochs=recipe.train.epochs,
         batch_size=max(1, plan.micro_batch // 2) if half else plan.micro_batch,
-        workers=workers,
+        workers=_choose_workers(task, splits, plan),
         listener=listener,
+        leave_out=partial(
+            leave_out, progress, "train", splits, recipe=recipe.data, listener=listener
+        ),
     )
 
 
@@ -383,14 +390,14 @@ def _check_images(recipe: Recipe, splits: Splits, listener: Listener) -> None:
         raise UsageError(
             "train.patience: without held-out images nothing says when to stop",
             kind="usage.no_validation",
-            fix="--set data.val_frac=0.2, or --set train.patience=null",
+            fix="--val-frac 0.2\n--set train.patience=null",
         )
 
 
 def _make_job(
     task: _Task, splits: Splits, model: nn.Module, optimizer: Optimizer, plan: BatchPlan
 ) -> Job:
-    workers = _choose_workers(task, splits)
+    workers = _choose_workers(task, splits, plan)
     return Job(
         *(task.recipe, task.run, splits, model, optimizer, plan, task.device, workers),
         *(task.listener, task.processes),
@@ -409,6 +416,7 @@ def _describe_setting(task: _Task, splits: Splits, model: nn.Module) -> Setting:
         optimizer=train.optimizer,
         device=str(task.device),
         memory=train.memory,
+        headroom=train.headroom,
         ema=train.ema > 0,
         processes=processes.count,
         sharers=processes.on_this_machine if task.device.type == "cpu" else 1,
@@ -442,12 +450,25 @@ def _tell_of_plan(plan: BatchPlan, model: nn.Module, listener: Listener) -> None
         listener.tell(warning)
 
 
-def _choose_workers(task: _Task, splits: Splits) -> int:
+def _choose_workers(task: _Task, splits: Splits, plan: BatchPlan) -> int:
+    """How many processes read images; not more than shared memory has room for.
+
+    Raises:
+        ResourceError: It has no room for those that the recipe asks for.
+    """
     wanted, processes = task.recipe.data.workers, task.processes
-    if wanted == "auto":
-        images = len(splits.train.samples) // processes.count
-        return count_workers(images) // processes.on_this_machine
-    return wanted
+    images = len(splits.train.samples) // processes.count
+    most = count_workers(images) // processes.on_this_machine if wanted == "auto" else wanted
+    batch_bytes = plan.sizes[0] * 3 * 4 * plan.setting.resolution**2
+    fitting = count_workers_that_fit(most, batch_bytes * processes.on_this_machine)
+    if fitting < most and wanted != "auto":
+        raise ResourceError(
+            f"{most} processes that read micro-batches of {format_bytes(batch_bytes)} need more "
+            "shared memory than there is",
+            kind="memory.shared",
+            fix=f"--workers {fitting}\ndocker run --shm-size=8g, in a container",
+        )
+    return fitting
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:

@@ -105,19 +105,21 @@ def find_images(root: Path, recipe: DataRecipe, listener: Listener) -> Splits:
         unknown=recipe.unknown_classes,
     )
     _tell(found.notes, recipe, listener)
-    if recipe.limit == 1:
+    if recipe.limit == 1 and recipe.max_images is None:
         return found
     train, val = (_limit(images, recipe) for images in (found.train, found.val))
     counts = f"{len(train.samples)} train / {len(val.samples)} val"
-    note = f"note: only {recipe.limit:.3g} of the images of each class: {counts}"
+    most = "" if recipe.max_images is None else f", at most {recipe.max_images} of a split"
+    note = f"note: only {recipe.limit:.3g} of the images of each class{most}: {counts}"
     listener.tell(note)
     return Splits(train, val, (*found.notes, note))
 
 
 def _limit(images: ImageSet, recipe: DataRecipe) -> ImageSet:
-    """A part of each class, but at least one image."""
+    """A part of each class, but at least one image; and then so many, evenly from all classes."""
     kept, _ = hold_out(images.labels, 1 - recipe.limit, recipe.split_seed)
-    return images.select(kept)
+    count = min(recipe.max_images or len(kept), len(kept))
+    return images.select(kept[n * len(kept) // count] for n in range(count))
 
 
 def keep_readable(splits: Splits, recipe: DataRecipe, listener: Listener) -> CheckedImages:

@@ -24,7 +24,7 @@ from momconv.training.network import read_gamma, start_training
 from momconv.training.omission import find_number, keep_rest, leave_out
 from momconv.training.optimisation import set_rate
 from momconv.training.parameters import ALL_BUT_HEAD, freeze
-from momconv.training.progress import EpochRow, Halving, Progress
+from momconv.training.progress import EpochRow, Halving, Progress, SplitName
 from momconv.training.saving import (
     Autosave,
     HalfDone,
@@ -128,12 +128,19 @@ def _add_up(
         halve(job, progress)
         return None
     except UnreadableImage as error:
-        leave_out(job, progress, "train", find_number(job.splits.train, error))
+        _leave_out(job, progress, "train", error)
         return None
     except NotFinite as error:
         go_back_and_slow_down(job, progress, error)
         return None
     return loss
+
+
+def _leave_out(job: Job, progress: Progress, split: SplitName, error: UnreadableImage) -> None:
+    recipe, listener = job.recipe.data, job.listener
+    leave_out(progress, split, job.splits, error, recipe=recipe, listener=listener)
+    if job.processes.leads:
+        job.folder.write_history(progress)
 
 
 def _add_share(job: Job, step: Step, report: "_Report", check: Callable[[], None]) -> Tensor:
@@ -427,7 +434,7 @@ def _validate(
                     progress=tell,
                 )
         except UnreadableImage as error:
-            leave_out(job, progress, "val", find_number(job.splits.val, error))
+            _leave_out(job, progress, "val", error)
             continue
         except torch.OutOfMemoryError:
             if size == 1:

@@ -1,14 +1,18 @@
 """The network of a run before its first step."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
+from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import ImageSet
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import UsageError
@@ -142,10 +146,12 @@ def calibrate_on(  # noqa: PLR0913 (one for each choice)
     batch_size: int,
     workers: int,
     listener: Listener,
+    leave_out: Callable[[UnreadableImage], None],
 ) -> None:
     """Adapt ``model`` to its ``original``, on some of the training images, without labels.
 
     This sees at most twice as many images as ``epochs`` of training, unless those are very few.
+    ``leave_out`` hears of each that cannot be read any more, and may raise.
 
     Training normalises with the statistics of these images, so the original gets them first: what
     ``model`` is brought close to is the plain network as fine-tuning would find it.
@@ -153,7 +159,7 @@ def calibrate_on(  # noqa: PLR0913 (one for each choice)
     Raises:
         KeyboardInterrupt: Ctrl-C came. No part of the run is on disk yet.
     """
-    batches = _Batches(images, model, batch_size=batch_size, workers=workers, listener=listener)
+    batches = _Batches(images, model, batch_size, workers, listener, leave_out)
     calibrate(original, batches)
     with _borrowed_head(model, original):
         done = calibrate(
@@ -169,26 +175,27 @@ def calibrate_on(  # noqa: PLR0913 (one for each choice)
 
 
 class _Batches:
-    """Some of the training images in batches of one size, as they are evaluated."""
+    """Some of the training images in batches of one size, as they are evaluated.
+
+    In place of one that cannot be read any more there is another one, twice.
+    """
 
     def __init__(
         self,
         images: ImageSet,
         model: nn.Module,
-        *,
         batch_size: int,
         workers: int,
         listener: Listener,
+        leave_out: Callable[[UnreadableImage], None],
     ) -> None:
         chosen = split_epoch(len(images.samples), _CALIBRATION_IMAGES, seed=0, epoch=0)[0]
         self._size = min(batch_size, _CALIBRATION_BATCH, len(chosen))
-        chosen = chosen[: len(chosen) // self._size * self._size]  # every batch counts the same
-        transform = evaluation_transform(describe(model).preprocessing)
-        dataset = LabelledImages(images.select(chosen), transform, seed=None)
-        self.images = len(chosen)
-        self._loader = make_loader(
-            dataset, workers=workers, batch_size=self._size, persistent_workers=workers > 0
-        )
+        self.images = len(chosen) // self._size * self._size  # every batch counts the same
+        self._chosen = images.select(chosen[: self.images])
+        self._transform = evaluation_transform(describe(model).preprocessing)
+        self._workers, self._leave_out = workers, leave_out
+        self._loader = self._make_loader()
         self._titles = iter(
             ["adapting BatchNorm to these images", "adapting it to momentum", "holding out images"]
         )
@@ -197,10 +204,35 @@ class _Batches:
     def __iter__(self) -> Iterator[Tensor]:
         """The listener hears of the first passes; then it hears of the steps."""
         title = next(self._titles, None)
-        for done, (pictures, _) in enumerate(read_batches(self._loader)):
+        for done, pictures in enumerate(self._read()):
             if title is not None:
                 self._listener.advance(title, done * self._size, self.images)
             yield pictures
+
+    def _read(self) -> Iterator[Tensor]:
+        done = 0
+        while done < self.images // self._size:
+            try:
+                for pictures, _ in itertools.islice(read_batches(self._loader), done, None):
+                    yield pictures
+                    done += 1
+            except UnreadableImage as error:
+                self._leave_out(error)
+                self._replace(error.path)
+
+    def _replace(self, path: Path) -> None:
+        samples = self._chosen.samples
+        rest = itertools.cycle([sample for sample in samples if sample.path != path])
+        others = tuple(next(rest) if sample.path == path else sample for sample in samples)
+        self._chosen = replace(self._chosen, samples=others)
+        self._loader = self._make_loader()
+
+    def _make_loader(self) -> "DataLoader[tuple[Tensor, Tensor]]":
+        dataset = LabelledImages(self._chosen, self._transform, seed=None)
+        workers = self._workers
+        return make_loader(
+            dataset, workers=workers, batch_size=self._size, persistent_workers=workers > 0
+        )
 
 
 @contextmanager

@@ -11,30 +11,36 @@ from momconv.data.decoding import UnreadableImage
 from momconv.data.examination import examine
 from momconv.data.folder import ImageSet, Splits, printable
 from momconv.data.inspection import refuse_many_unreadable
-from momconv.training.job import Job
-from momconv.training.progress import Omission, Progress, SplitName
+from momconv.recipe import DataRecipe
+from momconv.training.progress import Listener, Omission, Progress, SplitName
 
 
-def leave_out(job: Job, progress: Progress, split: SplitName, image: int) -> None:
-    """Go on without the image of this number in the ``split``.
+def leave_out(
+    progress: Progress,
+    split: SplitName,
+    splits: Splits,
+    error: UnreadableImage,
+    *,
+    recipe: DataRecipe,
+    listener: Listener,
+) -> None:
+    """Go on without the image of the ``split`` that the ``error`` is about.
 
     Raises:
         DataError: Too many are left out now, or the recipe is strict.
     """
-    images = select(job.splits, split)
-    path = images.samples[image].path
+    images, path = select(splits, split), error.path
+    image = find_number(images, error)
     reason = _find_reason(path)
-    if job.recipe.data.strict:
+    if recipe.strict:
         raise UnreadableImage(path, reason)
     total = len(images.samples)
     paths = [images.samples[number].path for number in (*progress.left_out(split), image)]
     problems = [f"{printable(other)}: {_find_reason(other)}" for other in paths]
-    refuse_many_unreadable(problems, total, job.recipe.data.max_bad_fraction)
+    refuse_many_unreadable(problems, total, recipe.max_bad_fraction)
     step = progress.step + 1 if split == "train" else None
     progress.omissions.append(Omission(progress.epoch + 1, step, split, image, str(path)))
-    if job.processes.leads:
-        job.folder.write_history(progress)
-    job.listener.tell(
+    listener.tell(
         f"warning: {printable(path)}: {reason}; going on without it "
         f"({len(paths)} of {total} images unreadable since the start)"
     )

@@ -35,6 +35,7 @@ class Setting:
     optimizer: Literal["sgd", "adamw"]
     device: str
     memory: str | None  # None: what is free
+    headroom: float = 0.1  # of what is free
     ema: bool = False  # whether an average of the weights is kept
     processes: int = 1  # among which a batch is divided
     sharers: int = 1  # of them, those that share the device
@@ -62,7 +63,8 @@ class Setting:
         if self.memory is not None:
             return parse_bytes(self.memory)
         weights = static_bytes(model, self.optimizer).weights
-        return available_bytes(torch.device(self.device)) // self.sharers + weights
+        free = available_bytes(torch.device(self.device), self.headroom)
+        return free // self.sharers + weights
 
 
 @dataclass(frozen=True, slots=True)

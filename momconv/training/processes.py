@@ -146,9 +146,14 @@ class Processes:
 ALONE = Processes()
 
 
+def is_alone() -> bool:
+    """Whether torchrun did not start this process, perhaps with others."""
+    return not dist.is_torchelastic_launched()
+
+
 def is_leader() -> bool:
     """Whether this is the process that writes and speaks, if torchrun started several."""
-    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+    return is_alone() or os.environ["RANK"] == "0"
 
 
 def find_own_device(name: str) -> torch.device:
@@ -159,7 +164,7 @@ def find_own_device(name: str) -> torch.device:
         ResourceError: This machine has no such device, or not one for each process.
     """
     device = find_device(name)
-    if device.type == "cuda" and device.index is None and dist.is_torchelastic_launched():
+    if device.type == "cuda" and device.index is None and not is_alone():
         device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     return device
@@ -168,7 +173,7 @@ def find_own_device(name: str) -> torch.device:
 @contextmanager
 def joined() -> Iterator[Processes]:
     """The processes that torchrun started, able to talk to each other inside; else this one."""
-    if not dist.is_torchelastic_launched():
+    if is_alone():
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -20,10 +20,12 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file, save_file
 
+from momconv.data.decoding import UnreadableImage
 from momconv.errors import MomconvError
 from momconv.files.atomic import write_text
 from momconv.training.job import Job
 from momconv.training.loop import add_gradients, halve, take_step
+from momconv.training.omission import leave_out
 from momconv.training.optimisation import make_optimizer
 from momconv.training.processes import ALONE
 from momconv.training.progress import Progress
@@ -46,15 +48,16 @@ class Point:
     smoothed: float
 
 
-def find_rate(job: Job) -> float:
+def find_rate(job: Job, progress: Progress) -> float:
     """A good highest learning rate for the run that ``job`` is about to start.
 
     The curve is written to the run folder as lr_finder.csv. A plan whose micro-batch turns out too
-    large is halved, as in training.
+    large is halved, and an image that cannot be read any more left out, as in training.
 
     Raises:
         MomconvError: The loss explodes at once, even at the lowest rates.
         ResourceError: Memory is exhausted.
+        DataError: Too many images cannot be read any more.
     """
     recipe = job.recipe.model_copy(
         update={"train": job.recipe.train.model_copy(update={"ema": 0.0})}
@@ -62,7 +65,7 @@ def find_rate(job: Job) -> float:
     optimizer = make_optimizer(job.model, recipe.train)
     trial = replace(job, recipe=recipe, optimizer=optimizer, processes=ALONE)
     with _as_before(job):
-        points = list(_search(trial))
+        points = list(_search(trial, progress))
     job.plan = trial.plan
     if len(points) < FEWEST:
         raise _exploded(trial, points)
@@ -92,10 +95,10 @@ def _exploded(job: Job, points: Sequence[Point]) -> MomconvError:
     )
 
 
-def _search(job: Job) -> Iterator[Point]:
+def _search(job: Job, progress: Progress) -> Iterator[Point]:
     low, high = _RANGES[job.recipe.train.optimizer]
     average, lowest = 0.0, math.inf
-    for n, (rate, loss) in enumerate(_try(job, low, high), start=1):
+    for n, (rate, loss) in enumerate(_try(job, progress, low, high), start=1):
         average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
         smoothed = average / (1 - _SMOOTHING**n)
         lowest = min(lowest, smoothed)
@@ -104,19 +107,24 @@ def _search(job: Job) -> Iterator[Point]:
         yield Point(rate, loss, smoothed)
 
 
-def _try(job: Job, low: float, high: float) -> Iterator[tuple[float, float]]:
+def _try(job: Job, progress: Progress, low: float, high: float) -> Iterator[tuple[float, float]]:
     """A rate and the loss before its step, time and again."""
     steps = Steps(job)
     n = 0
     for epoch in itertools.count():
-        for step in steps.read(epoch, first=0):
+        for step in steps.read(epoch, first=0, left_out=progress.left_out("train")):
             rate = low * (high / low) ** (n / (STEPS - 1))
             try:
                 loss = sum(add_gradients(job, x, y, len(y) / step.images) for x, y in step.parts)
             except torch.OutOfMemoryError:
                 job.model.zero_grad()
-                halve(job, Progress())
+                halve(job, progress)
                 break  # and go on with the next epoch's images
+            except UnreadableImage as error:
+                job.model.zero_grad()
+                recipe, listener = job.recipe.data, job.listener
+                leave_out(progress, "train", job.splits, error, recipe=recipe, listener=listener)
+                break
             job.scaler.unscale_(job.optimizer)
             yield rate, float(loss)
             take_step(job, rate)

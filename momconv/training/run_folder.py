@@ -2,12 +2,13 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -104,27 +105,92 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def card(self) -> Path:
+        """What the network is, for people."""
+        return self.path / "README.md"
+
+    @property
+    def model_config(self) -> Path:
+        """The same for other tools."""
+        return self.path / "config.json"
+
+    @property
+    def confusion(self) -> Path:
+        """How many held-out images of each class are said to be of each class."""
+        return self.path / "confusion.csv"
+
+    @property
+    def plots(self) -> Path:
+        """The run in pictures."""
+        return self.path / "plots"
+
+    @property
     def resume_command(self) -> str:
         """What goes on with the run."""
         return f"momconv finetune --resume {shlex.quote(str(self.path))}"
 
-    def require_unused(self) -> None:
-        """Do nothing if the folder is missing or empty.
+    @property
+    def is_unused(self) -> bool:
+        """Whether the folder is missing or empty.
 
         What a run left that was killed before its first state counts as nothing.
+        """
+        left = {self.rates, self.config, self.provenance, self.plan, self.split, self.data_report}
+        return not self.path.exists() or (self.path.is_dir() and not self._others(left))
+
+    def require_unused(self, *, overwrite: bool = False) -> None:
+        """Do nothing if the folder can be that of a new run.
 
         Raises:
-            UsageError: It holds something.
+            UsageError: It holds something; with ``overwrite``, something that no run wrote.
         """
-        if not self.path.exists() or (self.path.is_dir() and not self._holds_something()):
+        if self.is_unused:
             return
+        offers = [f"-o {shlex.quote(str(self.find_unused()))}"]
+        others = self._others(self._files) if self.path.is_dir() else [self.path]
+        if others and overwrite:
+            raise UsageError(
+                f"--overwrite: no run of momconv wrote {others[0]}",
+                kind="usage.output_exists",
+                fix=offers[0],
+            )
+        if overwrite:
+            return
+        if self._has_state:
+            offers.insert(0, self.resume_command)
+        if not others:
+            offers.append("--overwrite")
         kind = "not empty" if self.path.is_dir() else "a file"
-        offers = [self.resume_command] if self._has_state else []
         raise UsageError(
             f"output folder already exists and is {kind}: {self.path}",
             kind="usage.output_exists",
-            fix="\n".join([*offers, f"-o {shlex.quote(str(self._next_free()))}"]),
+            fix="\n".join(offers),
         )
+
+    def find_unused(self) -> Path:
+        """This folder if it is unused, or else the first with a number behind its name that is."""
+        named = self.path if self.path.name else self.path.absolute()
+        numbered = (named.with_name(f"{named.name}-{n}") for n in range(2, 10**6))
+        return next(p for p in itertools.chain([self.path], numbered) if RunFolder(p).is_unused)
+
+    def clear(self) -> None:
+        """Remove what runs write.
+
+        Raises:
+            ResourceError: That is not allowed.
+        """
+        try:
+            for path in self._files:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot remove {error.filename}: {error.strerror}",
+                kind="output.unwritable",
+                fix=f"-o {shlex.quote(str(self.find_unused()))}",
+            ) from error
 
     def require_state(self) -> None:
         """Do nothing if there is a run to resume.
@@ -203,14 +269,19 @@ class RunFolder:
             fix="-o with a folder that can be written",
         )
 
-    def _holds_something(self) -> bool:
-        # What is written before the first state.
-        before = {self.rates, self.config, self.provenance, self.plan, self.split, self.data_report}
-        return any(p not in before and not is_temporary(p) for p in self.path.iterdir())
+    @property
+    def _files(self) -> set[Path]:
+        """All that a run writes."""
+        return {
+            *(self.config, self.provenance, self.plan, self.split, self.data_report, self.rates),
+            *(self.state, self.previous, self.damaged, self.best, self.last),
+            *(self.metrics, self.events, self.board),
+            *(self.card, self.model_config, self.confusion, self.plots),
+        }
 
-    def _next_free(self) -> Path:
-        numbered = (self.path.with_name(f"{self.path.name}-{n}") for n in range(2, 10**6))
-        return next(path for path in numbered if not path.exists())
+    def _others(self, known: Collection[Path]) -> list[Path]:
+        """What the folder holds besides."""
+        return [p for p in sorted(self.path.iterdir()) if p not in known and not is_temporary(p)]
 
 
 def _finite(row: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -227,6 +227,75 @@ def test_the_run_folder_has_a_default_name(
     assert again.exit_code == 2
     assert "fix: momconv finetune --resume runs/cifar_resnet20-colours\n" in again.stderr
     assert "fix: -o runs/cifar_resnet20-colours-2\n" in again.stderr
+    assert "fix: --overwrite\n" in again.stderr
+    numbered = run("--data", colours, *SMALL, "--auto-name", "--dry-run")
+    assert numbered.stderr.endswith("the results go to runs/cifar_resnet20-colours-2\n")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    many = run("--data", colours, *SMALL, "--auto-name")
+    assert (many.exit_code, "--auto-name: each of several" in many.stderr) == (2, True)
+
+
+def test_an_earlier_run_is_given_up_once_the_new_one_can_begin(
+    colours: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    options: list[str | Path] = [*SMALL, *IN_PROCESS, "--epochs", "1", "--no-plots", "-o", folder]
+    assert run("--data", colours, *options).exit_code == 0
+    assert not (folder / "plots").exists()
+    before = (folder / "state.safetensors").read_bytes()
+    wrong = run("--data", colours, *options, "--overwrite", "--freeze", "layer9")
+    assert (wrong.exit_code, (folder / "state.safetensors").read_bytes()) == (2, before)
+    again = run("--data", colours, *options, "--overwrite", "--seed", "7")
+    assert again.exit_code == 0, again.stderr
+    assert (folder / "state.safetensors").read_bytes() != before
+    assert "seed: 7\n" in (folder / "config.yaml").read_text()
+
+
+def test_a_fast_dev_run_goes_through_everything_and_keeps_nothing(
+    colours: Path, tmp_path: Path
+) -> None:
+    options: list[str | Path] = [*SMALL, *IN_PROCESS, "--batch-size", "4", "-o", tmp_path / "run"]
+    ran = run("--data", colours, *options, "--fast-dev-run")
+    assert ran.exit_code == 0, ran.stderr
+    assert "at most 8 of a split: 8 train / 6 val\n" in ran.stderr
+    assert "epoch 1/1 · loss " in ran.stderr
+    assert ran.stderr.endswith(f"the results of a run go to {tmp_path / 'run'}\n")
+    document = json.loads(run("--data", colours, *options, "--fast-dev-run", "--json").stdout)
+    assert (document["ok"], len(document["history"])) == (True, 1)
+    failed = run("--data", colours, *options, "--fast-dev-run", "--freeze", "layer9")
+    assert failed.exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_may_set_what_the_command_line_does_not(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOMCONV_TRAIN__LR", "0.03")
+    monkeypatch.setenv("MOMCONV_TRAIN__SEED", "3")
+    ran = run("--data", colours, *SMALL, "--seed", "4", "--dry-run", "-o", tmp_path / "run")
+    assert "lr: 0.03\n" in ran.stdout
+    assert "seed: 4\n" in ran.stdout
+    monkeypatch.setenv("MOMCONV_TRAIN__LR", "fast")
+    wrong = run("--data", colours, *SMALL)
+    assert wrong.exit_code == 2
+    assert wrong.stderr.startswith("error: MOMCONV_TRAIN__LR: train.lr: 'fast' is not a number")
+
+
+def test_a_run_can_be_compared_with_another(colours: Path, tmp_path: Path) -> None:
+    alone = run("--data", colours, *SMALL, "--check-env")
+    assert (alone.exit_code, "fix: --recipe runs/NAME/config" in alone.stderr) == (2, True)
+    folder = tmp_path / "run"
+    options: list[str | Path] = [*SMALL, *IN_PROCESS, "--epochs", "1", "--no-plots", "-o", folder]
+    assert run("--data", colours, *options).exit_code == 0
+    began = (folder / "run.json").read_text()
+    (folder / "run.json").write_text(began.replace('"momconv":"', '"momconv":"0'))
+    again = ["--recipe", str(folder / "config.yaml"), "--check-env", "--dry-run"]
+    compared = run(*again, "-o", tmp_path / "again")
+    assert compared.exit_code == 0
+    (told,) = [line for line in compared.stderr.splitlines() if "not as in the run" in line]
+    assert ": momconv is " in told
+    (folder / "run.json").unlink()
+    assert run(*again, "-o", tmp_path / "again").exit_code == 4
 
 
 @pytest.mark.parametrize(

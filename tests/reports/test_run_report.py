@@ -1,3 +1,4 @@
+import csv
 import json
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import yaml
 from PIL import Image
 
 from momconv.evaluation import ClassScore, Mistake, Scores
-from momconv.recipe import Recipe, load_recipe
+from momconv.recipe import LogRecipe, load_recipe
 from momconv.reports import run_plots
 from momconv.reports.run import NO_PLOTS, report_run
 from momconv.reports.run_plots import draw_confusion, draw_mistakes
@@ -18,7 +19,7 @@ from momconv.training.finetuning import Result, finetune
 
 
 @pytest.fixture(scope="module")
-def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Recipe]:
+def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A network that has hardly learned anything, so that it makes mistakes."""
     recipe = load_recipe(
         None,
@@ -28,13 +29,13 @@ def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result
             f'data.path="{colours}"',
         ],
     )
-    return finetune(recipe, tmp_path_factory.mktemp("runs") / "run"), recipe
+    return finetune(recipe, tmp_path_factory.mktemp("runs") / "run")
 
 
 @pytest.fixture(scope="module")
-def folder(run: tuple[Result, Recipe]) -> Path:
-    assert report_run(*run) == ()
-    return run[0].folder
+def folder(run: Result) -> Path:
+    assert report_run(run) == ()
+    return run.folder
 
 
 def read_front_matter(folder: Path) -> dict[str, Any]:
@@ -50,17 +51,25 @@ def colourful(path: Path) -> float:
     return float((np.ptp(pixels, axis=2) > 60).mean())
 
 
-def test_a_run_leaves_four_pictures(folder: Path) -> None:
+def test_a_run_leaves_pictures(folder: Path) -> None:
     names = {path.stem for path in (folder / "plots").iterdir()}
-    assert names == {"curves", "confusion", "worst-errors", "memory"}
+    assert names == {"curves", "confusion", "worst-errors", "memory", "training-images"}
     for path in (folder / "plots").iterdir():
         with Image.open(path) as picture:
             assert picture.width > 300
 
 
-def test_the_worst_errors_show_the_images(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["worst-errors", "training-images"])
+def test_images_are_shown(folder: Path, name: str) -> None:
     """Noisy red, green and blue squares on white."""
-    assert colourful(folder / "plots" / "worst-errors.png") > 0.05
+    assert colourful(folder / "plots" / f"{name}.png") > 0.05
+
+
+def test_the_confusion_is_a_table_too(folder: Path) -> None:
+    names, *rows = csv.reader((folder / "confusion.csv").read_text().splitlines())
+    assert names == ["class", "blue", "green", "red"]
+    assert [row[0] for row in rows] == names[1:]
+    assert [sum(map(int, row[1:])) for row in rows] == [2, 2, 2]
 
 
 def test_the_front_matter_is_what_a_hub_reads(folder: Path) -> None:
@@ -73,24 +82,22 @@ def test_the_front_matter_is_what_a_hub_reads(folder: Path) -> None:
     assert kinds == front["metrics"] == ["accuracy", "f1"]
 
 
-def test_the_card_has_the_figures_of_the_run(folder: Path, run: tuple[Result, Recipe]) -> None:
+def test_the_card_has_the_figures_of_the_run(folder: Path, run: Result) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "colours: 18 images to train on, 6 held out." in card
     assert "| red | 6 | 2 |" in card
     assert "momconv predict best.safetensors PHOTO.jpg" in card
-    assert f"Fingerprint of the files: `{run[0].splits.fingerprint}`" in card
-    top1 = run[0].best_epoch.val_top1
+    assert f"Fingerprint of the files: `{run.splits.fingerprint}`" in card
+    top1 = run.best_epoch.val_top1
     assert f"| top-1 | {top1:.2%} " in card
     assert "![confusion](plots/confusion.png)" in card
 
 
-def test_the_card_has_what_was_asked_for_and_no_path(
-    folder: Path, run: tuple[Result, Recipe]
-) -> None:
+def test_the_card_has_what_was_asked_for_and_no_path(folder: Path, run: Result) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "| `model.name` | cifar\\_resnet20 |" in card
     assert "`train.momentum`" not in card  # a default
-    assert str(run[1].data.path) not in card
+    assert str(run.recipe.data.path) not in card
 
 
 def test_the_config_has_timm_s_keys(folder: Path) -> None:
@@ -101,28 +108,31 @@ def test_the_config_has_timm_s_keys(folder: Path) -> None:
 
 
 def test_without_matplotlib_there_is_a_note_instead(
-    run: tuple[Result, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_plots, "find_spec", lambda _: None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result, recipe = replace(run[0], folder=tmp_path), run[1]
+    result = replace(run, folder=tmp_path)
 
-    assert report_run(result, recipe) == (NO_PLOTS,)
+    assert report_run(result) == (NO_PLOTS,)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json"]
-    assert "plots" not in (tmp_path / "README.md").read_text()
+    written = ["README.md", "config.json", "confusion.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
+    assert "plots/" not in (tmp_path / "README.md").read_text()
+    unwanted = run.recipe.model_copy(update={"log": LogRecipe(plots=False)})
+    assert report_run(replace(result, recipe=unwanted)) == ()
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
 
 
-def test_without_held_out_images_there_are_no_scores(
-    run: tuple[Result, Recipe], tmp_path: Path
-) -> None:
-    splits = replace(run[0].splits, val=run[0].splits.val.select([]))
-    epoch = replace(run[0].best_epoch, val_loss=None, val_top1=None)
-    result = replace(run[0], folder=tmp_path, splits=splits, best_epoch=epoch, history=(epoch,))
+def test_without_held_out_images_there_are_no_scores(run: Result, tmp_path: Path) -> None:
+    splits = replace(run.splits, val=run.splits.val.select([]))
+    epoch = replace(run.best_epoch, val_loss=None, val_top1=None)
+    result = replace(run, folder=tmp_path, splits=splits, best_epoch=epoch, history=(epoch,))
 
-    report_run(result, run[1])
+    report_run(result)
 
-    assert {path.stem for path in (tmp_path / "plots").iterdir()} == {"curves", "memory"}
+    drawn = {path.stem for path in (tmp_path / "plots").iterdir()}
+    assert drawn == {"curves", "memory", "training-images"}
     assert "None: no image was held out." in (tmp_path / "README.md").read_text()
     assert "metrics" not in read_front_matter(tmp_path)
 

@@ -1,19 +1,23 @@
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from runs import Damage, assert_same, small
+import torch
+from runs import Damage, Log, assert_same, small
 
 from momconv.errors import DataError
 from momconv.evaluation import evaluate
 from momconv.files import model_file
 from momconv.recipe import load_recipe
+from momconv.training import rate_finder
 from momconv.training.batches import split_epoch
 from momconv.training.finetuning import Result, finetune
 from momconv.training.images import find_images, require_folder
 from momconv.training.interruption import Interrupted
 from momconv.training.progress import SILENT
+from momconv.zoo.networks import build
 
 LENIENT = "data.max_bad_fraction=0.2"
 
@@ -94,3 +98,48 @@ def test_a_batch_of_which_nothing_is_left_takes_others(data: Path, tmp_path: Pat
     result = finetune(recipe, tmp_path / "run", listener=Damage([train]))
     assert result.best_epoch.train_loss < float("inf")
     assert len(result.splits.train.samples) == 17
+
+
+class DamageAt(Log):
+    """Breaks ``files`` when it hears of the work ``title``."""
+
+    def __init__(self, title: str, files: Iterable[Path]) -> None:
+        super().__init__()
+        self.title, self.files = title, files
+
+    def advance(self, title: str, done: int, total: int, text: str = "") -> None:
+        if title == self.title:
+            for file in self.files:
+                file.unlink(missing_ok=True)
+        super().advance(title, done, total, text)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_goes_during_calibration_is_left_out(
+    data: Path, tmp_path: Path, workers: int
+) -> None:
+    torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
+    train, _ = choose(data)
+    changes = [f"model.weights={tmp_path}/trained.th", "train.micro_batch=5", "train.epochs=1"]
+    log = DamageAt("adapting BatchNorm to these images", [train])
+    recipe = small(data, LENIENT, *changes, f"data.workers={workers}")
+    result = finetune(recipe, tmp_path / "run", listener=log)
+    told = [text for text in log.told if "going on without it" in text]
+    assert len(told) == 1
+    assert told[0].startswith(f"warning: {train}: No such file")
+    assert any(text.startswith("note: calibrated on 15 training images") for text in log.told)
+    assert train not in [sample.path for sample in result.splits.train.samples]
+
+
+def test_an_image_that_goes_while_a_rate_is_looked_for_is_left_out(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rate_finder, "STEPS", rate_finder.FEWEST)
+    train, _ = choose(data)
+    log = DamageAt("looking for a learning rate", [train])
+    recipe = small(data, LENIENT, "train.lr=auto", "train.epochs=1")
+    result = finetune(recipe, tmp_path / "run", listener=log)
+    assert len([text for text in log.told if "going on without it" in text]) == 1
+    assert train not in [sample.path for sample in result.splits.train.samples]
+    assert result.recipe.train.lr != "auto"

@@ -35,14 +35,43 @@ def test_a_used_folder_is_refused_with_what_can_be_done(tmp_path: Path) -> None:
     run.metrics.touch()
     with pytest.raises(UsageError, match="not empty") as refused:
         run.require_unused()
-    assert refused.value.fix == f"-o '{tmp_path}/a run-2'"
+    assert refused.value.fix == f"-o '{tmp_path}/a run-2'\n--overwrite"
     run.state.touch()
-    (tmp_path / "a run-2").mkdir()
+    (tmp_path / "a run-2").touch()
     with pytest.raises(UsageError) as refused:
         run.require_unused()
     assert refused.value.fix == (
-        f"momconv finetune --resume '{tmp_path}/a run'\n-o '{tmp_path}/a run-3'"
+        f"momconv finetune --resume '{tmp_path}/a run'\n-o '{tmp_path}/a run-3'\n--overwrite"
     )
+
+
+def test_only_what_runs_write_is_overwritten(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.make()
+    run.plots.mkdir()
+    for path in (run.state, run.card, run.plots / "curves.png"):
+        path.touch()
+    run.require_unused(overwrite=True)
+    photo = run.path / "photo.jpg"
+    photo.touch()
+    with pytest.raises(UsageError, match=f"no run of momconv wrote {photo}") as refused:
+        run.require_unused(overwrite=True)
+    assert refused.value.fix == f"-o {tmp_path}/run-2"
+    with pytest.raises(UsageError) as refused:
+        run.require_unused()
+    assert "--overwrite" not in (refused.value.fix or "")
+    run.clear()
+    assert list(run.path.iterdir()) == [photo]
+
+
+def test_the_working_directory_may_be_in_use_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert RunFolder(Path()).find_unused() == Path()
+    (tmp_path / "here" / "photo.jpg").touch()
+    assert RunFolder(Path()).find_unused() == tmp_path / "here-2"
 
 
 def test_what_a_killed_start_left_counts_as_nothing(tmp_path: Path) -> None:
