@@ -116,7 +116,7 @@ def _claim(folder: Path) -> None:
         raise UsageError(
             f"folder is not empty, and no demo made it: {folder}",
             kind="usage.output_exists",
-            fix="-o with another folder",
+            fix="-o FOLDER",
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def _claim(folder: Path) -> None:
         raise ResourceError(
             f"cannot write {folder}: {error.strerror}",
             kind="output.unwritable",
-            fix="-o with another folder",
+            fix="-o FOLDER",
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,17 +144,16 @@ def evaluate(
 def _check(images: ImageSet, num_classes: int) -> None:
     if not images.samples:
         raise DataError(
-            f"no images to evaluate on in {images.root}",
+            f"no images to evaluate on in {images.root}\n"
+            "expected: a folder with a folder of images for each class",
             kind="data.no_images",
-            fix="name a folder with a folder of images for each class",
         )
     if len(images.classes) != num_classes:
         raise DataError(
             f"{images.root} has {plural(len(images.classes), 'class')}, "
-            f"the model tells {num_classes} apart",
+            f"the model tells {num_classes} apart\nfine-tuning gives it a head for these",
             kind="data.other_classes",
-            fix="name a folder of those classes, or train a head for these: momconv finetune "
-            f"--from FILE --data {images.root}",
+            fix=f"momconv finetune --from FILE --data {shlex.quote(str(images.root))}",
         )
 
 

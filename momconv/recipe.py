@@ -327,7 +327,7 @@ def _read_override(override: str) -> dict[str, _Setting]:
         raise UsageError(
             f"{override!r} does not set anything",
             kind="usage.bad_override",
-            fix="write it as key=value, for example train.epochs=5",
+            fix="--set train.epochs=5",
         )
     return {setting.key: setting for setting in _parse(text, source="", key=key)}
 

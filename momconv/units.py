@@ -27,7 +27,7 @@ def parse_bytes(text: str) -> int:
         raise UsageError(
             f"{text!r} is not an amount of memory",
             kind="usage.bad_value",
-            fix="write it as 3GiB, 800MiB or 2.5GB",
+            fix="3GiB",
         )
     return int(float(match[1]) * factor)
 
@@ -74,7 +74,7 @@ def parse_duration(text: str) -> float:
         raise UsageError(
             f"{text!r} is not a duration",
             kind="usage.bad_value",
-            fix="write it as 5min, 90s or 1.5h",
+            fix="5min",
         )
     return float(match[1]) * unit
 
@@ -94,6 +94,6 @@ def parse_share(text: str) -> float:
         raise UsageError(
             f"{text!r} is not a share between 0% and 100%",
             kind="usage.bad_value",
-            fix="write it as 1% or 0.01",
+            fix="1%",
         )
     return share

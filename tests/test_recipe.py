@@ -255,7 +255,7 @@ def test_an_override_that_is_not_yaml_is_named() -> None:
 def test_an_override_without_a_key_or_a_value_shows_how_to_write_one(override: str) -> None:
     error = refusal(None, override)
     assert error.message == f"{override!r} does not set anything"
-    assert error.fix == "write it as key=value, for example train.epochs=5"
+    assert error.fix == "--set train.epochs=5"
 
 
 def test_a_file_that_is_not_a_mapping_is_not_a_recipe(write: Write) -> None:

@@ -72,7 +72,7 @@ def configure(*, quiet: bool, verbose: bool, debug: bool, log_file: Path | None)
         raise ResourceError(
             f"cannot write the log file {log_file}: {error.strerror}",
             kind="output.unwritable",
-            fix="--log-file with a file in a folder that can be written",
+            fix="--log-file FILE",
         ) from error
     _settings.log_file = log_file
 

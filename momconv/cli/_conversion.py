@@ -108,7 +108,7 @@ def parse_distillation(text: str) -> int | float:
         raise UsageError(
             f"--distill {text}: {text!r} is neither a number of epochs nor a duration",
             kind=error.kind,
-            fix="--distill 6, or --distill 5min",
+            fix="--distill 6\n--distill 5min",
         ) from error
 
 

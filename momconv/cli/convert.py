@@ -189,13 +189,12 @@ def _check_combination(
         raise UsageError(
             f"--back takes the network as it is in the file, so {names[0]} means nothing",
             kind="usage.conflict",
-            fix=f"leave out {names[0]}, or --back",
         )
     if back is None and given["MODEL"] is None:
         raise UsageError(
             "no network to convert",
             kind="usage.missing_argument",
-            fix="momconv convert resnet50, or momconv convert --back FILE",
+            fix="momconv convert resnet50\nmomconv convert --back FILE",
         )
     searches = given["--gamma"] == "auto"
     if given["--max-drift"] is not None and not searches:
@@ -221,5 +220,5 @@ def _read_gamma(text: str) -> float | None:
         raise UsageError(
             f"--gamma {text}: {text!r} is not a number",
             kind="usage.bad_value",
-            fix="--gamma 0.9, or --gamma auto",
+            fix="--gamma 0.9\n--gamma auto",
         ) from None

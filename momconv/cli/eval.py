@@ -1,5 +1,6 @@
 """``momconv eval``."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,7 +175,7 @@ def _require_same_classes(
         raise ModelFileError(
             f"{other} does not tell the same classes apart as {file}, in the same order",
             kind="model_file.other_classes",
-            fix=f"momconv inspect {other} shows its classes",
+            fix=f"momconv inspect {shlex.quote(str(other))}",
         )
 
 

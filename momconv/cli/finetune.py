@@ -540,7 +540,6 @@ def _refuse_together(option: str, value: object, others: Mapping[str, object]) -
         raise UsageError(
             f"{option} and {clash[0]} exclude each other",
             kind="usage.exclusive_options",
-            fix=f"leave out one of them: {option} decides what {clash[0]} would",
         )
 
 

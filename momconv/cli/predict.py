@@ -59,7 +59,6 @@ def predict(  # noqa: PLR0913 (one for each option)
         raise UsageError(
             f"--json and --format {format_} exclude each other",
             kind="usage.exclusive_options",
-            fix="leave out one of them",
         )
     from momconv.data.folder import printable
     from momconv.planner.devices import find_device
@@ -106,9 +105,8 @@ def _read_list(paths: Iterable[Path]) -> list[Path]:
 
 def _refuse_unreadable(done: "Predictions", files: int) -> DataError:
     return DataError(
-        f"{len(done.unreadable)} of {files} images cannot be read",
+        f"{len(done.unreadable)} of {files} images cannot be read (--strict)",
         kind="data.unreadable_image",
-        fix="replace them, or leave out --strict",
     )
 
 

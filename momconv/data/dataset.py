@@ -160,7 +160,7 @@ def _explain_death(iterator: object, error: RuntimeError) -> None:
         raise ResourceError(
             f"no shared memory left for the processes that read images: {_SHARED_MEMORY} is full",
             kind="memory.shared",
-            fix="--workers 0\ndocker run --shm-size=8g, in a container",
+            fix="--workers 0\ndocker run --shm-size=8g …",
         ) from error
     if -signal.SIGKILL in codes:
         raise ResourceError(

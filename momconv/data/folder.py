@@ -365,9 +365,10 @@ def _require_two_classes(train: ImageSet) -> None:
 
 def _unknown_classes(root: Path, unknown: Mapping[str, list[Path]], owner: str) -> DataError:
     return DataError(
-        f"{printable(root.name or root)} has {_counted(unknown, owner)}\nin {printable(root)}",
+        f"{printable(root.name or root)} has {_counted(unknown, owner)}\nin {printable(root)}; to "
+        f"learn it takes training images of {_listed(unknown)}",
         kind="data.unknown_class",
-        fix=f"train on {_listed(unknown)} too, or --unknown-classes skip",
+        fix="--unknown-classes skip",
     )
 
 

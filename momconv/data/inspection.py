@@ -91,9 +91,8 @@ def _find_lost_classes(before: ImageSet, after: ImageSet) -> list[str]:
 
 def _lost(problem: str, name: str, bad: Sequence[str]) -> DataError:
     return DataError(
-        f"{problem}\n{_shown(bad)}",
+        f"{problem}\n{_shown(bad)}\nwithout the folder {name}, the others can be trained on",
         kind="data.class_unreadable",
-        fix=f"replace the images of {name}, or take its folder away",
     )
 
 
@@ -116,7 +115,7 @@ def refuse_many_unreadable(bad: Sequence[str], total: int, limit: float) -> None
         raise DataError(
             f"{_summarise(bad, total)}, more than the accepted {limit:.1%}\n{_shown(bad)}",
             kind="data.too_many_unreadable",
-            fix=f"--max-bad-fraction {enough:g} to continue without them",
+            fix=f"--max-bad-fraction {enough:g}",
         )
 
 

@@ -23,7 +23,7 @@ def hold_out(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[in
         raise UsageError(
             f"cannot hold out {fraction:g} of the images for validation: not in [0, 1)",
             kind="usage.bad_value",
-            fix="data.val_frac=0.2 holds out one image in five",
+            fix="--val-frac 0.2",
         )
     members: dict[int, list[int]] = {}
     for index, label in enumerate(labels):

@@ -35,7 +35,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
         raise UsageError(
             f"output file already exists: {path}",
             kind="usage.output_exists",
-            fix="--overwrite, or another name with -o",
+            fix="--overwrite\n-o FILE",
         )
 
 
@@ -116,12 +116,12 @@ def _unwritable(path: Path, error: OSError | SafetensorError) -> ResourceError:
         return ResourceError(
             f"cannot write {path}: {reason}\n{format_bytes(free)} free on its disk",
             kind="output.no_space",
-            fix="make room there, or name a folder on another disk with -o",
+            fix="-o PATH",
         )
     return ResourceError(
         f"cannot write {path}: {reason}",
         kind="output.unwritable",
-        fix=f"make {path.parent} writable, or name another folder with -o",
+        fix=f"chmod u+w {shlex.quote(str(path.parent))}\n-o PATH",
     )
 
 

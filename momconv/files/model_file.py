@@ -183,7 +183,7 @@ def _unfitting(
     return ModelFileError(
         f"{path} does not fit the network that was made for it\n{reason}",
         kind="model_file.wrong_architecture",
-        fix=f"as it was made for the file: {restate(metadata.description)}",
+        fix=restate(metadata.description),
     )
 
 

@@ -28,7 +28,7 @@ def check_suffix(path: Path) -> None:
         raise UsageError(
             f"cannot tell the format of {path} from its name",
             kind="usage.unknown_format",
-            fix=f"-o {path}.safetensors, or -o {path}.pth",
+            fix=f"-o {path}.safetensors\n-o {path}.pth",
         )
 
 

@@ -149,7 +149,7 @@ class Replay:
                 f"backward asked again for a tensor of a {type(self._block).__name__} that is"
                 " recomputed once",
                 kind="inversion.second_backward",
-                fix='momconv.set_strategy(model, "store"), or call backward once per forward',
+                fix='momconv.set_strategy(model, "store")',
             )
         return self._saved.pop(number)
 

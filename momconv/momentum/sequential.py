@@ -222,7 +222,7 @@ def set_strategy(model: nn.Module, strategy: Strategy | Literal["auto"]) -> None
         raise UsageError(
             "gamma is 0, the plain network, which cannot be inverted",
             kind="usage.gamma",
-            fix='set_strategy(model, "checkpoint"), or convert with gamma > 0',
+            fix='momconv.set_strategy(model, "checkpoint")',
         )
     innermost = [stage for stage in stages if len(momentum_stages(stage)) == 1]
     for stage in stages:

@@ -71,7 +71,7 @@ class Trajectory:
                 "backward came a second time through blocks whose activations are reconstructed,"
                 " or skipped some of them",
                 kind="inversion.second_backward",
-                fix='momconv.set_strategy(model, "store"), or call backward once per forward',
+                fix='momconv.set_strategy(model, "store")',
             )
         if self.x._version != self._version:
             raise InversionError(
@@ -120,7 +120,7 @@ class Trajectory:
                 "the backward pass did not arrive where the forward pass began: a block computed"
                 " something else when it was run again",
                 kind="inversion.not_reproducible",
-                fix='make the blocks deterministic, or momconv.set_strategy(model, "store")',
+                fix='momconv.set_strategy(model, "store")',
             )
 
     def _make_room(self) -> None:

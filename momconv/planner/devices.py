@@ -19,7 +19,7 @@ def find_device(name: str = "auto") -> torch.device:
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise UsageError(
-            f"unknown device {name!r}", kind="usage.unknown_device", fix="auto, cpu, cuda or cuda:1"
+            f"unknown device {name!r}", kind="usage.unknown_device", fix="--device auto"
         )
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise _missing(name)

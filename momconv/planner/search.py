@@ -304,7 +304,7 @@ def _cannot_take_one(training: Training, error: ValueError) -> UsageError:
         f"at {training.resolution} pixels the network cannot be trained on micro-batches of "
         f"1 image\n{error}",
         kind="usage.micro_batch_of_one",
-        fix="--micro-batch 2, with --batch-size 2 or more",
+        fix="--micro-batch 2 --batch-size 2",
     )
 
 

@@ -64,5 +64,5 @@ def _unmet(tried: list[Attempt], max_drift: float) -> ThresholdNotMet:
     return ThresholdNotMet(
         f"no γ keeps the top-1 disagreement with the original at {max_drift:.2%} or less\n{found}",
         kind="conversion.drift",
-        fix=f"--max-drift {100 * least + 0.1:.1f}%, more images, or --gamma 0.9 with --distill 6",
+        fix=f"--max-drift {100 * least + 0.1:.1f}%\n--gamma 0.9 --distill 6",
     )

@@ -1,5 +1,6 @@
 """Fine-tuning from a recipe: from a folder of images to a folder with the best model."""
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -466,7 +467,7 @@ def _choose_workers(task: _Task, splits: Splits, plan: BatchPlan) -> int:
             f"{most} processes that read micro-batches of {format_bytes(batch_bytes)} need more "
             "shared memory than there is",
             kind="memory.shared",
-            fix=f"--workers {fitting}\ndocker run --shm-size=8g, in a container",
+            fix=f"--workers {fitting}\ndocker run --shm-size=8g …",
         )
     return fitting
 
@@ -494,7 +495,7 @@ def _refuse_changes(before: Recipe, now: Recipe, run: RunFolder) -> None:
         raise UsageError(
             f"a run that goes on cannot change {', '.join(changes)}",
             kind="usage.resume_changes",
-            fix=f"{run.resume_command} without that, or a new run with -o",
+            fix=f"{run.resume_command}\n-o {shlex.quote(str(run.find_unused()))}",
         )
 
 

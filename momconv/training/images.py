@@ -83,9 +83,9 @@ def require_folder(recipe: DataRecipe) -> Path:
     folder = recipe.path or recipe.train_dir
     if folder is None:
         raise UsageError(
-            "no folder of images to train on",
+            "no folder of images to train on\nit has one folder of images for each class",
             kind="usage.no_data",
-            fix="--data FOLDER, with one folder of images for each class",
+            fix="--data FOLDER",
         )
     return folder
 
@@ -217,7 +217,7 @@ def _tell(notes: Iterable[str], recipe: DataRecipe, listener: Listener) -> None:
     for note in notes:
         label, _, text = note.partition(": ")
         if recipe.strict and label == "warning":
-            raise DataError(text, kind="data.strict", fix="correct that, or leave out --strict")
+            raise DataError(f"{text}\n(a mere warning without --strict)", kind="data.strict")
         listener.tell(note)
 
 
@@ -235,9 +235,10 @@ def _changed(root: Path, changed: Sequence[Path]) -> DataError:
     more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
     return DataError(
         f"{plural(len(changed), 'image')} of the run changed since in {printable(root)}\n"
-        + "\n".join([*lines[:_SHOWN], *more]),
+        + "\n".join([*lines[:_SHOWN], *more])
+        + "\nthey may be in another folder now, or it takes a new run",
         kind="data.changed",
-        fix="--data with the folder where they are now, or start a new run with -o",
+        fix="--data FOLDER",
     )
 
 

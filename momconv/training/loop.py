@@ -200,9 +200,10 @@ def _refuse_to_redo(job: Job, *, exhausted: bool, unreadable: int) -> None:
     if unreadable != _NONE:
         path = printable(job.splits.train.samples[unreadable].path)
         raise DataError(
-            f"{path}: could not be read, while others wait for it (--sync-bn)",
+            f"{path}: could not be read, while others wait for it (--sync-bn)\n"
+            "once it is back, the run can go on",
             kind="data.lost_image",
-            fix=f"put the image back, and {job.folder.resume_command}",
+            fix=job.folder.resume_command,
         )
 
 
@@ -221,7 +222,7 @@ def _step(job: Job, progress: Progress) -> bool:
                 f"{job.device} ran out of memory while changing the weights; the state that was "
                 "saved last is kept",
                 kind="memory.exhausted",
-                fix="resume with a smaller --micro-batch",
+                fix=f"{job.folder.resume_command} --micro-batch {job.plan.micro_batch // 2 or 1}",
             ) from None
         go_back(job, progress)
         halve(job, progress)
@@ -514,7 +515,7 @@ def _peak_bytes(job: Job) -> int:
 def _out_of_memory(job: Job, doing: str) -> ResourceError:
     return ResourceError(
         f"{job.device} ran out of memory {doing}, and there are no smaller ones; the state before "
-        "it is saved",
+        "it is saved\nwhere more memory is free, the run can go on",
         kind="memory.exhausted",
-        fix=f"{job.folder.resume_command} with more --memory, or another --strategy",
+        fix=f"{job.folder.resume_command} --strategy momentum",
     )

@@ -105,7 +105,7 @@ def require_synchronisable(recipe: TrainRecipe, device: torch.device) -> None:
         raise UsageError(
             f"--sync-bn: PyTorch's SyncBatchNorm does not run on the device {device}, only on GPUs",
             kind="usage.sync_bn_device",
-            fix="leave out --sync-bn; with --freeze-bn images do not depend on each other",
+            fix="--freeze-bn",
         )
 
 

@@ -86,7 +86,7 @@ def choose_precision(recipe: TrainRecipe, device: torch.device) -> Precision:
         raise UsageError(
             f"train.precision: fp16 is for GPUs, and the device is {device}",
             kind="usage.no_fp16",
-            fix="--set train.precision=bf16, or fp32",
+            fix="--precision bf16\n--precision fp32",
         )
     if recipe.precision != "auto":
         return recipe.precision

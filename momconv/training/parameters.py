@@ -51,13 +51,13 @@ def require_stages(model: nn.Module, recipe: TrainRecipe) -> None:
     """
     known = list(find_stages(model))
     wanted = _name_stages(known, recipe.freeze)
-    some = f"train.freeze with some of {', '.join(known)}"
+    some = f"its stages: {', '.join(known)}"
     if unknown := sorted(wanted.difference(known)):
-        problem = f"train.freeze: this {type(model).__name__} has no stage {unknown[0]!r}"
-        raise UsageError(problem, kind="usage.unknown_stage", fix=some)
+        problem = f"train.freeze: this {type(model).__name__} has no stage {unknown[0]!r}\n{some}"
+        raise UsageError(problem, kind="usage.unknown_stage", fix=f"--freeze {known[0]}")
     if wanted == set(known):
         problem = "train.freeze: all stages are frozen, which leaves nothing to train"
-        raise UsageError(problem, kind="usage.all_frozen", fix=f"{some}, but not all")
+        raise UsageError(problem, kind="usage.all_frozen", fix=f"--freeze {ALL_BUT_HEAD}")
     if recipe.freeze_epochs and "head" in wanted:
         problem = "train.freeze_epochs: only the head learns in them, and train.freeze has it too"
         raise UsageError(problem, kind="usage.all_frozen", fix="--freeze-epochs 0")

@@ -132,7 +132,9 @@ class BatchPlan:
             return TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
             problem = f"plan.json: {error.errors()[0]['msg']}"
-            raise ModelFileError(problem, kind="run.bad_plan", fix="rm it to plan anew") from error
+            raise ModelFileError(
+                f"{problem}\nwithout it, it is planned anew", kind="run.bad_plan"
+            ) from error
 
     def __str__(self) -> str:
         sizes, setting = self.sizes, self.setting

@@ -137,9 +137,10 @@ class Processes:
                 raise
             raise ResourceError(
                 f"process {self.rank} of {self.count} has lost another process of this run, "
-                "which ended or was killed",
+                "which ended or was killed\n"
+                "the run goes on once all are started again, with --resume",
                 kind="run.lost_process",
-                fix="start all of them again, with --resume FOLDER instead of -o FOLDER",
+                fix="torchrun … -m momconv finetune --resume FOLDER",
             ) from error
 
 

@@ -240,7 +240,7 @@ class RunFolder:
             raise ResourceError(
                 f"{self.path} needs about {format_bytes(needed_bytes)}, {format_bytes(free)} free",
                 kind="output.no_space",
-                fix="-o with a folder on another disk",
+                fix="-o FOLDER",
             )
 
     def write_history(self, progress: Progress) -> None:
@@ -266,7 +266,7 @@ class RunFolder:
         return ResourceError(
             f"cannot make output folder {self.path}: {reason}",
             kind="output.unwritable",
-            fix="-o with a folder that can be written",
+            fix="-o FOLDER",
         )
 
     @property

@@ -198,7 +198,7 @@ def _verify(path: Path) -> None:
         raise ResourceError(
             f"{path.parent} does not keep what is written to it: a checksum is another",
             kind="output.unreliable",
-            fix="-o with a folder on another disk",
+            fix="-o FOLDER",
         )
 
 

@@ -238,9 +238,10 @@ def _read_checkpoint(path: Path) -> object:
     except pickle.UnpicklingError as error:
         raise ModelFileError(
             f"{path} is no plain checkpoint: it is damaged, or holds Python objects beside tensors"
-            "\nmomconv runs no code from a file, so it does not open this one",
+            "\nmomconv runs no code from a file, so it does not open this one; where it was made, "
+            "this writes a plain one",
             kind="model_file.unsafe",
-            fix="where the file was made: torch.save(model.state_dict(), 'weights.pth')",
+            fix="torch.save(model.state_dict(), 'weights.pth')",
         ) from error
     except _DAMAGE as error:
         explains = isinstance(error, OSError | RuntimeError)  # the others come from wrong bytes
@@ -296,9 +297,8 @@ def _damaged(path: Path, reason: str) -> ModelFileError:
 def _missing(path: Path) -> ModelFileError:
     if path.is_dir():
         return ModelFileError(
-            f"{path} is a folder, not a file",
+            f"{path} is a folder, and not a file in it",
             kind="model_file.is_folder",
-            fix="name a file in it",
         )
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)

@@ -115,7 +115,7 @@ def _refuse_converted(path: Path) -> None:
         raise ModelFileError(
             f"{path} is already converted",
             kind="model_file.already_converted",
-            fix=f"use it as it is: momconv finetune --data DATA --from {shlex.quote(str(path))}",
+            fix=f"momconv finetune --data FOLDER --from {shlex.quote(str(path))}",
         )
 
 
@@ -138,7 +138,7 @@ def _find_published(name: str, weights: str) -> Any:
         raise UsageError(
             f"there are no published weights {weights!r} for {name}: weights are a file or none",
             kind="usage.unknown_weights",
-            fix="--weights FILE, or --weights none",
+            fix="--weights FILE\n--weights none",
         )
     members = get_model_weights(name)
     short = weights.removeprefix(f"{members.__name__}.")

@@ -43,4 +43,4 @@ def test_it_does_not_touch_what_is_not_its_own(tmp_path: Path) -> None:
     ran = run(tmp_path)
     assert ran.exit_code == 2
     assert f"error: folder is not empty, and no demo made it: {tmp_path}" in ran.stderr
-    assert "fix: -o with another folder" in ran.stderr
+    assert "fix: -o FOLDER" in ran.stderr

@@ -147,7 +147,7 @@ def test_what_is_learnt_can_be_chosen_by_options(colours: Path, tmp_path: Path) 
         assert f"  {line}\n" in written
     refused = run(*args, "--freeze", "layer1", "--freeze", "layer7", "-o", tmp_path / "two")
     assert refused.exit_code == 2
-    assert "has no stage 'layer7'\nfix: train.freeze with some of stem, layer1," in refused.stderr
+    assert "has no stage 'layer7'\nits stages: stem, layer1," in refused.stderr
 
 
 def test_calibration_can_be_left_out_and_gamma_annealed(colours: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_one_folder_of_classes_is_divided(tmp_path: Path) -> None:
     assert (
         "no val/ folder; holding out 20% per class (seed 0): 19 train / 5 val." in splits.notes[0]
     )
-    assert "--set data.val_frac=" in splits.notes[0]
+    assert "Change it with --val-frac or --val-dir." in splits.notes[0]
 
 
 def test_a_test_folder_is_never_validated_on(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_too_many_unreadable_images_are_an_error(tmp_path: Path) -> None:
     assert error.kind == "data.too_many_unreadable"
     assert "3 of 24 images unreadable (12.5%)" in error.message.splitlines()[0]
     assert "ants/0.png: truncated image" in error.message
-    assert error.fix == "--max-bad-fraction 0.15 to continue without them"
+    assert error.fix == "--max-bad-fraction 0.15"
     check_images(images, max_bad_fraction=0.15)  # the fix works
 
 
@@ -68,7 +68,6 @@ def test_a_class_must_not_vanish(tmp_path: Path) -> None:
         check_images(images, max_bad_fraction=0.5, every_class=True)
     assert caught.value.kind == "data.class_unreadable"
     assert "no image of 1 class can be read: ants" in caught.value.message
-    assert caught.value.fix
 
 
 def test_a_class_that_was_absent_before_is_no_loss(tmp_path: Path) -> None:

@@ -91,7 +91,10 @@ def test_the_prediction_knows_what_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        (["layer1", "layer9"], "no stage 'layer9'\nfix: train.freeze with some of stem, layer1, "),
+        (
+            ["layer1", "layer9"],
+            "no stage 'layer9'\nits stages: stem, layer1, layer2, layer3, head\nfix: --freeze stem",
+        ),
         (["stem", "layer1", "layer2", "layer3", "head"], "leaves nothing to train"),
     ],
 )
