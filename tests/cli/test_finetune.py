@@ -288,7 +288,7 @@ def test_a_run_can_be_compared_with_another(colours: Path, tmp_path: Path) -> No
     options: list[str | Path] = [*SMALL, *IN_PROCESS, "--epochs", "1", "--no-plots", "-o", folder]
     assert run("--data", colours, *options).exit_code == 0
     began = (folder / "run.json").read_text()
-    (folder / "run.json").write_text(began.replace('"momconv":"', '"momconv":"0'))
+    (folder / "run.json").write_text(began.replace('"momconv": "', '"momconv": "0'))
     again = ["--recipe", str(folder / "config.yaml"), "--check-env", "--dry-run"]
     compared = run(*again, "-o", tmp_path / "again")
     assert compared.exit_code == 0
