@@ -281,7 +281,12 @@ def _read_class_folders(root: Path) -> tuple[dict[str, list[Path]], tuple[str, .
         path.suffix.lower() for paths in files.values() for path in paths if not _is_image(path)
     )
     loose = sum(_is_image(root / name) for name in _visible(os.listdir(root)) if name not in files)
-    return {n: paths for n, paths in found.items() if paths}, _notes(root, empty, others, loose)
+    notes = _notes(root, empty, others, loose)
+    deep = sum(path.parent != root / name for name, paths in found.items() for path in paths)
+    if deep:
+        where = "deeper than the folder of their class, and belong to it"
+        notes += (f"note: {plural(deep, 'image')} in {printable(root)} lie {where}",)
+    return {n: paths for n, paths in found.items() if paths}, notes
 
 
 def _notes(root: Path, empty: list[str], others: Counter[str], loose: int) -> tuple[str, ...]:

@@ -119,6 +119,8 @@ def draw_rates(table: Path, chosen: float, path: Path) -> None:
         axes.plot(rates, [float(row["smoothed"]) for row in rows], label="smoothed")
         axes.axvline(chosen, color="tab:green", label=f"chosen: {chosen:g}")
         axes.set(xscale="log", xlabel="learning rate")
+        axes.xaxis.set_major_formatter("{x:g}")  # the usual one writes formulas
+        axes.xaxis.set_minor_formatter("")
         axes.legend()
 
 

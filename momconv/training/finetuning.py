@@ -60,7 +60,7 @@ from momconv.training.run_folder import RunFolder
 from momconv.training.saving import publish, save, write_plan
 from momconv.training.state import load_newest, save_state
 from momconv.units import format_bytes, parse_duration
-from momconv.zoo.description import describe
+from momconv.zoo.description import Preprocessing, describe
 
 _NO_MOMENTUM = (
     "note: no run of blocks is long enough for momentum to save memory, so it stays plain; "
@@ -236,12 +236,15 @@ def _prepare(task: _Task) -> _Ready:
     provenance = find_provenance(recipe, model, images.report.fingerprint, task.device)
     if task.like:
         _tell_of_differences(task.like, provenance, listener)
+    if recipe.data.resolution is not None:
+        listener.tell(f"note: {_describe_resizing(describe(model).preprocessing)}")
     network.fit_head(model, images.splits.train.classes)
     network.place(model, task.device)
     network.start_training(model, recipe.train)
     if frozen := describe_frozen(model):
         listener.tell(frozen)
     task, plan = _plan(task, images.splits, model)
+    _choose_workers(task, images.splits, plan)  # so that it fails now if at all
     return _Ready(task, images, provenance, model, plan)
 
 
@@ -299,6 +302,13 @@ def _describe_changes(recipe: Recipe) -> str:
     return (
         f"note: so that more of the batch fits (train.may_change): γ is "
         f"{recipe.momentum.gamma:g}, precision {recipe.train.precision}"
+    )
+
+
+def _describe_resizing(p: Preprocessing) -> str:
+    return (
+        f"to be validated, images get a shorter side of {p.resize} pixels, of which the middle "
+        f"{p.resolution} × {p.resolution} are looked at"
     )
 
 

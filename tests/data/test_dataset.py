@@ -3,6 +3,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from pictures import fingerprint, save_classes
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from momconv.data.dataset import LabelledImages, UnlabelledImages, read_batches
+from momconv.data import dataset
+from momconv.data.dataset import (
+    LabelledImages,
+    UnlabelledImages,
+    count_workers_that_fit,
+    read_batches,
+)
 from momconv.data.folder import ImageSet, find_evaluation_set, find_splits, list_images
 from momconv.data.inspection import check_images
 from momconv.data.transforms import evaluation_transform, training_transform
@@ -181,3 +188,16 @@ def test_nothing_is_written_into_the_data(tmp_path: Path) -> None:
     read_all(LabelledImages(splits.val, evaluation_transform(TINY), seed=None))
     assert len(before) == 21
     assert fingerprint(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("workers", "batches", "fitting"), [(8, 100, 8), (8, 5, 2), (8, 1, 0), (8, 0, 0), (0, 0, 0)]
+)
+def test_shared_memory_has_room_for_so_many_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, batches: int, fitting: int
+) -> None:
+    monkeypatch.setattr(dataset, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=batches * 100 + 99))
+    assert count_workers_that_fit(workers, 100) == fitting
+    monkeypatch.setattr(dataset, "_SHARED_MEMORY", tmp_path / "none")
+    assert count_workers_that_fit(workers, 100) == workers

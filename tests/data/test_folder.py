@@ -126,7 +126,13 @@ def test_a_test_folder_is_evaluated_on_only_when_asked_for(tmp_path: Path) -> No
 def test_deeper_folders_belong_to_their_class(tmp_path: Path) -> None:
     save_picture(tmp_path / "a" / "x" / "deep" / "1.png")
     save_picture(tmp_path / "b" / "x" / "1.JPG")
-    assert read_classes_folder(tmp_path).counts() == {"a": 1, "b": 1}
+    save_picture(tmp_path / "b" / "2.png")
+    found = read_classes_folder(tmp_path)
+    assert found.counts() == {"a": 1, "b": 2}
+    (note,) = found.notes
+    assert note.startswith(
+        f"note: 2 images in {tmp_path} lie deeper than the folder of their class"
+    )
 
 
 @pytest.mark.parametrize("junk", [".hidden", "__MACOSX", "__pycache__", ".ipynb_checkpoints"])

@@ -308,6 +308,7 @@ V2, V1 = measurement._CGROUP_NAMES
 
 def test_a_tenth_of_the_free_memory_is_kept_back(cgroups: Path) -> None:
     assert available_bytes(CPU) == 900_000
+    assert available_bytes(CPU, headroom=0.25) == 750_000
 
 
 def test_the_limit_of_a_container_counts_without_its_file_cache(cgroups: Path) -> None:

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from momconv.errors import DataError, MomconvError, UsageError
+from momconv.errors import DataError, MomconvError, ResourceError, UsageError
 from momconv.evaluation import evaluate
 from momconv.files import model_file
 from momconv.momentum.sequential import momentum_stages
 from momconv.planner.prediction import peak_memory
 from momconv.recipe import Recipe, load_recipe
 from momconv.surgery.conversion import convert
-from momconv.training import network
+from momconv.training import finetuning, network
 from momconv.training.finetuning import Result, finetune
 from momconv.training.images import recall_images
 from momconv.training.interruption import Interrupted, TimeUp
@@ -50,6 +50,17 @@ def interrupt(recipe: Recipe, folder: Path, n: int) -> None:
 
 
 # A run
+
+
+def test_shared_memory_is_looked_at_before_the_first_step(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetuning, "count_workers_that_fit", lambda *_: 1)
+    with pytest.raises(ResourceError, match="3 processes that read micro-batches of ") as refused:
+        finetune(small(colours, "data.workers=3"), tmp_path / "run")
+    assert refused.value.fix is not None
+    assert refused.value.fix.startswith("--workers 1\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_leaves_a_folder_with_all_that_it_came_to(straight: Result) -> None:

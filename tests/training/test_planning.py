@@ -53,6 +53,16 @@ def test_with_memory_to_spare_everything_is_stored(model: nn.Module) -> None:
     assert {stage.strategy for stage in momentum_stages(model).values()} == {"store"}
 
 
+def test_the_headroom_is_kept_back_of_what_is_free(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        planning, "available_bytes", lambda _, headroom: int(2**30 * (1 - headroom))
+    )
+    usual, wary = (replace(SETTING, headroom=part).find_limit(model) for part in (0.25, 0.5))
+    assert usual - wary == 2**28
+
+
 def test_the_network_gets_the_leaner_strategy_that_fits(model: nn.Module) -> None:
     plan = plan_batches(model, limited(model, 16, "auto"))
     assert plan.sizes == [16]
