@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from momconv.cli import _recipe_options as options
 from momconv.cli._console import Terminated, note, out, print_json, progress, tell, warn
 from momconv.cli._display import Display
 from momconv.cli._options import ArgumentOption, NetworkOption
@@ -23,275 +24,67 @@ from momconv.recipe import Recipe, dump_recipe, load_recipe, shorten
 if TYPE_CHECKING:
     from momconv.training.finetuning import Result
 
-_IMAGES, _OPTIMISATION, _MEMORY = "Images", "Optimisation", "Memory"
-_MOMENTUM, _RUN = "Momentum", "Recipe and run"
-_LEARNING = "What is learnt, and from what"
-_KEYS = {
-    "data": "data.path",
-    "model": "model.name",
-    "network": "model.name",
-    "arg": "model.arguments",
-    "from_file": "model.from_file",
-    "weights": "model.weights",
-    "epochs": "train.epochs",
-    "batch_size": "train.batch_size",
-    "lr": "train.lr",
-    "resolution": "data.resolution",
-    "memory": "train.memory",
-    "micro_batch": "train.micro_batch",
-    "freeze_bn": "train.freeze_bn",
-    "sync_bn": "train.sync_bn",
-    "tensorboard": "log.tensorboard",
-    "plots": "log.plots",
-    "gamma": "momentum.gamma",
-    "strategy": "momentum.strategy",
-    "seed": "train.seed",
-    "freeze": "train.freeze",
-    "freeze_epochs": "train.freeze_epochs",
-    "layer_decay": "train.layer_decay",
-    "ema": "train.ema",
-    "monitor": "train.monitor",
-    "patience": "train.patience",
-    "augment": "data.augment",
-    "hflip": "data.flip",
-    "mixup": "train.mixup",
-    "balance": "data.balance",
-    "train_dir": "data.train_dir",
-    "val_dir": "data.val_dir",
-    "unknown_classes": "data.unknown_classes",
-    "strict": "data.strict",
-    "limit": "data.limit",
-    "val_frac": "data.val_frac",
-    "max_bad_fraction": "data.max_bad_fraction",
-    "precision": "train.precision",
-    "device": "train.device",
-    "time_limit": "train.time_limit",
-    "workers": "data.workers",
-}
-
-
-def _option(
-    name: str, metavar: str, help_: str, panel: str | None = None
-) -> typer.models.OptionInfo:
-    """An option that sets a key of the recipe, whose type decides what is allowed."""
-    option: typer.models.OptionInfo = typer.Option(
-        name, metavar=metavar, help=help_, rich_help_panel=panel, show_default=False
-    )
-    return option
-
 
 def finetune(  # noqa: PLR0913 (one for each option)
     context: typer.Context,
     *,
-    data: Annotated[
-        str | None, _option("--data", "FOLDER", "Images: train/ and val/, or one folder a class.")
-    ] = None,
-    model: Annotated[
-        str | None, _option("--model", "NAME", "The network to start from. (default: resnet152)")
-    ] = None,
-    from_file: Annotated[
-        str | None, _option("--from", "FILE", "A converted network to start from instead.")
-    ] = None,
+    data: options.Data = None,
+    model: options.Model = None,
+    from_file: options.FromFile = None,
     network: NetworkOption = None,
     arg: ArgumentOption = None,
-    weights: Annotated[
-        str | None,
-        _option("--weights", "NAME", "Its weights: a name, a file, or none for random ones."),
-    ] = None,
-    epochs: Annotated[
-        str | None, _option("--epochs", "N", "Passes over the images. (default: 10)", _OPTIMISATION)
-    ] = None,
-    batch_size: Annotated[
-        str | None,
-        _option(
-            "--batch-size", "N", "Images of an optimisation step. (default: 32)", _OPTIMISATION
-        ),
-    ] = None,
-    lr: Annotated[
-        str | None,
-        _option("--lr", "RATE", "Highest learning rate, or auto to look for one.", _OPTIMISATION),
-    ] = None,
-    resolution: Annotated[
-        str | None,
-        _option("--resolution", "PIXELS", "Side of the images in the network.", _OPTIMISATION),
-    ] = None,
-    seed: Annotated[
-        str | None, _option("--seed", "N", "Of the order, augmentation and head.", _OPTIMISATION)
-    ] = None,
-    freeze: Annotated[
-        list[str] | None,
-        _option(
-            "--freeze", "STAGE", "Keep stem, layer1, … or all-but-head; may be repeated.", _LEARNING
-        ),
-    ] = None,
-    freeze_epochs: Annotated[
-        str | None,
-        _option("--freeze-epochs", "N", "At first, only the head learns. (default: 0)", _LEARNING),
-    ] = None,
-    layer_decay: Annotated[
-        str | None,
-        _option("--layer-decay", "F", "Of the rate from stage to stage. (default: 1)", _LEARNING),
-    ] = None,
-    ema: Annotated[
-        str | None,
-        _option("--ema", "DECAY", "Average the weights, such as with 0.999.", _LEARNING),
-    ] = None,
-    monitor: Annotated[
-        str | None,
-        _option("--monitor", "FIGURE", "val/top1 (default), val/macro_f1 or val/loss.", _LEARNING),
-    ] = None,
-    patience: Annotated[
-        str | None,
-        _option("--patience", "N", "Stop after N epochs without a better figure.", _LEARNING),
-    ] = None,
-    augment: Annotated[
-        str | None,
-        _option("--augment", "LEVEL", "none, light (default), trivial or randaug.", _LEARNING),
-    ] = None,
-    hflip: Annotated[
-        bool | None,
-        typer.Option(
-            "--hflip/--no-hflip",
-            help="Mirror images, but not digits or text. (default: yes)",
-            rich_help_panel=_LEARNING,
-            show_default=False,
-        ),
-    ] = None,
-    mixup: Annotated[
-        str | None,
-        _option("--mixup", "ALPHA", "Blend pairs of images, such as with 0.2.", _LEARNING),
-    ] = None,
-    balance: Annotated[
-        str | None,
-        _option(
-            "--balance", "HOW", "none, loss or sampler, for classes of unequal size.", _LEARNING
-        ),
-    ] = None,
-    train_dir: Annotated[
-        str | None, _option("--train-dir", "FOLDER", "Train on this one instead.", _IMAGES)
-    ] = None,
-    val_dir: Annotated[
-        str | None, _option("--val-dir", "FOLDER", "Validate on this one instead.", _IMAGES)
-    ] = None,
-    val_frac: Annotated[
-        str | None,
-        _option("--val-frac", "F", "Held out where there is no val/. (default: 0.2)", _IMAGES),
-    ] = None,
-    limit: Annotated[
-        str | None, _option("--limit", "F", "Only that part of each class, for a try.", _IMAGES)
-    ] = None,
-    unknown_classes: Annotated[
-        str | None,
-        _option(
-            "--unknown-classes",
-            "WHAT",
-            "Classes only in val/: error (default), or skip.",
-            _IMAGES,
-        ),
-    ] = None,
-    max_bad_fraction: Annotated[
-        str | None,
-        _option(
-            "--max-bad-fraction", "F", "Of unreadable images, left out. (default: 0.05)", _IMAGES
-        ),
-    ] = None,
-    strict: Annotated[
-        bool | None,
-        typer.Option(
-            "--strict",
-            help="Take any warning about the images for an error.",
-            rich_help_panel=_IMAGES,
-            show_default=False,
-        ),
-    ] = None,
-    workers: Annotated[
-        str | None,
-        typer.Option(
-            "--workers",
-            "-j",
-            metavar="N",
-            help="Processes that read images. (default: auto)",
-            rich_help_panel=_IMAGES,
-            show_default=False,
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        _option("--memory", "AMOUNT", "Limit, such as 3GiB. (default: what is free)", _MEMORY),
-    ] = None,
-    micro_batch: Annotated[
-        str | None,
-        _option("--micro-batch", "N", "Images in the network at once. (default: auto)", _MEMORY),
-    ] = None,
-    strategy: Annotated[
-        str | None,
-        _option("--strategy", "NAME", "auto (the fastest that fits), store, …", _MEMORY),
-    ] = None,
-    freeze_bn: Annotated[
-        bool | None,
-        typer.Option(
-            "--freeze-bn",
-            help="Keep BatchNorm as it is, for small micro-batches.",
-            rich_help_panel=_MEMORY,
-            show_default=False,
-        ),
-    ] = None,
-    sync_bn: Annotated[
-        bool | None,
-        typer.Option(
-            "--sync-bn",
-            help="Let BatchNorm see the images of all processes; on GPUs.",
-            rich_help_panel=_MEMORY,
-            show_default=False,
-        ),
-    ] = None,
-    precision: Annotated[
-        str | None, _option("--precision", "NAME", "auto, fp32, bf16 or fp16 (on GPUs).", _MEMORY)
-    ] = None,
-    device: Annotated[
-        str | None, _option("--device", "NAME", "auto, cpu, cuda or cuda:1.", _MEMORY)
-    ] = None,
-    gamma: Annotated[
-        str | None,
-        _option("--gamma", "G", "0 … 1; 0 is the plain network. (default: 0.9)", _MOMENTUM),
-    ] = None,
+    weights: options.Weights = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    lr: options.Lr = None,
+    resolution: options.Resolution = None,
+    seed: options.Seed = None,
+    freeze: options.Freeze = None,
+    freeze_epochs: options.FreezeEpochs = None,
+    layer_decay: options.LayerDecay = None,
+    ema: options.Ema = None,
+    monitor: options.Monitor = None,
+    patience: options.Patience = None,
+    augment: options.Augment = None,
+    hflip: options.Hflip = None,
+    mixup: options.Mixup = None,
+    balance: options.Balance = None,
+    train_dir: options.TrainDir = None,
+    val_dir: options.ValDir = None,
+    val_frac: options.ValFrac = None,
+    limit: options.Limit = None,
+    unknown_classes: options.UnknownClasses = None,
+    max_bad_fraction: options.MaxBadFraction = None,
+    strict: options.Strict = None,
+    workers: options.Workers = None,
+    memory: options.Memory = None,
+    micro_batch: options.MicroBatch = None,
+    strategy: options.Strategy = None,
+    freeze_bn: options.FreezeBn = None,
+    sync_bn: options.SyncBn = None,
+    precision: options.Precision = None,
+    device: options.Device = None,
+    gamma: options.Gamma = None,
     no_calibrate: Annotated[
         bool,
         typer.Option(
             "--no-calibrate",
             help="Do not adapt the converted network to its original first.",
-            rich_help_panel=_MOMENTUM,
+            rich_help_panel=options.MOMENTUM,
         ),
     ] = False,
-    time_limit: Annotated[
-        str | None,
-        _option("--time-limit", "TIME", "Such as 2h: then save and stop, to be resumed.", _RUN),
-    ] = None,
+    time_limit: options.TimeLimit = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A recipe in YAML.", rich_help_panel=_RUN),
+        typer.Option(metavar="FILE", help="A recipe in YAML.", rich_help_panel=options.RUN),
     ] = None,
-    tensorboard: Annotated[
-        bool | None,
-        typer.Option(
-            "--tensorboard",
-            help="Write the numbers for TensorBoard too.",
-            rich_help_panel=_RUN,
-            show_default=False,
-        ),
-    ] = None,
-    plots: Annotated[
-        bool | None,
-        typer.Option(
-            "--plots/--no-plots",
-            help="Draw curves, confusion and more. (default: yes)",
-            rich_help_panel=_RUN,
-            show_default=False,
-        ),
-    ] = None,
+    tensorboard: options.Tensorboard = None,
+    plots: options.Plots = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe.", rich_help_panel=_RUN),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change the recipe.", rich_help_panel=options.RUN
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -300,19 +93,21 @@ def finetune(  # noqa: PLR0913 (one for each option)
             "-o",
             metavar="FOLDER",
             help="Where the results go. (default: runs/MODEL-DATA)",
-            rich_help_panel=_RUN,
+            rich_help_panel=options.RUN,
         ),
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Give up an earlier run there.", rich_help_panel=_RUN),
+        typer.Option(
+            "--overwrite", help="Give up an earlier run there.", rich_help_panel=options.RUN
+        ),
     ] = False,
     auto_name: Annotated[
         bool,
         typer.Option(
             "--auto-name",
             help="Put a number behind the name of a folder that is in use.",
-            rich_help_panel=_RUN,
+            rich_help_panel=options.RUN,
         ),
     ] = False,
     check_env: Annotated[
@@ -320,19 +115,21 @@ def finetune(  # noqa: PLR0913 (one for each option)
         typer.Option(
             "--check-env",
             help="Compare versions, weights and images to those of the recipe's run.",
-            rich_help_panel=_RUN,
+            rich_help_panel=options.RUN,
         ),
     ] = False,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Go on with the run there.", rich_help_panel=_RUN),
+        typer.Option(
+            metavar="FOLDER", help="Go on with the run there.", rich_help_panel=options.RUN
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
             help="Check images, network, memory and disk, print the recipe, and stop.",
-            rich_help_panel=_RUN,
+            rich_help_panel=options.RUN,
         ),
     ] = False,
     fast_dev_run: Annotated[
@@ -340,13 +137,13 @@ def finetune(  # noqa: PLR0913 (one for each option)
         typer.Option(
             "--fast-dev-run",
             help="Go once through everything with two steps, keep nothing, and stop.",
-            rich_help_panel=_RUN,
+            rich_help_panel=options.RUN,
         ),
     ] = False,
     json_output: Annotated[
         bool,
         typer.Option(
-            "--json", help="One JSON document on stdout at the end.", rich_help_panel=_RUN
+            "--json", help="One JSON document on stdout at the end.", rich_help_panel=options.RUN
         ),
     ] = False,
 ) -> None:
@@ -516,7 +313,7 @@ def _print_document(result: "Result", _: Recipe) -> None:
 
 def _read_options(context: typer.Context) -> list[str]:
     """The options that were given, as changes to the recipe; a JSON string is a YAML string."""
-    given = [(key, context.params[name]) for name, key in _KEYS.items()]
+    given = [(key, context.params[name]) for name, key in options.KEYS.items()]
     unset: tuple[object, ...] = (None, (), [])
     return [f"{key}={json.dumps(value)}" for key, value in given if value not in unset]
 
