@@ -121,7 +121,9 @@ def finetune(  # noqa: PLR0913 (one for each option)
     resume: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Go on with the run there.", rich_help_panel=options.RUN
+            metavar="FOLDER",
+            help="Go on with the run there, or with the last one.",
+            rich_help_panel=options.RUN,
         ),
     ] = None,
     dry_run: Annotated[
@@ -148,11 +150,13 @@ def finetune(  # noqa: PLR0913 (one for each option)
     ] = False,
 ) -> None:
     """Fine-tune a network on a folder of images, within a limit of memory."""
-    from momconv.training.run_folder import RunFolder, name_folder
+    from momconv.training.run_folder import RunFolder, find_last_run, name_folder
 
     _refuse_contradictions(context.params)
     unwanted = ["momentum.calibrate=false"] if no_calibrate else []
     changes = [*_read_options(context), *unwanted, *(set_ or [])]
+    if resume == Path("last") and not resume.is_dir():
+        resume = find_last_run()
     if resume is not None:
         RunFolder(resume).require_state()
         recipe = RunFolder(resume).config

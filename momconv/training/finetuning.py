@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from momconv.errors import ResourceError, UsageError
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
 from momconv.planner.search import Change
-from momconv.recipe import Recipe, dump_recipe, recall_recipe
+from momconv.recipe import KEYS, Recipe, dump_recipe, recall_recipe
 from momconv.surgery.conversion import set_gamma
 from momconv.training import network
 from momconv.training.balancing import describe_imbalance
@@ -493,12 +493,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _refuse_changes(before: Recipe, now: Recipe, run: RunFolder) -> None:
-    changes = [
-        f"{key} from {getattr(old, name)} to {getattr(new, name)}"
-        for key, (section, name) in {k: k.split(".") for k in _FIXED}.items()
-        for old, new in [(getattr(before, section), getattr(now, section))]
-        if getattr(old, name) != getattr(new, name)
-    ]
+    changes = _list_changes(before, now, _FIXED)
     if now.train.lr == "auto":
         changes.append(f"train.lr from {before.train.resolved_lr:g} to auto")
     if changes:
@@ -509,6 +504,16 @@ def _refuse_changes(before: Recipe, now: Recipe, run: RunFolder) -> None:
         )
 
 
+def _list_changes(before: Recipe, now: Recipe, keys: Iterable[str]) -> list[str]:
+    """Which of the ``keys`` have other values now, in words."""
+    return [
+        f"{key} from {getattr(old, name)} to {getattr(new, name)}"
+        for key, (section, name) in {k: k.split(".") for k in keys}.items()
+        for old, new in [(getattr(before, section), getattr(now, section))]
+        if getattr(old, name) != getattr(new, name)
+    ]
+
+
 def _tell_of_resuming(job: Job, progress: Progress, before: Recipe) -> None:
     epochs = job.recipe.train.epochs
     if progress.epoch >= epochs:
@@ -517,6 +522,8 @@ def _tell_of_resuming(job: Job, progress: Progress, before: Recipe) -> None:
             f"note: {job.folder.path} is complete ({progress.epoch}/{epochs}). {more}"
         )
         return
+    if changes := _list_changes(before, job.recipe, KEYS):
+        job.listener.tell(f"note: changed since: {', '.join(changes)}")
     where = f"epoch {progress.epoch + 1}/{epochs}, step {progress.step}/{job.steps_per_epoch}"
     job.listener.tell(f"note: going on in {where}")
     _tell_of_plan(job.plan, job.model, job.listener)

@@ -19,13 +19,31 @@ from momconv.training.progress import EpochRow, Progress
 from momconv.units import format_bytes
 from momconv.zoo import own
 
+_RUNS = Path("runs")  # below the working directory
+
 
 def name_folder(recipe: Recipe) -> Path:
     """The default folder of a run, below the working directory."""
     file = recipe.model.from_file
     model = file.stem if file else own.file_stem(recipe.model.name)
     data = recipe.data.path.absolute().name if recipe.data.path else "images"
-    return Path("runs") / f"{model}-{data}"
+    return _RUNS / f"{model}-{data}"
+
+
+def find_last_run() -> Path:
+    """The folder below ``runs`` whose state was saved last.
+
+    Raises:
+        ModelFileError: There is none.
+    """
+    states = list(_RUNS.glob("*/state.safetensors"))
+    if not states:
+        raise ModelFileError(
+            f"no run to resume in {_RUNS.absolute()}",
+            kind="run.no_state",
+            fix="momconv finetune --resume FOLDER",
+        )
+    return max(states, key=lambda state: state.stat().st_mtime_ns).parent
 
 
 @dataclass(frozen=True, slots=True)

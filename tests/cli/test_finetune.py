@@ -363,12 +363,18 @@ def test_a_dry_run_checks_all_and_writes_nothing(colours: Path, tmp_path: Path) 
     assert run("--resume", tmp_path, "--dry-run").exit_code == 2
 
 
-def test_with_json_a_run_ends_in_one_document(colours: Path, tmp_path: Path) -> None:
+def test_with_json_a_run_ends_in_one_document(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: list[str | Path] = [*IN_PROCESS, "--limit", "0.5", "--json", "-o", tmp_path / "run"]
     ran = run("--data", colours, *SMALL, "--epochs", "1", *options)
     document = json.loads(ran.stdout)
     assert (ran.exit_code, document["ok"], document["complete"]) == (0, True, True)
     assert document["best"] == str(tmp_path / "run" / "best.safetensors")
     assert document["best_epoch"] == document["history"][0]
-    again = run("--resume", tmp_path / "run", "--epochs", "9", "--time-limit", "0.01s", "--json")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(tmp_path)
+    again = run("--resume", "last", "--epochs", "9", "--time-limit", "0.01s", "--json")
     assert (again.exit_code, json.loads(again.stdout)["complete"]) == (0, False)
+    changed = "train.epochs from 1 to 9, train.time_limit from None to 0.01s"
+    assert f"note: changed since: {changed}\n" in again.stderr

@@ -8,7 +8,7 @@ import pytest
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.recipe import load_recipe
 from momconv.training.progress import EpochRow, Halving, Progress
-from momconv.training.run_folder import RunFolder, name_folder
+from momconv.training.run_folder import RunFolder, find_last_run, name_folder
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,20 @@ def test_only_what_runs_write_is_overwritten(tmp_path: Path) -> None:
     assert "--overwrite" not in (refused.value.fix or "")
     run.clear()
     assert list(run.path.iterdir()) == [photo]
+
+
+def test_the_last_run_is_the_one_that_was_saved_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelFileError, match="no run to resume in"):
+        find_last_run()
+    for name, time in {"a": 1, "b": 3, "c": 2}.items():
+        run = RunFolder(Path("runs") / name)
+        run.make()
+        run.state.touch()
+        os.utime(run.state, (time, time))
+    assert find_last_run() == Path("runs/b")
 
 
 def test_the_working_directory_may_be_in_use_too(
