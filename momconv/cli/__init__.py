@@ -52,7 +52,7 @@ def _print_version(wanted: bool) -> None:  # noqa: FBT001 (Typer calls it)
 
 @app.callback()
 @guarded
-def momconv(
+def momconv(  # noqa: PLR0913 (one for each option)
     *,
     version: Annotated[
         bool,
@@ -70,13 +70,17 @@ def momconv(
         bool, typer.Option("--offline", help="Download nothing, as with MOMCONV_OFFLINE=1.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+    log_every: Annotated[
+        str,
+        typer.Option(metavar="TIME", help="Between lines of progress, where there is no terminal."),
+    ] = "30s",
     log_file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Add what is told on stderr, with the time, to this."),
     ] = None,
 ) -> None:
     """Fine-tune pretrained residual networks in less memory, with invertible momentum blocks."""
-    configure(quiet=quiet, verbose=verbose, debug=debug, log_file=log_file)
+    configure(quiet=quiet, verbose=verbose, debug=debug, log_file=log_file, log_every=log_every)
     if offline:
         os.environ["MOMCONV_OFFLINE"] = "1"
 

@@ -23,10 +23,9 @@ from rich.text import Text
 
 from momconv.errors import MomconvError, ResourceError
 from momconv.files.cache import cache_folder
-from momconv.units import format_duration
+from momconv.units import format_duration, parse_duration
 
 P = ParamSpec("P")
-SECONDS_BETWEEN_LINES = 30
 
 
 def _console(*, stderr: bool) -> Console:
@@ -50,18 +49,23 @@ class _Settings:
     quiet: bool = False
     debug: bool = False
     log_file: Path | None = None
+    seconds_between_lines: float = 30  # of progress, where there is no terminal
 
 
 _settings = _Settings()
 
 
-def configure(*, quiet: bool, verbose: bool, debug: bool, log_file: Path | None) -> None:
+def configure(
+    *, quiet: bool, verbose: bool, debug: bool, log_file: Path | None, log_every: str = "30s"
+) -> None:
     """Set what the options before a command ask for.
 
     Raises:
+        UsageError: ``log_every`` is no duration.
         ResourceError: The log file cannot be written.
     """
     _settings.quiet, _settings.debug, _settings.log_file = quiet, debug, None
+    _settings.seconds_between_lines = parse_duration(log_every)
     if verbose:
         logging.basicConfig(level=logging.INFO, handlers=[_Notes()])
     if log_file is None:
@@ -226,7 +230,7 @@ def progress(
 ) -> Iterator[Report]:
     """Show how far ``title`` is, each time ``report(done, text)`` is called.
 
-    On a terminal this is a bar that goes away at the end; elsewhere a plain line every 30 s.
+    On a terminal this is a bar that goes away at the end; elsewhere a plain line now and then.
     """
     if _settings.quiet or not err.is_terminal:
         yield _plain_lines(title, total, clock)
@@ -250,7 +254,7 @@ def _plain_lines(title: str, total: int, clock: Callable[[], float]) -> Report:
     def report(done: int, text: str) -> None:
         nonlocal printed
         now = clock()
-        if now - printed < SECONDS_BETWEEN_LINES:
+        if now - printed < _settings.seconds_between_lines:
             return
         printed = now
         left = format_duration((now - began) * (total - done) / done) if done else "unknown"

@@ -329,6 +329,16 @@ def test_progress_off_a_terminal_is_a_line_every_30_seconds(
     )
 
 
+@pytest.mark.usefixtures("usual")
+def test_how_often_progress_is_told_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    configure(quiet=False, verbose=False, debug=False, log_file=None, log_every="2min")
+    with progress("training", 8, clock=ticking(0, 119, 121)) as report:
+        report(1, "")
+        report(2, "")
+    assert capsys.readouterr().err.startswith("training 2/8, ")
+    assert CliRunner().invoke(app, ["--log-every", "often", "recipes", "ls"]).exit_code == 2
+
+
 def test_progress_before_anything_is_done_does_not_guess(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
