@@ -109,8 +109,9 @@ def find_images(root: Path, recipe: DataRecipe, listener: Listener) -> Splits:
         return found
     train, val = (_limit(images, recipe) for images in (found.train, found.val))
     counts = f"{len(train.samples)} train / {len(val.samples)} val"
-    most = "" if recipe.max_images is None else f", at most {recipe.max_images} of a split"
-    note = f"note: only {recipe.limit:.3g} of the images of each class{most}: {counts}"
+    parts = [f"only {recipe.limit:.3g} of the images of each class"] if recipe.limit < 1 else []
+    parts += [f"at most {recipe.max_images} images of a split"] if recipe.max_images else []
+    note = f"note: {', '.join(parts)}: {counts}"
     listener.tell(note)
     return Splits(train, val, (*found.notes, note))
 

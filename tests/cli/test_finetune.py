@@ -257,7 +257,7 @@ def test_a_fast_dev_run_goes_through_everything_and_keeps_nothing(
     options: list[str | Path] = [*SMALL, *IN_PROCESS, "--batch-size", "4", "-o", tmp_path / "run"]
     ran = run("--data", colours, *options, "--fast-dev-run")
     assert ran.exit_code == 0, ran.stderr
-    assert "at most 8 of a split: 8 train / 6 val\n" in ran.stderr
+    assert "note: at most 8 images of a split: 8 train / 6 val\n" in ran.stderr
     assert "epoch 1/1 · loss " in ran.stderr
     assert ran.stderr.endswith(f"the results of a run go to {tmp_path / 'run'}\n")
     document = json.loads(run("--data", colours, *options, "--fast-dev-run", "--json").stdout)
