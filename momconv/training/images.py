@@ -236,8 +236,7 @@ def _changed(root: Path, changed: Sequence[Path]) -> DataError:
     more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
     return DataError(
         f"{plural(len(changed), 'image')} of the run changed since in {printable(root)}\n"
-        + "\n".join([*lines[:_SHOWN], *more])
-        + "\nthey may be in another folder now, or it takes a new run",
+        + "\n".join([*lines[:_SHOWN], *more]),
         kind="data.changed",
         fix="--data FOLDER",
     )
