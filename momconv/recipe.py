@@ -132,7 +132,7 @@ class TrainRecipe(_Section):
     deterministic: bool = False  # algorithms that repeat their results on a GPU
     seed: Seed = 0
     memory: Memory | None = None
-    may_change: list[Literal["gamma", "precision"]] = []  # if the batch does not fit otherwise
+    may_change: list[Literal["gamma", "precision"]] = []  # by the plan, to be faster
     device: str = "auto"
     freeze: list[str] = []  # stages that stay as they are, such as stem and layer1
     save_every: Count | Duration = "10min"  # steps or time, inside an epoch; its end always

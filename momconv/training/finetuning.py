@@ -17,7 +17,7 @@ from momconv.data.report import DataReport
 from momconv.errors import ResourceError, UsageError
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
-from momconv.planner.search import Change
+from momconv.planner.outlook import Fixed
 from momconv.recipe import Recipe, dump_recipe, recall_recipe
 from momconv.surgery.conversion import set_gamma
 from momconv.training import network
@@ -234,8 +234,10 @@ def _plan(task: _Task, images: CheckedImages, model: nn.Module) -> _Ready:
         ResourceError: It does not, or what it writes does not fit the disk.
     """
     task.run.require_room(_disk_bytes(model, task.recipe))
-    asked = _describe_setting(task, images.splits, model)
-    plan = plan_batches(model, replace(asked, may_change=_list_changeable(task.recipe)))
+    fixed: tuple[Fixed, ...] = ("gamma",) if _has_fixed_gamma(task.recipe) else ()
+    may_change = [change for change in task.recipe.train.may_change if change not in fixed]
+    asked = _describe_setting(task, images.splits, model, fixed)
+    plan = plan_batches(model, replace(asked, may_change=tuple(may_change)))
     recipe = _change(task.recipe, asked, plan)
     if plan.gamma is not None:
         set_gamma(model, plan.gamma, gain=recipe.momentum.gain)
@@ -257,7 +259,7 @@ def _change(recipe: Recipe, asked: Setting, plan: BatchPlan) -> Recipe:
 
 def _describe_changes(recipe: Recipe) -> str:
     return (
-        f"note: so that more of the batch fits (train.may_change): γ is "
+        f"note: as that is faster, or more of the batch fits (train.may_change): γ is "
         f"{recipe.momentum.gamma:g}, precision {recipe.train.precision}"
     )
 
@@ -320,7 +322,8 @@ def _resume(task: _Task) -> tuple[Job, Progress]:
     splits = recall_images(run.split, recipe.data.path, task.listener, progress=progress)
     network.place(model, task.device)
     network.start_training(model, recipe.train)
-    plan = _recall_plan(run, _describe_setting(task, splits, model), model)
+    setting = _describe_setting(task, splits, model, fixed=("gamma", "resolution", "freeze"))
+    plan = _recall_plan(run, setting, model)
     optimizer = make_optimizer(model, recipe.train)
     saved.restore_optimizer(optimizer, model)
     saved.restore_random_states()
@@ -364,7 +367,9 @@ def _make_job(
     )
 
 
-def _describe_setting(task: _Task, splits: Splits, model: nn.Module) -> Setting:
+def _describe_setting(
+    task: _Task, splits: Splits, model: nn.Module, fixed: tuple[Fixed, ...]
+) -> Setting:
     recipe, train, processes = task.recipe, task.recipe.train, task.processes
     return Setting(
         images=len(splits.train.samples),
@@ -379,15 +384,13 @@ def _describe_setting(task: _Task, splits: Splits, model: nn.Module) -> Setting:
         ema=train.ema > 0,
         processes=processes.count,
         sharers=processes.on_this_machine if task.device.type == "cpu" else 1,
+        fixed=fixed,
     )
 
 
-def _list_changeable(recipe: Recipe) -> tuple[Change, ...]:
-    """What may be changed; γ of a network that was converted before, or that anneals, may not."""
-    is_fixed = recipe.model.from_file is not None or recipe.momentum.anneal > 0
-    return tuple(
-        change for change in recipe.train.may_change if not (change == "gamma" and is_fixed)
-    )
+def _has_fixed_gamma(recipe: Recipe) -> bool:
+    """Whether γ is that of a network that was converted before, or anneals."""
+    return recipe.model.from_file is not None or recipe.momentum.anneal > 0
 
 
 @contextmanager
