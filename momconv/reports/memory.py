@@ -18,6 +18,7 @@ from momconv.units import format_bytes
 
 _BAR = 24  # characters
 _SHOWN = 3  # kinds of tensors alive at a peak
+_LONGEST = 12  # characters of a stage
 _COLOURS = ("cyan", "blue", "green", "yellow", "magenta", "red")
 # What backward gets its activations from.
 _EXPLANATIONS: dict[Variant, str] = {
@@ -193,13 +194,22 @@ def _tabulate_alive(profile: MemoryProfile) -> Table:
         for row, alive in enumerate(p.example.alive[:_SHOWN]):
             table.add_row(
                 p.variant if row == 0 else "",
-                Text(p.example.stage if row == 0 else ""),
+                Text(_shorten(p.example.stage) if row == 0 else ""),
                 f"{alive.bytes / 2**30:.3f}",
                 str(alive.count),
                 Text(alive.operation),
-                Text(alive.stage),
+                Text(_shorten(alive.stage)),
             )
     return table
+
+
+def _shorten(stage: str) -> str:
+    """Without what a long name has in common with those of the other stages.
+
+    >>> _shorten("features.3"), _shorten("trunk_output.block3")
+    ('features.3', '…block3')
+    """
+    return stage if len(stage) <= _LONGEST else f"…{stage.rpartition('.')[2]}"
 
 
 def _parts(peak: PeakMemory) -> dict[str, int]:
