@@ -33,7 +33,9 @@ CASES = [
     Case("cifar_resnet110", 32, 32),
     Case("resnet50", 96, 4),
     Case("resnet50", 96, 16),
+    Case("resnet50", 224, 8),
     Case("resnet152", 96, 8),
+    Case("vit_b_16", 224, 2),
 ]
 
 
