@@ -74,12 +74,12 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     from momconv.planner.prediction import Training
     from momconv.planner.profile import VARIANTS, profile
     from momconv.reports.memory import show_memory, to_csv, to_json
-    from momconv.reports.memory_plot import draw_memory, require_matplotlib
+    from momconv.reports.memory_plot import draw_memory, require_picture_name
     from momconv.zoo.description import describe
     from momconv.zoo.networks import check_resolution
 
     if plot is not None:
-        require_matplotlib(plot)
+        require_picture_name(plot)
     where = str(find_device(device)) if measure or device == "auto" else device
     with err.status(f"converting {model}"):
         measured = _load(Function(network, arg), model, gamma, "cpu" if measure else "meta")
