@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from benchmarks.methods import METHODS
 from momconv.planner.measurement import Precision
+
+Trained = Literal["all", "all but BatchNorm", "head"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,7 @@ class Case:
     resolution: int
     batch: int
     precision: Precision = "fp32"
+    trained: Trained = "all"  # what learns; only where that is compared
 
     @property
     def label(self) -> str:

@@ -21,8 +21,8 @@ from momconv import convert, set_strategy
 from momconv.planner.calibration import calibrate
 from momconv.planner.cost import estimate_speed
 from momconv.planner.measurement import available_bytes, time_step
+from momconv.planner.outlook import STRATEGIES
 from momconv.planner.prediction import Choice, Predictor, Training
-from momconv.planner.search import STRATEGIES
 
 TITLE = "cost"
 KEY = ("network", "images", "strategy")
@@ -33,7 +33,9 @@ CASES = [
     Case("cifar_resnet110", 32, 32),
     Case("resnet50", 96, 4),
     Case("resnet50", 96, 16),
+    Case("resnet50", 224, 8),
     Case("resnet152", 96, 8),
+    Case("vit_b_16", 224, 2),
 ]
 
 

@@ -6,8 +6,7 @@ take more than an hour on two cores; to measure some, name networks.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import get_args
 
 import torch
 import typer
@@ -15,28 +14,17 @@ from rich.console import Console
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from benchmarks.cases import Case, Networks, Trained, choose
 from benchmarks.methods import make_network
 from benchmarks.tables import Log, Row, show
 from momconv import convert, peak_memory, set_strategy
-from momconv.planner.measurement import Precision, measure_step
+from momconv.planner.measurement import measure_step
 
 MIB = 2**20
 STRATEGIES = ("plain", "store", "checkpoint", "segment", "momentum", "auto")
 TITLE = "prediction"
 KEY = ("network", "images", "precision", "trained", "strategy")
 COLUMNS = (*KEY, "predicted MiB", "measured MiB", "% of step", "% of whole")
-Trained = Literal["all", "all but BatchNorm", "head"]
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One network under one load."""
-
-    network: str
-    resolution: int
-    batch: int
-    precision: Precision = "fp32"
-    trained: Trained = "all"
 
 
 # At 64 pixels steps are quick, and small feature maps make oneDNN choose odd algorithms.
@@ -104,11 +92,11 @@ def freeze(model: nn.Module, trained: Trained) -> None:
     head.requires_grad_()
 
 
-def main(networks: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-    """Compare the cases of ``networks``, or all."""
+def main(networks: Networks) -> None:
+    """Compare predictions with measurements."""
     log = Log.of(TITLE, torch.device("cpu"))
-    for case in CASES:
-        for row in measure(case) if not networks or case.network in networks else ():
+    for case in choose(CASES, networks):
+        for row in measure(case):
             Console(stderr=True).print(*row.values())
             log.merge([row], KEY)
     show(TITLE, log.read())

@@ -29,10 +29,12 @@ from momconv.units import format_bytes, format_duration
 from momconv.zoo import checkpoints
 from momconv.zoo.networks import build
 
-_PACKAGES = ("torch", "torchvision", "torchmetrics", "safetensors", "numpy", "pillow", "typer")
+_PACKAGES = (
+    *("torch", "torchvision", "torchmetrics", "safetensors", "numpy", "pillow", "matplotlib"),
+    "typer",
+)
 _EXTRAS = {
     "demo": ("scikit-learn",),
-    "plot": ("matplotlib",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
 _MEMORY = 2**30  # bytes, of which a small run needs less

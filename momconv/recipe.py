@@ -139,7 +139,7 @@ class TrainRecipe(_Section):
     seed: Seed = 0
     memory: Memory | None = None
     headroom: BelowOne = 0.1  # of the free memory, kept back where ``memory`` is not given
-    may_change: list[Literal["gamma", "precision"]] = []  # if the batch does not fit otherwise
+    may_change: list[Literal["gamma", "precision"]] = []  # by the plan, to be faster
     device: str = "auto"
     freeze: list[str] = []  # stages that stay as they are: stem, layer1, …, or all-but-head
     freeze_epochs: NonNegativeInt = 0  # first, in which only the head learns

@@ -15,7 +15,7 @@ import typer
 from rich.text import Text
 
 from momconv.cli import _recipe_options as options
-from momconv.cli._console import Terminated, note, out, print_json, progress, tell, warn
+from momconv.cli._console import Terminated, note, out, print_json, progress, warn
 from momconv.cli._display import Display
 from momconv.cli._options import ArgumentOption, NetworkOption
 from momconv.errors import MomconvError, UsageError
@@ -351,12 +351,9 @@ def _report(result: "Result") -> None:
     total = len(result.splits.val.samples)
     try:
         with progress("describing the run", total) as report:
-            notes = report_run(result, lambda done, _: report(done, ""))
+            report_run(result, lambda done, _: report(done, ""))
     except MomconvError as error:
         warn(f"the run is done, but could not be described\n{error}")
-        return
-    for text in notes:
-        tell(text)
 
 
 def _go_on(folder: Path, recipe: Recipe) -> str:

@@ -8,6 +8,7 @@ import typer
 from momconv.cli._console import err, out, print_json, progress
 from momconv.cli._options import ArgumentOption, DeviceOption, JsonOption, NetworkOption
 from momconv.cli._own import Function
+from momconv.errors import UsageError
 from momconv.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     budget: Annotated[
         list[str], typer.Option(metavar="AMOUNTS", help="Memory to fill, as 3GiB or 8GiB,24GiB.")
     ] = _BUDGETS,
+    batch_sizes: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NUMBERS", help="Images of a step whose peak to show, as 8,32,64."),
+    ] = None,
     optimizer: Annotated[
         Literal["sgd", "adamw"], typer.Option(help="What holds a state for each parameter.")
     ] = "sgd",
@@ -62,18 +67,19 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
 
     No step is run, unless it is measured: shapes are enough, also of a GPU that is not there.
     """
-    budgets = {name.strip(): parse_bytes(name) for text in budget for name in text.split(",")}
+    budgets = {name: parse_bytes(name) for name in _split(budget)}
+    sizes = [_parse_size(text) for text in _split(batch_sizes or [])]
     from momconv.files.atomic import write_text
     from momconv.planner.devices import find_device
     from momconv.planner.prediction import Training
     from momconv.planner.profile import VARIANTS, profile
     from momconv.reports.memory import show_memory, to_csv, to_json
-    from momconv.reports.memory_plot import draw_memory, require_matplotlib
+    from momconv.reports.memory_plot import draw_memory, require_picture_name
     from momconv.zoo.description import describe
     from momconv.zoo.networks import check_resolution
 
     if plot is not None:
-        require_matplotlib(plot)
+        require_picture_name(plot)
     where = str(find_device(device)) if measure or device == "auto" else device
     with err.status(f"converting {model}"):
         measured = _load(Function(network, arg), model, gamma, "cpu" if measure else "meta")
@@ -83,7 +89,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     with progress("measuring" if measure else "predicting", len(VARIANTS)) as report:
         found = profile(measured, training, measuring=measure, progress=report)
     if csv is not None:
-        write_text(csv, to_csv(found, budgets))
+        write_text(csv, to_csv(found, budgets, sizes))
     if plot is not None:
         draw_memory(found, budgets, plot)
     setting = {
@@ -94,12 +100,23 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
         "device": where,
     }
     if json_output:
-        print_json({"ok": True, **setting, **to_json(found, budgets)})
+        print_json({"ok": True, **setting, **to_json(found, budgets, sizes)})
         return
-    out.print(", ".join(f"{name} {value}" for name, value in setting.items()), soft_wrap=True)
-    out.print()
-    for part in show_memory(found, budgets):
-        out.print(part)
+    out.print(", ".join(f"{key} {value}" for key, value in setting.items()), soft_wrap=True)
+    out.print("", *show_memory(found, budgets, sizes), sep="\n")
+
+
+def _split(texts: list[str]) -> list[str]:
+    """The parts between the commas of all."""
+    return [part.strip() for text in texts for part in text.split(",")]
+
+
+def _parse_size(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(
+            f"{text!r} is not a number of images", kind="usage.bad_value", fix="--batch-sizes 8,32"
+        )
+    return int(text)
 
 
 def _load(function: Function, model: str, gamma: float | None, device: str) -> "nn.Module":

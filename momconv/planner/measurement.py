@@ -31,6 +31,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 _HEADROOM = 0.1  # of the free memory: fragmentation, and what no allocator reports
 _STATES = {"sgd": 1, "adamw": 2}  # per trainable parameter
+_TRUNK = 0.9  # of the modules
 _STAGE_MARK = "momconv.stage:"
 _LOSS_MARK = "momconv.loss"
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -52,8 +53,9 @@ class Usage:
 class StepUsage:
     """The memory of a training step besides weights, gradients, optimiser state and images.
 
-    The stages are the children of the network: "stem" is all before its first ``nn.Sequential``,
-    "head" all after its last one.
+    The stages are the children of the network, or of what is nearly all of it, such as a vision
+    transformer's encoder: "stem" is all before the first ``nn.Sequential`` among them, "head" all
+    after the last one.
     """
 
     peak_bytes: int
@@ -161,8 +163,8 @@ def available_bytes(device: torch.device, headroom: float = _HEADROOM) -> int:
 
 
 def find_stages(model: nn.Module) -> dict[nn.Module, str]:
-    """The children of ``model`` and their stages; see :class:`StepUsage`."""
-    children = list(model.named_children())
+    """The modules of ``model`` and their stages; see :class:`StepUsage`."""
+    children = list(_unfold(model))
     deep = [i for i, (_, child) in enumerate(children) if isinstance(child, nn.Sequential)]
     if not deep:
         return {child: name for name, child in children} or {model: "model"}
@@ -170,6 +172,16 @@ def find_stages(model: nn.Module) -> dict[nn.Module, str]:
         child: "stem" if i < deep[0] else "head" if i > deep[-1] else name
         for i, (name, child) in enumerate(children)
     }
+
+
+def _unfold(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The children by name; in place of one that is nearly all, its own, if some are sequences."""
+    for name, child in module.named_children():
+        share = len(list(child.modules())) / len(list(module.modules()))
+        if share > _TRUNK and any(isinstance(part, nn.Sequential) for part in child.children()):
+            yield from _unfold(child, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", child
 
 
 @contextlib.contextmanager

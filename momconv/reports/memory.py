@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from string import ascii_lowercase
 from typing import Any
@@ -18,6 +18,7 @@ from momconv.units import format_bytes
 
 _BAR = 24  # characters
 _SHOWN = 3  # kinds of tensors alive at a peak
+_LONGEST = 12  # characters of a stage
 _COLOURS = ("cyan", "blue", "green", "yellow", "magenta", "red")
 # What backward gets its activations from.
 _EXPLANATIONS: dict[Variant, str] = {
@@ -29,7 +30,9 @@ _EXPLANATIONS: dict[Variant, str] = {
 }
 
 
-def show_memory(profile: MemoryProfile, budgets: Mapping[str, int]) -> Iterator[RenderableType]:
+def show_memory(
+    profile: MemoryProfile, budgets: Mapping[str, int], batch_sizes: Sequence[int] = ()
+) -> Iterator[RenderableType]:
     """The peak of each variant, what is alive at it, and what follows from that.
 
     ``budgets`` are bytes by what the user called them.
@@ -38,6 +41,9 @@ def show_memory(profile: MemoryProfile, budgets: Mapping[str, int]) -> Iterator[
     yield Text("MiB an image at the peak of a training step, and the largest batch in a budget")
     yield _tabulate_peaks(profile, budgets, letters)
     yield Text(", ".join(f"{letter} {part}" for part, letter in letters.items()))
+    if batch_sizes:
+        yield Text("\nthe peak of a training step with so many images, everything included")
+        yield _tabulate_batches(profile, batch_sizes)
     yield Text(f"\nimages/s with the largest batch, {_explain_speed(profile)}")
     yield _tabulate_rates(profile, budgets)
     static = profile.static
@@ -58,6 +64,15 @@ def _explain_speed(profile: MemoryProfile) -> str:
     if profile.speed.is_measured:
         return "predicted from two small steps; time: relative to plain"
     return "about, for a typical device of this kind; time: relative to plain"
+
+
+def _tabulate_batches(profile: MemoryProfile, batch_sizes: Sequence[int]) -> Table:
+    table = Table("strategy", box=None, pad_edge=False)
+    for size in batch_sizes:
+        table.add_column(str(size), justify="right")
+    for p in profile.profiles:
+        table.add_row(p.variant, *(format_bytes(p.peak.at(size)) for size in batch_sizes))
+    return table
 
 
 def _tabulate_rates(profile: MemoryProfile, budgets: Mapping[str, int]) -> Table:
@@ -110,7 +125,9 @@ def judge(profile: MemoryProfile) -> str:
     )
 
 
-def to_json(profile: MemoryProfile, budgets: Mapping[str, int]) -> dict[str, Any]:
+def to_json(
+    profile: MemoryProfile, budgets: Mapping[str, int], batch_sizes: Sequence[int] = ()
+) -> dict[str, Any]:
     """The profile as values that JSON knows."""
     static = profile.static
     return {
@@ -121,12 +138,18 @@ def to_json(profile: MemoryProfile, budgets: Mapping[str, int]) -> dict[str, Any
         },
         "gamma": profile.gamma,
         "speed_is_measured": profile.speed.is_measured,
-        "variants": {p.variant: _variant_to_json(p, profile, budgets) for p in profile.profiles},
+        "variants": {
+            p.variant: _variant_to_json(p, profile, budgets)
+            | {"peak_bytes": {str(size): p.peak.at(size) for size in batch_sizes}}
+            for p in profile.profiles
+        },
         "verdict": judge(profile),
     }
 
 
-def to_csv(profile: MemoryProfile, budgets: Mapping[str, int]) -> str:
+def to_csv(
+    profile: MemoryProfile, budgets: Mapping[str, int], batch_sizes: Sequence[int] = ()
+) -> str:
     """A line for each variant."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -134,6 +157,7 @@ def to_csv(profile: MemoryProfile, budgets: Mapping[str, int]) -> str:
         ["strategy", "bytes_per_image", f"peak_bytes_of_{EXAMPLE}", "measured_bytes_per_image"]
         + [f"largest_batch_in_{name}" for name in budgets]
         + [f"images_per_second_in_{name}" for name in budgets]
+        + [f"peak_bytes_with_{size}_images" for size in batch_sizes]
     )
     for p in profile.profiles:
         batches = [p.peak.largest_batch(budget) for budget in budgets.values()]
@@ -141,6 +165,7 @@ def to_csv(profile: MemoryProfile, budgets: Mapping[str, int]) -> str:
         rates = _predict_rates(p, profile, budgets).values()
         writer.writerow(
             [p.variant, p.predicted.bytes_per_image, p.example.total, measured, *batches, *rates]
+            + [p.peak.at(size) for size in batch_sizes]
         )
     return table.getvalue()
 
@@ -193,13 +218,22 @@ def _tabulate_alive(profile: MemoryProfile) -> Table:
         for row, alive in enumerate(p.example.alive[:_SHOWN]):
             table.add_row(
                 p.variant if row == 0 else "",
-                Text(p.example.stage if row == 0 else ""),
+                Text(_shorten(p.example.stage) if row == 0 else ""),
                 f"{alive.bytes / 2**30:.3f}",
                 str(alive.count),
                 Text(alive.operation),
-                Text(alive.stage),
+                Text(_shorten(alive.stage)),
             )
     return table
+
+
+def _shorten(stage: str) -> str:
+    """Without what a long name has in common with those of the other stages.
+
+    >>> _shorten("features.3"), _shorten("trunk_output.block3")
+    ('features.3', '…block3')
+    """
+    return stage if len(stage) <= _LONGEST else f"…{stage.rpartition('.')[2]}"
 
 
 def _parts(peak: PeakMemory) -> dict[str, int]:

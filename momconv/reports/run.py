@@ -12,7 +12,6 @@ from momconv.files.model_file import load
 from momconv.planner.devices import find_device
 from momconv.reports.model_card import compose_card
 from momconv.reports.run_plots import (
-    can_draw,
     draw_confusion,
     draw_curves,
     draw_memory,
@@ -28,13 +27,9 @@ from momconv.zoo.description import Description, describe
 
 _BATCH = 32  # images to evaluate at once
 
-NO_PLOTS = "note: no plots, because matplotlib is not installed: pip install 'momconv[plot]'"
 
-
-def report_run(
-    result: Result, progress: Callable[[int, int], None] | None = None
-) -> tuple[str, ...]:
-    """Write ``README.md``, ``config.json`` and pictures to the folder of a run; notes on them.
+def report_run(result: Result, progress: Callable[[int, int], None] | None = None) -> None:
+    """Write ``README.md``, ``config.json`` and pictures to the folder of a run.
 
     The network of the best epoch is evaluated once more, for the confusion and the mistakes, which
     a run does not keep. ``progress`` is called with the number of images done and of all.
@@ -58,14 +53,13 @@ def report_run(
             workers=count_workers(len(images.samples)),
             progress=progress,
         )
-    run, wanted = RunFolder(result.folder), recipe.log.plots
-    plots = _draw(result, description, scores) if wanted and can_draw() else []
+    run = RunFolder(result.folder)
+    plots = _draw(result, description, scores) if recipe.log.plots else []
     config = json.dumps(to_config(description), indent=2, ensure_ascii=False)
     write_text(run.model_config, f"{config}\n")
     write_text(run.card, compose_card(result, description, scores, plots))
     if scores:
         write_text(run.confusion, confusion_to_csv(scores))
-    return (NO_PLOTS,) if wanted and not can_draw() else ()
 
 
 def _draw(result: Result, description: Description, scores: Scores | None) -> list[Path]:

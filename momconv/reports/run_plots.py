@@ -5,7 +5,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,11 +34,6 @@ _CELL = 240  # pixels of an image with its words
 _SIDE = 190  # pixels of the image
 _DPI = 100
 _LENGTH = 24  # characters of a class
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
 
 
 def draw_curves(history: Sequence[EpochRow], path: Path) -> None:

@@ -15,10 +15,10 @@ from momconv.surgery.imitation import (
     Imitation,
     Progress,
     Schedule,
-    Step,
     imitate,
     measure_divergence,
     norm_parameters,
+    read_repeatedly,
     trainable_gains,
 )
 from momconv.surgery.modes import in_eval_mode
@@ -103,7 +103,7 @@ def refine(
     with trainable_gains(model) as gains:
         steps = _count_steps(most_images)
         groups = [(gains + norm_parameters(model), _RATE * math.sqrt(_STEPS / steps))]
-        chunks = _read(images, Schedule(steps, progress))
+        chunks = read_repeatedly(images, Schedule(steps, progress))
         return imitate(model, original, groups, chunks, images.held_out)
 
 
@@ -111,18 +111,6 @@ def _count_steps(most_images: int | None) -> int:
     if most_images is None:
         return _STEPS
     return min(_STEPS, max(_FEWEST_STEPS, most_images // CHUNK))
-
-
-def _read(images: Images, schedule: Schedule) -> Iterator[Step]:
-    """The images of each step, from as many passes as it takes."""
-    done = 0
-    while True:
-        for chunk in images.read():
-            share = schedule.share(done)
-            if share == 1:
-                return
-            yield chunk, share
-            done += 1
 
 
 def _estimate_if_closer(

@@ -1,6 +1,6 @@
 """Distilling the original network into the converted one, on unlabelled images."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -13,9 +13,9 @@ from momconv.surgery.imitation import (
     Imitation,
     Progress,
     Schedule,
-    Step,
     imitate,
     norm_parameters,
+    read_repeatedly,
     trainable_gains,
 )
 
@@ -73,20 +73,10 @@ def distill(  # noqa: PLR0913 (one for each choice)
             others = {id(parameter) for parameter in norms}
             rest = [p for p in student.parameters() if id(p) not in others and p.requires_grad]
             groups.append((rest, _RATE))
-        steps = _read(images, Schedule(epochs * images.steps, progress, minutes))
-        return imitate(student, teacher, groups, steps, images.held_out)
-
-
-def _read(images: Images, schedule: Schedule) -> Iterator[Step]:
-    """Pass after pass over the images, augmented in another way each time."""
-    done = 0
-    while True:
-        for chunk in images.read():
-            share = schedule.share(done)
-            if share == 1:
-                return
-            yield _augment(chunk, seed=done), share
-            done += 1
+        schedule = Schedule(epochs * images.steps, progress, minutes)
+        steps = enumerate(read_repeatedly(images, schedule))
+        augmented = ((_augment(chunk, seed=n), share) for n, (chunk, share) in steps)
+        return imitate(student, teacher, groups, augmented, images.held_out)
 
 
 def _augment(images: Tensor, *, seed: int) -> Tensor:

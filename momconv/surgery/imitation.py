@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain, count
 
 import torch
 from torch import Tensor, nn
@@ -275,3 +276,13 @@ class Schedule:
             left = f"{format_duration(elapsed * (1 - share) / share)} left" if done else ""
             self._progress(done, self.total, left)
         return share
+
+
+def read_repeatedly(images: Images, schedule: Schedule) -> Iterator[Step]:
+    """The images of each step, in as many passes as it takes."""
+    chunks = chain.from_iterable(images.read() for _ in count())
+    for done, chunk in enumerate(chunks):
+        share = schedule.share(done)
+        if share == 1:
+            return
+        yield chunk, share

@@ -18,7 +18,7 @@ from momconv.data.report import DataReport
 from momconv.errors import ResourceError, UsageError
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
-from momconv.planner.search import Change
+from momconv.planner.outlook import Fixed
 from momconv.recipe import KEYS, Recipe, dump_recipe, recall_recipe
 from momconv.surgery.conversion import set_gamma
 from momconv.training import network
@@ -277,8 +277,10 @@ def _plan(task: _Task, splits: Splits, model: nn.Module) -> tuple[_Task, BatchPl
         ResourceError: It does not, or what it writes does not fit the disk.
     """
     task.run.require_room(_disk_bytes(model, task.recipe))
-    asked = _describe_setting(task, splits, model)
-    plan = plan_batches(model, replace(asked, may_change=_list_changeable(task.recipe)))
+    fixed: tuple[Fixed, ...] = ("gamma",) if _has_fixed_gamma(task.recipe) else ()
+    may_change = [change for change in task.recipe.train.may_change if change not in fixed]
+    asked = _describe_setting(task, splits, model, fixed)
+    plan = plan_batches(model, replace(asked, may_change=tuple(may_change)))
     recipe = _change(task.recipe, asked, plan)
     if plan.gamma is not None:
         set_gamma(model, plan.gamma, gain=recipe.momentum.gain)
@@ -300,7 +302,7 @@ def _change(recipe: Recipe, asked: Setting, plan: BatchPlan) -> Recipe:
 
 def _describe_changes(recipe: Recipe) -> str:
     return (
-        f"note: so that more of the batch fits (train.may_change): γ is "
+        f"note: as that is faster, or more of the batch fits (train.may_change): γ is "
         f"{recipe.momentum.gamma:g}, precision {recipe.train.precision}"
     )
 
@@ -365,13 +367,11 @@ def _resume(task: _Task) -> tuple[Job, Progress]:
     saved = load_newest(run, task.listener.tell, partial(network.make_own, recipe.model))
     model, progress = saved.model, saved.progress
     splits = recall_images(run.split, recipe.data.path, task.listener, progress=progress)
-    if run.provenance.is_file():
-        began = read_provenance(run.provenance)
-        now = began.model_copy(update={"machine": describe_machine(task.device)})
-        _tell_of_differences(began, now, task.listener)
+    _tell_of_another_machine(task)
     network.place(model, task.device)
     network.start_training(model, recipe.train)
-    plan = _recall_plan(run, _describe_setting(task, splits, model), model)
+    setting = _describe_setting(task, splits, model, fixed=("gamma", "resolution", "freeze"))
+    plan = _recall_plan(run, setting, model)
     optimizer = make_optimizer(model, recipe.train)
     saved.restore_optimizer(optimizer, model)
     saved.restore_random_states()
@@ -386,6 +386,14 @@ def _resume(task: _Task) -> tuple[Job, Progress]:
     publish(job, progress)
     _tell_of_resuming(job, progress, before)
     return job, progress
+
+
+def _tell_of_another_machine(task: _Task) -> None:
+    if not task.run.provenance.is_file():
+        return
+    began = read_provenance(task.run.provenance)
+    now = began.model_copy(update={"machine": describe_machine(task.device)})
+    _tell_of_differences(began, now, task.listener)
 
 
 def _recall_plan(run: RunFolder, setting: Setting, model: nn.Module) -> BatchPlan:
@@ -415,7 +423,9 @@ def _make_job(
     )
 
 
-def _describe_setting(task: _Task, splits: Splits, model: nn.Module) -> Setting:
+def _describe_setting(
+    task: _Task, splits: Splits, model: nn.Module, fixed: tuple[Fixed, ...]
+) -> Setting:
     recipe, train, processes = task.recipe, task.recipe.train, task.processes
     return Setting(
         images=len(splits.train.samples),
@@ -431,15 +441,13 @@ def _describe_setting(task: _Task, splits: Splits, model: nn.Module) -> Setting:
         ema=train.ema > 0,
         processes=processes.count,
         sharers=processes.on_this_machine if task.device.type == "cpu" else 1,
+        fixed=fixed,
     )
 
 
-def _list_changeable(recipe: Recipe) -> tuple[Change, ...]:
-    """What may be changed; γ of a network that was converted before, or that anneals, may not."""
-    is_fixed = recipe.model.from_file is not None or recipe.momentum.anneal > 0
-    return tuple(
-        change for change in recipe.train.may_change if not (change == "gamma" and is_fixed)
-    )
+def _has_fixed_gamma(recipe: Recipe) -> bool:
+    """Whether γ is that of a network that was converted before, or anneals."""
+    return recipe.model.from_file is not None or recipe.momentum.anneal > 0
 
 
 @contextmanager

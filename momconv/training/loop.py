@@ -17,13 +17,14 @@ from momconv.data.folder import printable
 from momconv.errors import DataError, ResourceError
 from momconv.evaluation import Scores, evaluate
 from momconv.planner.measurement import autocast, measure, static_bytes
+from momconv.planner.outlook import SLACK
 from momconv.training.compilation import compiling, uncompiled
 from momconv.training.interruption import Interrupted, TimeUp, catching_signals
 from momconv.training.job import Job
 from momconv.training.network import read_gamma, start_training
 from momconv.training.omission import find_number, keep_rest, leave_out
 from momconv.training.optimisation import set_rate
-from momconv.training.parameters import ALL_BUT_HEAD, freeze
+from momconv.training.planning import BatchPlan
 from momconv.training.progress import EpochRow, Halving, Progress, SplitName
 from momconv.training.saving import (
     Autosave,
@@ -40,9 +41,11 @@ from momconv.training.state import read_random_states, set_random_states
 from momconv.training.steps import Step, Steps, fewest_images
 from momconv.training.stopping import has_stalled
 from momconv.units import format_bytes
+from momconv.zoo.stages import ALL_BUT_HEAD, freeze
 
 _SHOWN = 5  # files that an error names
 _NONE = -1  # in place of an image's number
+_LEANER = 0.9  # times the memory with which a plan failed
 
 
 def train(job: Job, progress: Progress) -> None:
@@ -195,7 +198,7 @@ def _refuse_to_redo(job: Job, *, exhausted: bool, unreadable: int) -> None:
         raise ResourceError(
             f"{job.device} ran out of memory, while others wait for it (--sync-bn)",
             kind="memory.exhausted",
-            fix=f"{job.folder.resume_command} --micro-batch {max(2, job.plan.micro_batch // 2)}",
+            fix=f"{job.folder.resume_command} --micro-batch {_halved(job)}",
         )
     if unreadable != _NONE:
         path = printable(job.splits.train.samples[unreadable].path)
@@ -205,6 +208,10 @@ def _refuse_to_redo(job: Job, *, exhausted: bool, unreadable: int) -> None:
             kind="data.lost_image",
             fix=job.folder.resume_command,
         )
+
+
+def _halved(job: Job) -> int:
+    return max(fewest_images(job.model), job.plan.micro_batch // 2)
 
 
 def _step(job: Job, progress: Progress) -> bool:
@@ -222,7 +229,7 @@ def _step(job: Job, progress: Progress) -> bool:
                 f"{job.device} ran out of memory while changing the weights; the state that was "
                 "saved last is kept",
                 kind="memory.exhausted",
-                fix=f"{job.folder.resume_command} --micro-batch {job.plan.micro_batch // 2 or 1}",
+                fix=f"{job.folder.resume_command} --micro-batch {_halved(job)}",
             ) from None
         go_back(job, progress)
         halve(job, progress)
@@ -347,7 +354,7 @@ def halve(job: Job, progress: Progress) -> None:
     before = job.plan.micro_batch
     smaller = job.plan.halve(fewest=fewest_images(job.model))
     if smaller is None:
-        raise _out_of_memory(job, f"with micro-batches of {before}")
+        raise _out_of_memory(job, f"with micro-batches of {before}", _find_other_memory(job.plan))
     job.plan = smaller
     job.measured_sizes.clear()
     progress.halvings.append(Halving(progress.epoch + 1, progress.step + 1, smaller.micro_batch))
@@ -439,7 +446,7 @@ def _validate(
             continue
         except torch.OutOfMemoryError:
             if size == 1:
-                raise _out_of_memory(job, "validating 1 image at a time") from None
+                raise _out_of_memory(job, "validating 1 image at a time", "--device cpu") from None
             job.evaluation_batch = size // 2
         _release_memory(job.device)
         job.listener.tell(
@@ -512,10 +519,19 @@ def _peak_bytes(job: Job) -> int:
     return job.plan.measured_bytes or job.plan.predicted_bytes
 
 
-def _out_of_memory(job: Job, doing: str) -> ResourceError:
+def _out_of_memory(job: Job, doing: str, remedy: str) -> ResourceError:
     return ResourceError(
         f"{job.device} ran out of memory {doing}, and there are no smaller ones; the state before "
-        "it is saved\nwhere more memory is free, the run can go on",
+        "it is saved",
         kind="memory.exhausted",
-        fix=f"{job.folder.resume_command} --strategy momentum",
+        fix=f"{job.folder.resume_command} {remedy}",
     )
+
+
+def _find_other_memory(plan: BatchPlan) -> str:
+    """What was needed, if that is known; or less, for a leaner strategy, if there is one."""
+    if plan.measured_bytes is not None and plan.is_exceeded:
+        wanted = plan.measured_bytes / (1 - SLACK)
+    else:
+        wanted = plan.predicted_bytes * _LEANER
+    return f"--memory {math.ceil(wanted / 2**20)}MiB"

@@ -23,11 +23,11 @@ from momconv.surgery.calibration import Calibration, calibrate
 from momconv.surgery.conversion import convert
 from momconv.training.annealing import gamma_at
 from momconv.training.batches import split_epoch
-from momconv.training.parameters import freeze
 from momconv.training.progress import Listener
 from momconv.zoo import own
 from momconv.zoo.description import attach, describe
 from momconv.zoo.networks import check_resolution, find_head, replace_head
+from momconv.zoo.stages import freeze
 from momconv.zoo.weights import load_network
 
 _CALIBRATION_IMAGES = 2000

@@ -2,8 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, Self
 
 import torch
@@ -15,8 +14,9 @@ from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.planner.calibration import calibrate
 from momconv.planner.measurement import Precision, available_bytes, static_bytes
 from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
+from momconv.planner.outlook import FEW, Change, Fixed, Request, has_batch_norm
 from momconv.planner.prediction import Choice, Training
-from momconv.planner.search import FEW, Change, Request, has_batch_norm, search
+from momconv.planner.search import search
 from momconv.training.network import name_strategies
 from momconv.training.processes import Processes
 from momconv.units import format_bytes, parse_bytes
@@ -39,7 +39,8 @@ class Setting:
     ema: bool = False  # whether an average of the weights is kept
     processes: int = 1  # among which a batch is divided
     sharers: int = 1  # of them, those that share the device
-    may_change: tuple[Change, ...] = ()  # where the whole batch would not fit at once otherwise
+    may_change: tuple[Change, ...] = ()  # to be faster
+    fixed: tuple[Fixed, ...] = field(default=(), compare=False)  # not to be advised to change
 
     @property
     def batch(self) -> int:
@@ -174,12 +175,13 @@ def plan_batches(model: nn.Module, setting: Setting) -> BatchPlan:
             setting.micro_batch,
             setting.strategy,
             setting.own_images,
-            partial(calibrate, model, training, device, limit),
+            lambda training: calibrate(model, training, device, limit),
             setting.may_change,
+            setting.fixed,
         ),
     )
     plan = BatchPlan(
-        replace(setting, precision=found.precision, may_change=()),  # it is decided now
+        replace(setting, precision=found.precision, may_change=(), fixed=()),  # it is decided now
         *(found.strategy, "", found.micro_batch, found.peak.total, limit),
         predicted_seconds=found.seconds_per_image,
         is_calibrated=found.is_calibrated,

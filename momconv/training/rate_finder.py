@@ -34,6 +34,7 @@ from momconv.training.steps import Steps
 
 STEPS = 60
 FEWEST = 20  # steps; a curve of fewer says nothing
+_SHARE = 4  # of the run's steps one in so many, at most
 _RANGES = {"sgd": (1e-5, 1.0), "adamw": (1e-7, 1e-1)}
 _SMOOTHING = 0.9  # fastai's 0.98 is for its 100 steps
 _EXPLODED = 4.0  # times the lowest loss
@@ -77,6 +78,15 @@ def find_rate(job: Job, progress: Progress) -> float:
     return choose_rate(points)
 
 
+def count_trials(run_steps: int) -> int:
+    """The steps of the search before a run of so many, which it should not outlast.
+
+    >>> count_trials(1000), count_trials(200), count_trials(8)
+    (60, 50, 20)
+    """
+    return min(STEPS, max(FEWEST, run_steps // _SHARE))
+
+
 def choose_rate(points: Sequence[Point]) -> float:
     """A tenth of the rate at which the smoothed loss is lowest (fastai's ``minimum``).
 
@@ -110,10 +120,10 @@ def _search(job: Job, progress: Progress) -> Iterator[Point]:
 def _try(job: Job, progress: Progress, low: float, high: float) -> Iterator[tuple[float, float]]:
     """A rate and the loss before its step, time and again."""
     steps = Steps(job)
-    n = 0
+    count, n = count_trials(job.recipe.train.epochs * job.steps_per_epoch), 0
     for epoch in itertools.count():
         for step in steps.read(epoch, first=0, left_out=progress.left_out("train")):
-            rate = low * (high / low) ** (n / (STEPS - 1))
+            rate = low * (high / low) ** (n / (count - 1))
             try:
                 loss = sum(add_gradients(job, x, y, len(y) / step.images) for x, y in step.parts)
             except torch.OutOfMemoryError:
@@ -129,8 +139,8 @@ def _try(job: Job, progress: Progress, low: float, high: float) -> Iterator[tupl
             yield rate, float(loss)
             take_step(job, rate)
             n += 1
-            job.listener.advance("looking for a learning rate", n, STEPS, f"{rate:.2g}")
-            if n == STEPS:
+            job.listener.advance("looking for a learning rate", n, count, f"{rate:.2g}")
+            if n == count:
                 return
 
 

@@ -12,6 +12,7 @@ from momconv.cli import app
 from momconv.files.model_file import save
 from momconv.planner.profile import VARIANTS
 from momconv.surgery.conversion import convert
+from momconv.units import format_bytes
 from momconv.zoo.networks import build
 
 SMALL = ["cifar_resnet20", "--resolution", "16", "--device", "cpu"]
@@ -51,6 +52,22 @@ def test_json_is_one_document() -> None:
         assert list(variant["largest_batch"]) == ["64MiB", "1GiB", "2GiB"]
         assert 0 < batches[0] < batches[1] < batches[2]
         assert batches[1] * variant["bytes_per_image"] < 2**30
+
+
+def test_the_peak_of_chosen_batches_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "memory.csv"
+    asked = [*SMALL, "--batch-sizes", "32, 8"]
+    document = profiled(*asked, "--csv", file)
+    for variant in document["variants"].values():
+        total = variant["peak_of_32"]["total"]
+        assert variant["peak_bytes"]["32"] == pytest.approx(total, rel=1e-5)  # lines of whole bytes
+        assert variant["peak_bytes"]["8"] < variant["peak_bytes"]["32"]
+    assert file.read_text().splitlines()[0].endswith("with_32_images,peak_bytes_with_8_images")
+    lines = run(*asked).stdout.splitlines()
+    (start,) = (n for n, line in enumerate(lines) if "with so many images" in line)
+    assert lines[start + 1].split() == ["strategy", "32", "8"]
+    bytes_ = document["variants"]["plain"]["peak_bytes"]["32"]
+    assert lines[start + 2].split()[:3] == ["plain", *format_bytes(bytes_).split()]
 
 
 def test_larger_images_need_more_and_half_precision_less() -> None:
@@ -108,6 +125,7 @@ def test_a_gpu_that_is_not_there_can_be_planned_for() -> None:
         (["renset152"], 2, "unknown model 'renset152' — did you mean resnet152?"),
         (["no.safetensors"], 4, "file does not exist: no.safetensors"),
         ([*SMALL, "--budget", "much"], 2, "'much' is not an amount of memory"),
+        ([*SMALL, "--batch-sizes", "8,0"], 2, "'0' is not a number of images"),
         ([*SMALL, "--gamma", "0"], 2, "gamma is 0"),
         ([*SMALL, "--gamma", "2"], 2, "gamma is 2"),
         (["cifar_resnet20", "--device", "abacus"], 2, "unknown device 'abacus'"),

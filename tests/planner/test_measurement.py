@@ -14,6 +14,7 @@ from momconv.planner import measurement
 from momconv.planner.measurement import (
     StepUsage,
     available_bytes,
+    find_stages,
     measure,
     measure_step,
     per_image,
@@ -169,6 +170,21 @@ def test_the_stages_of_a_residual_network_are_its_layers_stem_and_head() -> None
     statistics = 2 * 64 * FLOAT
     pooled_and_indices = batch * 64 * 16 * 16 * (FLOAT + 8)
     assert usage.held_bytes["stem"] == convolution_and_norm + statistics + pooled_and_indices
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("vit_b_32", ["stem", "encoder.layers", "encoder.ln", "heads"]),
+        ("regnet_y_400mf", ["stem", *(f"trunk_output.block{n}" for n in range(1, 5)), "head"]),
+        ("convnext_tiny", [*(f"features.{n}" for n in range(8)), "avgpool", "classifier"]),
+        ("efficientnet_b0", [*(f"features.{n}" for n in range(9)), "avgpool", "classifier"]),
+        ("wide_resnet50_2", ["stem", *(f"layer{n}" for n in range(1, 5)), "head"]),
+    ],
+)
+def test_the_stages_of_other_families_are_inside_their_trunk(name: str, stages: list[str]) -> None:
+    model = torchvision.models.get_model(name)
+    assert list(dict.fromkeys(find_stages(model).values())) == stages
 
 
 class Staged(nn.Module):

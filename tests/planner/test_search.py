@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import momconv
 from momconv.errors import ResourceError, UsageError
 from momconv.momentum.sequential import momentum_stages
 from momconv.planner.cost import Speed
+from momconv.planner.outlook import Request
 from momconv.planner.prediction import Predictor, Training, peak_memory
-from momconv.planner.search import Request, plan, search
+from momconv.planner.search import plan, search
 from momconv.recipe import TrainRecipe, load_recipe
 from momconv.training.network import start_training
-from momconv.training.parameters import freeze
 from momconv.units import parse_bytes
 from momconv.zoo.networks import build
+from momconv.zoo.stages import freeze
 
 MIB = 2**20
 SIDE = 32
@@ -108,7 +110,7 @@ def test_a_leaner_strategy_wins_if_it_is_faster(deep: nn.Module) -> None:
     assert peak_of(deep, 32, "store") > limit
 
     def choose(speed: Speed) -> str:
-        request = Request(Training(SIDE), 32, int(limit * 1.015), find_speed=lambda: speed)
+        request = Request(Training(SIDE), 32, int(limit * 1.015), find_speed=lambda _: speed)
         return search(deep, request).strategy
 
     def seconds(strategy: Any, speed: Speed) -> float:
@@ -120,7 +122,7 @@ def test_a_leaner_strategy_wins_if_it_is_faster(deep: nn.Module) -> None:
 
 
 def test_the_speed_is_found_only_where_there_is_a_choice(deep: nn.Module) -> None:
-    def fail() -> Speed:
+    def fail(_: Training) -> Speed:
         raise AssertionError
 
     for strategy, memory in (("auto", 2**33), ("checkpoint", room_for(deep, 8, "checkpoint"))):
@@ -128,22 +130,69 @@ def test_the_speed_is_found_only_where_there_is_a_choice(deep: nn.Module) -> Non
         assert search(deep, request).seconds_per_image > 0
 
 
-def test_precision_and_gamma_change_only_if_that_is_allowed_and_makes_room() -> None:
+@pytest.fixture(scope="module")
+def low_gamma() -> nn.Module:
+    """Needs much side information."""
+    with torch.device("meta"):
+        return momconv.convert(build("cifar_resnet20"), 0.1, stages="all").train()
+
+
+def plan_at(model: nn.Module, limit: int, slowness: dict[str, float], **asked: Any) -> Any:
+    """The plan where a byte takes so long in each precision."""
+    speeds = {name: Speed(0, 0, seconds, is_measured=True) for name, seconds in slowness.items()}
+    find_speed = lambda training: speeds[training.precision]  # noqa: E731
+    return search(model, Request(Training(SIDE), 5, limit, find_speed=find_speed, **asked))
+
+
+def test_where_more_fits_gamma_changes_or_precision_whichever_is_faster(
+    low_gamma: nn.Module,
+) -> None:
+    in_bf16 = peak_memory(low_gamma, 5, SIDE, "bf16", strategy="momentum").total
+    with torch.device("meta"):
+        larger = momconv.convert(build("cifar_resnet20"), 0.95, stages="all").train()
+    limit = int(max(peak_of(larger, 5, "momentum"), in_bf16) * 1.0102)
+    slow, quick = {"fp32": 1e-9, "bf16": 1e-8}, {"fp32": 1e-8, "bf16": 1e-9}
+    for allowed, speeds, gamma, precision, sizes in (
+        ([], quick, None, "fp32", (3, 2)),
+        (["gamma"], quick, 0.95, "fp32", (5,)),
+        (["precision"], slow, None, "bf16", (5,)),
+        (["precision", "gamma"], slow, 0.95, "fp32", (5,)),
+        (["precision", "gamma"], quick, None, "bf16", (5,)),
+    ):
+        asked: dict[str, Any] = {"strategy": "momentum", "may_change": allowed}
+        made = plan_at(low_gamma, limit, speeds, **asked)
+        assert (made.gamma, made.precision, made.sizes) == (gamma, precision, sizes)
+    assert {stage.gamma for stage in momentum_stages(low_gamma).values()} == {0.1}
+
+
+def test_where_all_fits_only_a_faster_precision_is_a_change(low_gamma: nn.Module) -> None:
+    for slowness, precision in ((0.9e-9, "bf16"), (2e-9, "fp32")):
+        speeds = {"fp32": 1e-9, "bf16": slowness}
+        made = plan_at(low_gamma, 2**33, speeds, may_change=["precision", "gamma"])
+        assert (made.gamma, made.precision, made.strategy) == (None, precision, "store")
+    assert plan(low_gamma, SIDE, 2**33, may_change=["gamma"]).gamma is None
+
+
+def test_a_larger_gamma_wins_where_it_saves_recomputation(low_gamma: nn.Module) -> None:
+    """All strategies without momentum fit here only if they recompute more."""
+    limit = int(peak_of(low_gamma, 5, "segment") * 1.0102)
+    made = {g: plan_at(low_gamma, limit, {"fp32": 1e-9}, may_change=g) for g in ((), ("gamma",))}
+    assert made[()].sizes == made["gamma",].sizes == (5,)
+    assert made["gamma",].seconds_per_image <= made[()].seconds_per_image
+
+
+def test_what_was_measured_decides_among_strategies_alone() -> None:
+    """So that a run can be repeated: without BatchNorm a faster device would take smaller parts."""
     with torch.device("meta"):
         model = momconv.convert(build("cifar_resnet20"), 0.1, stages="all").train()
-        larger = momconv.convert(build("cifar_resnet20"), 0.95, stages="all").train()
-    asked: dict[str, Any] = {"strategy": "momentum", "batch_size": 5}
-    in_bf16 = peak_memory(model, 5, SIDE, "bf16", strategy="momentum").total
-    limit = int(max(peak_of(larger, 5, "momentum"), in_bf16) * 1.0102)
-    for allowed, gamma, precision, sizes in (
-        ([], None, "fp32", (3, 2)),
-        (["precision", "gamma"], 0.95, "fp32", (5,)),
-        (["precision"], None, "bf16", (5,)),
-    ):
-        made = plan(model, SIDE, limit, may_change=allowed, **asked)  # type: ignore[arg-type]
-        assert (made.gamma, made.precision, made.sizes) == (gamma, precision, sizes)
-    assert plan(model, SIDE, 2 * limit, may_change=["gamma"], **asked).gamma is None
-    assert {stage.gamma for stage in momentum_stages(model).values()} == {0.1}
+    start_training(model, TrainRecipe(freeze_bn=True))
+    limit = room_for(model, 20, "checkpoint")
+    speeds = (Speed(0, 0, 1e-9), Speed(1e-3, 0, 0), Speed(0, 1e-9, 0), Speed(1, 1e-9, 1e-3))
+    made = [
+        search(model, Request(Training(SIDE), 32, limit, find_speed=lambda _, s=speed: s))  # type: ignore[misc]
+        for speed in speeds
+    ]
+    assert len({(p.micro_batch, p.gamma, p.precision) for p in made}) == 1
 
 
 # Nothing fits
@@ -164,7 +213,7 @@ def test_every_advice_fits() -> None:
     assert "weights 1.0 MiB · gradients 1.0 MiB · optimizer 1.0 MiB" in error.message
     fixes = (error.fix or "").splitlines()
     (side,) = re.findall(r"--resolution (\d+)", error.fix or "") or [None]
-    (memory,) = re.findall(r"--memory (\w+),", error.fix or "")
+    (memory,) = re.findall(r"--memory (\w+)$", error.fix or "", re.MULTILINE)
     assert plan(model, SIDE, memory).micro_batch >= 1
     if "--set train.precision=bf16" in fixes:
         assert plan(model, SIDE, limit, precision="bf16").micro_batch >= 1
@@ -199,13 +248,35 @@ def test_frozen_stages_and_a_larger_gamma_are_advised_where_they_are_enough() ->
     error = refusal(model, limit, strategy="momentum", micro_batch=32)
     assert modes == read_modes(model)
     assert {stage.gamma for stage in momentum_stages(model).values()} == {0.1}
-    (names,) = re.findall(r"train\.freeze=\[([\w,]+)\]", error.fix or "")
     (gamma,) = re.findall(r"--gamma ([\d.]+)", error.fix or "")
+    names = re.findall(r"--freeze (\w+)", error.fix or "")
     frozen = copy.deepcopy(model)
-    freeze(frozen, names.split(","))
+    freeze(frozen, names)
     for stage in momentum_stages(model).values():
         stage.gamma = float(gamma)
     assert max(peak_of(changed, 32, "momentum") for changed in (frozen, model)) <= limit
+
+
+def test_what_cannot_be_changed_is_not_advised() -> None:
+    with torch.device("meta"):
+        model = momconv.convert(build("cifar_resnet56"), 0.1).train()
+    limit = int(peak_of(model, 32, "momentum") * 0.98)
+    request = Request(Training(SIDE), 32, limit, 32, "momentum")
+    with pytest.raises(ResourceError) as refused:
+        search(model, replace(request, fixed=["gamma", "freeze", "resolution"]))
+    options = [line.split()[0] for line in (refused.value.fix or "").splitlines()]
+    assert options == ["--micro-batch", "--memory"]
+
+
+def test_stages_to_freeze_have_the_names_that_freeze_knows() -> None:
+    """A vision transformer has its blocks inside, and takes images of one size."""
+    with torch.device("meta"):
+        model = momconv.convert(build("vit_b_32")).train()
+    needed = peak_memory(model, 1, 224, strategy="segment").total
+    with pytest.raises(ResourceError) as refused:
+        plan(model, 224, needed - 30 * MIB, batch_size=1)
+    assert "--freeze stem --freeze encoder.layers.encoder_layer_0" in (refused.value.fix or "")
+    assert "--resolution" not in (refused.value.fix or "")
 
 
 def test_momentum_without_gamma_is_refused() -> None:

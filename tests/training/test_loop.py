@@ -1,5 +1,7 @@
+import contextlib
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,13 +207,33 @@ def test_each_size_of_micro_batch_is_held_to_the_limit_once_in_each_epoch(
     assert next(calls) == 6  # and parts of 3 and 2
 
 
+def test_a_run_that_halved_its_parts_can_be_interrupted_and_goes_on_with_them(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(colours, "train.micro_batch=auto", "train.memory=1GiB")
+    for name, signals in (("straight", 0), ("stopped", 3)):
+        exhaust_memory(monkeypatch, 2)
+        with contextlib.suppress(Interrupted):
+            finetune(recipe, tmp_path / name, listener=Signals(signals))
+        monkeypatch.undo()
+    assert not (tmp_path / "stopped" / "metrics.csv").read_text().splitlines()[1:]
+    finetune(recipe, tmp_path / "stopped", resume=True)
+    assert_same_tensors(tmp_path / "stopped", tmp_path / "straight")
+    for name in ("straight", "stopped"):
+        assert read_plan(tmp_path / name)["micro_batch"] == 2
+        events = (tmp_path / name / "events.jsonl").read_text()
+        assert events.count("out_of_memory") == 1
+
+
 def test_where_parts_cannot_be_smaller_the_state_is_saved(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exhaust_memory(monkeypatch, 4)
-    with pytest.raises(ResourceError, match="micro-batches of 2, and there are no smaller ones"):
+    with pytest.raises(ResourceError, match="micro-batches of 2, and there are") as failed:
         finetune(small(colours), tmp_path / "run")
     monkeypatch.undo()
+    less = math.ceil(0.9 * read_plan(tmp_path / "run")["predicted_bytes"] / 2**20)
+    assert (failed.value.fix or "").endswith(f"run --memory {less}MiB")
     finetune(small(colours), tmp_path / "run", resume=True)
     finetune(small(colours), tmp_path / "straight")
     assert_same_tensors(tmp_path / "run", tmp_path / "straight")

@@ -16,8 +16,8 @@ from momconv.training.finetuning import finetune
 from momconv.training.interruption import Interrupted
 from momconv.training.network import start_training
 from momconv.training.optimisation import make_optimizer, set_rate
-from momconv.training.parameters import find_stages
 from momconv.zoo.networks import build
+from momconv.zoo.stages import find_stages
 
 
 @pytest.mark.parametrize(

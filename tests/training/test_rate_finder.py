@@ -13,11 +13,6 @@ from momconv.training.finetuning import finetune
 from momconv.training.interruption import Interrupted
 
 
-@pytest.fixture(autouse=True)
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rate_finder, "STEPS", rate_finder.FEWEST)
-
-
 def test_the_rate_is_found_once_and_the_run_is_as_if_it_had_been_given(
     colours: Path, tmp_path: Path
 ) -> None:
@@ -29,7 +24,7 @@ def test_the_rate_is_found_once_and_the_run_is_as_if_it_had_been_given(
     assert isinstance(found.train.lr, float)
     with (tmp_path / "run" / "lr_finder.csv").open() as file:
         points = list(csv.DictReader(file))
-    assert len(points) == 20
+    assert len(points) == rate_finder.FEWEST  # as the run itself has 4 steps
     assert (float(points[0]["lr"]), float(points[-1]["lr"])) == pytest.approx((1e-7, 0.1))
     lowest = min(points, key=lambda point: float(point["smoothed"]))
     assert found.train.lr == pytest.approx(float(lowest["lr"]) / 10, rel=0.01)

@@ -1,0 +1,122 @@
+"""What to say if no plan fits: where the memory goes, and options with which one would."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from momconv.errors import ResourceError, UsageError
+from momconv.planner.outlook import GAMMAS, SLACK, Outlook, list_strategies, raise_gamma
+from momconv.planner.prediction import Choice, PeakMemory
+from momconv.units import format_bytes
+from momconv.zoo.stages import find_stages, freeze
+
+_GRID = 32  # pixels; the resolutions that classification networks divide evenly
+_TRIES = 3  # resolutions, or stages to freeze, that are tried out
+
+
+def does_not_fit(outlook: Outlook) -> ResourceError:
+    """The error, with a breakdown of the leanest strategy and options that would fit.
+
+    ``outlook`` is of no further use: its network has frozen stages.
+    """
+    request = outlook.request
+    size = request.sizes[-1]
+    leanest = min(outlook.strategies, key=lambda name: outlook.predict(name, size).peak.total)
+    peak, images = outlook.predict(leanest, size).peak, request.largest_part(size)
+    return ResourceError(
+        f"a micro-batch of {images} image{'s' if images > 1 else ''} does not fit: it needs "
+        f"{format_bytes(peak.total)} ({leanest}), the limit is "
+        f"{format_bytes(request.limit_bytes)}\n{_break_down(peak)}",
+        kind="memory.does_not_fit",
+        fix="\n".join(_find_fixes(_Attempt(outlook, leanest, size, peak))),
+    )
+
+
+def _break_down(peak: PeakMemory) -> str:
+    activations = sum(peak.activations.values())
+    parts = {
+        "weights": peak.weights,
+        "gradients": peak.gradients,
+        "optimizer": peak.optimizer,
+        "average of the weights": peak.ema,
+        "images": peak.batch,
+        "activations": activations,
+        "side information": peak.side_information,
+        "recomputed and gradients of activations": peak.transients,
+        "GPU context and libraries": peak.allowance,
+    }
+    return " · ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What did not fit."""
+
+    outlook: Outlook
+    strategy: Choice
+    size: int  # of the micro-batch
+    peak: PeakMemory
+
+    def would_fit(
+        self, strategy: Choice | None = None, size: int | None = None, **changes: Any
+    ) -> bool:
+        """Whether it would under ``changes``, or does now that the network is changed."""
+        outlook = self.outlook
+        peak = outlook.try_out(strategy or self.strategy, size or self.size, **changes)
+        return peak.total <= outlook.request.usable_bytes
+
+
+def _find_fixes(attempt: _Attempt) -> Iterator[str]:
+    """Options that would fit, each tried out by a prediction."""
+    request = attempt.outlook.request
+    others = list_strategies(attempt.outlook.model, "auto")
+    if request.strategy != "auto" and any(map(attempt.would_fit, others)):
+        yield "--strategy auto"
+    if request.micro_batch != "auto" and attempt.size > 2 and attempt.would_fit(size=2):
+        yield "--micro-batch auto"
+    if request.training.precision == "fp32" and attempt.would_fit(precision="bf16"):
+        yield "--set train.precision=bf16"
+    yield f"--memory {math.ceil(attempt.peak.total / (1 - SLACK) / 2**20)}MiB"
+    searches = {"resolution": _find_side, "gamma": _find_gamma, "freeze": _find_stages_to_freeze}
+    for key, find in searches.items():
+        if key not in request.fixed:
+            yield from find(attempt)
+
+
+def _find_side(attempt: _Attempt) -> Iterator[str]:
+    """The largest resolution that fits, if one is found."""
+    request, peak = attempt.outlook.request, attempt.peak
+    needed = peak.step + peak.batch
+    share = max(0, request.usable_bytes - peak.total + needed) / needed
+    largest = math.floor(request.training.resolution * math.sqrt(share) / _GRID) * _GRID
+    for side in range(largest, 0, -_GRID)[:_TRIES]:
+        try:
+            if attempt.would_fit(resolution=side):
+                yield f"--resolution {side}"
+                return
+        except (AssertionError, RuntimeError, UsageError, ValueError):
+            return  # the network is for images of one size, or shrinks these to nothing
+
+
+def _find_gamma(attempt: _Attempt) -> Iterator[str]:
+    """The least larger γ that fits, if one is found."""
+    for gamma in GAMMAS:
+        smaller = raise_gamma(attempt.outlook.model, gamma)
+        fits = smaller and attempt.would_fit()
+        for stage, before in smaller.items():
+            stage.gamma = before
+        if fits:
+            yield f"--gamma {gamma:g}"
+            return
+
+
+def _find_stages_to_freeze(attempt: _Attempt) -> Iterator[str]:
+    """The fewest stages from the input on without whose training it fits, if they are found."""
+    model = attempt.outlook.model
+    *names, _head = find_stages(model)
+    for count in range(1, min(_TRIES, len(names)) + 1):
+        freeze(model, names[:count])
+        if attempt.would_fit():
+            yield " ".join(f"--freeze {name}" for name in names[:count])
+            return
