@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -290,6 +291,17 @@ def test_a_finished_run_goes_on_with_more_epochs(straight: Result, tmp_path: Pat
 def test_what_a_run_is_about_cannot_change(straight: Result, change: str) -> None:
     with pytest.raises(UsageError, match=f"cannot change {change.split('=')[0]}"):
         resume(straight.folder, change)
+
+
+def test_a_run_without_the_memory_to_go_on_is_advised_only_what_it_can_change(
+    straight: Result, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(straight.folder, tmp_path / "run"))
+    with pytest.raises(ResourceError) as refused:
+        resume(folder, "train.epochs=3", "train.memory=4MiB")
+    (memory,) = [fix for fix in (refused.value.fix or "").splitlines() if "--memory" in fix]
+    assert not re.search("--gamma|--resolution|--freeze", refused.value.fix or "")
+    resume(folder, "train.epochs=3", f"train.memory={memory.split()[1]}")
 
 
 def test_a_used_folder_is_refused_before_anything_else(straight: Result, colours: Path) -> None:
