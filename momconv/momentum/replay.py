@@ -104,7 +104,7 @@ class Replay:
     def _require_as_many(self, saved: int, expected: int) -> None:
         if saved != expected:
             raise NotReproducible(
-                f"a {type(self._block).__name__} saved {expected} tensors for backward the"
+                f"a {self._block._get_name()} saved {expected} tensors for backward the"
                 f" first time and {saved} when it was run again",
                 kind="inversion.not_reproducible",
                 fix='momconv.set_strategy(model, "store")',
@@ -146,7 +146,7 @@ class Replay:
             self._repeat_beginning()
         if number not in self._saved:
             raise InversionError(
-                f"backward asked again for a tensor of a {type(self._block).__name__} that is"
+                f"backward asked again for a tensor of a {self._block._get_name()} that is"
                 " recomputed once",
                 kind="inversion.second_backward",
                 fix='momconv.set_strategy(model, "store"), or call backward once per forward',
@@ -213,7 +213,7 @@ def require_unchanged(block: nn.Module, x: Tensor, version: int) -> None:
     """
     if x._version != version:
         raise UsageError(
-            f"a {type(block).__name__} modifies its input in place",
+            f"a {block._get_name()} modifies its input in place",
             kind="model.modifies_input",
             fix="inplace=False in the first operation of the block",
         )
