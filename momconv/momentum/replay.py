@@ -92,7 +92,10 @@ class Replay:
 
         y = self._call(inputs, keep)
         self._require_as_many(next(numbers), self._count)
-        self._inputs = inputs if self._middle else []
+        if self._middle:
+            self._inputs = inputs
+        else:
+            self._forget_random_state()
         return y.detach()
 
     def _detach(self, x: Tensor) -> list[Tensor]:
@@ -125,6 +128,12 @@ class Replay:
         with suppress(Enough):
             self._call(inputs, keep)
         self._require_as_many(min(self._middle, next(numbers)), self._middle)
+        self._forget_random_state()
+
+    def _forget_random_state(self) -> None:
+        """After the last repetition, unless the graph is kept for another backward pass."""
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._random_state = []
 
     def _call(self, inputs: list[Tensor], keep: Callable[[Tensor], int]) -> Tensor:
         copies = {id(buffer): buffer.clone() for _, _, buffer in self._buffers}
