@@ -28,6 +28,7 @@ from momconv.zoo.networks import build_described, is_known
 Module = TypeVar("Module", bound=nn.Module)
 
 _REASONS = 3  # that an error gives
+_BROKEN = "the loop over it does more than to call one block after another"
 PAYS_FROM = 3  # blocks: x, v and r then weigh less than the checkpoints, one x a block
 
 
@@ -63,10 +64,9 @@ def convert(
     model = _plain(copy.deepcopy(model))
     inputs = inputs or [_two_images(model)]
     found, refused = search(model, inputs)
-    for name in _find_broken_loops(model, found, inputs):
-        del found[name]
-        refused[name] = "the loop over it does more than to call one block after another"
-    _check_names(model, found, refused, stages)
+    broken = dict.fromkeys(_find_broken_loops(model, found, inputs), _BROKEN)
+    found = {name: runs for name, runs in found.items() if name not in broken}
+    _check_names(model, found, broken | refused, stages)
     model = _wrap(model, found, gamma, velocity)
     for name, stage in momentum_stages(model).items():
         stage.runs = tuple(
@@ -276,11 +276,7 @@ def _check_names(
         + (f" in {unknown[0]!r}" if unknown else "")
         + "".join(f"\n{name or 'it'}: {why}" for name, why in reasons[:_REASONS]),
         kind="usage.unknown_stage",
-        fix=f"--stages with some of {', '.join(named)}"
-        if named
-        else "momconv.convert(model, inputs=[…]) with what it takes"
-        if "" in refused
-        else None,
+        fix=f"--stages with some of {', '.join(named)}" if named else None,
     )
 
 

@@ -89,8 +89,8 @@ def _observe(
     except _CANNOT_TAKE_THEM as error:
         if not prefix:
             shapes = ", ".join("×".join(map(str, tensor.shape)) for tensor in inputs)
-            reason = str(error).partition("\n")[0]
-            refused[""] = f"cannot be called with {shapes}: {type(error).__name__}: {reason}"
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            refused[""] = f"cannot be called with {shapes} (set by inputs=[…]): {reason}"
         children = [(n, child) for n, child in model.named_children() if find_sequences(child)]
         return [
             part
