@@ -41,7 +41,7 @@ def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, 
     """The runs in the sequences of ``model``, and why there are none where there could be.
 
     No run is inside a block of another. Of two inside one another the longer counts: what is kept
-    beside the blocks is kept once a run. Sequentials without runs are listed too.
+    beside the blocks is kept once a run. Sequentials that are called are listed without runs too.
     """
     found: Runs = {}
     refused: dict[str, str] = {}
@@ -49,10 +49,10 @@ def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, 
         for inner, sequence in find_sequences(part).items():
             name, blocks = _join(prefix, inner), list_blocks(sequence)
             runs = group_runs(blocks, seen.calls)
-            if runs and isinstance(sequence, nn.Sequential) and not seen.calls[sequence]:
-                refused[name] = "a loop calls its blocks, which belong in a ModuleList then"
-            elif runs or not has_loop(sequence):
+            if runs if has_loop(sequence) else seen.calls[sequence]:
                 found[name] = runs
+            elif runs:
+                refused[name] = "a loop calls its blocks, which belong in a ModuleList then"
             if not runs and len({*map(type, blocks)}) < len(blocks):
                 refused[name] = explain_no_run(blocks, seen.calls)
     for name in sorted(found, key=_depth, reverse=True):

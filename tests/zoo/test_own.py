@@ -204,6 +204,39 @@ def test_blocks_that_are_called_in_another_way_are_refused_by_name(way: str, rea
         momconv.convert(Loop(way), inputs=[torch.randn(3, 4)])
 
 
+class Pyramid(nn.Module):
+    """Hands out what each stage returns, by a loop over a Sequential around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.stages = nn.Sequential(*(nn.Sequential(Plain(), Plain(), Plain()) for _ in range(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, outputs = torch.tanh(self.stem(x)), []
+        for stage in self.stages:
+            x = stage(x)
+            outputs.append(x)
+        return torch.cat(outputs)
+
+
+class Plain(Conditioned):
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        return x + torch.tanh(self.layer(x))
+
+
+def test_a_loop_over_stages_does_not_keep_them_from_being_converted() -> None:
+    x, gradients = torch.randn(3, 4), []
+    model = momconv.convert(Pyramid(), inputs=[x])
+    assert list(momentum_stages(model)) == ["stages.0", "stages.1"]
+    for strategy in ("store", "auto"):
+        momconv.set_strategy(model, strategy)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *gradients))
+
+
 def test_a_network_that_does_not_take_the_images_is_refused_with_its_own_words(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

@@ -63,7 +63,7 @@ def make(family: str, images: Tensor) -> nn.Module:
     head = plain.get_submodule(find_head(plain)).get_parameter("weight")
     nn.init.normal_(head)
     with torch.no_grad():
-        head *= 3 / plain.eval()(images).std()
+        head.mul_(3 / plain.eval()(images).std())
     return plain
 
 
