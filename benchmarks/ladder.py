@@ -2,9 +2,10 @@
 
 The CIFAR ResNet of He et al. with 20 to 1,202 layers (images of 32 pixels) and a vision transformer
 of width 192 with 12 to 96 blocks (images of 64 pixels, patches of 8). MiB for an image is the
-predicted peak of a step with 8 images, by ``momconv.peak_memory``; seconds for an image are the
-fastest of three such steps, one after the other in one process, so they tell the order of the
-methods and not more. benchmarks/speed.py times with care.
+predicted peak of a step with 8 images, by ``momconv.peak_memory``, and side information the part of
+it that is bits kept to invert blocks, at the peak. Seconds for an image are the fastest of three
+such steps, one after the other in one process, so they tell the order of the methods and not more.
+benchmarks/speed.py times with care.
 """
 
 import time
@@ -58,13 +59,14 @@ def measure(network: str, depth: int, method: str, device: torch.device) -> Row:
     make, side, _ = LADDERS[network]
     torch.manual_seed(0)
     model = METHODS[method](make(depth)).train()
-    peak = peak_memory(model, IMAGES, side, device=device.type).step
+    peak = peak_memory(model, IMAGES, side, device=device.type)
     seconds = min(_time(model.to(device), side, device) for _ in range(STEPS))
     return {
         "network": network,
         "depth": str(depth),
         "method": method,
-        "MiB": f"{peak / IMAGES / MIB:.3f}",
+        "MiB": f"{peak.step / IMAGES / MIB:.3f}",
+        "side information": f"{peak.side_information / IMAGES / MIB:.3f}",
         "seconds": f"{seconds / IMAGES:.4f}",
     }
 

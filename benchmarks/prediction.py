@@ -27,6 +27,12 @@ KEY = ("network", "images", "precision", "trained", "strategy")
 COLUMNS = (*KEY, "predicted MiB", "measured MiB", "% of step", "% of whole")
 
 
+# The other families, by a small member of each.
+FAMILIES = [
+    *("resnext50_32x4d", "regnet_x_400mf", "regnet_y_400mf", "swin_t", "swin_v2_t"),
+    *("efficientnet_b0", "efficientnet_v2_s", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5"),
+]
+
 # At 64 pixels steps are quick, and small feature maps make oneDNN choose odd algorithms.
 CASES = [
     *(Case("resnet18", 64, batch) for batch in (1, 2, 8, 32, 64)),
@@ -52,6 +58,8 @@ CASES = [
     Case("wide_resnet50_2", 32, 2, "bf16"),
     Case("convnext_tiny", 32, 2, "bf16"),
     Case("vit_b_16", 224, 1, "bf16"),
+    *(Case(network, 32, 2) for network in FAMILIES),
+    *(Case(network, 224, 2) for network in ("vit_b_32", "maxvit_t")),  # made for this size
 ]
 
 

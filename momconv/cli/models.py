@@ -26,8 +26,8 @@ def models(
 ) -> None:
     """List the networks that momconv converts, and what that saves.
 
-    Memory is predicted for training steps of 32 images at the network's own resolution: seconds for
-    each network the first time, then remembered.
+    Memory is predicted for training steps of 32 images at the network's own
+    resolution: seconds for each network the first time, then remembered.
     """
     from momconv.planner.catalogue import list_entries
     from momconv.reports.models import show_models
@@ -45,7 +45,7 @@ def models(
     if sort != "name":
         entries.sort(key=lambda entry: _key(entry, sort), reverse=True)
     if json_output:
-        listed = [{**asdict(entry), "saved": entry.saved} for entry in entries]
+        listed = [{"name": entry.name, **asdict(entry), "saved": entry.saved} for entry in entries]
         print_json({"ok": True, "models": listed})
         return
     out.print(show_models(entries))

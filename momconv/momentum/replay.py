@@ -92,7 +92,10 @@ class Replay:
 
         y = self._call(inputs, keep)
         self._require_as_many(next(numbers), self._count)
-        self._inputs = inputs if self._middle else []
+        if self._middle:
+            self._inputs = inputs
+        else:
+            self._forget_random_state()
         return y.detach()
 
     def _detach(self, x: Tensor) -> list[Tensor]:
@@ -104,7 +107,7 @@ class Replay:
     def _require_as_many(self, saved: int, expected: int) -> None:
         if saved != expected:
             raise NotReproducible(
-                f"a {type(self._block).__name__} saved {expected} tensors for backward the"
+                f"a {self._block._get_name()} saved {expected} tensors for backward the"
                 f" first time and {saved} when it was run again",
                 kind="inversion.not_reproducible",
                 fix='momconv.set_strategy(model, "store")',
@@ -125,6 +128,12 @@ class Replay:
         with suppress(Enough):
             self._call(inputs, keep)
         self._require_as_many(min(self._middle, next(numbers)), self._middle)
+        self._forget_random_state()
+
+    def _forget_random_state(self) -> None:
+        """After the last repetition, unless the graph is kept for another backward pass."""
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._random_state = []
 
     def _call(self, inputs: list[Tensor], keep: Callable[[Tensor], int]) -> Tensor:
         copies = {id(buffer): buffer.clone() for _, _, buffer in self._buffers}
@@ -146,7 +155,7 @@ class Replay:
             self._repeat_beginning()
         if number not in self._saved:
             raise InversionError(
-                f"backward asked again for a tensor of a {type(self._block).__name__} that is"
+                f"backward asked again for a tensor of a {self._block._get_name()} that is"
                 " recomputed once",
                 kind="inversion.second_backward",
                 fix='momconv.set_strategy(model, "store")',
@@ -213,7 +222,7 @@ def require_unchanged(block: nn.Module, x: Tensor, version: int) -> None:
     """
     if x._version != version:
         raise UsageError(
-            f"a {type(block).__name__} modifies its input in place",
+            f"a {block._get_name()} modifies its input in place",
             kind="model.modifies_input",
             fix="inplace=False in the first operation of the block",
         )

@@ -5,6 +5,7 @@ once something has been added, activations and normalisation: x + f(x), ReLU(x +
 of these in a row. Whether it does is seen in the operations, whatever the block's class is.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from momconv.momentum.replay import autocast_settings, entries_of, in_place_of
 
@@ -30,7 +31,9 @@ _NORMS = (aten.native_layer_norm, aten.native_batch_norm, aten._native_batch_nor
 class Call:
     """One call of a block, on fake tensors."""
 
-    inputs: tuple[Any, ...]
+    x: Any
+    others: list[Any]  # the leaves of all further arguments
+    structure: TreeSpec  # which the leaves are of
     output: Any
     is_residual: bool
 
@@ -64,6 +67,28 @@ def group_runs(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]) 
         if is_member:
             groups[-1].append(n)
     return [range(group[0], group[-1] + 1) for group in groups if len(group) > 1]
+
+
+def explain_no_run(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]) -> str:
+    """Why there is no run among ``blocks``: what the last block of their commonest class does."""
+    kind, _ = Counter(map(type, blocks)).most_common(1)[0]
+    last = max(n for n, block in enumerate(blocks) if type(block) is kind)
+    return f"{kind.__name__} {last} {_explain(calls[blocks[last]])}"
+
+
+def _explain(calls: list[Call]) -> str:
+    if not calls:
+        return "is not called"
+    x, output = calls[0].x, calls[0].output
+    if not isinstance(x, Tensor):
+        return "gets no tensor as its first positional argument"
+    if not isinstance(output, Tensor):
+        return f"returns a {type(output).__name__}, not a tensor"
+    if output.shape != x.shape:
+        return "changes the shape of its input"
+    if not calls[0].is_residual:
+        return "does not add something to its input"
+    return "does not get what the block before it returns and the same further arguments"
 
 
 def observe(model: nn.Module, blocks: Iterable[nn.Module], inputs: Sequence[Tensor]) -> Observation:
@@ -104,22 +129,22 @@ def _calls_at(
 def _is_member(calls: list[Call]) -> bool:
     """Whether a block was called, and each time kept its input's shape and added to it."""
     return bool(calls) and all(
-        call.is_residual and call.output.shape == call.inputs[0].shape for call in calls
+        call.is_residual and call.output.shape == call.x.shape for call in calls
     )
 
 
 def _follows(before: list[Call], after: list[Call]) -> bool:
     """Whether each call gets the output of the one before, and the same further arguments."""
     return len(before) == len(after) and all(
-        second.inputs[0] is first.output
-        and len(first.inputs) == len(second.inputs)
-        and all(map(_is_same, first.inputs[1:], second.inputs[1:]))
+        second.x is first.output
+        and first.structure == second.structure
+        and all(map(_is_same, first.others, second.others))
         for first, second in zip(before, after, strict=True)
     )
 
 
 def _is_same(first: object, second: object) -> bool:
-    return first is second and isinstance(first, Tensor)
+    return first is second or (isinstance(first, int | float | str) and first == second)
 
 
 class _Chain(nn.Module):
@@ -200,8 +225,9 @@ class _Observer(TorchDispatchMode):
     def _leave(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        is_residual = self._open.pop().has_added(output) and not kwargs
-        self.calls[block].append(Call(args, output, is_residual))
+        is_residual = self._open.pop().has_added(output)
+        x, *rest = args or [None]
+        self.calls[block].append(Call(x, *tree_flatten((rest, kwargs)), output, is_residual))
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None

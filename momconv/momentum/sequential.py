@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from momconv.errors import UsageError
+from momconv.momentum.arguments import bind
 from momconv.momentum.autograd import Strategy, run
 from momconv.momentum.equations import Rule, Velocity, coefficients, weights
 from momconv.momentum.replay import checkpoint
@@ -48,6 +49,7 @@ class MomentumSequential(nn.Sequential):
         fraction_bits: the grid is 2^-fraction_bits in single precision, which leaves activations a
             range of ±2^(22 - fraction_bits). Double precision has 29 more.
         runs: found on the first forward pass, unless given.
+        kind: the plain class whose place it takes.
 
     >>> class Block(nn.Linear):
     ...     def forward(self, x):
@@ -63,6 +65,7 @@ class MomentumSequential(nn.Sequential):
     in_parts: bool
     fraction_bits: int
     runs: tuple[Run, ...] | None
+    kind: type[nn.Module] = nn.Sequential
 
     def __init__(
         self,
@@ -89,27 +92,36 @@ class MomentumSequential(nn.Sequential):
         self.fraction_bits = fraction_bits
         self.runs = None if runs is None else tuple(runs)
 
-    def forward(self, x: Tensor, *args: Tensor) -> Tensor:
-        """The blocks in turn, each called with x and ``args``, which may require gradients."""
-        if self.strategy == "segment":
-            return checkpoint(_Segment(self), x, args)
-        return self.walk(x, args, self.strategy)
+    def forward(  # type: ignore[override]  # x is called input there
+        self, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The blocks in turn, each called with x and the same further arguments.
 
-    def walk(self, x: Tensor, args: tuple[Tensor, ...], strategy: Strategy) -> Tensor:
-        """:meth:`forward` under a given strategy."""
-        blocks, position = [*self._modules.values()], 0
-        runs = self.find_runs(x, *args)
-        for part in runs if self.gamma else ():
+        Tensors among these may require gradients.
+        """
+        self.find_runs(x, *args, **kwargs)
+        blocks, tensors = bind([*self._modules.values()], args, kwargs)
+        if self.strategy == "segment":
+            return checkpoint(_Segment(self, blocks), x, tensors)
+        return self.walk(blocks, x, tensors, self.strategy)
+
+    def walk(
+        self, blocks: list[nn.Module], x: Tensor, args: tuple[Tensor, ...], strategy: Strategy
+    ) -> Tensor:
+        """:meth:`forward` under a given strategy, with the blocks bound to what is no tensor."""
+        position = 0
+        for part in (self.runs or ()) if self.gamma else ():
             x = self._plain(blocks[position : part.start], x, args, strategy)
             members, rule = blocks[part.start : part.stop], self.rule(part, x.dtype)
             x = run(members, x, args, rule, strategy, in_parts=self.in_parts)
             position = part.stop
         return self._plain(blocks[position:], x, args, strategy)
 
-    def find_runs(self, x: Tensor, *args: Tensor) -> tuple[Run, ...]:
+    def find_runs(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Run, ...]:
         """The runs, which are found by tracing shapes from x if they are not known yet."""
         if self.runs is None:
-            found = find_runs([*self._modules.values()], x, args)
+            blocks, tensors = bind([*self._modules.values()], args, kwargs)
+            found = find_runs(blocks, x, tensors)
             self.runs = tuple(Run(run.start, run.stop, (1.0,) * len(run)) for run in found)
         return self.runs
 
@@ -174,15 +186,51 @@ class MomentumList(MomentumSequential):
         yield self
 
 
+class MomentumDict(MomentumSequential):
+    """Takes the place of a module dictionary whose ``forward`` calls its items in turn.
+
+    That may hand out what some of them return, as torchvision's ``IntermediateLayerGetter`` does,
+    but nothing from inside a run.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the dictionary would do."""
+        return self.kind.forward(self, *args, **kwargs)
+
+    def items(self) -> Iterator[tuple[str, nn.Module]]:
+        """The runs, each under the name of its last block, and all other blocks."""
+        for n, (name, block) in enumerate(self._modules.items()):
+            member_of = [part for part in self.runs or () if part.start <= n < part.stop]
+            for part in member_of:
+                if n == part.stop - 1:
+                    yield name, self._take(part)
+            if not member_of:
+                is_layer = next(block.children(), None) is None
+                yield name, block if is_layer else self._take(Run(n, n + 1, ()))
+
+    def _take(self, part: Run) -> MomentumSequential:
+        """Some blocks as a stage for themselves."""
+        return MomentumSequential(
+            *[*self._modules.values()][part.start : part.stop],
+            gamma=self.gamma,
+            velocity=self.velocity,
+            strategy=self.strategy,
+            in_parts=self.in_parts,
+            fraction_bits=self.fraction_bits,
+            runs=[Run(0, len(part), part.gains)] if part.gains else [],
+        )
+
+
 class _Segment(nn.Module):
     """A stage as one block; when it is computed again, its own blocks are checkpointed."""
 
-    def __init__(self, stage: MomentumSequential) -> None:
+    def __init__(self, stage: MomentumSequential, blocks: list[nn.Module]) -> None:
         super().__init__()
         self.stage = stage
+        self._blocks = blocks
 
     def forward(self, x: Tensor, *args: Tensor) -> Tensor:
-        return self.stage.walk(x, args, "checkpoint")
+        return self.stage.walk(self._blocks, x, args, "checkpoint")
 
 
 def momentum_stages(model: nn.Module) -> dict[str, MomentumSequential]:

@@ -8,7 +8,7 @@ itself (scratch.py), are the live memory, and its maximum is the peak.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -279,7 +279,8 @@ class _Trace(TorchDispatchMode):
             self._follow(tensor, None)
         stages = find_stages(model)
         self._stage = next(iter(stages.values()))
-        with torch.random.fork_rng(devices=[]), marking(stages, self._enter), self:
+        following = _watching_random_states(lambda state: self._follow(state, "get_rng_state"))
+        with torch.random.fork_rng(devices=[]), marking(stages, self._enter), following, self:
             run_step(model, images, labels, precision, self._enter_loss)
 
     def report(self, **parts: int) -> PeakMemory:
@@ -311,8 +312,6 @@ class _Trace(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
         if func is torch.ops.aten.equal.default:  # of random states, which are no fakes
-            for state in args:  # a block that drew numbers keeps one
-                self._follow(state, "get_rng_state")
             with _disable_current_modes():
                 return func(*args)
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -375,6 +374,27 @@ def _is_accumulating() -> bool:
     """Whether autograd is adding a gradient; on fakes it may copy it, in the real step never."""
     node = torch._C._current_autograd_node()
     return node is not None and node.name() == _ACCUMULATION
+
+
+@contextmanager
+def _watching_random_states(tell: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside, ``tell`` hears of each state of the generator that is asked for.
+
+    A block that is run again keeps one, and so does each of torch's checkpoints. They are no fakes,
+    and no operation makes them.
+    """
+    ask = torch.get_rng_state
+
+    def ask_and_tell() -> Tensor:
+        state = ask()
+        tell(state)
+        return state
+
+    torch.get_rng_state = ask_and_tell
+    try:
+        yield
+    finally:
+        torch.get_rng_state = ask
 
 
 def _device_type(device: str) -> str:

@@ -12,8 +12,8 @@ MIB = 2**20
 
 def show_models(entries: Iterable[Entry]) -> Table:
     """A row for each network."""
-    table = Table(caption=f"MiB for an image in a training step of {IMAGES}, predicted")
-    table.add_column("network")
+    caption = f"MiB for an image in a training step of {IMAGES}, predicted"
+    table = Table("network", box=None, pad_edge=False, caption=caption, caption_justify="left")
     for title in ("parameters", "pixels", "runs", "deepest", "store", "auto", "saved"):
         table.add_column(title, justify="right")
     for entry in entries:

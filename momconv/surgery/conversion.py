@@ -13,19 +13,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from momconv.errors import ModelFileError, UsageError
 from momconv.momentum.equations import Velocity, coefficients, weights
 from momconv.momentum.sequential import (
+    MomentumDict,
     MomentumList,
     MomentumSequential,
     Run,
     momentum_stages,
     set_strategy,
 )
-from momconv.surgery.sequences import Runs, computes_the_same, find_sequences, search
+from momconv.surgery.sequences import Runs, computes_the_same, find_sequences, has_loop, search
 from momconv.surgery.stem import make_stem_recomputable, restore_stem
 from momconv.zoo.description import Description
 from momconv.zoo.networks import build_described, is_known
 
 Module = TypeVar("Module", bound=nn.Module)
 
+_REASONS = 3  # that an error gives
+_BROKEN = "the loop over it does more than to call one block after another"
 PAYS_FROM = 3  # blocks: x, v and r then weigh less than the checkpoints, one x a block
 
 
@@ -60,10 +63,10 @@ def convert(
     """
     model = _plain(copy.deepcopy(model))
     inputs = inputs or [_two_images(model)]
-    found = search(model, inputs)
-    if any(isinstance(model.get_submodule(name), nn.ModuleList) for name in found):
-        found = _without_broken_lists(model, found, inputs)
-    _check_names(model, found, stages)
+    found, refused = search(model, inputs)
+    broken = dict.fromkeys(_find_broken_loops(model, found, inputs), _BROKEN)
+    found = {name: runs for name, runs in found.items() if name not in broken}
+    _check_names(model, found, broken | refused, stages)
     model = _wrap(model, found, gamma, velocity)
     for name, stage in momentum_stages(model).items():
         stage.runs = tuple(
@@ -253,26 +256,28 @@ def _two_images(model: nn.Module) -> Tensor:
         return torch.empty(2, 3, side, side, device=parameter.device, dtype=parameter.dtype)
 
 
-def _without_broken_lists(model: nn.Module, found: Runs, inputs: Sequence[Tensor]) -> Runs:
-    """What is ``found``, but for lists whose loops do more than to call one block after another."""
-    good = dict(found)
-    for name in found:
-        if isinstance(model.get_submodule(name), nn.ModuleList):
-            trial = _wrap(copy.deepcopy(model), {name: found[name]}, 0, "zero")
-            if not computes_the_same(model, trial, inputs):
-                del good[name]
-    return good
+def _find_broken_loops(model: nn.Module, found: Runs, inputs: Sequence[Tensor]) -> list[str]:
+    """The sequences whose loops do not compute the same if a run is called as one block."""
+    loops = [name for name in found if has_loop(model.get_submodule(name))]
+    trials = {n: _wrap(copy.deepcopy(model), {n: found[n]}, 0, "zero") for n in loops}
+    return [n for n, trial in trials.items() if not computes_the_same(model, trial, inputs)]
 
 
-def _check_names(model: nn.Module, found: Runs, stages: str | Sequence[str]) -> None:
-    unknown = [] if isinstance(stages, str) else [name for name in stages if name not in found]
-    if unknown or not found:
-        raise UsageError(
-            f"this {type(model).__name__} has no two consecutive residual blocks of one shape"
-            + (f" in {unknown[0]!r}" if unknown else ""),
-            kind="usage.unknown_stage",
-            fix=f"--stages with some of {', '.join(found)}" if found else None,
-        )
+def _check_names(
+    model: nn.Module, found: Runs, refused: Mapping[str, str], stages: str | Sequence[str]
+) -> None:
+    named = [name for name, runs in found.items() if runs]
+    unknown = [] if isinstance(stages, str) else [name for name in stages if name not in named]
+    if not unknown and named:
+        return
+    reasons = [(name, why) for name, why in refused.items() if not unknown or name == unknown[0]]
+    raise UsageError(
+        f"this {type(model).__name__} has no two consecutive residual blocks of one shape"
+        + (f" in {unknown[0]!r}" if unknown else "")
+        + "".join(f"\n{name or 'it'}: {why}" for name, why in reasons[:_REASONS]),
+        kind="usage.unknown_stage",
+        fix=f"--stages with some of {', '.join(named)}" if named else None,
+    )
 
 
 def _wrap(model: nn.Module, found: Runs, gamma: float, velocity: Velocity) -> nn.Module:
@@ -280,13 +285,14 @@ def _wrap(model: nn.Module, found: Runs, gamma: float, velocity: Velocity) -> nn
 
     A Sequential around stages becomes one too, to recompute the stem and what is between them.
     """
-    sequences = find_sequences(model)
-    for name, plain in sequences.items():
-        is_around = any(_is_inside(inner, name) for inner in found)
-        if name in found or (is_around and not isinstance(plain, nn.ModuleList)):
-            runs = [Run(r.start, r.stop, (1.0,) * len(r)) for r in found.get(name, ())]
-            stage = _become_stage(plain, gamma=gamma, velocity=velocity, runs=runs)
-            model = _replace(model, name, stage)
+    with_runs = [name for name, runs in found.items() if runs]
+    for name in found:
+        if name not in with_runs and not any(_is_inside(inner, name) for inner in with_runs):
+            continue
+        runs = [Run(r.start, r.stop, (1.0,) * len(r)) for r in found[name]]
+        plain = model.get_submodule(name)
+        stage = _become_stage(plain, gamma=gamma, velocity=velocity, runs=runs)
+        model = _replace(model, name, stage)
     return model
 
 
@@ -294,14 +300,21 @@ def _plain(model: nn.Module) -> nn.Module:
     """``model`` with all stages replaced by plain sequences, in place unless it is one itself."""
     restore_stem(model)
     for name, stage in momentum_stages(model).items():
-        plain = nn.ModuleList() if isinstance(stage, MomentumList) else nn.Sequential()
+        plain = stage.kind.__new__(stage.kind)  # its __init__ may want something
         model = _replace(model, name, _with_contents(plain, stage))
     return model
 
 
 def _become_stage(plain: nn.Module, **settings: Any) -> MomentumSequential:
-    kind = MomentumList if isinstance(plain, nn.ModuleList) else MomentumSequential
-    return _with_contents(kind(**settings), plain)
+    kinds = {
+        nn.ModuleList: MomentumList,
+        nn.ModuleDict: MomentumDict,
+        nn.Module: MomentumSequential,
+    }
+    make = next(made for kind, made in kinds.items() if isinstance(plain, kind))
+    stage = _with_contents(make(**settings), plain)
+    stage.kind = type(plain)
+    return stage
 
 
 def _with_contents(new: Module, old: nn.Module) -> Module:

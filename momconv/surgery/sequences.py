@@ -1,10 +1,13 @@
 """The sequences of a network in which residual blocks follow one another."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from momconv.momentum.runs import Observation, group_runs, observe
+from momconv.momentum.runs import Observation, explain_no_run, group_runs, observe
 
 Runs = dict[str, list[range]]  # by the name of the sequence
 
@@ -22,7 +25,10 @@ _CANNOT_TAKE_THEM = (
 
 
 def find_sequences(model: nn.Module) -> dict[str, nn.Module]:
-    """What may contain runs: each ModuleList and each Sequential without a forward of its own."""
+    """What may contain runs: lists, Sequentials, and dictionaries that call what is in them.
+
+    Nobody knows what a Sequential does that has a forward of its own.
+    """
     return {name: module for name, module in model.named_modules() if _is_sequence(module)}
 
 
@@ -31,44 +37,77 @@ def list_blocks(sequence: nn.Module) -> list[nn.Module]:
     return [block for block in sequence._modules.values() if block is not None]
 
 
-def search(model: nn.Module, inputs: Sequence[Tensor]) -> Runs:
-    """The runs in the sequences of ``model``, of which none is inside a block of another.
+def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, str]]:
+    """The runs in the sequences of ``model``, and why there are none where there could be.
 
-    Of two inside one another the longer counts: what is kept beside the blocks is kept once a run.
+    No run is inside a block of another. Of two inside one another the longer counts: what is kept
+    beside the blocks is kept once a run. Sequentials that are called are listed without runs too.
     """
     found: Runs = {}
-    for prefix, part, seen in _observe(model, inputs):
-        for name, sequence in find_sequences(part).items():
-            if runs := group_runs(list_blocks(sequence), seen.calls):
-                found[_join(prefix, name)] = runs
+    refused: dict[str, str] = {}
+    for prefix, part, seen in _observe(model, inputs, refused):
+        for inner, sequence in find_sequences(part).items():
+            name, blocks = _join(prefix, inner), list_blocks(sequence)
+            runs = group_runs(blocks, seen.calls)
+            if runs if has_loop(sequence) else seen.calls[sequence]:
+                found[name] = runs
+            elif runs:
+                refused[name] = "a loop calls its blocks, which belong in a ModuleList then"
+            if not runs and len({*map(type, blocks)}) < len(blocks):
+                refused[name] = explain_no_run(blocks, seen.calls)
     for name in sorted(found, key=_depth, reverse=True):
         found[name] = [run for run in found[name] if _outweighs(model, found, name, run)]
-    return {name: runs for name, runs in found.items() if runs}
+    return found, refused
+
+
+def has_loop(sequence: nn.Module) -> bool:
+    """Whether somebody's code calls the blocks, rather than that of ``nn.Sequential``."""
+    return isinstance(sequence, nn.ModuleList | nn.ModuleDict)
 
 
 def computes_the_same(model: nn.Module, other: nn.Module, inputs: Sequence[Tensor]) -> bool:
     """Whether both run the same operations in the same order, with outputs of the same shapes."""
-    pairs = zip(_observe(model, inputs), _observe(other, inputs), strict=True)
-    return all(
-        seen.operations == theirs.operations and seen.shapes == theirs.shapes
-        for (_, _, seen), (_, _, theirs) in pairs
+    ours, theirs = (
+        [(prefix, seen.operations, seen.shapes) for prefix, _, seen in _observe(each, inputs, {})]
+        for each in (model, other)
     )
+    return ours == theirs
 
 
 def _observe(
-    model: nn.Module, inputs: Sequence[Tensor], prefix: str = ""
+    model: nn.Module, inputs: Sequence[Tensor], refused: dict[str, str], prefix: str = ""
 ) -> list[tuple[str, nn.Module, Observation]]:
     """A pass through ``model`` or, where it cannot take the inputs, those of its parts that can.
 
     A detector wants a list of images, for example, but has a backbone.
     """
     sequences = find_sequences(model).values()
-    blocks = [block for sequence in sequences for block in sequence.children()]
+    watched = [module for sequence in sequences for module in (sequence, *sequence.children())]
     try:
-        return [(prefix, model, observe(model, blocks, inputs))]
-    except _CANNOT_TAKE_THEM:
+        with _quiet():
+            return [(prefix, model, observe(model, watched, inputs))]
+    except _CANNOT_TAKE_THEM as error:
+        if not prefix:
+            shapes = ", ".join("×".join(map(str, tensor.shape)) for tensor in inputs)
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            refused[""] = f"cannot be called with {shapes} (set by inputs=[…]): {reason}"
         children = [(n, child) for n, child in model.named_children() if find_sequences(child)]
-        return [part for n, child in children for part in _observe(child, inputs, _join(prefix, n))]
+        return [
+            part
+            for n, child in children
+            for part in _observe(child, inputs, refused, _join(prefix, n))
+        ]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch logs a traceback of what is refused, which is explained to the user in a line."""
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
 
 
 def _outweighs(model: nn.Module, found: Runs, name: str, run: range) -> bool:
@@ -85,7 +124,10 @@ def _outweighs(model: nn.Module, found: Runs, name: str, run: range) -> bool:
 
 
 def _is_sequence(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList) or type(module).forward is nn.Sequential.forward
+    forward = type(module).forward
+    if isinstance(module, nn.ModuleDict):
+        return forward is not nn.ModuleDict.forward
+    return isinstance(module, nn.ModuleList) or forward is nn.Sequential.forward
 
 
 def _depth(name: str) -> int:

@@ -1,6 +1,7 @@
 """MomentumSequential as a module, and the errors of its backward pass."""
 
 import copy
+import gc
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -354,3 +355,61 @@ def test_one_block_at_every_place_is_a_run_and_stays_what_it_is() -> None:
     net = MomentumSequential(*[block] * 3, gamma=0.5)
     assert [(run.start, run.stop) for run in net.find_runs(x)] == [(0, 3)]
     assert torch.equal(block(x), expected)
+
+
+class Guided(nn.Module):
+    """A block that wants tensors inside a tuple and by name, a flag, and perhaps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(
+        self, x: Tensor, size: tuple[int, Tensor], *, scale: Tensor, flag: bool, mask: Tensor | None
+    ) -> Tensor:
+        y = torch.tanh(self.layer(x) * scale + size[1]) / size[0]
+        return x + y if flag and mask is None else x
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "segment", "momentum", "auto"])
+def test_further_arguments_of_any_kind_reach_the_blocks_and_get_their_gradients(
+    strategy: Any,
+) -> None:
+    torch.manual_seed(0)
+    net, x = MomentumSequential(*(Guided() for _ in range(4))), torch.randn(3, 4)
+
+    def gradients(strategy: Any) -> list[Tensor]:
+        set_strategy(net, strategy)
+        net.zero_grad()
+        scale, shift = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
+        square(net(x, (2, shift), scale=scale, flag=True, mask=None)).backward()
+        return [gradient_of(tensor) for tensor in (scale, shift, *net.parameters())]
+
+    assert all(map(torch.equal, gradients(strategy), gradients("store")))
+    assert [(run.start, run.stop) for run in net.runs or ()] == [(0, 4)]
+
+
+def test_an_error_names_the_block_that_is_called_by_keyword() -> None:
+    class Writing(nn.Module):
+        def forward(self, x: Tensor, *, flag: bool) -> Tensor:
+            return x.relu_() + torch.sin(x)
+
+    with pytest.raises(UsageError, match="a Writing modifies its input"):
+        MomentumSequential(Writing(), Writing())(images(), flag=True)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_random_state_is_kept_as_long_as_backward_may_want_it(retain: bool) -> None:
+    torch.manual_seed(0)
+    net = MomentumSequential(Dropping(), Dropping(), strategy="checkpoint")
+    states = count_random_states()
+    loss = square(net(images()))
+    assert count_random_states() == states + 2
+    loss.backward(retain_graph=retain)
+    assert count_random_states() == states + (2 if retain else 0)
+
+
+def count_random_states() -> int:
+    size = torch.get_rng_state().numel()
+    found = (each for each in gc.get_objects() if type(each) is Tensor)
+    return sum(each.dtype == torch.uint8 and each.numel() == size for each in found)

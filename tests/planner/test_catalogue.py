@@ -1,12 +1,17 @@
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from momconv.cli import app
 from momconv.planner import catalogue
-from momconv.planner.catalogue import list_entries
+from momconv.planner.catalogue import Entry, list_entries
+from momconv.reports.models import show_models
+from momconv.zoo.networks import names
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +41,21 @@ def test_the_command_sorts_and_prints_json() -> None:
     assert "cifar_resnet20" in table
     assert "0.3 M" in table
     assert CliRunner().invoke(app, ["models", "vgg*"]).exit_code == 2
+
+
+def test_every_name_can_be_read_on_80_columns() -> None:
+    large = Entry(
+        name="",
+        parameters=644_800_000,
+        runs=12,
+        deepest=200,
+        resolution=518,
+        store_bytes=3_700 * 2**20,
+        auto_bytes=450 * 2**20,
+        relative_seconds=1.5,
+    )
+    console = Console(width=80, file=io.StringIO())
+    console.print(show_models(replace(large, name=name) for name in names()))
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert [words[0] for words in lines[1:-1]] == [*names()]

@@ -1,6 +1,7 @@
 """Every family of networks that momconv converts, by its smallest member on small images."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import get_model
-from torchvision.models.detection import retinanet_resnet50_fpn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection import (
+    fasterrcnn_mobilenet_v3_large_320_fpn,
+    retinanet_resnet50_fpn,
+    ssdlite320_mobilenet_v3_large,
+)
 from torchvision.models.maxvit import MaxVit
-from torchvision.models.segmentation import deeplabv3_resnet50, fcn_resnet50
+from torchvision.models.segmentation import (
+    deeplabv3_mobilenet_v3_large,
+    deeplabv3_resnet50,
+    fcn_resnet50,
+    lraspp_mobilenet_v3_large,
+)
 
 import momconv
+from momconv.errors import UsageError
 from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.planner.measurement import measure_step
 from momconv.surgery.conversion import revert
@@ -112,39 +124,77 @@ def test_a_list_of_blocks_is_converted_and_the_longer_of_nested_runs_counts() ->
         "blocks.1.layers": [(1, 4)],
         "blocks.1.layers.0.layers": [(1, 3)],
     }
-    stored, reconstructed = step(model, "store"), step(model, "momentum")
-    assert all(torch.equal(value, reconstructed[key]) for key, value in stored.items())
+    stored = step(model, "store")
+    for strategy in ("momentum", "auto"):  # which computes blocks of the first stage in parts
+        reconstructed = step(model, strategy)
+        assert all(torch.equal(value, reconstructed[key]) for key, value in stored.items())
     assert not torch.equal(model.eval()(images), plain.eval()(images))
     assert [type(module) for module in revert(model).modules()] == [
         type(module) for module in plain.modules()
     ]
 
 
-def test_backbones_of_segmentation_are_converted_where_they_are_with_exact_gradients() -> None:
-    images = torch.randn(2, 3, SIDE, SIDE)
-    for make in (fcn_resnet50, deeplabv3_resnet50):
-        check_backbone(make(weights=None, weights_backbone=None), "backbone", images)
+LAYERS = {"backbone.layer1", "backbone.layer2", "backbone.layer3", "backbone.layer4"}
+SEGMENTATION = {
+    fcn_resnet50: LAYERS,
+    deeplabv3_resnet50: LAYERS,
+    deeplabv3_mobilenet_v3_large: {"backbone"},
+    lraspp_mobilenet_v3_large: {"backbone"},
+}
+BOXES = {"boxes": torch.tensor([[2.0, 2.0, 30.0, 30.0]]), "labels": torch.tensor([1])}
+SMALL = {"min_size": 64, "max_size": 64}
+DETECTION: dict[Any, tuple[dict[str, int], set[str]]] = {
+    retinanet_resnet50_fpn: (SMALL, {f"backbone.body.layer{n}" for n in (1, 2, 3, 4)}),
+    fasterrcnn_mobilenet_v3_large_320_fpn: (SMALL, {"backbone.body"}),
+    ssdlite320_mobilenet_v3_large: ({}, {"backbone.features.0", "backbone.features.1"}),
+}
 
 
-def test_a_backbone_of_detection_is_converted_where_it_is_with_exact_gradients() -> None:
-    plain = retinanet_resnet50_fpn(weights=None, weights_backbone=None, min_size=64, max_size=64)
-    boxes, labels = torch.tensor([[2.0, 2.0, 30.0, 30.0]]), torch.tensor([1])
-    check_backbone(
-        plain, "backbone.body", [torch.rand(3, 64, 64)], [{"boxes": boxes, "labels": labels}]
-    )
+@pytest.mark.parametrize("make", SEGMENTATION, ids=lambda make: str(make.__name__))
+def test_a_backbone_of_segmentation_is_converted_where_it_is_with_exact_gradients(
+    make: Callable[..., nn.Module],
+) -> None:
+    plain = make(weights=None, weights_backbone=None)
+    check_backbone(plain, SEGMENTATION[make], torch.randn(2, 3, SIDE, SIDE))
 
 
-def check_backbone(plain: nn.Module, backbone: str, *inputs: Any) -> None:
-    """Convert it all, and compare the gradients of some loss."""
+@pytest.mark.parametrize("make", DETECTION, ids=lambda make: str(make.__name__))
+def test_a_backbone_of_detection_is_converted_where_it_is_with_exact_gradients(
+    make: Callable[..., nn.Module],
+) -> None:
+    options, found = DETECTION[make]
+    plain = make(weights=None, weights_backbone=None, **options)
+    check_backbone(plain, found, [torch.rand(3, 64, 64)] * 2, [BOXES] * 2)
+
+
+def check_backbone(plain: nn.Module, found: set[str], *inputs: Any) -> None:
+    """Convert it all, compare what is left of a step with some loss, and turn it back."""
     model = momconv.convert(plain, stages="all").train()
-    found = {name for name, runs in spans(model).items() if runs}
-    assert {f"{backbone}.layer2", f"{backbone}.layer3"} <= found
-    gradients = []
-    for strategy in ("store", "momentum"):
-        momconv.set_strategy(model, strategy)
-        model.zero_grad()
-        torch.manual_seed(0)
-        total = sum(output.square().mean() for output in model(*inputs).values())
-        total.backward()
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert all(map(torch.equal, *gradients))
+    assert {name for name, runs in spans(model).items() if runs} == found
+    assert list(model.state_dict()) == list(plain.state_dict())
+    stored, *others = (left_of(model, strategy, *inputs) for strategy in ("store", "auto"))
+    assert all(all(map(torch.equal, stored, other)) for other in others)
+    turned_back = momconv.revert(model)
+    assert [*map(type, turned_back.modules())] == [*map(type, plain.modules())]
+
+
+def left_of(model: nn.Module, strategy: Any, *inputs: Any) -> list[Tensor]:
+    """Gradients and buffers."""
+    model = copy.deepcopy(model)
+    set_strategy(model, strategy)
+    torch.manual_seed(0)
+    sum(output.square().mean() for output in model(*copy.deepcopy(inputs)).values()).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    return [*gradients, *model.buffers()]
+
+
+def test_what_is_handed_out_from_inside_a_run_keeps_it_from_being_converted() -> None:
+    blocks = make("mobilenet_v3_small").get_submodule("features")
+    for taken, works in {"4": True, "5": False}.items():  # blocks 5 and 6 are a run
+        plain = IntermediateLayerGetter(blocks, {taken: "low", "6": "high"})
+        if works:
+            assert spans(momconv.convert(plain, stages="all")) == {"": [(5, 7)]}
+        else:
+            with pytest.raises(UsageError, match="it: the loop over it does more"):
+                momconv.convert(plain)

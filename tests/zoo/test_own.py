@@ -131,66 +131,148 @@ def test_what_makes_no_network_is_explained(
 
 
 class Loop(nn.Module):
-    """Six blocks in a ModuleList, called in some way."""
+    """Six blocks, called in some way."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
         self.way = way
-        self.blocks = nn.ModuleList(Conditioned() for _ in range(6))
+        blocks = [Conditioned() for _ in range(6)]
+        self.blocks = (
+            nn.Sequential(*blocks) if way == "over a Sequential" else nn.ModuleList(blocks)
+        )
 
     def forward(self, x: Tensor) -> Any:
         collected, condition = [], x.mean()
         for n, block in enumerate(self.blocks):
             if self.way == "pool in between" and n == 3:
                 x = x.roll(1)
-            x = self.blocks[n](x, condition) if self.way == "by index" else block(x, condition)
+            x = self.call(self.blocks[n] if self.way == "by index" else block, x, condition, n)
             collected.append(x)
         return torch.cat(collected) if self.way == "collect" else x
 
+    def call(self, block: nn.Module, x: Tensor, condition: Tensor, n: int) -> Any:
+        if self.way == "by keyword":
+            return block(x, condition=condition, mask=None, power=1)
+        if self.way == "all by keyword":
+            return block(x=x, condition=condition)
+        return block(x, condition, power=n if self.way == "a number for each" else 1)
+
 
 class Conditioned(nn.Module):
-    """A block with another argument."""
+    """A block with other arguments."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return x + torch.tanh(self.layer(x) * condition)
+    def forward(
+        self, x: Tensor, condition: Tensor, power: int = 1, mask: Tensor | None = None
+    ) -> Tensor:
+        assert mask is None
+        return x + torch.tanh(self.layer(x) * condition**power)
 
 
-def test_a_loop_may_pass_further_arguments() -> None:
+@pytest.mark.parametrize("way", ["plain", "by keyword"])
+def test_a_loop_may_pass_further_arguments(way: str) -> None:
     x = torch.randn(3, 4)
-    model = momconv.convert(Loop("plain"), inputs=[x])
-    model(x).sum().backward()
+    model = momconv.convert(Loop(way), inputs=[x])
     assert {name: len(stage.runs or ()) for name, stage in momentum_stages(model).items()} == {
         "blocks": 1
     }
-
-
-@pytest.mark.parametrize("way", ["collect", "by index", "pool in between"])
-def test_a_list_whose_loop_does_more_is_left_alone(way: str) -> None:
-    with pytest.raises(UsageError, match="no two consecutive residual blocks"):
-        momconv.convert(Loop(way), inputs=[torch.randn(3, 4)])
-
-
-@pytest.mark.parametrize("name", ["resnet34", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
-def test_a_network_of_timms_is_converted(name: str) -> None:
-    plain = own.make(f"timm:{name}", {"num_classes": 3})
-    model = momconv.convert(plain, stages="all").train()
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert any(stage.runs for stage in momentum_stages(model).values())
-    assert describe(model).num_classes == 3
-    side = 224 if name.startswith("vit") else 32
-    images = torch.randn(2, 3, side, side)
     gradients = []
     for strategy in ("store", "momentum"):
         momconv.set_strategy(model, strategy)
         model.zero_grad()
-        torch.manual_seed(0)
-        model(images).square().mean().backward()
+        model(x).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("collect", "the loop over it does more"),
+        ("by index", "the loop over it does more"),
+        ("pool in between", "the loop over it does more"),
+        ("over a Sequential", "a loop calls its blocks, which belong in a ModuleList then"),
+        ("all by keyword", "Conditioned 5 gets no tensor as its first positional argument"),
+        ("a number for each", "Conditioned 5 does not get what the block before it returns and"),
+    ],
+)
+def test_blocks_that_are_called_in_another_way_are_refused_by_name(way: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=f"no two consecutive residual blocks.*\nblocks: {reason}"):
+        momconv.convert(Loop(way), inputs=[torch.randn(3, 4)])
+
+
+class Pyramid(nn.Module):
+    """Hands out what each stage returns, by a loop over a Sequential around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.stages = nn.Sequential(*(nn.Sequential(Plain(), Plain(), Plain()) for _ in range(2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, outputs = torch.tanh(self.stem(x)), []
+        for stage in self.stages:
+            x = stage(x)
+            outputs.append(x)
+        return torch.cat(outputs)
+
+
+class Plain(Conditioned):
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        return x + torch.tanh(self.layer(x))
+
+
+def test_a_loop_over_stages_does_not_keep_them_from_being_converted() -> None:
+    x, gradients = torch.randn(3, 4), []
+    model = momconv.convert(Pyramid(), inputs=[x])
+    assert list(momentum_stages(model)) == ["stages.0", "stages.1"]
+    for strategy in ("store", "auto"):
+        momconv.set_strategy(model, strategy)
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_network_that_does_not_take_the_images_is_refused_with_its_own_words(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(UsageError, match=r"it: cannot be called with 2×3×224×224 .*: RuntimeError"):
+        momconv.convert(Loop("plain"))
+    assert capfd.readouterr().err == ""
+
+
+TIMM: dict[str, dict[str, Any]] = {
+    "resnet34": {},
+    "vit_tiny_patch16_224": {"depth": 4, "drop_path_rate": 0.2},
+    "mobilenetv3_small_050": {},
+    "beit_base_patch16_224": {"depth": 4, "embed_dim": 32, "num_heads": 2},  # called by keyword
+    "pvt_v2_b0": {},  # called with the sides of the feature map
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_a_network_of_timms_is_converted(name: str) -> None:
+    torch.manual_seed(0)
+    plain = own.make(f"timm:{name}", {"num_classes": 3} | TIMM[name])
+    model = momconv.convert(plain, stages="all").train()
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert any(stage.runs for stage in momentum_stages(model).values())
+    assert describe(model).num_classes == 3
+    side = 224 if name.endswith("224") else 32
+    images = torch.randn(2, 3, side, side)
+    gradients = []
+    for strategy in ("store", "momentum", "auto"):
+        momconv.set_strategy(model, strategy)
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(images).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    stored, *others = gradients
+    assert all(all(map(torch.equal, stored, other)) for other in others)
 
 
 def test_timm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
