@@ -159,17 +159,17 @@ def test_a_second_order_block_starts_at_rest_and_both_can_be_trained() -> None:
     pytest.importorskip("torchdiffeq")
     images = make_images(10)
     task = fig9.Task(images, images, Schedule(1), shrink=4)
-    accuracies = fig9.measure(task, channels=(2,))
-    assert all(len(values) == 1 for values in accuracies.values())
+    accuracies = fig9.measure(task, channels=(2,), seeds=(0, 1))
+    assert all(len(points) == 2 for (points,) in accuracies.values())
     network = fig9.Network(2, "second order")
     with torch.no_grad():
         for parameter in network.field.parameters():
             parameter.zero_()
     x = torch.randn(1, 2, 4, 4)
     torch.testing.assert_close(network.flow(x), x)
-    assert fig9.judge({"first order": [40.0], "second order": [45.0]}).holds
-    assert not fig9.judge({"first order": [45.0], "second order": [40.0]}).holds
-    assert len(fig9.draw(accuracies, (2,)).axes[0].lines) == 2
+    assert fig9.judge({"first order": [[40.0, 41.0]], "second order": [[45.0, 44.0]]}).holds
+    assert not fig9.judge({"first order": [[45.0]], "second order": [[40.0]]}).holds
+    assert len(fig9.draw(accuracies, (2,)).axes[0].lines) == 4
 
 
 def test_growth_over_the_depth_is_what_is_judged() -> None:
