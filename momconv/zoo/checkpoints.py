@@ -154,7 +154,13 @@ def difference(network: nn.Module, state: State) -> str | None:
         for key in expected
         if key in state and state[key].shape != expected[key].shape
     ]
-    found = [("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)]
+    complex_ = [key for key in expected if key in state and state[key].is_complex()]
+    found = [
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", misshapen),
+        ("complex", complex_),
+    ]
     return "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in found if keys) or None
 
 

@@ -154,6 +154,13 @@ def test_the_difference_names_the_tensors() -> None:
     assert difference(nn.Linear(3, 2), nn.Linear(3, 2).state_dict()) is None
 
 
+def test_complex_numbers_are_no_weights() -> None:
+    network = nn.Linear(2, 1)
+    state = network.state_dict()
+    state["bias"] = state["bias"] + 1j
+    assert difference(network, state) == "1 complex: bias"
+
+
 def test_old_files_without_batch_counters_fit() -> None:
     network = nn.BatchNorm1d(2)
     state = {k: v for k, v in network.state_dict().items() if k != "num_batches_tracked"}
