@@ -314,7 +314,7 @@ class _Trace(TorchDispatchMode):
         if func is torch.ops.aten.equal.default:  # of random states, which are no fakes
             with _disable_current_modes():
                 return func(*args)
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if _draws(func, args, kwargs or {}):
             with _disable_current_modes():
                 torch.rand(())  # as the operation itself would, on tensors with values
         before = self._live
@@ -395,6 +395,13 @@ def _watching_random_states(tell: Callable[[Tensor], None]) -> Iterator[None]:
         yield
     finally:
         torch.get_rng_state = ask
+
+
+def _draws(func: OpOverload, args: Any, kwargs: Any) -> bool:
+    """Whether ``func`` draws random numbers; attention does not where it drops nothing."""
+    if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+        return bool(args[3] if len(args) > 3 else kwargs.get("dropout_p", 0))
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def _device_type(device: str) -> str:
