@@ -82,6 +82,10 @@ def draw_ladder(rows: Sequence[Row]) -> Figure:
         plot(seconds, collect(own, "depth", "seconds"))
         memory.set(title=network, ylabel="MiB for an image", xscale="log", yscale="log")
         seconds.set(xlabel="depth", ylabel="seconds for an image", xscale="log", yscale="log")
+        depths = sorted({int(row["depth"]) for row in own})
+        for axes in (memory, seconds):
+            axes.set_xticks(depths, map(str, depths))
+            axes.set_xticks([], minor=True)
     add_legend(figure, panels[0, 0])
     return figure
 
