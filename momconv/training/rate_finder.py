@@ -32,8 +32,8 @@ from momconv.training.progress import Progress
 from momconv.training.state import read_random_states, set_random_states
 from momconv.training.steps import Steps
 
-STEPS = 60
-FEWEST = 20  # steps; a curve of fewer says nothing
+STEPS, FEWEST = 60, 20
+_PART = 3  # of the steps one in so many has to succeed; a curve of fewer says nothing
 _SHARE = 4  # of the run's steps one in so many, at most
 _RANGES = {"sgd": (1e-5, 1.0), "adamw": (1e-7, 1e-1)}
 _SMOOTHING = 0.9  # fastai's 0.98 is for its 100 steps
@@ -65,10 +65,11 @@ def find_rate(job: Job, progress: Progress) -> float:
     )
     optimizer = make_optimizer(job.model, recipe.train)
     trial = replace(job, recipe=recipe, optimizer=optimizer, processes=ALONE)
+    rates = _list_rates(trial)
     with _as_before(job):
-        points = list(_search(trial, progress))
+        points = list(_search(trial, progress, rates))
     job.plan = trial.plan
-    if len(points) < FEWEST:
+    if len(points) < len(rates) // _PART:
         raise _exploded(trial, points)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -105,10 +106,15 @@ def _exploded(job: Job, points: Sequence[Point]) -> MomconvError:
     )
 
 
-def _search(job: Job, progress: Progress) -> Iterator[Point]:
+def _list_rates(job: Job) -> list[float]:
     low, high = _RANGES[job.recipe.train.optimizer]
+    count = count_trials(job.recipe.train.epochs * job.steps_per_epoch)
+    return [low * (high / low) ** (n / (count - 1)) for n in range(count)]
+
+
+def _search(job: Job, progress: Progress, rates: Sequence[float]) -> Iterator[Point]:
     average, lowest = 0.0, math.inf
-    for n, (rate, loss) in enumerate(_try(job, progress, low, high), start=1):
+    for n, (rate, loss) in enumerate(_try(job, progress, rates), start=1):
         average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
         smoothed = average / (1 - _SMOOTHING**n)
         lowest = min(lowest, smoothed)
@@ -117,13 +123,13 @@ def _search(job: Job, progress: Progress) -> Iterator[Point]:
         yield Point(rate, loss, smoothed)
 
 
-def _try(job: Job, progress: Progress, low: float, high: float) -> Iterator[tuple[float, float]]:
-    """A rate and the loss before its step, time and again."""
+def _try(job: Job, progress: Progress, rates: Sequence[float]) -> Iterator[tuple[float, float]]:
+    """Each rate and the loss before its step."""
     steps = Steps(job)
-    count, n = count_trials(job.recipe.train.epochs * job.steps_per_epoch), 0
+    n = 0
     for epoch in itertools.count():
         for step in steps.read(epoch, first=0, left_out=progress.left_out("train")):
-            rate = low * (high / low) ** (n / (count - 1))
+            rate = rates[n]
             try:
                 loss = sum(add_gradients(job, x, y, len(y) / step.images) for x, y in step.parts)
             except torch.OutOfMemoryError:
@@ -139,8 +145,8 @@ def _try(job: Job, progress: Progress, low: float, high: float) -> Iterator[tupl
             yield rate, float(loss)
             take_step(job, rate)
             n += 1
-            job.listener.advance("looking for a learning rate", n, count, f"{rate:.2g}")
-            if n == count:
+            job.listener.advance("looking for a learning rate", n, len(rates), f"{rate:.2g}")
+            if n == len(rates):
                 return
 
 

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from runs import Log, Signals, read_tensors, small
+from torch import Tensor
 
 from momconv.errors import MomconvError, UsageError
 from momconv.recipe import load_recipe
 from momconv.training import rate_finder
 from momconv.training.finetuning import finetune
 from momconv.training.interruption import Interrupted
+from momconv.training.job import Job
 
 
 def test_the_rate_is_found_once_and_the_run_is_as_if_it_had_been_given(
@@ -47,3 +49,17 @@ def test_a_loss_that_explodes_at_once_is_named(
     with pytest.raises(MomconvError, match="the loss explodes within 1 steps, at rates from 1e-05"):
         finetune(small(colours, "train.lr=auto"), tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_loss_that_explodes_late_is_where_the_search_ends(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(job: Job, _x: Tensor, _y: Tensor, share: float) -> Tensor:
+        return torch.tensor(share if job.optimizer.param_groups[0]["lr"] <= 0.02 else math.nan)
+
+    monkeypatch.setattr(rate_finder, "add_gradients", explode)
+    finetune(small(colours, "train.lr=auto", "train.epochs=1"), tmp_path / "run")
+    with (tmp_path / "run" / "lr_finder.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    assert len(rates) < rate_finder.FEWEST
+    assert rates[-2] <= 0.02 < rates[-1]  # whose step made the loss explode
