@@ -79,14 +79,19 @@ def sweep(folder: Path) -> None:
     """
     for path in filter(is_temporary, folder.iterdir()):
         try:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
         except OSError as error:
             raise ResourceError(
                 f"cannot remove {path}: {error.strerror}", kind="output.unwritable"
             ) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with what is in it; nothing, if there is none."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
-from momconv.files.atomic import is_temporary, sweep, write_text
+from momconv.files.atomic import is_temporary, remove, sweep, write_text
 from momconv.recipe import Recipe
 from momconv.training.progress import EpochRow, Progress
 from momconv.units import format_bytes
@@ -199,10 +199,7 @@ class RunFolder:
         """
         try:
             for path in self._files:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+                remove(path)
         except OSError as error:
             raise ResourceError(
                 f"cannot remove {error.filename}: {error.strerror}",
