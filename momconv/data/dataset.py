@@ -145,8 +145,9 @@ def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
     except RuntimeError as error:
         _explain_death(iterator, error)
         # The traceback holds the loader's iterator. Without it the workers stop at once; as cyclic
-        # garbage they would wait for a message that never comes.
+        # garbage, of which this frame may become a part, it cannot tell them to.
         traceback.clear_frames(error.__traceback__)
+        del iterator
         dataset = loader.dataset
         if isinstance(dataset, _ImageFiles):
             dataset.raise_failure()
@@ -181,9 +182,13 @@ def _is_full(folder: Path) -> bool:
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Work on, in a worker process that a terminal signals too, until the parent is done."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Work on, in a worker process that a terminal signals too, until the parent is done.
+
+    A second SIGTERM ends the worker, as it ends the parent: else one that the parent lost track of
+    would keep it from ending.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
 
 
 def _shared(number: int) -> Tensor:

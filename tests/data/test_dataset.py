@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from momconv.data.dataset import (
     LabelledImages,
     UnlabelledImages,
     count_workers_that_fit,
+    make_loader,
     read_batches,
 )
 from momconv.data.folder import ImageSet, find_evaluation_set, find_splits, list_images
@@ -131,6 +133,23 @@ def test_a_file_that_breaks_in_the_middle_is_named(
         list(read_batches(loader))
     assert caught.value.message == f"{broken}: truncated image"
     assert caught.value.kind == "data.unreadable_image"
+    assert multiprocessing.active_children() == []
+
+
+def test_workers_work_on_after_one_sigterm_but_not_after_two(images: ImageSet) -> None:
+    def read(signals: int) -> int:
+        def signalled(image: object) -> Tensor:
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return torch.zeros(3, 8, 8)
+
+        loader = make_loader(LabelledImages(images, signalled, seed=0), workers=1, batch_size=11)
+        return sum(len(labels) for _, labels in read_batches(loader))
+
+    images = images.select([0])
+    assert read(signals=1) == 1
+    with pytest.raises(ResourceError, match="ended by itself, with code -15"):
+        read(signals=2)
 
 
 def test_other_failures_in_a_worker_are_not_hidden(images: ImageSet) -> None:
