@@ -35,7 +35,7 @@ from momconv.training.images import (
 )
 from momconv.training.job import Job
 from momconv.training.loop import train
-from momconv.training.omission import keep_rest, leave_out
+from momconv.training.omission import keep_rest, omit
 from momconv.training.optimisation import choose_precision, make_optimizer
 from momconv.training.parameters import describe_frozen, require_stages
 from momconv.training.planning import (
@@ -350,9 +350,7 @@ def _calibrate(ready: _Ready, progress: Progress) -> None:
         batch_size=max(1, plan.micro_batch // 2) if half else plan.micro_batch,
         workers=_choose_workers(task, splits, plan),
         listener=listener,
-        leave_out=partial(
-            leave_out, progress, "train", splits, recipe=recipe.data, listener=listener
-        ),
+        leave_out=partial(omit, progress, "train", splits, recipe=recipe.data, listener=listener),
     )
 
 

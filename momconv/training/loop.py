@@ -5,27 +5,31 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import printable
 from momconv.errors import DataError, ResourceError
-from momconv.evaluation import Scores, evaluate
-from momconv.planner.measurement import autocast, measure, static_bytes
-from momconv.planner.outlook import SLACK
-from momconv.training.compilation import compiling, uncompiled
+from momconv.evaluation import Scores
+from momconv.training.compilation import compiling
+from momconv.training.gradients import add_gradients, take_step
 from momconv.training.interruption import Interrupted, TimeUp, catching_signals
 from momconv.training.job import Job
+from momconv.training.memory import (
+    halve,
+    halved,
+    has_to_measure,
+    measure_gradients,
+    note_peak,
+    peak_bytes,
+    reset_peak,
+)
 from momconv.training.network import read_gamma, start_training
-from momconv.training.omission import find_number, keep_rest, leave_out
-from momconv.training.optimisation import set_rate
-from momconv.training.planning import BatchPlan
-from momconv.training.progress import EpochRow, Halving, Progress, SplitName
+from momconv.training.omission import find_number, leave_out
+from momconv.training.progress import EpochRow, Progress
 from momconv.training.saving import (
     Autosave,
     HalfDone,
@@ -38,14 +42,14 @@ from momconv.training.saving import (
     write_plan,
 )
 from momconv.training.state import read_random_states, set_random_states
-from momconv.training.steps import Step, Steps, fewest_images
+from momconv.training.steps import Step, Steps
 from momconv.training.stopping import has_stalled
+from momconv.training.validation import validate
 from momconv.units import format_bytes
 from momconv.zoo.stages import ALL_BUT_HEAD, freeze
 
 _SHOWN = 5  # files that an error names
 _NONE = -1  # in place of an image's number
-_LEANER = 0.9  # times the memory with which a plan failed
 
 
 def train(job: Job, progress: Progress) -> None:
@@ -77,13 +81,13 @@ def train(job: Job, progress: Progress) -> None:
                     report.start_over()
                     break
                 progress.count_step(step.images, float(loss), time.perf_counter() - began)
-                _note_peak(job)
+                note_peak(job)
                 anneal_networks(job, progress)
                 autosave()
                 _stop_if_asked(job, check)
                 began = time.perf_counter()
             else:
-                scores = _validate(job, progress, report, check)
+                scores = validate(job, progress, report, check)
                 _finish_epoch(job, progress, scores, time.perf_counter() - began)
                 if not _is_done(job, progress):
                     _stop_if_asked(job, check)
@@ -98,7 +102,7 @@ def _begin_epoch(job: Job, progress: Progress) -> None:
     job.head_only = progress.epoch < job.recipe.train.freeze_epochs
     if job.head_only:
         freeze(job.model, [ALL_BUT_HEAD])
-    _reset_peak(job)
+    reset_peak(job)
 
 
 def _is_done(job: Job, progress: Progress) -> bool:
@@ -131,19 +135,12 @@ def _add_up(
         halve(job, progress)
         return None
     except UnreadableImage as error:
-        _leave_out(job, progress, "train", error)
+        leave_out(job, progress, "train", error)
         return None
     except NotFinite as error:
         go_back_and_slow_down(job, progress, error)
         return None
     return loss
-
-
-def _leave_out(job: Job, progress: Progress, split: SplitName, error: UnreadableImage) -> None:
-    recipe, listener = job.recipe.data, job.listener
-    leave_out(progress, split, job.splits, error, recipe=recipe, listener=listener)
-    if job.processes.leads:
-        job.folder.write_history(progress)
 
 
 def _add_share(job: Job, step: Step, report: "_Report", check: Callable[[], None]) -> Tensor:
@@ -158,8 +155,8 @@ def _add_share(job: Job, step: Step, report: "_Report", check: Callable[[], None
     try:
         for images, labels in step.parts:
             share = len(labels) / step.images
-            if _has_to_measure(job, len(labels)):
-                loss += _measure_gradients(job, images, labels, share)
+            if has_to_measure(job, len(labels)):
+                loss += measure_gradients(job, images, labels, share)
             else:
                 loss += add_gradients(job, images, labels, share)
             left -= len(labels)
@@ -198,7 +195,7 @@ def _refuse_to_redo(job: Job, *, exhausted: bool, unreadable: int) -> None:
         raise ResourceError(
             f"{job.device} ran out of memory, while others wait for it (--sync-bn)",
             kind="memory.exhausted",
-            fix=f"{job.folder.resume_command} --micro-batch {_halved(job)}",
+            fix=f"{job.folder.resume_command} --micro-batch {halved(job)}",
         )
     if unreadable != _NONE:
         path = printable(job.splits.train.samples[unreadable].path)
@@ -208,10 +205,6 @@ def _refuse_to_redo(job: Job, *, exhausted: bool, unreadable: int) -> None:
             kind="data.lost_image",
             fix=job.folder.resume_command,
         )
-
-
-def _halved(job: Job) -> int:
-    return max(fewest_images(job.model), job.plan.micro_batch // 2)
 
 
 def _step(job: Job, progress: Progress) -> bool:
@@ -229,7 +222,7 @@ def _step(job: Job, progress: Progress) -> bool:
                 f"{job.device} ran out of memory while changing the weights; the state that was "
                 "saved last is kept",
                 kind="memory.exhausted",
-                fix=f"{job.folder.resume_command} --micro-batch {_halved(job)}",
+                fix=f"{job.folder.resume_command} --micro-batch {halved(job)}",
             ) from None
         go_back(job, progress)
         halve(job, progress)
@@ -255,116 +248,6 @@ def _stop_if_asked(job: Job, check: Callable[[], None]) -> None:
         raise Interrupted(number)
     if late:
         raise TimeUp
-
-
-def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Tensor:
-    """Add the gradients of a micro-batch that is ``share`` of its batch; its part of the loss.
-
-    The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
-    Weights of classes, whose mean over all images is 1, do not change what that is divided by.
-
-    Raises:
-        torch.OutOfMemoryError: The micro-batch does not fit the GPU.
-    """
-    images = images.to(job.device, non_blocking=True, memory_format=torch.channels_last)
-    labels = labels.to(job.device, non_blocking=True)
-    with autocast(job.plan.setting.precision, job.device):
-        outputs = job.model(images)
-        smoothing = job.recipe.train.label_smoothing
-        total = F.cross_entropy(
-            outputs,
-            labels,
-            weight=job.class_weights,
-            reduction="sum",
-            label_smoothing=smoothing,
-        )
-        loss = share / len(labels) * total
-    job.scaler.scale(loss).backward()
-    return loss.detach()
-
-
-def take_step(job: Job, lr: float) -> None:
-    """Change the weights by the gradients that have been added up."""
-    set_rate(job.optimizer, lr)
-    if (clip := job.recipe.train.clip) is not None:
-        clip_grad_norm_(job.model.parameters(), clip)
-    job.scaler.step(job.optimizer)  # not where a gradient is too large for fp16
-    job.scaler.update()
-    job.optimizer.zero_grad()
-    if job.average:
-        job.average.update(job.model)
-
-
-# Memory
-
-
-def _has_to_measure(job: Job, images: int) -> bool:
-    """Whether nothing says yet what a micro-batch of so many takes, on a CPU, where nobody counts.
-
-    Equal shapes take equal memory. A limit that was asked for is checked once more in each epoch.
-    Where only the head learns, it is less than planned.
-    """
-    if job.head_only or job.device.type != "cpu" or images in job.measured_sizes:
-        return False
-    return job.recipe.train.memory is not None or job.plan.measured_bytes is None
-
-
-def _measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Tensor:
-    """As ``add_gradients``, and the plan learns the peak.
-
-    Raises:
-        torch.OutOfMemoryError: The peak is above the limit that was asked for, which nothing else
-            enforces on a CPU.
-    """
-    for parameter in job.model.parameters():
-        if parameter.requires_grad and parameter.grad is None:  # as in all micro-batches but one
-            parameter.grad = torch.zeros_like(parameter)
-    losses: list[Tensor] = []
-    work = partial(add_gradients, job, images, labels, share)
-    usage = measure(lambda: losses.append(work()), job.device)
-    train = job.recipe.train
-    static = static_bytes(job.model, train.optimizer, ema=train.ema > 0)
-    _learn_peak(job, static.total + images.nbytes + labels.nbytes + usage.peak_bytes)
-    job.measured_sizes.add(len(labels))
-    if train.memory is not None and job.plan.is_exceeded:
-        raise torch.OutOfMemoryError(f"above the limit of {train.memory}")
-    return losses[0]
-
-
-def _note_peak(job: Job) -> None:
-    """On a GPU, let the plan learn the peak of the first whole step."""
-    if job.device.type == "cuda" and job.plan.measured_bytes is None and not job.head_only:
-        _learn_peak(job, torch.cuda.max_memory_allocated(job.device))
-
-
-def _learn_peak(job: Job, measured_bytes: int) -> None:
-    """Let the plan have the highest of the peaks that were measured."""
-    if measured_bytes > (job.plan.measured_bytes or 0):
-        job.plan = replace(job.plan, measured_bytes=measured_bytes)
-        write_plan(job)
-
-
-def halve(job: Job, progress: Progress) -> None:
-    """Go on with smaller micro-batches, at the step at which memory ran out.
-
-    Raises:
-        ResourceError: There are no smaller ones.
-    """
-    _release_memory(job.device)
-    before = job.plan.micro_batch
-    smaller = job.plan.halve(fewest=fewest_images(job.model))
-    if smaller is None:
-        raise _out_of_memory(job, f"with micro-batches of {before}", _find_other_memory(job.plan))
-    job.plan = smaller
-    job.measured_sizes.clear()
-    progress.halvings.append(Halving(progress.epoch + 1, progress.step + 1, smaller.micro_batch))
-    write_plan(job)
-    if job.processes.leads:
-        job.folder.write_history(progress)
-    job.listener.tell(
-        f"warning: {job.device} ran out of memory with micro-batches of {before}; epoch "
-        f"{progress.epoch + 1}, step {progress.step + 1} is done again, with {smaller.micro_batch}"
-    )
 
 
 @contextmanager
@@ -409,52 +292,6 @@ def _require_finite(job: Job, progress: Progress, loss: Tensor, step: Step) -> N
     )
 
 
-def _validate(
-    job: Job, progress: Progress, report: "_Report", check: Callable[[], None]
-) -> Scores | None:
-    """The scores on the held-out images; None without any.
-
-    Without gradients an image needs less than in training, so the micro-batch should fit here too.
-
-    Raises:
-        ResourceError: Not even one image does.
-        DataError: Too many images cannot be decoded any more.
-    """
-    if not job.splits.val.samples:
-        return None
-
-    def tell(done: int, total: int) -> None:
-        report(0, f"validating {done}/{total}")
-        if job.processes.count == 1:
-            check()
-
-    while True:
-        size = min(job.evaluation_batch, job.plan.micro_batch)
-        try:
-            # Uncompiled, as in momconv eval.
-            with uncompiled(wanted=job.recipe.train.compile), job.processes.noticing_losses():
-                return evaluate(
-                    job.networks[-1],
-                    keep_rest(job.splits, progress).val,
-                    batch_size=size,
-                    device=job.device,
-                    workers=job.workers,
-                    progress=tell,
-                )
-        except UnreadableImage as error:
-            _leave_out(job, progress, "val", error)
-            continue
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise _out_of_memory(job, "validating 1 image at a time", "--device cpu") from None
-            job.evaluation_batch = size // 2
-        _release_memory(job.device)
-        job.listener.tell(
-            f"warning: {job.device} ran out of memory while validating {size} images at once; it "
-            f"is done again, with {size // 2}"
-        )
-
-
 def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: float) -> None:
     row = EpochRow(
         epoch=progress.epoch + 1,
@@ -463,7 +300,7 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
         val_top1=scores.top1 if scores else None,
         lr=progress.lr_factor * job.rate_at(progress.epoch, progress.step - 1),
         images_per_second=progress.images / progress.seconds,
-        peak_bytes=_peak_bytes(job),
+        peak_bytes=peak_bytes(job),
         seconds=progress.seconds + seconds,
         gamma=read_gamma(job.model),
         val_macro_f1=scores.macro_f1 if scores else None,
@@ -496,42 +333,6 @@ class _Report:
         if progress.images:
             parts.append(f"loss {progress.loss_sum / progress.images:.3f}")
             parts.append(f"{progress.images / progress.seconds:.1f} images/s")
-        parts.append(f"peak {format_bytes(_peak_bytes(self._job))}")
+        parts.append(f"peak {format_bytes(peak_bytes(self._job))}")
         text = " · ".join([f"epoch {progress.epoch + 1}/{self._job.recipe.train.epochs}", *parts])
         self._job.listener.advance("training", self._done, self._total, text)
-
-
-def _release_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _reset_peak(job: Job) -> None:
-    job.measured_sizes.clear()
-    if job.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(job.device)
-
-
-def _peak_bytes(job: Job) -> int:
-    """The peak since the epoch began; on the CPU, where nobody counts, of the first step."""
-    if job.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(job.device)
-    return job.plan.measured_bytes or job.plan.predicted_bytes
-
-
-def _out_of_memory(job: Job, doing: str, remedy: str) -> ResourceError:
-    return ResourceError(
-        f"{job.device} ran out of memory {doing}, and there are no smaller ones; the state before "
-        "it is saved",
-        kind="memory.exhausted",
-        fix=f"{job.folder.resume_command} {remedy}",
-    )
-
-
-def _find_other_memory(plan: BatchPlan) -> str:
-    """What was needed, if that is known; or less, for a leaner strategy, if there is one."""
-    if plan.measured_bytes is not None and plan.is_exceeded:
-        wanted = plan.measured_bytes / (1 - SLACK)
-    else:
-        wanted = plan.predicted_bytes * _LEANER
-    return f"--memory {math.ceil(wanted / 2**20)}MiB"

@@ -12,10 +12,18 @@ from momconv.data.examination import examine
 from momconv.data.folder import ImageSet, Splits, printable
 from momconv.data.inspection import refuse_many_unreadable
 from momconv.recipe import DataRecipe
+from momconv.training.job import Job
 from momconv.training.progress import Listener, Omission, Progress, SplitName
 
 
-def leave_out(
+def leave_out(job: Job, progress: Progress, split: SplitName, error: UnreadableImage) -> None:
+    """As ``omit``, in a run that has a folder."""
+    omit(progress, split, job.splits, error, recipe=job.recipe.data, listener=job.listener)
+    if job.processes.leads:
+        job.folder.write_history(progress)
+
+
+def omit(
     progress: Progress,
     split: SplitName,
     splits: Splits,

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from momconv.data.decoding import UnreadableImage
 from momconv.errors import MomconvError
 from momconv.files.atomic import write_text
+from momconv.training.gradients import add_gradients, take_step
 from momconv.training.job import Job
-from momconv.training.loop import add_gradients, halve, take_step
+from momconv.training.memory import halve
 from momconv.training.omission import leave_out
 from momconv.training.optimisation import make_optimizer
 from momconv.training.processes import ALONE
@@ -138,8 +139,7 @@ def _try(job: Job, progress: Progress, rates: Sequence[float]) -> Iterator[tuple
                 break  # and go on with the next epoch's images
             except UnreadableImage as error:
                 job.model.zero_grad()
-                recipe, listener = job.recipe.data, job.listener
-                leave_out(progress, "train", job.splits, error, recipe=recipe, listener=listener)
+                leave_out(job, progress, "train", error)
                 break
             job.scaler.unscale_(job.optimizer)
             yield rate, float(loss)

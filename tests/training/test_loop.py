@@ -20,11 +20,12 @@ from momconv.data.folder import find_splits
 from momconv.errors import ResourceError
 from momconv.evaluation import evaluate
 from momconv.planner.measurement import Usage
-from momconv.training import loop
+from momconv.training import gradients as work
+from momconv.training import memory, validation
 from momconv.training.finetuning import finetune
+from momconv.training.gradients import add_gradients, take_step
 from momconv.training.interruption import Interrupted
 from momconv.training.job import Job
-from momconv.training.loop import add_gradients, take_step
 from momconv.training.optimisation import make_optimizer
 from momconv.training.planning import BatchPlan, Setting
 from momconv.training.progress import SILENT
@@ -112,7 +113,7 @@ def exhaust_memory(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
             raise torch.OutOfMemoryError
         return F.cross_entropy(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "F", SimpleNamespace(cross_entropy=cross_entropy))
+    monkeypatch.setattr(work, "F", SimpleNamespace(cross_entropy=cross_entropy))
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def test_a_first_step_above_the_limit_counts_as_out_of_memory(
         work()
         return Usage(next(peaks))
 
-    monkeypatch.setattr(loop, "measure", measure)
+    monkeypatch.setattr(memory, "measure", measure)
     recipe = small(colours, "train.micro_batch=auto", "train.memory=1GiB")
     finetune(recipe, tmp_path / "run")
     plan = read_plan(tmp_path / "run")
@@ -198,7 +199,7 @@ def test_each_size_of_micro_batch_is_held_to_the_limit_once_in_each_epoch(
         work()
         return Usage(2**31 if next(calls) == 3 else 2**20)
 
-    monkeypatch.setattr(loop, "measure", measure)
+    monkeypatch.setattr(memory, "measure", measure)
     recipe = small(colours, "train.micro_batch=auto", "train.memory=1GiB", "train.epochs=2")
     finetune(recipe, tmp_path / "run")
     events = map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
@@ -267,7 +268,7 @@ def test_validation_that_runs_out_of_memory_is_done_again_with_fewer_images(
             raise torch.OutOfMemoryError
         return evaluate(model, images, batch_size=batch_size, **options)
 
-    monkeypatch.setattr(loop, "evaluate", exhaust)
+    monkeypatch.setattr(validation, "evaluate", exhaust)
     log, recipe, fits = Log(), small(colours, "train.epochs=1"), 1
     finetune(recipe, tmp_path / "run", listener=log)
     assert log.told[-1].endswith("while validating 2 images at once; it is done again, with 1")

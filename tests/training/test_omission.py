@@ -27,12 +27,12 @@ def data(colours: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(colours, tmp_path / "data"))
 
 
-def choose(data: Path) -> tuple[Path, Path]:
-    """An image of the last step of the first epoch, and one that is held out."""
+def choose(data: Path, step: int = -1) -> tuple[Path, Path]:
+    """An image of a step of the first epoch, by default the last one, and one that is held out."""
     recipe = small(data).data
     splits = find_images(require_folder(recipe), recipe, SILENT)
-    last = split_epoch(len(splits.train.samples), 5, seed=0, epoch=0)[-1][0]
-    return splits.train.samples[last].path, splits.val.samples[1].path
+    first = split_epoch(len(splits.train.samples), 5, seed=0, epoch=0)[step][0]
+    return splits.train.samples[first].path, splits.val.samples[1].path
 
 
 # Python 3.12 warns of any fork.
@@ -120,7 +120,7 @@ def test_an_image_that_goes_during_calibration_is_left_out(
     data: Path, tmp_path: Path, workers: int
 ) -> None:
     torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
-    train, _ = choose(data)
+    train, _ = choose(data, step=0)  # calibration takes the same images first
     changes = [f"model.weights={tmp_path}/trained.th", "train.micro_batch=5", "train.epochs=1"]
     log = DamageAt("adapting BatchNorm to these images", [train])
     recipe = small(data, LENIENT, *changes, f"data.workers={workers}")

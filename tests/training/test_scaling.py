@@ -15,8 +15,9 @@ from momconv.errors import MomconvError, UsageError
 from momconv.momentum.sequential import set_strategy
 from momconv.surgery.conversion import convert
 from momconv.training.finetuning import finetune
+from momconv.training.gradients import take_step
 from momconv.training.job import Job
-from momconv.training.loop import _add_up, _Report, take_step
+from momconv.training.loop import _add_up, _Report
 from momconv.training.optimisation import make_optimizer
 from momconv.training.progress import SILENT, Progress
 from momconv.training.run_folder import RunFolder

@@ -1,0 +1,60 @@
+"""The scores on the held-out images at the end of an epoch, whatever they meet."""
+
+from collections.abc import Callable
+
+import torch
+
+from momconv.data.decoding import UnreadableImage
+from momconv.evaluation import Scores, evaluate
+from momconv.training.compilation import uncompiled
+from momconv.training.job import Job
+from momconv.training.memory import out_of_memory, release_memory
+from momconv.training.omission import keep_rest, leave_out
+from momconv.training.progress import Progress
+
+
+def validate(
+    job: Job, progress: Progress, report: Callable[[int, str], None], check: Callable[[], None]
+) -> Scores | None:
+    """The scores on the held-out images; None without any.
+
+    ``report`` is told what is being done, and ``check`` asked whether to go on, batch by batch.
+    Without gradients an image needs less than in training, so the micro-batch should fit here too.
+
+    Raises:
+        ResourceError: Not even one image does.
+        DataError: Too many images cannot be decoded any more.
+    """
+    if not job.splits.val.samples:
+        return None
+
+    def tell(done: int, total: int) -> None:
+        report(0, f"validating {done}/{total}")
+        if job.processes.count == 1:
+            check()
+
+    while True:
+        size = min(job.evaluation_batch, job.plan.micro_batch)
+        try:
+            # Uncompiled, as in momconv eval.
+            with uncompiled(wanted=job.recipe.train.compile), job.processes.noticing_losses():
+                return evaluate(
+                    job.networks[-1],
+                    keep_rest(job.splits, progress).val,
+                    batch_size=size,
+                    device=job.device,
+                    workers=job.workers,
+                    progress=tell,
+                )
+        except UnreadableImage as error:
+            leave_out(job, progress, "val", error)
+            continue
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise out_of_memory(job, "validating 1 image at a time", "--device cpu") from None
+            job.evaluation_batch = size // 2
+        release_memory(job.device)
+        job.listener.tell(
+            f"warning: {job.device} ran out of memory while validating {size} images at once; it "
+            f"is done again, with {size // 2}"
+        )
