@@ -2,14 +2,16 @@
 
 "momentumnet" is the plain swap that the package of that name does. "momconv" calibrates on so many
 unlabelled images, and "distilled" trains on 5,000 after that, six passes. Every stage with two or
-more blocks of a shape follows the momentum rule. Run ``python -m benchmarks.conversion``, which
-takes hours, or for a part of the table
+more blocks of a shape follows the momentum rule. Seconds are those of the calibration, with reading
+its images, or of the distilling alone. Run ``python -m benchmarks.conversion``, which takes half an
+hour or more on two cores, or for a part of the table
 ``python -m benchmarks.conversion --networks cifar_resnet20 --gammas 0.9 --no-distil``. Images and
 weights are looked for in the folder ``shared`` beside the repository unless they are named.
 """
 
 import argparse
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,14 +54,17 @@ class Case:
     test: list[Tensor]
     labels: Tensor
 
-    def row(self, gamma: float, method: str, images: int, model: nn.Module) -> Row:
+    def row(
+        self, gamma: float, method: str, images: int, model: nn.Module, seconds: float | None = None
+    ) -> Row:
         """The accuracy of ``model``, which a method made of the network with so many images."""
         model.eval()
         with torch.no_grad():
             guesses = torch.cat([model(batch).argmax(1) for batch in self.test])
         accuracy = 100 * float((guesses == self.labels).double().mean())
         cells = (self.name, f"{gamma:g}", f"{images}", method, f"{accuracy:.2f}")
-        return dict(zip((*KEY, VALUE), cells, strict=True))
+        spent = "–" if seconds is None else f"{seconds:.0f}"
+        return dict(zip((*KEY, VALUE, "seconds"), (*cells, spent), strict=True))
 
 
 def load_case(name: str, weights: Path, data: Path) -> Case:
@@ -89,13 +94,16 @@ def compare(case: Case, gamma: float, *, with_distillation: bool) -> Iterator[Ro
     if find_spec("momentumnet"):
         yield case.row(gamma, "momentumnet", 0, swap(case.plain, gamma))
     for count in COUNTS:
+        began = time.perf_counter()
         model = convert(case.plain, gamma, stages="all")
         images = list(CalibrationImages(case.train.paths[:count], describe(model).preprocessing))
         calibrate(model, images, case.plain)
-        yield case.row(gamma, "momconv", count, model)
+        yield case.row(gamma, "momconv", count, model, time.perf_counter() - began)
     if with_distillation:
+        began = time.perf_counter()
         distill(model, case.plain, list(case.train))
-        yield case.row(gamma, "momconv, distilled", DISTILLED, model)
+        seconds = time.perf_counter() - began
+        yield case.row(gamma, "momconv, distilled", DISTILLED, model, seconds)
 
 
 def draw(rows: Sequence[Row]) -> Figure:

@@ -2,6 +2,7 @@
 
 import csv
 import platform
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,10 @@ def ratio(row: Row, base: Row | None, column: str) -> str:
 
 
 def _processor() -> str:
-    """The model of the processor where the system tells it, else its architecture."""
+    """The model of the processor where the system tells it, else its architecture.
+
+    Without the signs of trademarks: links to pictures may have no parentheses.
+    """
     lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.is_file() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine()).replace(" ", "-")
+    return re.sub(r"\((?:R|TM)\)", "", next(models, platform.machine())).replace(" ", "-")

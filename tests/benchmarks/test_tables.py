@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import tables
 from benchmarks.tables import Log, find_logs, number, ratio
 
 KEY = ("network", "method")
@@ -36,6 +37,14 @@ def test_a_log_is_found_again_with_the_machine_and_the_torch_in_its_name(log: Lo
     assert list(find_logs("memory", log.path.parent)) == [log]
     assert (log.title, log.torch) == ("memory", f"torch-{torch.__version__.partition('+')[0]}")
     assert log.machine.endswith(f"{torch.get_num_threads()}-threads")
+
+
+def test_a_processor_is_named_without_parentheses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "_CPU_INFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("cores: 2\nmodel name\t: Intel(R) Core(TM) i7 CPU @ 3 GHz\n")
+    assert tables.machine(torch.device("cpu")).startswith("Intel-Core-i7-CPU-@-3-GHz-")
 
 
 def test_a_machine_may_have_underscores_in_its_name() -> None:
