@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 import momconv
 from momconv.cli import app
 from momconv.errors import ModelFileError, UsageError
-from momconv.momentum.sequential import momentum_stages
+from momconv.momentum.sequential import MomentumDict, momentum_stages
 from momconv.zoo import own
 from momconv.zoo.description import describe
 
@@ -110,6 +110,35 @@ def test_a_loaded_network_of_ones_own_computes_what_was_saved(mine: Path) -> Non
     loaded = momconv.load("file.safetensors", own.make("mine:make"))  # another number of classes
     assert torch.equal(loaded(torch.ones(1, 3, 16, 16)), model(torch.ones(1, 3, 16, 16)))
     assert describe(loaded).architecture == "mine:make"
+
+
+WITH_A_DICTIONARY = """
+from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
+
+class Block(nn.Conv2d):
+    def forward(self, x):
+        return x + super().forward(x).tanh()
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        blocks = nn.Sequential(*(Block(3, 3, 3, padding=1) for _ in range(5)))
+        self.body, self.head = IntermediateLayerGetter(blocks, {"4": "last"}), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x)["last"].mean((2, 3)))
+"""
+
+
+def test_a_network_with_a_dictionary_of_blocks_is_saved_and_loaded(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(WITH_A_DICTIONARY, encoding="utf-8")
+    name, images = f"{tmp_path}/net.py:Net", torch.randn(2, 3, 16, 16)
+    model = momconv.convert(own.make(name, {}, resolution=16)).eval()
+    momconv.save(model, tmp_path / "net.safetensors")
+    loaded = momconv.load(tmp_path / "net.safetensors", own.make(name, {}))
+    assert isinstance(loaded.get_submodule("body"), MomentumDict)
+    assert torch.equal(loaded(images), model(images))
 
 
 @pytest.mark.parametrize(
