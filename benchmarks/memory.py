@@ -3,10 +3,11 @@
 Weights, gradients, optimiser state and the input images are left out; everything else that
 PyTorch's allocator handed out is in (momconv.planner.measurement). In bf16 (autocast) a CPU without
 instructions for it takes many minutes for a step, so there the peak is what ``momconv.peak_memory``
-predicts, which is compared with measured ones, bf16 included, in benchmarks/prediction.py. Not all
-of a step halves in bf16: weights have a bf16 copy, and gradients in bf16 and fp32 of the size of a
-weight, whatever the batch is (6 of the 15.0 MiB for each of 4 images in ViT-L); x and v keep their
-32 bits; and autocast computes normalisations and ConvNeXt's layer scale in fp32.
+predicts, which is compared with measured ones, bf16 included, in benchmarks/prediction.py; with
+avx512_bf16 it is measured. Not all of a step halves in bf16: weights have a bf16 copy, and
+gradients in bf16 and fp32 of the size of a weight, whatever the batch is (6 of the 15.0 MiB for
+each of 4 images in ViT-L); x and v keep their 32 bits; and autocast computes normalisations and
+ConvNeXt's layer scale in fp32.
 
 memcnn and revtorch do not train the same network but one of couplings with half of the work, see
 benchmarks/couplings.py. torch.compile takes minutes to compile, so it is tried on two networks only
@@ -56,7 +57,7 @@ def measure(case: Case, key: str, device: torch.device) -> float:
     method = METHODS[key]
     model = method.prepare(make_network(case.network)).to(device)
 
-    if case.precision == "bf16" and device.type == "cpu":
+    if case.precision == "bf16" and device.type == "cpu" and not has_bf16():
         return peak_memory(model, case.batch, case.resolution, "bf16").step / case.batch / MIB
 
     def peak() -> int:
@@ -67,6 +68,11 @@ def measure(case: Case, key: str, device: torch.device) -> float:
     if method.warms_up:
         peak()
     return peak() / case.batch / MIB
+
+
+def has_bf16() -> bool:
+    """Whether the CPU has instructions for it."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def describe(case: Case) -> Row:
