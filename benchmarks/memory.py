@@ -4,10 +4,10 @@ Weights, gradients, optimiser state and the input images are left out; everythin
 PyTorch's allocator handed out is in (momconv.planner.measurement). In bf16 (autocast) a CPU without
 instructions for it takes many minutes for a step, so there the peak is what ``momconv.peak_memory``
 predicts, which is compared with measured ones, bf16 included, in benchmarks/prediction.py; with
-avx512_bf16 it is measured. Not all of a step halves in bf16: weights have a bf16 copy, and
-gradients in bf16 and fp32 of the size of a weight, whatever the batch is (6 of the 15.0 MiB for
-each of 4 images in ViT-L); x and v keep their 32 bits; and autocast computes normalisations and
-ConvNeXt's layer scale in fp32.
+avx512_bf16 it is measured, and is up to a tenth more, in ConvNeXt up to a third. Not all of a step
+halves in bf16: weights have a bf16 copy, and gradients in bf16 and fp32 of the size of a weight,
+whatever the batch is (6 of the 15.0 MiB for each of 4 images in ViT-L); x and v keep their 32 bits;
+and autocast computes normalisations and ConvNeXt's layer scale in fp32.
 
 memcnn and revtorch do not train the same network but one of couplings with half of the work, see
 benchmarks/couplings.py. torch.compile takes minutes to compile, so it is tried on two networks only
