@@ -193,10 +193,13 @@ class _Convolution:
 
     @property
     def gradient_needs_columns(self) -> bool:
-        """The same for the weight's gradient: also of kernels larger than the image."""
+        """The same for the weight's gradient: also of kernels of a certain size.
+
+        Without AVX-512 these are all that are larger than the image.
+        """
         blocked = self.is_depthwise and not self.is_channels_last
         largest = _LARGEST_DEPTHWISE_KERNEL if blocked else _LARGEST_DIRECT_KERNEL
-        narrow = self.x.shape[-1] < self.kernel[-1]
+        narrow = self.x.shape[-1] < self.kernel[-1] and not _has_avx512()
         return narrow or self.needs_columns or max(self.kernel) > largest
 
 
@@ -302,8 +305,12 @@ def _blocked(x: Tensor) -> int:
 
 def _in_blocks(channels: int) -> int:
     """Channels, rounded up to whole vectors of the processor."""
-    vector = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    vector = 16 if _has_avx512() else 8
     return math.ceil(channels / vector) * vector
+
+
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _bytes(*tensors: Tensor) -> int:

@@ -166,7 +166,7 @@ def test_other_failures_in_a_worker_are_not_hidden(images: ImageSet) -> None:
     [
         (signal.SIGBUS, "memory.shared"),
         (signal.SIGKILL, "memory.killed"),
-        (signal.SIGHUP, "run.lost_reader"),
+        (signal.SIGUSR1, "run.lost_reader"),
     ],
 )
 def test_a_process_that_was_killed_is_explained(
