@@ -69,6 +69,11 @@ def test_the_peak_of_a_residual_network_is_predicted(strategy: str) -> None:
     assert_agreement(converted(build("cifar_resnet20"), strategy), 4, 32)
 
 
+@pytest.mark.xfail(
+    torch.cpu._is_avx512_bf16_supported(),
+    reason="the scratch of oneDNN's algorithms for bf16 instructions is not predicted",
+    strict=False,  # where checkpoints are what is largest it does not matter
+)
 @pytest.mark.parametrize("strategy", ["plain", "checkpoint", "momentum"])
 def test_the_peak_under_autocast_is_predicted(strategy: str) -> None:
     assert_agreement(converted(build("cifar_resnet20"), strategy), 2, 32, "bf16")
