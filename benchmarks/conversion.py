@@ -3,8 +3,8 @@
 "momentumnet" is the plain swap that the package of that name does. "momconv" calibrates on so many
 unlabelled images, and "distilled" trains on 5,000 after that, six passes. Every stage with two or
 more blocks of a shape follows the momentum rule. Seconds are those of the calibration, with reading
-its images, or of the distilling alone. Run ``python -m benchmarks.conversion``, which takes half an
-hour or more on two cores, or for a part of the table
+its images, or of the distilling alone. Run ``python -m benchmarks.conversion``, which takes an hour
+on two cores, or for a part of the table
 ``python -m benchmarks.conversion --networks cifar_resnet20 --gammas 0.9 --no-distil``. Images and
 weights are looked for in the folder ``shared`` beside the repository unless they are named.
 """

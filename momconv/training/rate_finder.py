@@ -26,7 +26,7 @@ from momconv.files.atomic import write_text
 from momconv.training.gradients import add_gradients, take_step
 from momconv.training.job import Job
 from momconv.training.memory import halve
-from momconv.training.omission import leave_out
+from momconv.training.omission import omit
 from momconv.training.optimisation import make_optimizer
 from momconv.training.processes import ALONE
 from momconv.training.progress import Progress
@@ -139,7 +139,8 @@ def _try(job: Job, progress: Progress, rates: Sequence[float]) -> Iterator[tuple
                 break  # and go on with the next epoch's images
             except UnreadableImage as error:
                 job.model.zero_grad()
-                leave_out(job, progress, "train", error)
+                recipe, listener = job.recipe.data, job.listener
+                omit(progress, "train", job.splits, error, recipe=recipe, listener=listener)
                 break
             job.scaler.unscale_(job.optimizer)
             yield rate, float(loss)
