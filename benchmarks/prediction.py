@@ -2,7 +2,11 @@
 
 Predicted by ``momconv.peak_memory``, measured on PyTorch's CPU allocator. "step" is what a step
 allocates, "whole" has weights, gradients, optimiser state (SGD) and the batch as well. All cases
-take more than an hour on two cores; to measure some, name networks.
+take a quarter of an hour with instructions for bf16, and more than an hour without; to measure
+some, name networks.
+
+Algorithms that oneDNN has for these instructions take scratch memory that is not predicted. Nor is
+the layout in which ConvNeXt computes a single image again under "segment".
 """
 
 from collections.abc import Iterator
