@@ -1,87 +1,64 @@
-"""The steps of kernels.py as one Triton kernel each: one pass over memory on a GPU.
+"""The steps of kernels.py as one operation each, which passes over memory once.
 
-Nothing is defined here either: for every input the bits are those of ``step`` and ``unstep``. That
-holds whether or not the compiler fuses a product into a sum, because every product is rounded to an
-integer before it is added, or multiplies by a power of two.
+They are operations of PyTorch's, so that the planner sees them too: on fake tensors they give what
+they allocate and compute nothing. A GPU's need Triton, a CPU's Numba.
 """
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from momconv.momentum.equations import Rule
 
-BLOCK = 1024  # elements; 4 KiB of each float tensor for one program
-
-
-def advance(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) -> Tensor:
-    """Return x[n+1], and take v and r from n to n+1 in place."""
-    x_next = torch.empty_like(x)
-    _advance[_grid(x)](x, v, r, y, x_next, *_constants(rule, n), x.numel(), r is not None, BLOCK)
-    return x_next
+def are_for(x: Tensor, y: Tensor) -> bool:
+    """Whether there are such operations for x and y = block(x) on their device."""
+    if x.is_cuda:
+        return x.dtype == torch.float32 and _is_installed("triton")
+    return x.is_cpu and x.dtype == y.dtype and _is_installed("numba")
 
 
-def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) -> None:
-    """Take v and r from n+1 to n in place, where x is x[n] and y = block(x[n])."""
-    _undo[_grid(x)](x, v, r, y, *_constants(rule, n)[:-1], x.numel(), r is not None, BLOCK)
+@torch.library.custom_op("momconv::advance", mutates_args=("v", "r"), device_types="cpu")
+def advance(
+    x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float, ulp: float
+) -> Tensor:
+    """As ``kernels.advance``; the residual is multiplied by ``scale`` and counted in ulps."""
+    from momconv.momentum import fused_cpu
+
+    return fused_cpu.advance(x, v, r, y, scale, gamma, ulp)
 
 
-def _grid(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel(), BLOCK),)
+@torch.library.custom_op("momconv::undo", mutates_args=("v", "r"), device_types="cpu")
+def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float) -> None:
+    """As ``kernels.undo``."""
+    from momconv.momentum import fused_cpu
+
+    fused_cpu.undo(x, v, r, y, scale, gamma)
 
 
-def _constants(rule: Rule, n: int) -> tuple[float, float, float, float]:
-    return rule.coefficients[n] / rule.ulp, rule.gamma, -1 / rule.gamma, rule.ulp
+@advance.register_kernel("cuda")
+def _advance_on_gpu(
+    x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float, ulp: float
+) -> Tensor:
+    from momconv.momentum import fused_gpu
+
+    return fused_gpu.advance(x, v, r, y, scale, gamma, ulp)
 
 
-@triton.jit
-def _advance(
-    x_ptr, v_ptr, r_ptr, y_ptr, out_ptr, scale, gamma, inverse, ulp, size,
-    has_r: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < size
-    x = tl.load(x_ptr + at, mask=inside)
-    v = tl.load(v_ptr + at, mask=inside)
-    y = tl.load(y_ptr + at, mask=inside).to(tl.float32)
-    if has_r:
-        r = tl.load(r_ptr + at, mask=inside).to(tl.float32)
-        v += _round(r * inverse)
-        r += _round(v * gamma)
-        v += _round(r * inverse)
-        tl.store(r_ptr + at, v.to(r_ptr.dtype.element_ty), mask=inside)
-        v = r
-    v += _round((y - x) * scale)
-    tl.store(v_ptr + at, v, mask=inside)
-    tl.store(out_ptr + at, x + v * ulp, mask=inside)
+@undo.register_kernel("cuda")
+def _undo_on_gpu(
+    x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float
+) -> None:
+    from momconv.momentum import fused_gpu
+
+    fused_gpu.undo(x, v, r, y, scale, gamma)
 
 
-@triton.jit
-def _undo(
-    x_ptr, v_ptr, r_ptr, y_ptr, scale, gamma, inverse, size,
-    has_r: tl.constexpr, block: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < size
-    x = tl.load(x_ptr + at, mask=inside)
-    v = tl.load(v_ptr + at, mask=inside)
-    y = tl.load(y_ptr + at, mask=inside).to(tl.float32)
-    v -= _round((y - x) * scale)
-    if has_r:
-        r = tl.load(r_ptr + at, mask=inside).to(tl.float32)
-        r -= _round(v * inverse)
-        v -= _round(r * gamma)
-        r -= _round(v * inverse)
-        tl.store(r_ptr + at, v.to(r_ptr.dtype.element_ty), mask=inside)
-        v = r
-    tl.store(v_ptr + at, v, mask=inside)
+@advance.register_fake
+def _allocate(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
 
 
-@triton.jit
-def _round(t):
-    """To the nearest integer, to the even one of two; NaN and infinities stay."""
-    low = tl.floor(t)
-    above = t - low
-    is_odd = low - 2 * tl.floor(low * 0.5) == 1
-    return tl.where((above > 0.5) | ((above == 0.5) & is_odd), low + 1, low)
+@cache
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None

@@ -1,18 +1,17 @@
-"""The steps of equations.py computed in place, a piece at a time, or by one kernel on a GPU.
+"""The steps of equations.py computed in place: in one pass over memory, or a piece at a time.
 
 These functions define nothing: for every input they give the same bits as ``step`` and ``unstep``.
 x, v, r and y have one shape and, in memory, one layout without gaps.
 """
 
 from collections.abc import Iterator
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from momconv.momentum import fused
 from momconv.momentum.equations import Rule
 
 # Elements. Large enough that an operation outweighs its call, or runs at full speed on a GPU, and
@@ -23,12 +22,11 @@ GPU_PIECE = 2**22
 
 def advance(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) -> Tensor:
     """Return x[n+1], and take v and r from n to n+1 in place. γ = 1 has no r."""
-    if _is_fusible(x):
-        from momconv.momentum import fused
-
-        return fused.advance(x, v, r, y, rule, n)
-    x_next = torch.empty_like(x)
     scale = rule.coefficients[n] / rule.ulp
+    if fused.are_for(x, y):
+        x_next: Tensor = fused.advance(x, v, r, y, scale, rule.gamma, rule.ulp)
+        return x_next
+    x_next = torch.empty_like(x)
     for x_, v_, r_, y_, out in _pieces(x, v, r, y, x_next):
         v_scaled = v_ if r_ is None else _multiply(v_, r_, rule.gamma)
         torch.add(v_scaled, (y_ - x_).mul_(scale).round_(), out=v_)
@@ -43,12 +41,10 @@ def retreat(x: Tensor, v: Tensor, rule: Rule) -> Tensor:
 
 def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) -> None:
     """Take v and r from n+1 to n in place, where x is x[n] and y = block(x[n])."""
-    if _is_fusible(x):
-        from momconv.momentum import fused
-
-        fused.undo(x, v, r, y, rule, n)
-        return
     scale = rule.coefficients[n] / rule.ulp
+    if fused.are_for(x, y):
+        fused.undo(x, v, r, y, scale, rule.gamma)
+        return
     for x_, v_, r_, y_ in _pieces(x, v, r, y):
         v_.sub_((y_ - x_).mul_(scale).round_())
         if r_ is not None:
@@ -85,16 +81,6 @@ def _divide(v: Tensor, r: Tensor, gamma: float) -> None:
     remainder.sub_(v.mul(-1 / gamma).round_())
     r.copy_(v)
     v.copy_(remainder)
-
-
-def _is_fusible(x: Tensor) -> bool:
-    is_real = not isinstance(x, FakeTensor)
-    return x.is_cuda and is_real and x.dtype == torch.float32 and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _pieces(*tensors: Tensor | None, share: int = 1) -> Iterator[tuple[Any, ...]]:

@@ -1,68 +1,132 @@
-"""The Triton kernels, run by Triton's interpreter, against the path without Triton."""
+"""The fused steps against the same steps a piece at a time."""
 
 import importlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from momconv.momentum import kernels
+from momconv.momentum import fused, kernels
 from momconv.momentum.equations import Rule
 
 ULP = 2.0**-14
-SIZE = 2500  # two programs and a part of one
+SIZE = 2500  # two programs of a GPU and a part of one
+State = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def on_cpu() -> ModuleType:
+    pytest.importorskip("numba")
+    return importlib.import_module("momconv.momentum.fused_cpu")
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Run by Triton's interpreter."""
     pytest.importorskip("triton", reason="Triton is for GPUs")
-    module = importlib.import_module("momconv.momentum.fused")
+    module = importlib.import_module("momconv.momentum.fused_gpu")
     with monkeypatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # read by @triton.jit
         yield importlib.reload(module)
     importlib.reload(module)
 
 
-def state(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@contextmanager
+def nothing_fused() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "are_for", lambda x, y: False)
+        yield
+
+
+def make_state(gamma: float, remainder: torch.dtype = torch.int16, size: int = SIZE) -> State:
     torch.manual_seed(0)
-    x = torch.randn(SIZE).div(ULP).round().mul(ULP)
-    v = torch.randn(SIZE).div(ULP).round()
-    r = torch.randint(-100, 100, (SIZE,)).to(torch.int16)
-    y = torch.randn(SIZE).to(dtype)
+    x = torch.randn(size).div(ULP).round().mul(ULP)
+    v = torch.randn(size).div(ULP).round()
+    r = None if gamma == 1 else torch.randint(-9, 10, (size,)).to(remainder)
+    y = torch.randn(size)
     y[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
     # Residuals halfway between two integers, of either sign, go to the even one.
     y[4:20] = x[4:20] + (torch.arange(-8, 8) + 0.5) * ULP * 4
     return x, v, r, y
 
 
+def check(module: ModuleType, state: State, gamma: float) -> None:
+    """A step there and back computes the same bits as without ``module``."""
+    x, v, r, y = state
+    rule = Rule(gamma, (0.25,), ULP)
+    scale = rule.coefficients[0] / ULP
+    ours, theirs = (copy(v, r) for _ in range(2))
+
+    x_ours = module.advance(x, *ours, y, scale, gamma, ULP)
+    with nothing_fused():
+        x_theirs = kernels.advance(x, *theirs, y, rule, 0)
+
+    assert torch.equal(x_ours.nan_to_num(), x_theirs.nan_to_num())
+    assert torch.equal(x_ours.isnan(), x_theirs.isnan())
+    finite = x_theirs.isfinite()
+    check_same(ours, theirs, finite)
+
+    module.undo(x, *ours, y, scale, gamma)
+
+    check_same(ours, (v, r), finite)
+
+
+def copy(v: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return v.clone(), None if r is None else r.clone()
+
+
+def check_same(
+    ours: tuple[Tensor, Tensor | None], theirs: tuple[Tensor, Tensor | None], where: Tensor
+) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or b is None or torch.equal(a[where], b[where])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9, 1.0])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, at the non-finite values
-def test_the_kernels_compute_the_same_bits(
-    fused: ModuleType, gamma: float, dtype: torch.dtype
+def test_a_gpu_computes_the_same_bits(on_gpu: ModuleType, gamma: float, dtype: torch.dtype) -> None:
+    x, v, r, y = make_state(gamma)
+    check(on_gpu, (x, v, r, y.to(dtype)), gamma)
+
+
+@pytest.mark.parametrize("remainder", [torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9, 1.0])
+def test_a_cpu_computes_the_same_bits(
+    on_cpu: ModuleType, gamma: float, remainder: torch.dtype
 ) -> None:
-    rule = Rule(gamma, (0.25,), ULP)
-    x, v, r, y = state(dtype)
-    ours, theirs = ([v.clone(), r.clone()] for _ in range(2))
-    if gamma == 1:
-        del ours[1], theirs[1]
-
-    x_ours = fused.advance(x, *pad(ours), y, rule, 0)
-    x_theirs = kernels.advance(x, *pad(theirs), y, rule, 0)
-
-    assert torch.equal(x_ours.nan_to_num(), x_theirs.nan_to_num())
-    finite = x_theirs.isfinite()
-    assert all(torch.equal(a[finite], b[finite]) for a, b in zip(ours, theirs, strict=True))
-    assert torch.equal(x_ours.isnan(), x_theirs.isnan())
-
-    fused.undo(x, *pad(ours), y, rule, 0)
-
-    before = (v, r)
-    assert all(torch.equal(a[finite], b[finite]) for a, b in zip(ours, before, strict=False))
+    check(on_cpu, make_state(gamma, remainder), gamma)
 
 
-def pad(state: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    v, *rest = state
-    return v, rest[0] if rest else None
+def test_a_cpu_computes_the_same_bits_in_double_precision(on_cpu: ModuleType) -> None:
+    x, v, r, y = make_state(0.9)
+    check(on_cpu, (x.double(), v.double(), r, y.double() / 3), 0.9)
+
+
+def test_threads_of_a_cpu_share_the_work(on_cpu: ModuleType) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        check(on_cpu, make_state(0.9, size=200_001), 0.9)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_steps_take_the_fused_way() -> None:
+    """Seen by fake tensors, which allocate what real ones do and compute nothing."""
+    pytest.importorskip("numba")
+    with FakeTensorMode():
+        x, v, y = (torch.empty(2, 3, 4, 4).to(memory_format=torch.channels_last) for _ in range(3))
+        r = torch.empty_like(x, dtype=torch.int8)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            x_next = kernels.advance(x, v, r, y, Rule(0.9, (0.1,), ULP), 0)
+            kernels.undo(x, v, r, y, Rule(0.9, (0.1,), ULP), 0)
+
+    assert x_next.stride() == x.stride()
+    names = {event.name for event in profile.events()}
+    assert "momconv::advance" in names

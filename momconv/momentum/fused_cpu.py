@@ -1,0 +1,85 @@
+"""The steps of kernels.py as one loop each, which Numba compiles when it first meets their types.
+
+Nothing is defined here either: for every input the bits are those of ``step`` and ``unstep``. The
+compiler fuses no product into a sum, as ``fastmath`` is off.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+_SHARE = 2**16  # elements; fewer are not worth another thread
+
+_threads = ThreadPoolExecutor(thread_name_prefix="momconv")
+
+
+def advance(
+    x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float, ulp: float
+) -> Tensor:
+    """Return x[n+1], and take v and r from n to n+1 in place."""
+    x_next = torch.empty_like(x)
+    _run(_advance, x, (v, r, y, x_next), (scale, gamma, -1 / gamma, ulp))
+    return x_next
+
+
+def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float) -> None:
+    """Take v and r from n+1 to n in place, where x is x[n] and y = block(x[n])."""
+    _run(_undo, x, (v, r, y), (scale, gamma, -1 / gamma))
+
+
+def _run(
+    loop: Callable[..., None],
+    x: Tensor,
+    others: Sequence[Tensor | None],
+    constants: Sequence[float],
+) -> None:
+    """Call ``loop`` on the tensors' memory, in as many parts as PyTorch has threads."""
+    first = _flatten(x)
+    arrays = [first, *(None if t is None else _flatten(t) for t in others)]
+    scalars = [first.dtype.type(constant) for constant in constants]  # or products were double
+    share = max(_SHARE, math.ceil(first.size / torch.get_num_threads()))
+    parts = [_cut(arrays, start, share) for start in range(0, first.size, share)]
+    futures = [_threads.submit(loop, *part, *scalars) for part in parts[1:]]
+    for part in parts[:1]:  # there is none of an empty batch
+        loop(*part, *scalars)
+    for future in futures:
+        future.result()
+
+
+def _flatten(x: Tensor) -> np.ndarray:
+    return x.detach().as_strided((x.numel(),), (1,)).numpy()
+
+
+def _cut(arrays: Sequence[np.ndarray | None], start: int, size: int) -> list[np.ndarray | None]:
+    return [None if array is None else array[start : start + size] for array in arrays]
+
+
+@njit(nogil=True, error_model="numpy")
+def _advance(x, v, r, y, x_next, scale, gamma, inverse, ulp):
+    for i in range(x.size):
+        v_next = v[i]
+        if r is not None:
+            kept = v.dtype.type(r[i])
+            rest = v_next + np.rint(kept * inverse)
+            v_next = kept + np.rint(rest * gamma)
+            r[i] = rest + np.rint(v_next * inverse)
+        v_next += np.rint((y[i] - x[i]) * scale)
+        v[i] = v_next
+        x_next[i] = x[i] + v_next * ulp
+
+
+@njit(nogil=True, error_model="numpy")
+def _undo(x, v, r, y, scale, gamma, inverse):
+    for i in range(x.size):
+        v_now = v[i] - np.rint((y[i] - x[i]) * scale)
+        if r is not None:
+            rest = v.dtype.type(r[i]) - np.rint(v_now * inverse)
+            kept = v_now - np.rint(rest * gamma)
+            v_now = rest - np.rint(kept * inverse)
+            r[i] = kept
+        v[i] = v_now

@@ -1,0 +1,84 @@
+"""The steps of kernels.py as one Triton kernel each: one pass over memory on a GPU.
+
+Nothing is defined here either: for every input the bits are those of ``step`` and ``unstep``. That
+holds whether or not the compiler fuses a product into a sum, because every product is rounded to an
+integer before it is added, or multiplies by a power of two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # elements; 4 KiB of each float tensor for one program
+
+
+def advance(
+    x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float, ulp: float
+) -> Tensor:
+    """Return x[n+1], and take v and r from n to n+1 in place."""
+    x_next, constants = torch.empty_like(x), (scale, gamma, -1 / gamma, ulp)
+    _advance[_grid(x)](x, v, r, y, x_next, *constants, x.numel(), r is not None, BLOCK)
+    return x_next
+
+
+def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float) -> None:
+    """Take v and r from n+1 to n in place, where x is x[n] and y = block(x[n])."""
+    constants = (scale, gamma, -1 / gamma)
+    _undo[_grid(x)](x, v, r, y, *constants, x.numel(), r is not None, BLOCK)
+
+
+def _grid(x: Tensor) -> tuple[int]:
+    return (triton.cdiv(x.numel(), BLOCK),)
+
+
+@triton.jit
+def _advance(
+    x_ptr, v_ptr, r_ptr, y_ptr, out_ptr, scale, gamma, inverse, ulp, size,
+    has_r: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < size
+    x = tl.load(x_ptr + at, mask=inside)
+    v = tl.load(v_ptr + at, mask=inside)
+    y = tl.load(y_ptr + at, mask=inside).to(tl.float32)
+    if has_r:
+        r = tl.load(r_ptr + at, mask=inside).to(tl.float32)
+        v += _round(r * inverse)
+        r += _round(v * gamma)
+        v += _round(r * inverse)
+        tl.store(r_ptr + at, v.to(r_ptr.dtype.element_ty), mask=inside)
+        v = r
+    v += _round((y - x) * scale)
+    tl.store(v_ptr + at, v, mask=inside)
+    tl.store(out_ptr + at, x + v * ulp, mask=inside)
+
+
+@triton.jit
+def _undo(
+    x_ptr, v_ptr, r_ptr, y_ptr, scale, gamma, inverse, size,
+    has_r: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < size
+    x = tl.load(x_ptr + at, mask=inside)
+    v = tl.load(v_ptr + at, mask=inside)
+    y = tl.load(y_ptr + at, mask=inside).to(tl.float32)
+    v -= _round((y - x) * scale)
+    if has_r:
+        r = tl.load(r_ptr + at, mask=inside).to(tl.float32)
+        r -= _round(v * inverse)
+        v -= _round(r * gamma)
+        r -= _round(v * inverse)
+        tl.store(r_ptr + at, v.to(r_ptr.dtype.element_ty), mask=inside)
+        v = r
+    tl.store(v_ptr + at, v, mask=inside)
+
+
+@triton.jit
+def _round(t):
+    """To the nearest integer, to the even one of two; NaN and infinities stay."""
+    low = tl.floor(t)
+    above = t - low
+    is_odd = low - 2 * tl.floor(low * 0.5) == 1
+    return tl.where((above > 0.5) | ((above == 0.5) & is_odd), low + 1, low)
