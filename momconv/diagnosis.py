@@ -30,8 +30,8 @@ from momconv.zoo import checkpoints
 from momconv.zoo.networks import build
 
 _PACKAGES = (
-    *("torch", "torchvision", "torchmetrics", "safetensors", "numpy", "pillow", "matplotlib"),
-    "typer",
+    *("torch", "torchvision", "torchmetrics", "safetensors"),
+    *("numpy", "numba", "pillow", "matplotlib", "typer"),
 )
 _EXTRAS = {
     "demo": ("scikit-learn",),
@@ -89,7 +89,7 @@ def _look_at_software() -> Iterator[Finding]:
     yield Finding("momconv", ok=True, found=f"{__version__} in {Path(__file__).parent}")
     system = f"Python {platform.python_version()}, {platform.platform()}"
     yield Finding("system", ok=True, found=system)
-    versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    versions = ", ".join(f"{name} {_find_version(name) or 'missing'}" for name in _PACKAGES)
     yield Finding("libraries", ok=True, found=versions)
     for extra, names in _EXTRAS.items():
         found = {name: _find_version(name) for name in names}

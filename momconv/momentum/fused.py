@@ -15,7 +15,7 @@ def are_for(x: Tensor, y: Tensor) -> bool:
     """Whether there are such operations for x and y = block(x) on their device."""
     if x.is_cuda:
         return x.dtype == torch.float32 and _is_installed("triton")
-    return x.is_cpu and x.dtype == y.dtype and _is_installed("numba")
+    return x.is_cpu and y.dtype in (x.dtype, torch.bfloat16) and _is_installed("numba")
 
 
 @torch.library.custom_op("momconv::advance", mutates_args=("v", "r"), device_types="cpu")

@@ -7,10 +7,12 @@ compiler fuses no product into a sum, as ``fastmath`` is off.
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 from torch import Tensor
 
 _SHARE = 2**16  # elements; fewer are not worth another thread
@@ -52,11 +54,25 @@ def _run(
 
 
 def _flatten(x: Tensor) -> np.ndarray:
-    return x.detach().as_strided((x.numel(),), (1,)).numpy()
+    """The memory of x; NumPy has no bfloat16, whose bits become integers."""
+    flat = x.detach().as_strided((x.numel(),), (1,))
+    return (flat.view(torch.uint16) if x.dtype == torch.bfloat16 else flat).numpy()
 
 
 def _cut(arrays: Sequence[np.ndarray | None], start: int, size: int) -> list[np.ndarray | None]:
     return [None if array is None else array[start : start + size] for array in arrays]
+
+
+def _read(y: Any, i: int) -> Any:
+    """y[i], in single precision where y has bfloat16's bits: the upper half of a float's."""
+    raise NotImplementedError  # outside compiled loops
+
+
+@overload(_read)
+def _compile_read(y, i):
+    if y.dtype == types.uint16:
+        return lambda y, i: np.uint32(y[i] << 16).view(np.float32)
+    return lambda y, i: y[i]
 
 
 @njit(nogil=True, error_model="numpy")
@@ -68,7 +84,7 @@ def _advance(x, v, r, y, x_next, scale, gamma, inverse, ulp):
             rest = v_next + np.rint(kept * inverse)
             v_next = kept + np.rint(rest * gamma)
             r[i] = rest + np.rint(v_next * inverse)
-        v_next += np.rint((y[i] - x[i]) * scale)
+        v_next += np.rint((_read(y, i) - x[i]) * scale)
         v[i] = v_next
         x_next[i] = x[i] + v_next * ulp
 
@@ -76,7 +92,7 @@ def _advance(x, v, r, y, x_next, scale, gamma, inverse, ulp):
 @njit(nogil=True, error_model="numpy")
 def _undo(x, v, r, y, scale, gamma, inverse):
     for i in range(x.size):
-        v_now = v[i] - np.rint((y[i] - x[i]) * scale)
+        v_now = v[i] - np.rint((_read(y, i) - x[i]) * scale)
         if r is not None:
             rest = v.dtype.type(r[i]) - np.rint(v_now * inverse)
             kept = v_now - np.rint(rest * gamma)

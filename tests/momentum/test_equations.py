@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from momconv.momentum import kernels
+from momconv.momentum import fused, kernels
 from momconv.momentum.equations import (
     FULL,
     Block,
@@ -145,12 +145,20 @@ def test_weights_are_those_of_the_unrolled_recurrence() -> None:
     assert weights(0.9, steps) == pytest.approx([1 - 0.9**k for k in (4, 3, 2, 1)])
 
 
+@pytest.mark.parametrize("may_fuse", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_in_place_kernels_compute_the_equations(
-    gamma: float, layout: torch.memory_format, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    gamma: float,
+    layout: torch.memory_format,
+    dtype: torch.dtype,
+    *,
+    may_fuse: bool,
 ) -> None:
+    if not may_fuse:
+        monkeypatch.setattr(fused, "are_for", lambda x, y: False)
     shape = (3, 7, 80, 81)  # more than one piece, the last one shorter
     assert math.prod(shape) > kernels.PIECE
     x, y = (on_grid(*shape, seed=s).to(dtype).to(memory_format=layout) for s in (1, 2))

@@ -95,12 +95,14 @@ def test_a_gpu_computes_the_same_bits(on_gpu: ModuleType, gamma: float, dtype: t
     check(on_gpu, (x, v, r, y.to(dtype)), gamma)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("remainder", [torch.int8, torch.int16, torch.int32])
 @pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9, 1.0])
 def test_a_cpu_computes_the_same_bits(
-    on_cpu: ModuleType, gamma: float, remainder: torch.dtype
+    on_cpu: ModuleType, gamma: float, remainder: torch.dtype, dtype: torch.dtype
 ) -> None:
-    check(on_cpu, make_state(gamma, remainder), gamma)
+    x, v, r, y = make_state(gamma, remainder)
+    check(on_cpu, (x, v, r, y.to(dtype)), gamma)
 
 
 def test_a_cpu_computes_the_same_bits_in_double_precision(on_cpu: ModuleType) -> None:
