@@ -12,6 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from momconv import peak_memory
+from momconv.recipe import Recipe
+from momconv.surgery.calibration import Calibration
+from momconv.surgery.imitation import Imitation
+from momconv.training.progress import Listener
 from recipes.paper import cifar, fig2, fig6, fig7, fig8, fig9, table2
 from recipes.paper.cifar import Images, Schedule
 
@@ -135,6 +139,16 @@ def test_memory_is_predicted_for_every_method_and_gamma() -> None:
     assert not fig7.judge([dict(zip(curves, reversed(curves.values()), strict=True))]).holds
 
 
+def test_a_calibration_that_is_interrupted_has_no_accuracy(
+    task: table2.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imitation = Imitation(steps=1, before=1.0, after=0.9, interrupted=True)
+    monkeypatch.setattr(fig7, "calibrate", lambda *_: Calibration(0, imitation))
+    monkeypatch.setattr(cifar, "read", lambda *_: task.train)
+    with pytest.raises(KeyboardInterrupt):
+        fig7.measure_accuracies(fig7.make("cifar_resnet20", 0), Path(), gammas=(0.9,))
+
+
 def test_the_largest_batch_fits_the_budget_and_one_more_does_not() -> None:
     model = fig7.make("cifar_resnet20", 0)
     budget = 40 * 2**20
@@ -153,6 +167,27 @@ def test_fine_tuning_is_read_from_the_metrics_and_drawn(tmp_path: Path) -> None:
     assert fig8.judge(results).holds
     assert not fig8.judge(results | {"Momentum ResNet": replace(plain, batch=3)}).holds
     assert len(fig8.draw(results).axes[1].lines) == 2
+
+
+def test_fine_tuning_goes_on_also_before_the_end_of_the_first_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar, "RUNS", tmp_path)
+    folder = tmp_path / "hymenoptera, ResNet"
+    folder.mkdir()
+    (folder / "state.safetensors").touch()
+    resumed = []
+
+    def imitate(recipe: Recipe, path: Path, *, resume: bool, listener: Listener) -> None:
+        resumed.append(resume)
+        assert recipe.momentum.strategy == "store"
+        (path / "metrics.csv").write_text("val_top1,images_per_second,seconds\n0.5,3,10\n")
+
+    monkeypatch.setattr(fig8, "finetune", imitate)
+    monkeypatch.setattr(fig8, "largest_batch", lambda model: 2)
+    monkeypatch.setattr(fig8, "make", lambda kind: None)
+    assert fig8.fine_tune("ResNet", tmp_path, "none") == fig8.Result(2, 3.0, ((10.0, 50.0),))
+    assert resumed == [True]
 
 
 def test_a_second_order_block_starts_at_rest_and_both_can_be_trained() -> None:
