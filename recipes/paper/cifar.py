@@ -1,5 +1,6 @@
 """CIFAR for table 2 and figures 6 and 9: images, the two networks, and training that can go on."""
 
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,14 +13,18 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from torchvision import datasets
 from torchvision.models import resnet101
 from torchvision.transforms import v2
 
 from benchmarks.tables import choose_device
 from momconv import load_network
+from momconv.units import format_duration
 
 ROOT = Path(__file__).parents[2]
 ARCHIVE = ROOT.parent / "shared/data/cifar10-images.zip"
@@ -72,7 +77,11 @@ def read(archive: Path, part: Part, per_class: int) -> Images:
 def download(classes: int, part: Part) -> Images:
     """All of CIFAR-10 or CIFAR-100, from where torchvision finds it."""
     kind = datasets.CIFAR100 if classes == 100 else datasets.CIFAR10
-    data = kind(RUNS / "data", train=part == "train", download=True)
+    folder = RUNS / "data"
+    try:
+        data = kind(folder, train=part == "train", download=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{error}; put {kind.url} into {folder}") from error
     return _as_images(data.data, data.targets)
 
 
@@ -102,10 +111,26 @@ def make_large(classes: int) -> nn.Module:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """SGD with momentum 0.9, weight decay 5e-4 and cosine decay from ``rate``."""
+    """SGD with momentum 0.9 and weight decay 5e-4, at ``rate`` first.
+
+    That decays as a cosine or, if there are ``drops``, to a tenth after each of so many epochs.
+    """
 
     epochs: int
     rate: float = 0.1
+    drops: tuple[int, ...] = ()
+
+    def decay(self, optimizer: Optimizer, steps: int) -> LRScheduler:
+        """The scheduler, for ``steps`` an epoch."""
+        if self.drops:
+            return MultiStepLR(optimizer, [epoch * steps for epoch in self.drops])
+        return CosineAnnealingLR(optimizer, self.epochs * steps)
+
+
+def teller(title: str) -> Callable[[str], None]:
+    """Prints on stderr how far ``title`` is."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    return lambda text: console.print(f"{title}: {text}")
 
 
 def train(
@@ -113,7 +138,7 @@ def train(
     images: Images,
     schedule: Schedule,
     checkpoint: Path | None = None,
-    tell: Callable[[int], None] = lambda epoch: None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Train on ``images``, going on from ``checkpoint``, which is written after each epoch."""
     device = choose_device()
@@ -121,8 +146,7 @@ def train(
     optimizer = torch.optim.SGD(
         network.parameters(), lr=schedule.rate, momentum=0.9, weight_decay=5e-4
     )
-    steps = schedule.epochs * -(-len(images.y) // BATCH)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    scheduler = schedule.decay(optimizer, steps=-(-len(images.y) // BATCH))
     parts: dict[str, Any] = {"network": network, "optimizer": optimizer, "scheduler": scheduler}
     done = 0
     if checkpoint and checkpoint.is_file():
@@ -130,17 +154,22 @@ def train(
         done = saved["epochs"]
         for name, part in parts.items():
             part.load_state_dict(saved[name])
+    tell(f"goes on after epoch {done}/{schedule.epochs}" if done else f"begins on {device}")
+    began = time.monotonic()
     for epoch in range(done, schedule.epochs):
         torch.manual_seed(epoch)
         network.train()
         for x, y in images.batches(device, augment=True):
             optimizer.zero_grad()
-            cross_entropy(network(x), y).backward()
+            loss = cross_entropy(network(x), y)
+            loss.backward()
             optimizer.step()
             scheduler.step()
         if checkpoint:
             save(checkpoint, {"epochs": epoch + 1} | {n: p.state_dict() for n, p in parts.items()})
-        tell(epoch + 1)
+        left = (time.monotonic() - began) / (epoch + 1 - done) * (schedule.epochs - epoch - 1)
+        progress = f"epoch {epoch + 1}/{schedule.epochs}, loss {loss.item():.3f}"
+        tell(f"{progress}, {format_duration(left)} left")
 
 
 def save(checkpoint: Path, state: dict[str, Any]) -> None:

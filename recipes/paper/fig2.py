@@ -7,6 +7,7 @@ Measures the depths of benchmarks/depth.py, whose head says what and how, up to 
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from benchmarks import depth
 from benchmarks.isolation import outcome, start_process
@@ -25,6 +26,7 @@ def measure(depths: list[int]) -> list[Row]:
             for blocks in depths:
                 value = outcome(process, depth.measure_depth, method, blocks, device)
                 cell = value if isinstance(value, str) else f"{value:.2f}"
+                Console(stderr=True).print(method, blocks, cell)
                 rows.append({"method": method, "depth": str(blocks), depth.VALUE: cell})
     return rows
 

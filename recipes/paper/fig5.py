@@ -17,6 +17,8 @@ from typing import Annotated
 import torch
 import typer
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from torch.func import jacrev, vmap
 from torch.nn.functional import cross_entropy
@@ -109,9 +111,10 @@ def main(
 ) -> None:
     """Train both kinds of network from each seed."""
     results = []
-    for gamma in GAMMAS:
+    cases = [(gamma, seed) for gamma in GAMMAS for seed in range(SEEDS)]
+    for gamma, seed in track(cases, "networks", console=Console(stderr=True)):
         effort = {"points": 2000, "steps": 1500 if gamma else 5000} if full else {}
-        results += [train(gamma, seed, **effort) for seed in range(SEEDS)]
+        results.append(train(gamma, seed, **effort))
     rows: list[Row] = [
         {
             "network": f"Momentum ResNet, γ = {result.gamma:g}" if result.gamma else "ResNet",

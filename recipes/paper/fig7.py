@@ -89,7 +89,9 @@ def measure_accuracies(
     for gamma in gammas:
         model = convert(plain, gamma, "all") if gamma else plain
         if gamma:
-            calibrate(model, images, plain)
+            imitation = calibrate(model, images, plain).imitation
+            if imitation and imitation.interrupted:  # it would be another network's accuracy
+                raise KeyboardInterrupt
         result[gamma] = cifar.accuracy(model, val)
     return result
 

@@ -8,6 +8,7 @@ torchvision's cannot be downloaded. The default plans the batches and times a st
 on two images of half the size.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,8 +21,10 @@ from torch import nn
 
 from benchmarks.tables import Row, choose_device
 from momconv import convert, finetune, load_network, peak_memory
+from momconv.cli._display import Display
 from momconv.planner.micro_batch import Line
 from momconv.recipe import load_recipe
+from momconv.training.run_folder import RunFolder
 from recipes.paper import cifar
 from recipes.paper.report import MOMENTUM, RESNET, Claim, panels, report
 
@@ -74,15 +77,16 @@ def plan_and_time(kind: str) -> Result:
 def fine_tune(kind: str, data: Path, weights: str) -> Result:
     """The recipe with the largest batch, run or resumed in runs/paper/."""
     batch = largest_batch(make(kind))
-    strategy = [] if GAMMAS[kind] else ["momentum.calibrate=false"]
-    changes = [f"momentum.gamma={GAMMAS[kind]}", f"train.batch_size={batch}", *strategy]
+    plain = [] if GAMMAS[kind] else ["momentum.calibrate=false", "momentum.strategy=store"]
+    changes = [f"momentum.gamma={GAMMAS[kind]}", f"train.batch_size={batch}", *plain]
     recipe = load_recipe(
         cifar.ROOT / "recipes" / "hymenoptera.yaml",
         [*changes, f"data.path={data}", f"model.weights={weights}"],
     )
-    folder = cifar.RUNS / f"hymenoptera, {kind}"
-    finetune(recipe, folder, resume=(folder / "metrics.csv").is_file())
-    return Result(batch, *read_metrics(folder / "metrics.csv"))
+    run = RunFolder(cifar.RUNS / f"hymenoptera, {kind}")
+    with ExitStack() as bars:
+        finetune(recipe, run.path, resume=not run.is_unused, listener=Display(bars))
+    return Result(batch, *read_metrics(run.metrics))
 
 
 def read_metrics(path: Path) -> tuple[float, tuple[tuple[float, float], ...]]:

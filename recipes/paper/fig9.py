@@ -5,7 +5,8 @@ method: of first order, x′ = f(x), or of second order, ε x″ + x′ = f(x) w
 which Momentum ResNets become as they get deeper. f is two 3×3 convolutions with as many channels
 as x, and the same number of parameters in both. Accuracy over the number of channels, on CIFAR-10
 from a ZIP file (``--data``), of three networks each: 2,000 training images of 16² pixels, six
-epochs, and 2,000 test images; with ``--full`` all 50,000 of 32², ten epochs.
+epochs, and 2,000 test images; with ``--full`` all 50,000 of 32², ten epochs. Training writes a
+checkpoint after each epoch to runs/paper/; the same command goes on where it was interrupted.
 """
 
 import statistics
@@ -109,7 +110,9 @@ def measure_one(task: Task, channels: int, order: str, seed: int) -> float:
     """The accuracy of one network in percent."""
     torch.manual_seed(seed)
     network = Network(channels, order, task.shrink)
-    cifar.train(network, task.train, task.schedule)
+    title = f"{order}, {channels} channels, seed {seed}"
+    file = cifar.RUNS / f"{title}, {len(task.train.y)} images.pt"
+    cifar.train(network, task.train, task.schedule, file, cifar.teller(title))
     return cifar.accuracy(network, task.val)
 
 

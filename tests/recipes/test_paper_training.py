@@ -10,8 +10,13 @@ import torch
 import typer
 from PIL import Image
 from torch import Tensor, nn
+from torchvision import datasets
 
 from momconv import peak_memory
+from momconv.recipe import Recipe
+from momconv.surgery.calibration import Calibration
+from momconv.surgery.imitation import Imitation
+from momconv.training.progress import Listener
 from recipes.paper import cifar, fig2, fig6, fig7, fig8, fig9, table2
 from recipes.paper.cifar import Images, Schedule
 
@@ -65,23 +70,49 @@ def test_images_are_read_class_by_class(tmp_path: Path) -> None:
         cifar.read(tmp_path / "absent.zip", "train", 1)
 
 
-def test_training_goes_on_where_it_was_interrupted(task: table2.Task, tmp_path: Path) -> None:
+def test_data_that_cannot_be_downloaded_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar, "RUNS", tmp_path)
+    monkeypatch.setattr(datasets.CIFAR100, "url", "file:///absent")
+    with pytest.raises(typer.BadParameter, match="absent into"):
+        cifar.download(100, "val")
+
+
+@pytest.mark.parametrize("schedule", [Schedule(2), Schedule(2, drops=(1,))])
+def test_training_goes_on_where_it_was_interrupted(
+    task: table2.Task, tmp_path: Path, schedule: Schedule
+) -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)
         return Tiny(10)
 
     whole, first, second = make(), make(), make()
     file = tmp_path / "checkpoint.pt"
-    cifar.train(whole, task.train, task.schedule)
+    cifar.train(whole, task.train, schedule)
 
-    def interrupt(epoch: int) -> None:
-        raise KeyboardInterrupt
+    def interrupt(text: str) -> None:
+        if text.startswith("epoch 1/2, loss ") and text.endswith(" left"):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cifar.train(first, task.train, task.schedule, file, interrupt)
-    cifar.train(second, task.train, task.schedule, file)
+        cifar.train(first, task.train, schedule, file, interrupt)
+    told: list[str] = []
+    cifar.train(second, task.train, schedule, file, told.append)
+    assert told[0] == "goes on after epoch 1/2"
     for ours, theirs in zip(second.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_rate_drops_to_a_tenth_after_some_epochs() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.01)
+    scheduler = Schedule(5, rate=0.01, drops=(2, 4)).decay(optimizer, steps=2)
+    rates = []
+    for _ in range(10):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([1e-2] * 4 + [1e-3] * 4 + [1e-4] * 2)
 
 
 def test_the_networks_of_table_2_begin_with_the_same_weights(task: table2.Task) -> None:
@@ -92,6 +123,16 @@ def test_the_networks_of_table_2_begin_with_the_same_weights(task: table2.Task) 
     images = torch.randn(2, 3, 32, 32)
     outputs = [network(images) for network in (plain, *momentum)]
     assert not any(torch.equal(outputs[i], outputs[j]) for i, j in [(0, 1), (0, 2), (1, 2)])
+
+
+@pytest.mark.parametrize("kind", list(table2.KINDS))
+def test_the_papers_network_may_have_larger_activations(
+    task: table2.Task, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(cifar, "download", lambda *_: task.train)
+    network = table2.make(replace(table2.large(10), make=Tiny), kind, seed=0)
+    nn.init.constant_(network.get_parameter("0.weight"), 30.0)
+    network(torch.ones(2, 3, 32, 32)).sum().backward()  # 810 in the first run
 
 
 def test_table_2_trains_every_kind_and_is_judged_by_the_worst(task: table2.Task) -> None:
@@ -135,6 +176,16 @@ def test_memory_is_predicted_for_every_method_and_gamma() -> None:
     assert not fig7.judge([dict(zip(curves, reversed(curves.values()), strict=True))]).holds
 
 
+def test_a_calibration_that_is_interrupted_has_no_accuracy(
+    task: table2.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imitation = Imitation(steps=1, before=1.0, after=0.9, interrupted=True)
+    monkeypatch.setattr(fig7, "calibrate", lambda *_: Calibration(0, imitation))
+    monkeypatch.setattr(cifar, "read", lambda *_: task.train)
+    with pytest.raises(KeyboardInterrupt):
+        fig7.measure_accuracies(fig7.make("cifar_resnet20", 0), Path(), gammas=(0.9,))
+
+
 def test_the_largest_batch_fits_the_budget_and_one_more_does_not() -> None:
     model = fig7.make("cifar_resnet20", 0)
     budget = 40 * 2**20
@@ -155,12 +206,37 @@ def test_fine_tuning_is_read_from_the_metrics_and_drawn(tmp_path: Path) -> None:
     assert len(fig8.draw(results).axes[1].lines) == 2
 
 
-def test_a_second_order_block_starts_at_rest_and_both_can_be_trained() -> None:
+def test_fine_tuning_goes_on_also_before_the_end_of_the_first_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cifar, "RUNS", tmp_path)
+    folder = tmp_path / "hymenoptera, ResNet"
+    folder.mkdir()
+    (folder / "state.safetensors").touch()
+    resumed = []
+
+    def imitate(recipe: Recipe, path: Path, *, resume: bool, listener: Listener) -> None:
+        resumed.append(resume)
+        assert recipe.momentum.strategy == "store"
+        (path / "metrics.csv").write_text("val_top1,images_per_second,seconds\n0.5,3,10\n")
+
+    monkeypatch.setattr(fig8, "finetune", imitate)
+    monkeypatch.setattr(fig8, "largest_batch", lambda model: 2)
+    monkeypatch.setattr(fig8, "make", lambda kind: None)
+    assert fig8.fine_tune("ResNet", tmp_path, "none") == fig8.Result(2, 3.0, ((10.0, 50.0),))
+    assert resumed == [True]
+
+
+def test_a_second_order_block_starts_at_rest_and_both_can_be_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torchdiffeq")
+    monkeypatch.setattr(cifar, "RUNS", tmp_path)
     images = make_images(10)
     task = fig9.Task(images, images, Schedule(1), shrink=4)
     accuracies = fig9.measure(task, channels=(2,), seeds=(0, 1))
     assert all(len(points) == 2 for (points,) in accuracies.values())
+    assert len([*tmp_path.glob("*.pt")]) == 4  # checkpoints
     network = fig9.Network(2, "second order")
     with torch.no_grad():
         for parameter in network.field.parameters():
