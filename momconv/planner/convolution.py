@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 FLOAT = 4  # bytes
 _IMAGE_CHANNELS = 3  # up to so many, oneDNN reads the input of a convolution as it is
@@ -52,8 +53,7 @@ class Convolution:
 
     @property
     def is_channels_last(self) -> bool:
-        last = torch.channels_last
-        return not self.x.is_contiguous() and self.x.is_contiguous(memory_format=last)
+        return suggest_memory_format(self.x) == torch.channels_last
 
     @property
     def is_pointwise(self) -> bool:
