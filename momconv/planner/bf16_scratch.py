@@ -9,6 +9,7 @@ for. Where oneDNN takes the way that it estimates to be the fastest, the largest
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,7 +23,9 @@ _LIST = 4120  # bytes of a thread's list of the matrices to multiply
 _TILES = 2 * _PAGE  # bytes to which a thread puts tiles aside
 _NESTED = 128  # bytes of an algorithm that calls another
 _FEW_INPUTS = 16  # with fewer, the rows of the kernel are laid side by side
-_FEW_PIXELS = 128  # rows of the output that are computed at a time have more, or fill a larger cache
+_FEW_PIXELS = (
+    128  # rows of the output that are computed at a time have more, or fill a larger cache
+)
 _FILLED = 0.9  # or the last rows are too few
 _L2_FOR_ROWS = 0.375  # the part of the second cache that these rows may fill
 _L2_FOR_LINES = 0.6  # the same in a gradient of the weight
@@ -70,8 +73,8 @@ def weight_gradient(conv: Convolution) -> int:
 
 
 def _untiled(conv: Convolution, sums: int) -> int:
-    """Kernels of a pixel need each thread's sums of an image, in blocks of channels."""
-    if conv.is_channels_last and not conv.is_depthwise:
+    """Kernels of a pixel need each thread's sums of an image, unless they are products."""
+    if conv.is_channels_last and not conv.is_depthwise and supports("avx512_bf16"):
         return _lists(conv) + _NESTED
     return torch.get_num_threads() * sums if conv.is_pointwise else 0
 
@@ -105,7 +108,7 @@ class _Product:
         (tall, wide), (down, across), (height, width) = conv.kernel, conv.stride, conv.x.shape[2:]
         merged = _merge(conv)
         broad = conv.y.shape[3]
-        are_few = 1 < wide and merged == 1 and conv.inputs < _FEW_INPUTS
+        are_few = wide > 1 and merged == 1 and conv.inputs < _FEW_INPUTS
         return _Product(
             conv,
             conv.inputs * merged,
@@ -223,6 +226,23 @@ def _strided_product(conv: Convolution) -> int:
 # Gradients of weights
 
 
+class _Share(NamedTuple):
+    """Among how many threads each is divided.
+
+    Each thread that has some of the images has sums of its own.
+    """
+
+    images: int
+    outputs: int
+    inputs: int
+
+    @property
+    def waiting(self) -> int:
+        """Bytes for those that need the same to wait for each other."""
+        of_inputs = self.images * self.inputs if self.outputs > 1 else 0
+        return _BARRIER * (of_inputs + (self.images * self.outputs if self.inputs > 1 else 0))
+
+
 @dataclass(frozen=True, slots=True)
 class _Lines:
     """What is multiplied for a gradient of the weight: lines of pixels, channel by channel."""
@@ -234,58 +254,72 @@ class _Lines:
     y_pixels: int
 
     @property
-    def x_blocks(self) -> int:
-        """Blocks of input channels of a group."""
-        return ceil_div(self.conv.inputs, _BLOCK)
+    def inputs(self) -> int:
+        """Of a group, in whole blocks."""
+        is_image = self.conv.blocked_x == 0 and not self.conv.is_tiled
+        return self.conv.inputs if is_image else round_up(self.conv.inputs, _BLOCK)
 
     @property
-    def y_blocks(self) -> int:
-        return ceil_div(self.conv.outputs, _BLOCK)
+    def outputs(self) -> int:
+        """Of a group, in whole blocks."""
+        return round_up(self.conv.outputs, _BLOCK)
 
     @property
     def sums(self) -> int:
         """Bytes of the weight's gradient in single precision."""
-        outputs, inputs = self.y_blocks * _BLOCK, self.x_blocks * _BLOCK
-        return self.conv.weight_of(outputs, inputs) * FLOAT // _BF16
+        return self.conv.weight_of(self.outputs, self.inputs) * FLOAT // _BF16
 
-    def share(self) -> tuple[int, int]:
-        """Among how many threads the images are divided, and among how many the inputs.
+    @property
+    def step(self) -> int:
+        """Channels that are multiplied at once."""
+        return _PAIRS if self.conv.is_tiled else _BLOCK
 
-        Each thread that has some of the images has sums of its own.
-        """
+    def share(self) -> _Share:
+        """How the work is divided among threads."""
         threads = torch.get_num_threads() // self.conv.groups
         if threads < 2:
-            return 1, 1
+            return _Share(1, 1, 1)
         wide = min(self.conv.inputs, self.conv.outputs) >= _WIDE
-        if wide and len(self.conv.x) <= threads // 2 and supports("amx_bf16"):
-            images = self._share_of_few_images(threads)
-        else:
-            images = min(range(threads, 0, -1), key=self._cost)
-        return images, max(1, min(threads // images, self.x_blocks // 2))
+        if self.conv.is_tiled and wide and len(self.conv.x) <= threads // 2:
+            return self._share_few_images(threads)
+        most = max(1, self.inputs // self.step)
+        shares = [
+            _Share(images, outputs, min(threads // images // outputs, most))
+            for images in range(threads, 0, -1)
+            for outputs in range(min(threads // images, ceil_div(self.outputs, self.step)), 0, -1)
+        ]
+        return min(shares, key=self._cost)
 
-    def _share_of_few_images(self, threads: int) -> int:
-        """Pixels, inputs and outputs are cut so that the pieces become cubes."""
-        conv, area = self.conv, math.prod(self.conv.kernel)
-        pixels = len(conv.x) * math.prod(conv.y.shape[2:]) / _PAIRS
-        side = (pixels * 15 * self.x_blocks * self.y_blocks * area**2 / threads) ** (1 / 3)
-        return min(threads, max(1, round(pixels / side)))
+    def _share_few_images(self, threads: int) -> _Share:
+        """Pixels, inputs and outputs are cut into pieces like cubes, tiles being their units."""
+        area = math.prod(self.conv.kernel)
+        pixels = len(self.conv.x) * math.prod(self.conv.y.shape[2:]) / _PAIRS
+        inputs, outputs = 5 * self.inputs * area / _BLOCK, 3 * self.outputs * area / _BLOCK
+        side = (pixels * inputs * outputs / threads) ** (1 / 3)
+        images = min(threads, max(1, round(pixels / side)))
+        return _Share(images, 1, min(threads // images, max(1, self.inputs // self.step)))
 
-    def _cost(self, images: int) -> float:
+    def _cost(self, share: _Share) -> float:
         """What a thread reads and writes, weighted as oneDNN does."""
-        conv, area = self.conv, math.prod(self.conv.kernel)
-        x_chunks, y_chunks = ceil_div(self.x_blocks, 2), ceil_div(self.y_blocks, 2)
+        area, ratio = math.prod(self.conv.kernel), self.outputs / self.inputs
         x_line = self.x_lines * self.x_pixels / self.y_lines
-        lines = len(conv.x) * self.y_lines
-        tensors = lines * _BF16 * (conv.inputs * x_line + conv.outputs * self.y_pixels)
-        weighted = tensors / 2 / (FLOAT * conv.inputs * conv.outputs * area)
-        threads = torch.get_num_threads() // conv.groups // images
-        inputs = ceil_div(x_chunks, max(1, min(threads, self.x_blocks // 2))) * _PAIRS
-        outputs = ceil_div(y_chunks, _PAIRS) * _PAIRS
-        mine = ceil_div(lines, images) * _BF16
-        reading_x = mine * x_line / math.prod(conv.stride) * inputs * max(1, x_chunks / y_chunks)
-        reading_y = mine * self.y_pixels * outputs * max(1, y_chunks / x_chunks)
-        writing = FLOAT * inputs * outputs * area * max(1, weighted)
-        return reading_x * (4 if weighted < 1 else 1) + reading_y + writing
+        lines = len(self.conv.x) * self.y_lines
+        tensors = _BF16 * lines * (self.conv.inputs * x_line + self.conv.outputs * self.y_pixels)
+        excess = tensors / 2 / (FLOAT * self.conv.inputs * self.conv.outputs * area)
+        weights = [max(1, 1 / ratio), max(1, ratio), max(1, excess)]
+        step, mine = self.step, ceil_div(lines, share.images)
+        inputs = ceil_div(ceil_div(self.inputs, step), share.inputs) * step
+        outputs = ceil_div(ceil_div(self.outputs, step), share.outputs) * step
+        sum_bytes = FLOAT / _BF16
+        if self.conv.is_tiled:  # it takes chunks of outputs for outputs
+            outputs = round_up(ceil_div(self.outputs, step * share.outputs), step)
+        else:
+            weights, sum_bytes = [int(weight) for weight in weights], 1
+        x = weights[0] * (4 if excess < 1 else 1) * mine * inputs * x_line
+        y = weights[1] * mine * outputs * self.y_pixels
+        return (
+            x / math.prod(self.conv.stride) + y + weights[2] * sum_bytes * inputs * outputs * area
+        )
 
 
 def _tiled_weight_gradient(conv: Convolution) -> int:
@@ -293,40 +327,37 @@ def _tiled_weight_gradient(conv: Convolution) -> int:
     (height, width), (high, broad) = conv.x.shape[2:], conv.y.shape[2:]
     if conv.is_product and width <= _LONG_LINE:
         height, high, broad = 1, 1, high * broad
-    across = conv.stride[1]
+    down, across = conv.stride
     read = round_up(ceil_div((broad - 1) * across + conv.kernel[1], across), _PAIRS) * across
     parts = ceil_div(broad, _PAIRS)
     lines = _Lines(conv, height, read, high, parts * round_up(ceil_div(broad, parts), 2))
-    images, channels = lines.share()
-    x_line = _BF16 * lines.x_pixels * _BLOCK * lines.x_blocks
-    y_line = _BF16 * lines.y_pixels * _BLOCK * lines.y_blocks
-    x_filling = 2 * _BF16 * lines.x_pixels * _BLOCK * ceil_div(lines.x_blocks, channels)
-    space = _L2_FOR_LINES * _cache("l2") - conv.kernel[0] * x_filling
-    rows = ceil_div(high, ceil_div(high, max(1, int(space / (x_filling + 2 * y_line)))))
-    x_rows = (rows - 1) * min(conv.stride[0], conv.kernel[0]) + conv.kernel[0]
-    x_rows = min(height, conv.stride[0] * min(height, x_rows))
-    copies = conv.groups * (x_rows * x_line + rows * y_line)
-    waiting = images * _BARRIER if channels > 1 else 0
-    guard = _BF16 * lines.x_pixels * _BLOCK
+    share = lines.share()
+    x_line, y_line = _BF16 * lines.x_pixels * lines.inputs, _BF16 * lines.y_pixels * lines.outputs
+    # With what they are transposed from, a thread's lines are twice as long.
+    x_used = 2 * ceil_div(lines.inputs // _BLOCK, share.inputs) * _BF16 * lines.x_pixels * _BLOCK
+    y_used = 2 * ceil_div(lines.outputs // _BLOCK, share.outputs) * _BF16 * lines.y_pixels * _BLOCK
+    space = _L2_FOR_LINES * _cache("l2") - conv.kernel[0] * x_used
+    rows = ceil_div(high, ceil_div(high, max(1, int(space / (x_used + y_used)))))
+    reach = min(height, (rows - 1) * min(conv.stride[0], conv.kernel[0]) + conv.kernel[0])
+    copies = conv.groups * (min(height, down * reach) * x_line + rows * y_line)
     fixed = _FIXED + torch.get_num_threads() * (_LIST + _TILES)
-    return images * (copies + lines.sums) + guard + waiting + fixed
+    guard = _BF16 * lines.x_pixels * _BLOCK
+    return share.images * (copies + lines.sums) + guard + share.waiting + fixed
 
 
 def _transposing_weight_gradient(conv: Convolution) -> int:
-    """Sums and an image of each thread."""
+    """Sums, and an image of each thread that has some."""
     (height, width), (high, broad) = conv.x.shape[2:], conv.y.shape[2:]
     across, padding = conv.stride[1], conv.padding[1]
     end = (broad - 1) * across + conv.kernel[1] - width - padding
     read = (ceil_div(width, across) + round_up(max(padding, end + 1), 2)) * across
     lines = _Lines(conv, height, read, high, round_up(broad, 2))
-    images, channels = lines.share()
-    x_copy = _BF16 * height * read * _BLOCK * lines.x_blocks
-    y_copy = _BF16 * high * lines.y_pixels * _BLOCK * lines.y_blocks
-    sums = lines.sums
+    share = lines.share()
+    x_copy = height * read * lines.inputs
     if conv.blocked_x == 0 and not conv.is_channels_last:
-        x_copy, sums = 0, 2 * conv.blocked_weight
-    waiting = images * _BARRIER if channels > 1 else 0
-    return images * (conv.groups * (x_copy + y_copy) + sums) + waiting + _FIXED_UNTILED
+        x_copy = 0  # images are read as they are
+    copies = _BF16 * conv.groups * (x_copy + high * lines.y_pixels * lines.outputs)
+    return share.images * (copies + lines.sums) + share.waiting + _FIXED_UNTILED
 
 
 def _pointwise_weight_gradient(conv: Convolution) -> int:
@@ -336,4 +367,4 @@ def _pointwise_weight_gradient(conv: Convolution) -> int:
     is_ordered = area % _BLOCK == 0 and not conv.is_channels_last
     channels = 0 if is_ordered else min(conv.inputs, _CHUNK) + conv.outputs
     transposed = torch.get_num_threads() * _BF16 * channels * area
-    return lines.share()[0] * lines.sums + transposed + _FIXED_UNTILED
+    return lines.share().images * lines.sums + transposed

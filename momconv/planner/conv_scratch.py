@@ -92,7 +92,8 @@ def _onednn_backward(conv: Convolution, wanted: Sequence[bool]) -> int:
         peak = held + _onednn_input_gradient(conv)
         held += conv.x.nbytes
     if wanted[2] and conv.is_bf16:
-        held += (FLOAT + conv.x.element_size()) * len(conv.weight)  # the bias's, with its sums
+        sums = conv.groups * round_up(conv.outputs, _BLOCK)
+        held += FLOAT * sums + conv.x.element_size() * len(conv.weight)  # of the bias
     return max(peak, held + _onednn_weight_gradient(conv)) if wanted[1] else peak
 
 
@@ -158,7 +159,7 @@ def _gradient_needs_columns(conv: Convolution) -> bool:
 
     Without AVX-512 these are all that are larger than the image.
     """
-    if conv.is_tiled:
+    if conv.is_tiled or (conv.is_bf16 and conv.groups == 1):
         return False
     blocked = conv.is_depthwise and not conv.is_channels_last
     largest = _LARGEST_DEPTHWISE_KERNEL if blocked else _LARGEST_DIRECT_KERNEL

@@ -27,6 +27,7 @@ class Convolution:
 
     @property
     def kernel(self) -> Sequence[int]:
+        """Height and width."""
         return self.weight.shape[2:]
 
     @property
@@ -41,22 +42,27 @@ class Convolution:
 
     @property
     def is_strided(self) -> bool:
+        """Whether it skips pixels."""
         return max(self.stride) > 1
 
     @property
     def is_depthwise(self) -> bool:
+        """Whether each channel is a group."""
         return self.groups > 1 and self.inputs == 1 and self.groups == len(self.weight)
 
     @property
     def is_small_depthwise(self) -> bool:
+        """Whether its weight is not put into blocks."""
         return self.is_depthwise and max(self.kernel) <= _SMALL_KERNEL
 
     @property
     def is_channels_last(self) -> bool:
+        """Whether PyTorch keeps it channels-last."""
         return suggest_memory_format(self.x) == torch.channels_last
 
     @property
     def is_pointwise(self) -> bool:
+        """Whether its kernel is one pixel."""
         return math.prod(self.kernel) == 1
 
     @property
@@ -66,8 +72,8 @@ class Convolution:
 
     @property
     def is_bf16(self) -> bool:
-        """Whether oneDNN has algorithms of its own for it; without AVX-512 it has none at all."""
-        return self.x.dtype == torch.bfloat16
+        """Whether oneDNN has algorithms for this type, as it has with AVX-512."""
+        return self.x.dtype == torch.bfloat16 and has_avx512()
 
     @property
     def is_tiled(self) -> bool:
@@ -87,6 +93,7 @@ class Convolution:
 
     @property
     def blocked_x(self) -> int:
+        """Bytes of the input in blocks; 0 if it is read as it is."""
         return 0 if self.x.shape[1] <= _IMAGE_CHANNELS else blocked(self.x)
 
     @property
@@ -122,14 +129,17 @@ def in_blocks(channels: int) -> int:
 
 
 def ceil_div(number: int, divisor: int) -> int:
+    """The quotient, rounded up."""
     return -(-number // divisor)
 
 
 def round_up(number: int, step: int) -> int:
+    """The next multiple of ``step``."""
     return ceil_div(number, step) * step
 
 
 def has_avx512() -> bool:
+    """Whether PyTorch uses vectors of 512 bits."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
