@@ -52,7 +52,9 @@ def input_gradient(conv: Convolution) -> int:
         return _strided_product(conv)
     if conv.is_tiled and not conv.is_strided:
         return _product(_Product.of_input_gradient(conv)) + _NESTED
-    return _untiled(conv, FLOAT * math.prod(conv.x.shape[1:]))
+    skipping = _BF16 if conv.is_strided else 0
+    sums = (FLOAT + skipping) * conv.x.shape[1] * math.prod(conv.y.shape[2:])
+    return _untiled(conv, sums)
 
 
 def needs_strided_gradient(conv: Convolution) -> bool:

@@ -105,7 +105,7 @@ def _onednn_input_gradient(conv: Convolution) -> int:
     are_products = _needs_strided_gradient(conv) or (conv.is_tiled and not conv.is_strided)
     if conv.is_bf16:
         scratch = bf16_scratch.input_gradient(conv)
-        if are_products:
+        if are_products or not conv.is_depthwise:
             weight = conv.weight_of(_paired(conv.outputs), round_up(conv.inputs, _BLOCK))
     elif are_products:
         scratch = _strided_scratch(conv)

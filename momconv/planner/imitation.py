@@ -138,8 +138,9 @@ class Imitator(Generic[_T]):
 
 def _is_plain(func: OpOverload, args: Any) -> bool:
     """Whether its kernel goes through contiguous tensors element by element, into a new one."""
-    copies = func is aten.clone.default or func is aten._to_copy.default  # with all strides
-    if torch.Tag.pointwise not in func.tags or func._schema.is_mutable or copies:
+    if torch.Tag.pointwise not in func.tags or func._schema.is_mutable:
+        return False
+    if func is aten.clone.default:  # with all strides
         return False
     return all(isinstance(arg, FakeTensor) and arg.shape == args[0].shape for arg in args)
 

@@ -3,7 +3,8 @@
 Fake tensors show what an operation returns, not this. The rules say how many bytes are alive at
 most while an operation runs, its results included, as a function of its arguments. They were read
 off PyTorch's allocator, one operation at a time, and hold for PyTorch's CPU kernels and oneDNN's;
-oneDNN's choice of algorithm, and with it a convolution's scratch, depends on the processor.
+oneDNN's choice of algorithm, and with it a convolution's scratch, depends on the processor. Not
+known is what products of matrices and attention copy in bf16 on tiles (AMX), a few MiB at most.
 """
 
 import math
