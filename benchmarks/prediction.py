@@ -5,8 +5,8 @@ allocates, "whole" has weights, gradients, optimiser state (SGD) and the batch a
 take a quarter of an hour with instructions for bf16, and more than an hour without; to measure
 some, name networks.
 
-Algorithms that oneDNN has for these instructions take scratch memory that is not predicted. Nor is
-the layout in which ConvNeXt computes a single image again under "segment".
+What convolutions need for themselves in bf16 depends on the processor and is predicted. What
+products of matrices copy on tiles (AMX), a few MiB at most, is not.
 """
 
 from collections.abc import Iterator

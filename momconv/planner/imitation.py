@@ -11,14 +11,19 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch._prims_common import make_contiguous_strides_for
 from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
     in_kernel_invocation_manager,
 )
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+aten = torch.ops.aten
 _T = TypeVar("_T")
+
+
+_LAYER_NORM = (aten.native_layer_norm.default, aten.native_layer_norm_backward.default)
 
 
 class Answer(NamedTuple, Generic[_T]):
@@ -95,6 +100,8 @@ class Imitator(Generic[_T]):
 
     def _ask(self, func: OpOverload, args: Any, kwargs: Any) -> Answer[_T]:
         value = func(*args, **kwargs)
+        if func in _LAYER_NORM or _is_plain(func, args):
+            value = tree_map_only(FakeTensor, self._straighten, value)
         tensors = _find_tensors(value)
         return Answer(value, tensors, self._examine(func, args, tensors))
 
@@ -113,10 +120,29 @@ class Imitator(Generic[_T]):
         value = results[0] if memory.is_single else tuple(results)
         return Answer(value, tensors, memory.finding)
 
+    def _straighten(self, result: FakeTensor) -> FakeTensor:
+        """A contiguous result, with the strides that a kernel gives to dimensions of one element.
+
+        Fakes have the argument's there, of which convolutions may read another layout.
+        """
+        stride = make_contiguous_strides_for(result.shape)
+        if not result.is_contiguous() or result.stride() == stride:
+            return result
+        return self._make(_New(result.shape, stride, result.dtype, result.fake_device))
+
     def _make(self, new: _New) -> FakeTensor:
         with in_kernel_invocation_manager(self.mode):
             empty = torch.empty_strided(new.shape, new.stride, dtype=new.dtype, device="meta")
             return FakeTensor(self.mode, empty, new.device)
+
+
+def _is_plain(func: OpOverload, args: Any) -> bool:
+    """Whether its kernel goes through contiguous tensors element by element, into a new one."""
+    if torch.Tag.pointwise not in func.tags or func._schema.is_mutable:
+        return False
+    if func is aten.clone.default:  # with all strides
+        return False
+    return all(isinstance(arg, FakeTensor) and arg.shape == args[0].shape for arg in args)
 
 
 def _sign(value: Any) -> Hashable:

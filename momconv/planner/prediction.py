@@ -147,9 +147,9 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
     Neither memory for the step nor a pass through the network is needed: only shapes are computed.
     ``model`` may be on any device, ``torch.device("meta")`` included, and stays as it is.
 
-    For a CPU, benchmarks/prediction.py compares with measured peaks. One with instructions for bf16
-    (avx512_bf16) needs more in bf16 than predicted, up to a third in benchmarks/RESULTS.md. For a
-    GPU nothing has been compared: the allocator's rounding is exact, while the context, the
+    For a CPU, benchmarks/prediction.py compares with measured peaks. What kernels need for
+    themselves depends on its instructions and threads, and is predicted for the CPU that predicts.
+    For a GPU nothing has been compared: the allocator's rounding is exact, while the context, the
     workspaces of libraries and fragmentation are an allowance. On a machine without a GPU the step
     is traced as on a CPU.
 

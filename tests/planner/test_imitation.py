@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -79,6 +80,37 @@ def test_what_shares_memory_still_does() -> None:
     assert all(written is x for written in mode.twice(lambda: x.mul_(2)))
     one, other = mode.twice(lambda: x + 1)
     assert one.untyped_storage()._cdata != other.untyped_storage()._cdata
+
+
+STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer norm": lambda x: F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]),
+    "of one tensor": torch.round,
+    "of two": lambda x: x + x,
+    "in place": lambda x: x.add_(x),
+    "a copy": torch.clone,
+    "a copy of another type": torch.Tensor.half,
+}
+WITH_A_NUMBER: dict[str, Callable[[Tensor], Tensor]] = {"with a number": lambda x: x * 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "stride"),
+    [
+        *((name, (2, 3, 1, 1), (3, 1, 3, 3)) for name in (*STRIDED, *WITH_A_NUMBER)),
+        *((name, (2, 3, 2, 2), (12, 1, 6, 3)) for name in (*STRIDED, *WITH_A_NUMBER)),
+        *((name, (1, 3, 2, 2), (3, 1, 6, 3)) for name in STRIDED),  # one image of several
+    ],
+)
+def test_a_result_has_the_strides_of_a_real_one(
+    name: str, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    work = (STRIDED | WITH_A_NUMBER)[name]
+    mode = Imitating()
+    with mode.imitator.mode:
+        fake = torch.empty_strided(shape, stride)
+    real = work(torch.empty_strided(shape, stride).zero_())
+    for imitated in mode.twice(lambda: work(fake)):
+        assert imitated.stride() == real.stride()
 
 
 def test_what_changes_the_shape_of_an_argument_is_not_remembered() -> None:

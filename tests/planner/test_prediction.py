@@ -69,23 +69,18 @@ def test_the_peak_of_a_residual_network_is_predicted(strategy: str) -> None:
     assert_agreement(converted(build("cifar_resnet20"), strategy), 4, 32)
 
 
-UNPREDICTED = pytest.mark.xfail(
-    bool(torch.cpu.get_capabilities().get("avx512_bf16")),
-    reason="the scratch of oneDNN's algorithms for bf16 instructions is not predicted",
-    strict=True,
-)
-
-
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        pytest.param("plain", marks=UNPREDICTED),
-        "checkpoint",
-        pytest.param("momentum", marks=UNPREDICTED),
-    ],
-)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_peak_under_autocast_is_predicted(strategy: str) -> None:
     assert_agreement(converted(build("cifar_resnet20"), strategy), 2, 32, "bf16")
+
+
+@pytest.mark.parametrize("strategy", ["plain", "momentum"])
+def test_the_peak_of_another_family_under_autocast_is_predicted(strategy: str) -> None:
+    assert_agreement(converted(conv_next().train(), strategy), 2, 64, "bf16")
+
+
+def test_the_layout_of_a_single_image_is_predicted() -> None:
+    assert_agreement(converted(conv_next().train(), "segment"), 1, 64)
 
 
 @pytest.mark.parametrize("strategy", ["plain", "checkpoint", "momentum"])
