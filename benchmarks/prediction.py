@@ -6,7 +6,7 @@ take a quarter of an hour with instructions for bf16, and more than an hour with
 some, name networks.
 
 What convolutions need for themselves in bf16 depends on the processor and is predicted. What
-products of matrices copy on tiles (AMX), a few MiB at most, is not.
+products of matrices copy on tiles (AMX) is not: up to 15 MiB in the layers of ViT-L.
 """
 
 from collections.abc import Iterator

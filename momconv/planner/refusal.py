@@ -22,7 +22,9 @@ def does_not_fit(outlook: Outlook) -> ResourceError:
     """
     request = outlook.request
     size = request.sizes[-1]
-    leanest = min(outlook.strategies, key=lambda name: outlook.predict(name, size).peak.total)
+    # They may need the same at the peak, but the last of them less where the options change it.
+    totals = {name: outlook.predict(name, size).peak.total for name in outlook.strategies}
+    leanest = min(reversed(totals), key=lambda name: totals[name] // 2**20)
     peak, images = outlook.predict(leanest, size).peak, request.largest_part(size)
     return ResourceError(
         f"a micro-batch of {images} image{'s' if images > 1 else ''} does not fit: it needs "

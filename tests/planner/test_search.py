@@ -134,7 +134,7 @@ def test_the_speed_is_found_only_where_there_is_a_choice(deep: nn.Module) -> Non
 def low_gamma() -> nn.Module:
     """Needs much side information."""
     with torch.device("meta"):
-        return momconv.convert(build("cifar_resnet20"), 0.1, stages="all").train()
+        return momconv.convert(build("cifar_resnet56"), 0.1, stages="all").train()
 
 
 def plan_at(model: nn.Module, limit: int, slowness: dict[str, float], **asked: Any) -> Any:
@@ -149,7 +149,7 @@ def test_where_more_fits_gamma_changes_or_precision_whichever_is_faster(
 ) -> None:
     in_bf16 = peak_memory(low_gamma, 5, SIDE, "bf16", strategy="momentum").total
     with torch.device("meta"):
-        larger = momconv.convert(build("cifar_resnet20"), 0.95, stages="all").train()
+        larger = momconv.convert(build("cifar_resnet56"), 0.95, stages="all").train()
     limit = int(max(peak_of(larger, 5, "momentum"), in_bf16) * 1.0102)
     slow, quick = {"fp32": 1e-9, "bf16": 1e-8}, {"fp32": 1e-8, "bf16": 1e-9}
     for allowed, speeds, gamma, precision, sizes in (
@@ -278,12 +278,14 @@ def test_what_cannot_be_changed_is_not_advised() -> None:
 def test_stages_to_freeze_have_the_names_that_freeze_knows() -> None:
     """A vision transformer has its blocks inside, and takes images of one size."""
     with torch.device("meta"):
-        model = momconv.convert(build("vit_b_32")).train()
-    needed = peak_memory(model, 1, 224, strategy="segment").total
-    with pytest.raises(ResourceError) as refused:
-        plan(model, 224, needed - 30 * MIB, batch_size=1)
-    assert "--freeze stem --freeze encoder.layers.encoder_layer_0" in (refused.value.fix or "")
-    assert "--resolution" not in (refused.value.fix or "")
+        model, frozen = (momconv.convert(build("vit_b_32")).train() for _ in range(2))
+    freeze(frozen, ["stem"])
+    needed = peak_memory(frozen, 1, 224, strategy="segment").total
+    for spare, stages in ((1, "stem"), (-4, "stem --freeze encoder.layers.encoder_layer_0")):
+        with pytest.raises(ResourceError) as refused:
+            plan(model, 224, int(needed * 1.0102) + spare * MIB, batch_size=1)
+        assert f"--freeze {stages}" in (refused.value.fix or "").splitlines()
+        assert "--resolution" not in (refused.value.fix or "")
 
 
 def test_momentum_without_gamma_is_refused() -> None:
