@@ -40,11 +40,14 @@ def _run(
     others: Sequence[Tensor | None],
     constants: Sequence[float],
 ) -> None:
-    """Call ``loop`` on the tensors' memory, in as many parts as PyTorch has threads."""
+    """Call ``loop`` on the tensors' memory, in a part for each thread."""
     first = _flatten(x)
     arrays = [first, *(None if t is None else _flatten(t) for t in others)]
     scalars = [first.dtype.type(constant) for constant in constants]  # or products were double
-    share = max(_SHARE, math.ceil(first.size / torch.get_num_threads()))
+    # PyTorch's own threads keep their cores busy for a while after each operation: with as many
+    # again, a step took longer on two cores than with one.
+    threads = max(1, torch.get_num_threads() // 2)
+    share = max(_SHARE, math.ceil(first.size / threads))
     parts = [_cut(arrays, start, share) for start in range(0, first.size, share)]
     futures = [_threads.submit(loop, *part, *scalars) for part in parts[1:]]
     for part in parts[:1]:  # there is none of an empty batch

@@ -112,7 +112,7 @@ def test_a_cpu_computes_the_same_bits_in_double_precision(on_cpu: ModuleType) ->
 
 def test_threads_of_a_cpu_share_the_work(on_cpu: ModuleType) -> None:
     threads = torch.get_num_threads()
-    torch.set_num_threads(3)
+    torch.set_num_threads(6)
     try:
         check(on_cpu, make_state(0.9, size=200_001), 0.9)
     finally:
