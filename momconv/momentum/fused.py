@@ -1,14 +1,26 @@
 """The steps of kernels.py as one operation each, which passes over memory once.
 
 They are operations of PyTorch's, so that the planner sees them too: on fake tensors they give what
-they allocate and compute nothing. A GPU's need Triton, a CPU's Numba.
+they allocate and compute nothing. A GPU's need Triton, a CPU's Numba. They have no gradients.
 """
 
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
+
+_library = torch.library.Library("momconv", "DEF")
+_state = "Tensor x, Tensor(a!) v, Tensor(b!)? r, Tensor y"
+_library.define(f"advance({_state}, float scale, float gamma, float ulp) -> Tensor")
+_library.define(f"undo({_state}, float scale, float gamma) -> ()")
+
+# As ``kernels.advance`` and ``kernels.undo``; the residual is multiplied by ``scale`` and then
+# counted in ulps.
+advance = torch.ops.momconv.advance.default
+undo = torch.ops.momconv.undo.default
 
 
 def are_for(x: Tensor, y: Tensor) -> bool:
@@ -18,47 +30,26 @@ def are_for(x: Tensor, y: Tensor) -> bool:
     return x.is_cpu and y.dtype in (x.dtype, torch.bfloat16) and _is_installed("numba")
 
 
-@torch.library.custom_op("momconv::advance", mutates_args=("v", "r"), device_types="cpu")
-def advance(
-    x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float, ulp: float
-) -> Tensor:
-    """As ``kernels.advance``; the residual is multiplied by ``scale`` and counted in ulps."""
-    from momconv.momentum import fused_cpu
-
-    return fused_cpu.advance(x, v, r, y, scale, gamma, ulp)
-
-
-@torch.library.custom_op("momconv::undo", mutates_args=("v", "r"), device_types="cpu")
-def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float) -> None:
-    """As ``kernels.undo``."""
-    from momconv.momentum import fused_cpu
-
-    fused_cpu.undo(x, v, r, y, scale, gamma)
-
-
-@advance.register_kernel("cuda")
-def _advance_on_gpu(
-    x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float, ulp: float
-) -> Tensor:
-    from momconv.momentum import fused_gpu
-
-    return fused_gpu.advance(x, v, r, y, scale, gamma, ulp)
-
-
-@undo.register_kernel("cuda")
-def _undo_on_gpu(
-    x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float
-) -> None:
-    from momconv.momentum import fused_gpu
-
-    fused_gpu.undo(x, v, r, y, scale, gamma)
-
-
-@advance.register_fake
-def _allocate(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x)
-
-
 @cache
 def _is_installed(package: str) -> bool:
     return find_spec(package) is not None
+
+
+def _register(device: str, module: str) -> None:
+    """The functions of ``module``, which is imported when it is first used."""
+    find = cache(lambda: import_module(f"momconv.momentum.{module}"))
+
+    def advance(*args: Any) -> Any:
+        return find().advance(*args)
+
+    def undo(*args: Any) -> None:
+        find().undo(*args)
+
+    _library.impl("advance", advance, device)
+    _library.impl("undo", undo, device)
+
+
+_register("CPU", "fused_cpu")
+_register("CUDA", "fused_gpu")
+_library.impl("advance", lambda x, *_: torch.empty_like(x), "Meta")
+_library.impl("undo", lambda *_: None, "Meta")

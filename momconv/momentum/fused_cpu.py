@@ -58,7 +58,7 @@ def _run(
 
 def _flatten(x: Tensor) -> np.ndarray:
     """The memory of x; NumPy has no bfloat16, whose bits become integers."""
-    flat = x.detach().as_strided((x.numel(),), (1,))
+    flat = x.as_strided((x.numel(),), (1,))
     return (flat.view(torch.uint16) if x.dtype == torch.bfloat16 else flat).numpy()
 
 
