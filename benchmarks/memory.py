@@ -1,13 +1,15 @@
 """Peak activation and transient bytes of one training step, per image, for every method.
 
 Weights, gradients, optimiser state and the input images are left out; everything else that
-PyTorch's allocator handed out is in (momconv.planner.measurement). In bf16 (autocast) a CPU without
-instructions for it takes many minutes for a step, so there the peak is what ``momconv.peak_memory``
-predicts, which is compared with measured ones, bf16 included, in benchmarks/prediction.py; with
-avx512_bf16 it is measured, and is up to a tenth more, in ConvNeXt up to a third. Not all of a step
-halves in bf16: weights have a bf16 copy, and gradients in bf16 and fp32 of the size of a weight,
-whatever the batch is (6 of the 15.0 MiB for each of 4 images in ViT-L); x and v keep their 32 bits;
-and autocast computes normalisations and ConvNeXt's layer scale in fp32.
+PyTorch's allocator handed out is in (momconv.planner.measurement). In bf16 (autocast, channels-
+last as in fine-tuning) a CPU without instructions for it takes many minutes for a step, so there
+the peak is what ``momconv.peak_memory`` predicts, which is compared with measured ones, bf16
+included, in benchmarks/prediction.py; with avx512_bf16 it is measured. Not all of a step halves in
+bf16: weights have a bf16 copy, and gradients in bf16 and fp32 of the size of a weight, whatever
+the batch is (6 of the 15.0 MiB for each of 4 images in ViT-L); x and v keep their 32 bits; and
+autocast computes normalisations and ConvNeXt's layer scale in fp32. With 4 images the peak is what
+oneDNN takes for one gradient of a weight, on tiles (AMX) or in blocks: that of ViT-L's patches,
+and of ConvNeXt-L's last 7×7 kernels.
 
 memcnn and revtorch do not train the same network but one of couplings with half of the work, see
 benchmarks/couplings.py. torch.compile takes minutes to compile, so it is tried on two networks only
@@ -56,6 +58,8 @@ def measure(case: Case, key: str, device: torch.device) -> float:
     """MiB per image under the method of that key."""
     method = METHODS[key]
     model = method.prepare(make_network(case.network)).to(device)
+    if case.precision == "bf16":
+        model.to(memory_format=torch.channels_last)
 
     if case.precision == "bf16" and device.type == "cpu" and not has_bf16():
         return peak_memory(model, case.batch, case.resolution, "bf16").step / case.batch / MIB
