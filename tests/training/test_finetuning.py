@@ -413,10 +413,11 @@ def test_what_a_plan_may_change_is_changed_where_the_batch_does_not_fit(
     colours: Path, tmp_path: Path
 ) -> None:
     """From then on it is as if the recipe had asked for it."""
-    larger = convert(build("cifar_resnet20", num_classes=3), 0.95, stages="all").train()
+    larger = convert(build("cifar_resnet56", num_classes=3), 0.95, stages="all").train()
     limit = int(peak_memory(larger, 5, 32, strategy="momentum").total * 1.0102)
     changes = [
-        *("momentum.gamma=0.1", "momentum.stages=all", "momentum.strategy=momentum"),
+        *("model.name=cifar_resnet56", "momentum.gamma=0.1"),
+        *("momentum.stages=all", "momentum.strategy=momentum"),
         *(f"train.memory={limit}", "train.micro_batch=auto", "train.epochs=1"),
     ]
     log, run = Log(), tmp_path / "run"
