@@ -125,11 +125,12 @@ class Recorder(TorchDispatchMode):
     """Remembers which operations there are."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func)
+        if func.namespace != "prim":  # what a fake tensor tells of itself
+            self.seen.append(func)
         return func(*args, **(kwargs or {}))
 
 
