@@ -1,8 +1,8 @@
 """Peak activation and transient bytes of one training step, per image, for every method.
 
 Weights, gradients, optimiser state and the input images are left out; everything else that
-PyTorch's allocator handed out is in (momconv.planner.measurement). In bf16 (autocast, channels-
-last as in fine-tuning) a CPU without instructions for it takes many minutes for a step, so there
+PyTorch's allocator handed out is in (momconv.planner.measurement). In bf16 (autocast, channels last
+as in fine-tuning) a CPU without instructions for it takes many minutes for a step, so there
 the peak is what ``momconv.peak_memory`` predicts, which is compared with measured ones, bf16
 included, in benchmarks/prediction.py; with avx512_bf16 it is measured. Not all of a step halves in
 bf16: weights have a bf16 copy, and gradients in bf16 and fp32 of the size of a weight, whatever

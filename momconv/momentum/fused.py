@@ -4,7 +4,7 @@ They are operations of PyTorch's, so that the planner sees them too: on fake ten
 they allocate and compute nothing. A GPU's need Triton, a CPU's Numba. They have no gradients.
 """
 
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -35,21 +35,13 @@ def _is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def _register(device: str, module: str) -> None:
-    """The functions of ``module``, which is imported when it is first used."""
-    find = cache(lambda: import_module(f"momconv.momentum.{module}"))
-
-    def advance(*args: Any) -> Any:
-        return find().advance(*args)
-
-    def undo(*args: Any) -> None:
-        find().undo(*args)
-
-    _library.impl("advance", advance, device)
-    _library.impl("undo", undo, device)
+def _call(module: str, name: str, *args: Any) -> Any:
+    """A function of ``module``, which is imported when it is first used."""
+    return getattr(import_module(f"momconv.momentum.{module}"), name)(*args)
 
 
-_register("CPU", "fused_cpu")
-_register("CUDA", "fused_gpu")
+for _name in ("advance", "undo"):
+    _library.impl(_name, partial(_call, "fused_cpu", _name), "CPU")
+    _library.impl(_name, partial(_call, "fused_gpu", _name), "CUDA")
 _library.impl("advance", lambda x, *_: torch.empty_like(x), "Meta")
 _library.impl("undo", lambda *_: None, "Meta")

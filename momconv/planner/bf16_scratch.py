@@ -13,19 +13,24 @@ from typing import NamedTuple
 
 import torch
 
-from momconv.planner.convolution import FLOAT, Convolution, ceil_div, round_up, supports
+from momconv.planner.convolution import (
+    BLOCK,
+    FLOAT,
+    PAIRS,
+    Convolution,
+    ceil_div,
+    in_pairs,
+    round_up,
+    supports,
+)
 
 _BF16 = 2  # bytes
 _PAGE = 4096  # bytes, to which what a thread writes is aligned
-_BLOCK = 16  # channels, and rows of a tile
-_PAIRS = 32  # channels in a row of a tile
 _LIST = 4120  # bytes of a thread's list of the matrices to multiply
 _TILES = 2 * _PAGE  # bytes to which a thread puts tiles aside
 _NESTED = 128  # bytes of an algorithm that calls another
 _FEW_INPUTS = 16  # with fewer, the rows of the kernel are laid side by side
-_FEW_PIXELS = (
-    128  # rows of the output that are computed at a time have more, or fill a larger cache
-)
+_FEW_PIXELS = 128  # rows that are computed at a time have more, or fill a larger cache
 _FILLED = 0.9  # or the last rows are too few
 _L2_FOR_ROWS = 0.375  # the part of the second cache that these rows may fill
 _L2_FOR_LINES = 0.6  # the same in a gradient of the weight
@@ -59,7 +64,7 @@ def input_gradient(conv: Convolution) -> int:
 
 def needs_strided_gradient(conv: Convolution) -> bool:
     """Whether the input's gradient is computed channels-last, one pixel of a stride at a time."""
-    wide = conv.groups == 1 or conv.is_depthwise or conv.inputs >= _BLOCK
+    wide = conv.groups == 1 or conv.is_depthwise or conv.inputs >= BLOCK
     return conv.is_strided and wide and supports("avx512_bf16")
 
 
@@ -120,7 +125,7 @@ class _Product:
             kernel=(tall, wide // merged),
             stride=(down, across // merged),
             is_reordered=are_few,
-            is_unfolded=are_few and (broad % _BLOCK == 0 or broad > _LONG_ROW),
+            is_unfolded=are_few and (broad % BLOCK == 0 or broad > _LONG_ROW),
         )
 
     @staticmethod
@@ -139,7 +144,7 @@ class _Product:
         """The inputs in whole rows of a tile."""
         if self.is_unfolded:
             return self.inputs
-        return round_up(self.inputs, _PAIRS if self.inputs > _PAIRS else 2)
+        return in_pairs(self.inputs)
 
 
 def _merge(conv: Convolution) -> int:
@@ -151,7 +156,7 @@ def _merge(conv: Convolution) -> int:
         pixels
         for pixels in range(1, min(sizes) + 1)
         if all(size % pixels == 0 for size in sizes)
-        and (pixels * conv.inputs <= _PAIRS or pixels * conv.inputs % _PAIRS == 0 or pixels == 1)
+        and (pixels * conv.inputs <= PAIRS or pixels * conv.inputs % PAIRS == 0 or pixels == 1)
     )
 
 
@@ -163,10 +168,10 @@ def _product(product: _Product) -> int:
         pixels = product.conv.groups * product.inputs * math.prod(product.made)
         share = _BF16 * pixels + 64
     else:
-        blocks = {min(block, round_up(product.outputs, _BLOCK)) for block in (32, 64)}
+        blocks = {min(block, round_up(product.outputs, BLOCK)) for block in (32, 64)}
         share = max(_copied(product, block) for block in blocks) + _PAGE
     if product.is_reordered:
-        line = round_up(product.kernel[1] * product.inputs, _PAIRS)
+        line = round_up(product.kernel[1] * product.inputs, PAIRS)
         lists += _BF16 * len(product.conv.weight) * product.kernel[0] * line + _PAGE
     return lists + torch.get_num_threads() * share + 2 * _PAGE
 
@@ -191,7 +196,7 @@ def _cover(rows: int, width: int, gap: int) -> int:
     """Pixels of rows with gaps between them that tiles cover, none of which begins in a gap."""
     covered = 0
     while covered < rows * width + (rows - 1) * gap:
-        covered += _BLOCK if covered % (width + gap) < width else 1
+        covered += BLOCK if covered % (width + gap) < width else 1
     return covered
 
 
@@ -204,7 +209,7 @@ def _rows(product: _Product, block: int) -> int:
         if fewer * wide > _FEW_PIXELS and height > _FILLED * round_up(height, fewer):
             rows = fewer
             break
-    shares = len(product.conv.x) * product.conv.groups * ceil_div(product.outputs, _BLOCK)
+    shares = len(product.conv.x) * product.conv.groups * ceil_div(product.outputs, BLOCK)
     return min(rows, ceil_div(height, ceil_div(torch.get_num_threads(), shares)))
 
 
@@ -221,7 +226,7 @@ def _strided_product(conv: Convolution) -> int:
         end = (made - 1) * stride + kernel - read - padding
         area *= made + sum(max(0, kernel - 1 - side) // stride for side in (padding, end))
     copied = round_up(_BF16 * conv.groups * conv.outputs * area, 2 * _PAGE)
-    sums = FLOAT * min(_WIDE, round_up(conv.inputs, _BLOCK)) * conv.y.shape[3]
+    sums = FLOAT * min(_WIDE, round_up(conv.inputs, BLOCK)) * conv.y.shape[3]
     return _lists(conv) + torch.get_num_threads() * (copied + _PAGE + sums) + 3 * _PAGE
 
 
@@ -259,12 +264,12 @@ class _Lines:
     def inputs(self) -> int:
         """Of a group, in whole blocks."""
         is_image = self.conv.blocked_x == 0 and not self.conv.is_tiled
-        return self.conv.inputs if is_image else round_up(self.conv.inputs, _BLOCK)
+        return self.conv.inputs if is_image else round_up(self.conv.inputs, BLOCK)
 
     @property
     def outputs(self) -> int:
         """Of a group, in whole blocks."""
-        return round_up(self.conv.outputs, _BLOCK)
+        return round_up(self.conv.outputs, BLOCK)
 
     @property
     def sums(self) -> int:
@@ -274,7 +279,7 @@ class _Lines:
     @property
     def step(self) -> int:
         """Channels that are multiplied at once."""
-        return _PAIRS if self.conv.is_tiled else _BLOCK
+        return PAIRS if self.conv.is_tiled else BLOCK
 
     def share(self) -> _Share:
         """How the work is divided among threads."""
@@ -295,8 +300,8 @@ class _Lines:
     def _share_few_images(self, threads: int) -> _Share:
         """Pixels, inputs and outputs are cut into pieces like cubes, tiles being their units."""
         area = math.prod(self.conv.kernel)
-        pixels = len(self.conv.x) * math.prod(self.conv.y.shape[2:]) / _PAIRS
-        inputs, outputs = 5 * self.inputs * area / _BLOCK, 3 * self.outputs * area / _BLOCK
+        pixels = len(self.conv.x) * math.prod(self.conv.y.shape[2:]) / PAIRS
+        inputs, outputs = 5 * self.inputs * area / BLOCK, 3 * self.outputs * area / BLOCK
         side = (pixels * inputs * outputs / threads) ** (1 / 3)
         images = min(threads, max(1, round(pixels / side)))
         return _Share(images, 1, min(threads // images, max(1, self.inputs // self.step)))
@@ -330,20 +335,20 @@ def _tiled_weight_gradient(conv: Convolution) -> int:
     if conv.is_product and width <= _LONG_LINE:
         height, high, broad = 1, 1, high * broad
     down, across = conv.stride
-    read = round_up(ceil_div((broad - 1) * across + conv.kernel[1], across), _PAIRS) * across
-    parts = ceil_div(broad, _PAIRS)
+    read = round_up(ceil_div((broad - 1) * across + conv.kernel[1], across), PAIRS) * across
+    parts = ceil_div(broad, PAIRS)
     lines = _Lines(conv, height, read, high, parts * round_up(ceil_div(broad, parts), 2))
     share = lines.share()
     x_line, y_line = _BF16 * lines.x_pixels * lines.inputs, _BF16 * lines.y_pixels * lines.outputs
     # With what they are transposed from, a thread's lines are twice as long.
-    x_used = 2 * ceil_div(lines.inputs // _BLOCK, share.inputs) * _BF16 * lines.x_pixels * _BLOCK
-    y_used = 2 * ceil_div(lines.outputs // _BLOCK, share.outputs) * _BF16 * lines.y_pixels * _BLOCK
+    x_used = 2 * ceil_div(lines.inputs // BLOCK, share.inputs) * _BF16 * lines.x_pixels * BLOCK
+    y_used = 2 * ceil_div(lines.outputs // BLOCK, share.outputs) * _BF16 * lines.y_pixels * BLOCK
     space = _L2_FOR_LINES * _cache("l2") - conv.kernel[0] * x_used
     rows = ceil_div(high, ceil_div(high, max(1, int(space / (x_used + y_used)))))
     reach = min(height, (rows - 1) * min(conv.stride[0], conv.kernel[0]) + conv.kernel[0])
     copies = conv.groups * (min(height, down * reach) * x_line + rows * y_line)
     fixed = _FIXED + torch.get_num_threads() * (_LIST + _TILES)
-    guard = _BF16 * lines.x_pixels * _BLOCK
+    guard = _BF16 * lines.x_pixels * BLOCK
     return share.images * (copies + lines.sums) + guard + share.waiting + fixed
 
 
@@ -366,7 +371,7 @@ def _pointwise_weight_gradient(conv: Convolution) -> int:
     """Sums, and of each thread pixels that are not in order as they are."""
     area = math.prod(conv.y.shape[2:])
     lines = _Lines(conv, *conv.x.shape[2:], *conv.y.shape[2:])
-    is_ordered = area % _BLOCK == 0 and not conv.is_channels_last
+    is_ordered = area % BLOCK == 0 and not conv.is_channels_last
     channels = 0 if is_ordered else min(conv.inputs, _CHUNK) + conv.outputs
     transposed = torch.get_num_threads() * _BF16 * channels * area
     return lines.share().images * lines.sums + transposed

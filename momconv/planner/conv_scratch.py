@@ -8,11 +8,14 @@ from torch import Tensor
 
 from momconv.planner import bf16_scratch
 from momconv.planner.convolution import (
+    BLOCK,
     FLOAT,
+    PAIRS,
     Convolution,
     blocked,
     has_avx512,
     in_blocks,
+    in_pairs,
     round_up,
 )
 
@@ -21,8 +24,6 @@ _LARGEST_DEPTHWISE_KERNEL = 3  # the same, for groups of one channel in blocks
 _COLUMN_BYTES = 256  # the fixed part of the scratch of a gradient by im2col
 _WIDE_GROUP = 16  # channels
 _STRIDED_BYTES = 28 * 2**10  # the fixed part of the scratch of a strided convolution's gradient
-_BLOCK = 16  # outputs in a row of a tile
-_PAIRS = 32  # and inputs, in pairs
 
 
 def forward(args: tuple[Any, ...], results: Sequence[Tensor]) -> int:
@@ -72,7 +73,7 @@ def _onednn_forward(conv: Convolution) -> int:
     if _needs_columns(conv):
         return max(torch.get_num_threads() * conv.columns + y, 2 * y)
     if conv.is_tiled:
-        weight = conv.weight_of(round_up(conv.outputs, _BLOCK), _paired(conv.inputs))
+        weight = conv.weight_of(round_up(conv.outputs, BLOCK), in_pairs(conv.inputs))
     scratch = bf16_scratch.forward(conv) if conv.is_bf16 else 0
     if conv.is_channels_last:
         return conv.weight_copy + y + weight + scratch
@@ -92,7 +93,7 @@ def _onednn_backward(conv: Convolution, wanted: Sequence[bool]) -> int:
         peak = held + _onednn_input_gradient(conv)
         held += conv.x.nbytes
     if wanted[2] and conv.is_bf16:
-        sums = conv.groups * round_up(conv.outputs, _BLOCK)
+        sums = conv.groups * round_up(conv.outputs, BLOCK)
         held += FLOAT * sums + conv.x.element_size() * len(conv.weight)  # of the bias
     return max(peak, held + _onednn_weight_gradient(conv)) if wanted[1] else peak
 
@@ -106,7 +107,7 @@ def _onednn_input_gradient(conv: Convolution) -> int:
     if conv.is_bf16:
         scratch = bf16_scratch.input_gradient(conv)
         if are_products or not conv.is_depthwise:
-            weight = conv.weight_of(_paired(conv.outputs), round_up(conv.inputs, _BLOCK))
+            weight = conv.weight_of(in_pairs(conv.outputs), round_up(conv.inputs, BLOCK))
     elif are_products:
         scratch = _strided_scratch(conv)
     if conv.is_channels_last:
@@ -138,7 +139,7 @@ def _onednn_weight_gradient(conv: Convolution) -> int:
         return weight + max(_column_scratch(conv), weight)
     scratch = bf16_scratch.weight_gradient(conv) if conv.is_bf16 else 0
     if conv.is_tiled:
-        blocks = conv.weight_of(round_up(conv.outputs, _BLOCK), round_up(conv.inputs, _PAIRS))
+        blocks = conv.weight_of(round_up(conv.outputs, BLOCK), round_up(conv.inputs, PAIRS))
         copies = 0 if conv.is_channels_last else conv.x.nbytes + conv.y.nbytes
         return blocks + max(copies + scratch, 2 * weight if conv.is_channels_last else weight)
     if conv.is_channels_last:
@@ -178,8 +179,3 @@ def _gradient_copy(conv: Convolution) -> int:
     """Bytes of the output's gradient brought to the layout of the convolution."""
     layout = torch.channels_last if conv.is_channels_last else torch.contiguous_format
     return 0 if conv.y.is_contiguous(memory_format=layout) else conv.y.nbytes
-
-
-def _paired(inputs: int) -> int:
-    """Inputs, filled up to pairs of which tiles have whole rows."""
-    return round_up(inputs, _PAIRS if inputs > _PAIRS else 2)

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 FLOAT = 4  # bytes
+BLOCK = 16  # channels, and rows of a tile
+PAIRS = 32  # channels in a row of a tile
 _IMAGE_CHANNELS = 3  # up to so many, oneDNN reads the input of a convolution as it is
-
 _SMALL_KERNEL = 3  # up to this, groups of one channel are computed without blocks of weights
 
 
@@ -126,6 +127,11 @@ def blocked(x: Tensor) -> int:
 def in_blocks(channels: int) -> int:
     """Channels, rounded up to whole vectors of the processor."""
     return round_up(channels, 16 if has_avx512() else 8)
+
+
+def in_pairs(channels: int) -> int:
+    """Channels, filled up to pairs of which tiles have whole rows."""
+    return round_up(channels, PAIRS if channels > PAIRS else 2)
 
 
 def ceil_div(number: int, divisor: int) -> int:
