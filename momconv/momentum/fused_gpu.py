@@ -37,11 +37,7 @@ def _advance(
     x_ptr, v_ptr, r_ptr, y_ptr, out_ptr, scale, gamma, inverse, ulp, size,
     has_r: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < size
-    x = tl.load(x_ptr + at, mask=inside)
-    v = tl.load(v_ptr + at, mask=inside)
-    y = tl.load(y_ptr + at, mask=inside).to(tl.float32)
+    at, inside, x, v, y = _load(x_ptr, v_ptr, y_ptr, size, block)
     if has_r:
         r = tl.load(r_ptr + at, mask=inside).to(tl.float32)
         v += _round(r * inverse)
@@ -59,11 +55,7 @@ def _undo(
     x_ptr, v_ptr, r_ptr, y_ptr, scale, gamma, inverse, size,
     has_r: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < size
-    x = tl.load(x_ptr + at, mask=inside)
-    v = tl.load(v_ptr + at, mask=inside)
-    y = tl.load(y_ptr + at, mask=inside).to(tl.float32)
+    at, inside, x, v, y = _load(x_ptr, v_ptr, y_ptr, size, block)
     v -= _round((y - x) * scale)
     if has_r:
         r = tl.load(r_ptr + at, mask=inside).to(tl.float32)
@@ -73,6 +65,17 @@ def _undo(
         tl.store(r_ptr + at, v.to(r_ptr.dtype.element_ty), mask=inside)
         v = r
     tl.store(v_ptr + at, v, mask=inside)
+
+
+@triton.jit
+def _load(x_ptr, v_ptr, y_ptr, size, block: tl.constexpr):
+    """Where this program's elements are, which of them exist, and they."""
+    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = at < size
+    x = tl.load(x_ptr + at, mask=inside)
+    v = tl.load(v_ptr + at, mask=inside)
+    y = tl.load(y_ptr + at, mask=inside).to(tl.float32)
+    return at, inside, x, v, y
 
 
 @triton.jit
