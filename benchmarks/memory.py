@@ -6,7 +6,7 @@ as in fine-tuning) a CPU without instructions for it takes many minutes for a st
 the peak is what ``momconv.peak_memory`` predicts, which is compared with measured ones, bf16
 included, in benchmarks/prediction.py; with avx512_bf16 it is measured. Not all of a step halves in
 bf16: weights have a bf16 copy, and gradients in bf16 and fp32 of the size of a weight, whatever
-the batch is (6 of the 15.0 MiB for each of 4 images in ViT-L); x and v keep their 32 bits; and
+the batch is (6 of the 15.2 MiB for each of 4 images in ViT-L); x and v keep their 32 bits; and
 autocast computes normalisations and ConvNeXt's layer scale in fp32. With 4 images the peak is what
 oneDNN takes for one gradient of a weight, on tiles (AMX) or in blocks: that of ViT-L's patches,
 and of ConvNeXt-L's last 7×7 kernels.
