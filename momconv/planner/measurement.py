@@ -265,7 +265,7 @@ def run_step(
 
 
 def _record(work: Callable[[], object], device: torch.device, stage: str = "") -> list[_Change]:
-    """What ``work``, which begins in ``stage``, allocates and releases on ``device``, in order."""
+    """What ``work``, which begins in ``stage``, allocates and releases again, in order."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes on stderr
     with profile(profile_memory=True) as profiler:
         work()
@@ -273,10 +273,13 @@ def _record(work: Callable[[], object], device: torch.device, stage: str = "") -
     # Of the profiler's results only this tree has the addresses.
     events = list(_walk(profiler.kineto_results.experimental_event_tree()))
     changes, in_forward = [], True
+    addresses = set()  # what lived before may be released by a collection of garbage
     for event in sorted(events, key=lambda event: event.start_time_ns):
         fields = event.typed[1]
         if isinstance(fields, _ExtraFields_Allocation):
-            if fields.device.type == device.type:
+            is_known = fields.alloc_size > 0 or fields.ptr in addresses
+            if fields.device.type == device.type and is_known:
+                addresses.add(fields.ptr)
                 changes.append(_Change(fields.ptr, fields.alloc_size, stage, in_forward))
         elif event.name == _LOSS_MARK:
             in_forward = False

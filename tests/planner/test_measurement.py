@@ -63,6 +63,17 @@ def test_what_was_alive_before_does_not_count() -> None:
     assert measure(before[:10].clone, CPU).peak_bytes == 10 * FLOAT
 
 
+def test_what_is_released_of_an_earlier_measurement_does_not_count() -> None:
+    kept = list[Tensor]()
+    measure(lambda: kept.append(torch.zeros(1000)), CPU)
+
+    def work() -> None:
+        kept.clear()
+        torch.zeros(1000)
+
+    assert measure(work, CPU).peak_bytes == 4000
+
+
 def test_work_that_allocates_nothing_has_no_peak() -> None:
     assert measure(lambda: None, CPU).peak_bytes == 0
 
