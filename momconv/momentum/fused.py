@@ -14,8 +14,9 @@ from torch import Tensor
 
 _library = torch.library.Library("momconv", "DEF")
 _state = "Tensor x, Tensor(a!) v, Tensor(b!)? r, Tensor y"
-_library.define(f"advance({_state}, float scale, float gamma, float ulp) -> Tensor")
-_library.define(f"undo({_state}, float scale, float gamma) -> ()")
+_constants = "float scale, float gamma"
+_library.define(f"advance({_state}, Tensor(c!) largest, {_constants}, float ulp) -> Tensor")
+_library.define(f"undo({_state}, {_constants}) -> ()")
 
 # As ``kernels.advance`` and ``kernels.undo``; the residual is multiplied by ``scale`` and then
 # counted in ulps.

@@ -21,11 +21,20 @@ _threads = ThreadPoolExecutor(thread_name_prefix="momconv")
 
 
 def advance(
-    x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float, ulp: float
+    x: Tensor,
+    v: Tensor,
+    r: Tensor | None,
+    y: Tensor,
+    largest: Tensor,
+    scale: float,
+    gamma: float,
+    ulp: float,
 ) -> Tensor:
-    """Return x[n+1], and take v and r from n to n+1 in place."""
+    """Return x[n+1]; take v and r from n to n+1 and ``largest`` to its largest |x|, in place."""
     x_next = torch.empty_like(x)
-    _run(_advance, x, (v, r, y, x_next), (scale, gamma, -1 / gamma, ulp))
+    magnitudes = _run(_advance, x, (v, r, y, x_next), (scale, gamma, -1 / gamma, ulp))
+    bits = largest.numpy().view(f"i{largest.itemsize}")
+    bits[()] = max(bits, *magnitudes)
     return x_next
 
 
@@ -35,12 +44,12 @@ def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma:
 
 
 def _run(
-    loop: Callable[..., None],
+    loop: Callable[..., Any],
     x: Tensor,
     others: Sequence[Tensor | None],
     constants: Sequence[float],
-) -> None:
-    """Call ``loop`` on the tensors' memory, in a part for each thread."""
+) -> list[Any]:
+    """Call ``loop`` on the tensors' memory, in a part for each thread; what it returns for each."""
     first = _flatten(x)
     arrays = [first, *(None if t is None else _flatten(t) for t in others)]
     scalars = [first.dtype.type(constant) for constant in constants]  # or products were double
@@ -50,10 +59,8 @@ def _run(
     share = max(_SHARE, math.ceil(first.size / threads))
     parts = [_cut(arrays, start, share) for start in range(0, first.size, share)]
     futures = [_threads.submit(loop, *part, *scalars) for part in parts[1:]]
-    for part in parts[:1]:  # there is none of an empty batch
-        loop(*part, *scalars)
-    for future in futures:
-        future.result()
+    first_results = [loop(*part, *scalars) for part in parts[:1]]  # none of an empty batch
+    return [*first_results, *(future.result() for future in futures)]
 
 
 def _flatten(x: Tensor) -> np.ndarray:
@@ -78,8 +85,24 @@ def _compile_read(y, i):
     return lambda y, i: y[i]
 
 
+def _magnitude(x: Any) -> Any:
+    """The bits of |x|, which grow with it; those of NaN are above all others.
+
+    Unlike floats, compilers compare them many at once: their largest does not depend on the order.
+    """
+    raise NotImplementedError  # outside compiled loops
+
+
+@overload(_magnitude)
+def _compile_magnitude(x):
+    if x == types.float32:
+        return lambda x: np.float32(abs(x)).view(np.int32)
+    return lambda x: np.float64(abs(x)).view(np.int64)
+
+
 @njit(nogil=True, error_model="numpy")
 def _advance(x, v, r, y, x_next, scale, gamma, inverse, ulp):
+    largest = _magnitude(x[0])
     for i in range(x.size):
         v_next = v[i]
         if r is not None:
@@ -90,6 +113,8 @@ def _advance(x, v, r, y, x_next, scale, gamma, inverse, ulp):
         v_next += np.rint((_read(y, i) - x[i]) * scale)
         v[i] = v_next
         x_next[i] = x[i] + v_next * ulp
+        largest = max(largest, _magnitude(x_next[i]))
+    return largest
 
 
 @njit(nogil=True, error_model="numpy")

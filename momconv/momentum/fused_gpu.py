@@ -14,11 +14,19 @@ BLOCK = 1024  # elements; 4 KiB of each float tensor for one program
 
 
 def advance(
-    x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float, ulp: float
+    x: Tensor,
+    v: Tensor,
+    r: Tensor | None,
+    y: Tensor,
+    largest: Tensor,
+    scale: float,
+    gamma: float,
+    ulp: float,
 ) -> Tensor:
-    """Return x[n+1], and take v and r from n to n+1 in place."""
+    """Return x[n+1]; take v and r from n to n+1 and ``largest`` to its largest |x|, in place."""
     x_next, constants = torch.empty_like(x), (scale, gamma, -1 / gamma, ulp)
-    _advance[_grid(x)](x, v, r, y, x_next, *constants, x.numel(), r is not None, BLOCK)
+    bits = largest.view(torch.int32)
+    _advance[_grid(x)](x, v, r, y, x_next, bits, *constants, x.numel(), r is not None, BLOCK)
     return x_next
 
 
@@ -34,7 +42,7 @@ def _grid(x: Tensor) -> tuple[int]:
 
 @triton.jit
 def _advance(
-    x_ptr, v_ptr, r_ptr, y_ptr, out_ptr, scale, gamma, inverse, ulp, size,
+    x_ptr, v_ptr, r_ptr, y_ptr, out_ptr, largest_ptr, scale, gamma, inverse, ulp, size,
     has_r: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     at, inside, x, v, y = _load(x_ptr, v_ptr, y_ptr, size, block)
@@ -47,7 +55,11 @@ def _advance(
         v = r
     v += _round((y - x) * scale)
     tl.store(v_ptr + at, v, mask=inside)
-    tl.store(out_ptr + at, x + v * ulp, mask=inside)
+    out = x + v * ulp
+    tl.store(out_ptr + at, out, mask=inside)
+    # The bits of |x| grow with it, and NaN's are above all.
+    magnitude = tl.abs(out).to(tl.int32, bitcast=True)
+    tl.atomic_max(largest_ptr, tl.reduce(tl.where(inside, magnitude, 0), 0, _larger))
 
 
 @triton.jit
@@ -76,6 +88,11 @@ def _load(x_ptr, v_ptr, y_ptr, size, block: tl.constexpr):
     v = tl.load(v_ptr + at, mask=inside)
     y = tl.load(y_ptr + at, mask=inside).to(tl.float32)
     return at, inside, x, v, y
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.where(a > b, a, b)
 
 
 @triton.jit

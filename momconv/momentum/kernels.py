@@ -20,17 +20,23 @@ PIECE = 2**17
 GPU_PIECE = 2**22
 
 
-def advance(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) -> Tensor:
-    """Return x[n+1], and take v and r from n to n+1 in place. γ = 1 has no r."""
+def advance(  # noqa: PLR0913 (the state, what changes it, and by which rule)
+    x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, largest: Tensor, rule: Rule, n: int
+) -> Tensor:
+    """Return x[n+1], and take v and r from n to n+1 in place. γ = 1 has no r.
+
+    ``largest``, a scalar, becomes the largest |x[n+1]| if that is larger.
+    """
     scale = rule.coefficients[n] / rule.ulp
     if fused.are_for(x, y):
-        x_next: Tensor = fused.advance(x, v, r, y, scale, rule.gamma, rule.ulp)
+        x_next: Tensor = fused.advance(x, v, r, y, largest, scale, rule.gamma, rule.ulp)
         return x_next
     x_next = torch.empty_like(x)
     for x_, v_, r_, y_, out in _pieces(x, v, r, y, x_next):
         v_scaled = v_ if r_ is None else _multiply(v_, r_, rule.gamma)
         torch.add(v_scaled, (y_ - x_).mul_(scale).round_(), out=v_)
         torch.add(x_, v_, alpha=rule.ulp, out=out)
+    torch.maximum(largest, magnitude(x_next), out=largest)
     return x_next
 
 

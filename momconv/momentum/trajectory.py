@@ -34,7 +34,7 @@ class Trajectory:
         self._limit = largest_magnitude(rule.ulp, x.dtype)
         self._origin: int | None = None
         self._mismatch: Tensor | None = None
-        self._largest: Tensor | None = None
+        self._largest = x.new_zeros(())
 
     def mark_origin(self) -> None:
         """Remember this point as the one where the way back will end."""
@@ -51,9 +51,8 @@ class Trajectory:
         """Take one step, given y = block(x), and return the new x."""
         self._make_room()
         y = _laid_out_like(self.x, y)
-        x = kernels.advance(self.x, self.v, self._remainders[-1], y, self.rule, self.n)
-        if self._largest is not None:
-            self._largest = torch.maximum(self._largest, kernels.magnitude(x))
+        r = self._remainders[-1]
+        x = kernels.advance(self.x, self.v, r, y, self._largest, self.rule, self.n)
         # An alias: the caller gets a tensor of its own to hang a graph on.
         self.x, self._version = x.detach(), x._version
         self.n += 1
@@ -104,7 +103,7 @@ class Trajectory:
             RangeOverflow: an activation was too large for exact sums.
             NotReproducible: x, v or r at the origin are not what they were.
         """
-        largest = math.inf if self._largest is None else self._largest.item()
+        largest = self._largest.item()
         if not math.isfinite(largest):
             return
         if largest >= self._limit:

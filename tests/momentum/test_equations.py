@@ -169,7 +169,9 @@ def test_the_in_place_kernels_compute_the_equations(
     expected = step(x, v, r.to(dtype), lambda _: y, rule, 0)
     v_after, r_after = v.clone(), r.clone()
 
-    x_after = kernels.advance(x, v_after, None if gamma == 1 else r_after, y, rule, 0)
+    largest = x.new_zeros(())
+    r_or_none = None if gamma == 1 else r_after
+    x_after = kernels.advance(x, v_after, r_or_none, y, largest, rule, 0)
     assert all(map(torch.equal, (x_after, v_after, r_after.to(dtype)), expected))
 
     x_back = kernels.retreat(x_after, v_after, rule)

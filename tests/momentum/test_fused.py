@@ -59,18 +59,32 @@ def make_state(gamma: float, remainder: torch.dtype = torch.int16, size: int = S
 def check(module: ModuleType, state: State, gamma: float) -> None:
     """A step there and back computes the same bits as without ``module``."""
     x, v, r, y = state
+    check_step(module, state, gamma)
+    check_step(module, (x, v, r, y.nan_to_num(0, 0, 0)), gamma)
+
+
+def check_step(module: ModuleType, state: State, gamma: float) -> None:
+    x, v, r, y = state
     rule = Rule(gamma, (0.25,), ULP)
     scale = rule.coefficients[0] / ULP
     ours, theirs = (copy(v, r) for _ in range(2))
+    largest, largest_before = x.new_zeros(()), x.new_tensor(1e4)
 
-    x_ours = module.advance(x, *ours, y, scale, gamma, ULP)
+    x_ours = module.advance(x, *ours, y, largest, scale, gamma, ULP)
+    module.advance(x, *copy(v, r), y, largest_before, scale, gamma, ULP)
     with nothing_fused():
-        x_theirs = kernels.advance(x, *theirs, y, rule, 0)
+        x_theirs = kernels.advance(x, *theirs, y, x.new_zeros(()), rule, 0)
 
     assert torch.equal(x_ours.nan_to_num(), x_theirs.nan_to_num())
     assert torch.equal(x_ours.isnan(), x_theirs.isnan())
     finite = x_theirs.isfinite()
     check_same(ours, theirs, finite)
+    if finite.all():
+        assert largest == x_theirs.abs().max()
+        assert largest_before == 1e4
+    else:
+        assert not largest.isfinite()
+        assert not largest_before.isfinite()
 
     module.undo(x, *ours, y, scale, gamma)
 
@@ -140,9 +154,9 @@ def test_a_step_is_one_operation() -> None:
     rule = Rule(0.9, (0.1,), ULP)
     with FakeTensorMode():
         x, v, y = (torch.empty(2, 3, 4, 4).to(memory_format=torch.channels_last) for _ in range(3))
-        r = torch.empty_like(x, dtype=torch.int8)
+        r, largest = torch.empty_like(x, dtype=torch.int8), x.new_zeros(())
         with Recorder() as recorder:
-            x_next = kernels.advance(x, v, r, y, rule, 0)
+            x_next = kernels.advance(x, v, r, y, largest, rule, 0)
             kernels.undo(x, v, r, y, rule, 0)
 
     assert recorder.seen == [fused.advance, fused.undo]
