@@ -2,8 +2,9 @@
 
 Weights, gradients, the state of SGD with momentum and the images are in the 3 GiB. The batch is
 planned from ``momconv.peak_memory``, or, for momentumnet, which looks at values and so cannot be
-traced, from two small measured steps; then a step with it is run, and its peak is what PyTorch's
-CPU allocator counts. "used" is the share of the 3 GiB.
+traced, from two small measured steps; then steps with it are run and timed, and their peak is what
+PyTorch's allocator counts. A GPU grants the process no more than 3 GiB, and the batch is the
+largest that runs there. "used" is the share of the 3 GiB.
 """
 
 from collections.abc import Callable
@@ -14,74 +15,97 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, prepare
 from benchmarks.isolation import attempt
-from benchmarks.methods import METHODS, make_network
-from benchmarks.tables import Log, Row, show
+from benchmarks.methods import METHODS
+from benchmarks.tables import Log, Row, choose_device, show
 from momconv import peak_memory
-from momconv.planner.measurement import measure_step, per_image, static_bytes
+from momconv.planner.measurement import measure_step, per_image, static_bytes, time_step
 from momconv.planner.micro_batch import Line
 from momconv.units import format_bytes
 
-CPU = torch.device("cpu")
 TITLE = "budget"
 KEY = ("network", "method")
+COLUMNS = ("batch", "predicted", "measured", "used", "images/s")
 BUDGET = 3 * 2**30
 CASE = Case("resnet152", 500, 0)  # the batch is what is looked for
 IMAGE_BYTES = 4 * 3 * CASE.resolution**2 + 8  # with its label
 CHOSEN = ("store", "momentumnet", "checkpoint-sqrt", "momconv")
 
 
-def foresee(model: nn.Module) -> Callable[[int], int]:
+def foresee(model: nn.Module, device: torch.device) -> Callable[[int], int]:
     """The peak as a function of the batch."""
 
     def predict(batch: int) -> int:
-        return peak_memory(model, batch, CASE.resolution).total
+        return peak_memory(model, batch, CASE.resolution, device=device.type).total
 
     try:
         predict(2)
     except ValueError:  # of momentumnet, about the value of a fake tensor
-        line = per_image(model, CASE.resolution, precision="fp32", device=CPU)
+        line = per_image(model, CASE.resolution, precision=CASE.precision, device=device)
         rest = static_bytes(model, "sgd").total
         return lambda batch: rest + line.at(batch) + batch * IMAGE_BYTES
     return predict
 
 
-def plan(peak: Callable[[int], int]) -> int:
-    """The largest batch that is foreseen to fit: memory is almost linear in it."""
-    batch = Line.through((2, peak(2)), (4, peak(4))).largest_batch(BUDGET)
-    while peak(batch + 1) <= BUDGET:
+def find_largest(fits: Callable[[int], bool], batch: int) -> int:
+    """The largest batch that fits, near a first guess."""
+    while fits(batch + 1):
         batch += 1
-    while peak(batch) > BUDGET:
+    while not fits(batch):
         batch -= 1
     return batch
 
 
-def compare(key: str) -> Row:
+def compare(key: str, device: torch.device) -> Row:
     """The row of a method."""
-    model = METHODS[key].prepare(make_network(CASE.network))
-    peak = foresee(model)
-    batch = plan(peak)
-    step = measure_step(model, batch, CASE.resolution, precision="fp32", device=CPU)
-    measured = static_bytes(model, "sgd").total + batch * IMAGE_BYTES + step.peak_bytes
+    model = prepare(CASE, key, device)
+    static = static_bytes(model, "sgd")
+    if device.type == "cuda":
+        # The steps below are not followed by SGD's, so its state is not there.
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction((BUDGET - static.optimizer) / whole, device)
+
+    def measure(batch: int) -> int:
+        step = measure_step(model, batch, CASE.resolution, precision=CASE.precision, device=device)
+        return static.total + batch * IMAGE_BYTES + step.peak_bytes
+
+    def runs(batch: int) -> bool:
+        try:
+            measure(batch)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    peak = foresee(model, device)
+    batch = Line.through((2, peak(2)), (4, peak(4))).largest_batch(BUDGET)  # almost
+    batch = find_largest(lambda batch: peak(batch) <= BUDGET, batch)
+    if device.type == "cuda":
+        batch = find_largest(runs, batch)
+    measured = measure(batch)
+    seconds = time_step(model, batch, CASE.resolution, CASE.precision, device)
     return {
         "batch": str(batch),
         "predicted": format_bytes(peak(batch)),
         "measured": format_bytes(measured),
         "used": f"{100 * measured / BUDGET:.1f} %",
+        "images/s": f"{batch / seconds:.2f}",
     }
 
 
 def main(methods: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Plan and run a step under each of ``methods``, or all."""
-    log = Log.of(TITLE, CPU)
+    device = choose_device()
+    log = Log.of(TITLE, device)
     for key in methods or CHOSEN:
-        found = attempt(compare, key)
+        found = attempt(compare, key, device)
         if isinstance(found, str):
-            found = dict.fromkeys(("predicted", "measured", "used"), "–") | {"batch": found}
-        columns = ("batch", "predicted", "measured", "used")
-        row = {"network": f"{CASE.network} {CASE.resolution}²", "method": METHODS[key].label}
-        row |= {column: found[column] for column in columns}
+            found = dict.fromkeys(COLUMNS, "–") | {"batch": found}
+        row = {
+            "network": f"{CASE.network} {CASE.resolution}²",
+            "method": METHODS[key].label,
+            **found,
+        }
         Console(stderr=True).print(*row.values())
         log.merge([row], KEY)
     show(TITLE, log.read())

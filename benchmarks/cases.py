@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import torch
 import typer
+from torch import nn
 
-from benchmarks.methods import METHODS
+from benchmarks.methods import BASES, METHODS, make_network
 from momconv.planner.measurement import Precision
 
 Trained = Literal["all", "all but BatchNorm", "head"]
@@ -26,6 +28,20 @@ class Case:
     def label(self) -> str:
         """Such as ``resnet50 224² ×24 fp32``."""
         return f"{self.network} {self.resolution}² ×{self.batch} {self.precision}"
+
+
+def prepare(case: Case, key: str, device: torch.device) -> nn.Module:
+    """The network under the method of that key; in bf16 with channels last, as in fine-tuning."""
+    model = (METHODS | BASES)[key].prepare(make_network(case.network)).to(device)
+    if case.precision == "bf16":
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has been given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def check_methods(chosen: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
+from benchmarks.cases import synchronize
 from benchmarks.checkpointing import checkpoint_each_block, checkpoint_sqrt
 from benchmarks.tables import Log, Row, choose_device, show
 from momconv import convert
@@ -76,8 +77,7 @@ def _time(model: nn.Module, side: int, device: torch.device) -> float:
     labels = torch.zeros(IMAGES, dtype=torch.long, device=device)
     began = time.perf_counter()
     F.cross_entropy(model(images), labels).backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - began
 
 

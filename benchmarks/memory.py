@@ -24,9 +24,9 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.cases import Case, Chosen, Networks, choose
+from benchmarks.cases import Case, Chosen, Networks, choose, prepare
 from benchmarks.isolation import attempt
-from benchmarks.methods import METHODS, make_network, select
+from benchmarks.methods import METHODS, select
 from benchmarks.tables import Log, Row, choose_device, number, ratio, show
 from momconv import peak_memory
 from momconv.planner.measurement import measure_step
@@ -56,11 +56,7 @@ CASES = [
 
 def measure(case: Case, key: str, device: torch.device) -> float:
     """MiB per image under the method of that key."""
-    method = METHODS[key]
-    model = method.prepare(make_network(case.network)).to(device)
-    if case.precision == "bf16":
-        model.to(memory_format=torch.channels_last)
-
+    model = prepare(case, key, device)
     if case.precision == "bf16" and device.type == "cpu" and not has_bf16():
         return peak_memory(model, case.batch, case.resolution, "bf16").step / case.batch / MIB
 
@@ -69,7 +65,7 @@ def measure(case: Case, key: str, device: torch.device) -> float:
         step = measure_step(model, case.batch, case.resolution, precision=precision, device=device)
         return step.peak_bytes
 
-    if method.warms_up:
+    if METHODS[key].warms_up:
         peak()
     return peak() / case.batch / MIB
 

@@ -1,5 +1,8 @@
 """Seconds of one training step for every method, paired with storing all in one run.
 
+On a GPU the networks and batches are those of the memory benchmark, in fp32 and, with channels
+last, in bf16.
+
 Each method has a process of its own. They take turns, so that a machine whose speed drifts slows
 all of them alike, and each step is compared with the storing steps of the same turn: of the plain
 network, and of the network that the method trains (momentum blocks, couplings), which alone says
@@ -19,43 +22,42 @@ from functools import cache
 import torch
 import typer
 from rich.console import Console
-from torch import nn
-from torch.nn import functional as F
 
-from benchmarks.cases import Case, Chosen, Networks, choose
+from benchmarks import memory
+from benchmarks.cases import Case, Chosen, Networks, choose, prepare, synchronize
 from benchmarks.isolation import outcome, start_process
-from benchmarks.methods import BASES, METHODS, make_network, select
+from benchmarks.methods import BASES, METHODS, select
 from benchmarks.tables import Log, Row, choose_device, show
+from momconv.planner import measurement
 
 TURNS = 5
 TITLE = "speed"
+ALSO_ON_GPUS = ("resnet152", "vit_l_16", "convnext_large")
 KEY = ("network", "method")
 
-CASES = [
+CPU_CASES = [
     Case("cifar_resnet110", 32, 32),
     Case("resnet50", 224, 8),
     Case("resnet152", 224, 8),
     Case("cifar_resnet1202", 32, 8),
 ]
+GPU_CASES = [case for case in memory.CASES if case.network in ALSO_ON_GPUS]
 
 Turn = dict[str, float | str]  # seconds, or why there are none, by method
 
 
-@cache
-def prepare(network: str, key: str, device: torch.device) -> nn.Module:
-    """The network under a method, made once in each process."""
-    return (METHODS | BASES)[key].prepare(make_network(network)).to(device)
+prepare_once = cache(prepare)  # in each process
 
 
 def run_step(case: Case, key: str, device: torch.device) -> float:
     """Seconds of one forward and backward pass."""
-    model = prepare(case.network, key, device)
+    model = prepare_once(case, key, device)
     images = torch.randn(case.batch, 3, case.resolution, case.resolution, device=device)
     labels = torch.zeros(case.batch, dtype=torch.long, device=device)
+    synchronize(device)
     began = time.perf_counter()
-    F.cross_entropy(model(images), labels).backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    measurement.run_step(model, images, labels, case.precision, lambda: None)
+    synchronize(device)
     return time.perf_counter() - began
 
 
@@ -95,9 +97,9 @@ def compare(case: Case, keys: list[str], device: torch.device) -> list[Row]:
     turns = take_turns(case, keys, device)
     return [
         {
-            "network": f"{case.network} {case.resolution}² ×{case.batch}",
+            "network": case.label,
             "method": methods[key].label,
-            "seconds": _median(turns, key),
+            "seconds": _median(turns, key, digits=".3g"),
             "of store all": _median(turns, key, "store"),
             "of the same network storing all": _median(turns, key, methods[key].stored),
         }
@@ -105,7 +107,7 @@ def compare(case: Case, keys: list[str], device: torch.device) -> list[Row]:
     ]
 
 
-def _median(turns: list[Turn], key: str, base: str | None = None) -> str:
+def _median(turns: list[Turn], key: str, base: str | None = None, digits: str = ".2f") -> str:
     """Of a method's seconds, or of their ratios to those of another in the same turn."""
     values = []
     for turn in turns:
@@ -113,14 +115,14 @@ def _median(turns: list[Turn], key: str, base: str | None = None) -> str:
         if isinstance(seconds, str) or isinstance(one, str):
             return str(seconds) if base is None else "–"
         values.append(seconds / one)
-    return f"{statistics.median(values):.2f}"
+    return format(statistics.median(values), digits)
 
 
 def main(networks: Networks, method: Chosen) -> None:
     """Time a training step, always together with the ways to store all."""
     device = choose_device()
     log = Log.of(TITLE, device)
-    for case in choose(CASES, networks):
+    for case in choose(GPU_CASES if device.type == "cuda" else CPU_CASES, networks):
         Console(stderr=True).print(case.label)
         rows = compare(case, select(case.network, method), device)
         log.merge(rows, KEY)

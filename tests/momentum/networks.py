@@ -17,9 +17,9 @@ BLOCKS = {"BasicBlock": BasicBlock, "Bottleneck": Bottleneck}
 class Dropping(nn.Module):
     """A residual block that draws random numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 8) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def square(y: Tensor) -> Tensor:
 
 def under_bf16_autocast(net: nn.Module, x: Tensor) -> Tensor:
     """A loss in mixed precision."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(x.device.type, torch.bfloat16):
         return square(net(x))
 
 

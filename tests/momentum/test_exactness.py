@@ -1,7 +1,7 @@
 """The promise: every strategy gives the values, gradients and buffers of "store", bit for bit."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -24,6 +24,8 @@ from momconv.momentum.trajectory import Trajectory
 
 GAMMAS = [0.1, 0.5, 0.9, 0.99, 1.0]
 RECOMPUTING: list[Strategy] = ["checkpoint", "segment", "momentum"]
+
+GPU = torch.device("cuda")
 
 recomputing = pytest.mark.parametrize("strategy", RECOMPUTING)
 
@@ -111,6 +113,32 @@ def test_exact_however_the_network_is_used(
     net = stack(5, kind="Bottleneck", gamma=gamma)
 
     stored, ours = (aftermath(net, images(), how, step) for how in ("store", strategy))
+
+    assert differences(ours, stored) == []
+
+
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not
+    torch.use_deterministic_algorithms(mode=True)
+    yield
+    torch.use_deterministic_algorithms(mode=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.usefixtures("deterministic")
+@recomputing
+@pytest.mark.parametrize("step", [lambda net, x: square(net(x)), under_bf16_autocast])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_exact_on_a_gpu(
+    gamma: float, step: Callable[[nn.Module, Tensor], Tensor], strategy: Strategy
+) -> None:
+    net = stack(12, kind="Bottleneck", channels=64, gamma=gamma)
+    net.insert(3, Dropping(64))
+    net.to(GPU).to(memory_format=torch.channels_last)
+    x = images(channels=64, side=28).to(GPU, memory_format=torch.channels_last)
+
+    stored, ours = (aftermath(net, x, how, step) for how in ("store", strategy))
 
     assert differences(ours, stored) == []
 

@@ -111,6 +111,19 @@ def test_a_gpu_computes_the_same_bits(on_gpu: ModuleType, gamma: float, dtype: t
     check(on_gpu, (x, v, r, y.to(dtype)), gamma)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("remainder", [torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9, 1.0])
+def test_a_gpu_that_is_here_computes_the_same_bits(
+    gamma: float, remainder: torch.dtype, dtype: torch.dtype
+) -> None:
+    module = importlib.import_module("momconv.momentum.fused_gpu")
+    x, v, r, y = make_state(gamma, remainder)
+    state = x.cuda(), v.cuda(), None if r is None else r.cuda(), y.to("cuda", dtype)
+    check(module, state, gamma)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("remainder", [torch.int8, torch.int16, torch.int32])
 @pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9, 1.0])

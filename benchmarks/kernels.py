@@ -1,0 +1,78 @@
+"""How fast a momentum step moves memory, compared with a copy of a tensor on the same device.
+
+A step has to read and write each of its tensors once: x, v and y with 4 bytes an element, the
+remainder with 1. Those bytes over the time are its speed, and "of a copy" is that over the speed
+of ``Tensor.copy_``. "fused" is one pass (momconv/momentum/fused.py), "pieces" are PyTorch's own
+operations, which take its place where Triton or Numba are missing. Median times.
+"""
+
+from collections.abc import Callable
+from unittest.mock import patch
+
+import torch
+import typer
+from rich.console import Console
+from torch.utils.benchmark import Timer
+
+from benchmarks.tables import Log, Row, choose_device, show
+from momconv.momentum import fused, kernels
+from momconv.momentum.equations import Rule
+
+TITLE = "kernels"
+KEY = ("elements", "operation", "way")
+SIZES = (2**16, 2**20, 2**24)  # from a small block's output to a batch of ResNet-152's largest
+RULE = Rule(0.9, (0.1,), 2.0**-14)
+# Bytes an element that are read and written.
+MOVED = {"copy": 4 + 4, "advance": 13 + 9, "retreat": 8 + 4, "undo": 13 + 5}
+
+
+def make_calls(size: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; the numbers do not matter to it."""
+    x, v, y, out = (torch.randn(size, device=device) for _ in range(4))
+    r = torch.zeros(size, dtype=torch.int8, device=device)
+    largest = torch.zeros((), device=device)
+    return {
+        "copy": lambda: out.copy_(x),
+        "advance": lambda: kernels.advance(x, v, r, y, largest, RULE, 0),
+        "retreat": lambda: kernels.retreat(x, v, RULE),
+        "undo": lambda: kernels.undo(x, v, r, y, RULE, 0),
+    }
+
+
+def measure(size: int, device: torch.device) -> list[Row]:
+    """The rows of one size."""
+    calls = make_calls(size, device)
+    speeds = {(name, "fused"): _speed(size, name, call) for name, call in calls.items()}
+    with patch.object(fused, "are_for", return_value=False):
+        for name in ("advance", "undo"):
+            speeds[name, "pieces"] = _speed(size, name, calls[name])
+    return [
+        {
+            "elements": str(size),
+            "operation": name,
+            "way": "PyTorch" if name in ("copy", "retreat") else way,
+            "GB/s": f"{speed:.2f}",
+            "of a copy": f"{speed / speeds['copy', 'fused']:.2f}",
+        }
+        for (name, way), speed in speeds.items()
+    ]
+
+
+def _speed(size: int, name: str, call: Callable[[], object]) -> float:
+    """In GB/s; the timer waits for a GPU."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return MOVED[name] * size / timer.blocked_autorange(min_run_time=1).median / 1e9
+
+
+def main() -> None:
+    """Time the steps."""
+    device = choose_device()
+    log = Log.of(TITLE, device)
+    for size in SIZES:
+        Console(stderr=True).print(f"{size} elements")
+        log.merge(measure(size, device), KEY)
+    show(TITLE, log.read())
+
+
+if __name__ == "__main__":
+    typer.run(main)
