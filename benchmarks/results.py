@@ -38,6 +38,7 @@ def show_all(rows: Sequence[Row]) -> list[Row]:
 SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
     "memory": memory.present,
     "speed": show_all,
+    "kernels": show_all,
     "exactness": show_all,
     "depth": show_all,
     "ladder": show_all,
