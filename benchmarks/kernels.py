@@ -3,7 +3,9 @@
 A step has to read and write each of its tensors once: x, v and y with 4 bytes an element, the
 remainder with 1. Those bytes over the time are its speed, and "of a copy" is that over the speed
 of ``Tensor.copy_``. "fused" is one pass (momconv/momentum/fused.py), "pieces" are PyTorch's own
-operations, which take its place where Triton or Numba are missing. Median times.
+operations, which take its place where Triton or Numba are missing. On a CPU a fused step runs on
+half of PyTorch's threads (momconv/momentum/fused_cpu.py), a copy on all of them, and what returns
+a large tensor (advance, retreat) also waits for fresh pages of memory. Median times.
 """
 
 from collections.abc import Callable
