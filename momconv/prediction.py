@@ -78,7 +78,7 @@ def predict(
 
     Raises:
         UsageError: The model has no description.
-        DataError: A path does not exist, or no image can be read.
+        DataError: A path does not exist, there is none, or no image can be read.
     """
     description = describe(model)
     files = list_files(map(Path, paths))
@@ -106,7 +106,7 @@ def list_files(paths: Iterable[Path]) -> list[Path]:
     What does not exist may be a pattern, in which ``**`` stands for any folders.
 
     Raises:
-        DataError: One does not exist, or a folder has no images.
+        DataError: One does not exist, a folder has no images, or there are no paths at all.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -115,6 +115,8 @@ def list_files(paths: Iterable[Path]) -> list[Path]:
             raise _missing(path)
         for match in matches:
             found |= dict.fromkeys(list_images(match) if match.is_dir() else [match])
+    if not found:
+        raise DataError("the list of images is empty", kind="data.no_images", fix="name a folder")
     return list(found)
 
 

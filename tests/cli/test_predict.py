@@ -77,6 +77,13 @@ def test_each_unreadable_image_has_a_record(model: Path, colours: Path, tmp_path
     assert run(model, colours / "red", "--strict").exit_code == 0
 
 
+def test_an_empty_list_from_stdin_is_an_error(model: Path) -> None:
+    ran = run(model, "-", stdin=b"\n")
+    assert ran.exit_code == 3
+    assert "the list of images is empty" in ran.stderr
+    assert "fix:" in ran.stderr
+
+
 def test_a_list_of_images_may_come_from_stdin(model: Path, colours: Path, tmp_path: Path) -> None:
     odd = Path(shutil.copy(colours / "red" / "0.png", tmp_path / os.fsdecode(b"caf\xe9.png")))
     listed = b"\n".join([os.fsencode(colours / "blue"), b"", os.fsencode(odd), b""])
