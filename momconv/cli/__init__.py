@@ -8,10 +8,12 @@ import signal
 import sys
 import warnings
 from io import TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from momconv._version import __version__
 from momconv.cli import (
@@ -34,8 +36,21 @@ EXIT_CODES = (
     "5 memory, disk, device or network · 6 threshold not met · 130 interrupted · 143 terminated"
 )
 
+
+class _Commands(TyperGroup):
+    """Refuses empty arguments: as a path, what an unset variable leaves were the current folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, argument in pairwise(["momconv", *args]):
+            option = argument.removesuffix("=") if argument.startswith("--") else argument
+            if not argument or option != argument:
+                raise typer.BadParameter(f"what follows {option or before} is empty")
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="momconv",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

@@ -224,9 +224,11 @@ class _Ready:
 def _prepare(task: _Task) -> _Ready:
     """Check images, network, memory and disk; nothing is written."""
     recipe, run, listener = task.recipe, task.run, task.listener
+    folder = require_folder(recipe.data)
+    run.require_outside(folder)
     run.require_unused(overwrite=task.overwrite)
     run.require_room(0)
-    found = find_images(require_folder(recipe.data), recipe.data, listener)
+    found = find_images(folder, recipe.data, listener)
     model = network.load(recipe)
     require_stages(model, recipe.train)
     if recipe.momentum.gamma and not network.read_gamma(model):

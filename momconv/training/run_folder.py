@@ -185,6 +185,21 @@ class RunFolder:
             fix="\n".join(offers),
         )
 
+    def require_outside(self, images: Path) -> None:
+        """Do nothing unless the folder would be among the images, where its plots were a class.
+
+        Raises:
+            UsageError: It would.
+        """
+        if not self.path.resolve().is_relative_to(images.resolve()):
+            return
+        elsewhere = RunFolder(images.absolute().parent / "runs" / self.path.name).find_unused()
+        raise UsageError(
+            f"output folder {self.path} is inside the folder of images {images}",
+            kind="usage.output_in_data",
+            fix=f"-o {shlex.quote(str(elsewhere))}",
+        )
+
     def find_unused(self) -> Path:
         """This folder if it is unused, or else the first with a number behind its name that is."""
         named = self.path if self.path.name else self.path.absolute()
