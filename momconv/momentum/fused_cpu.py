@@ -34,7 +34,7 @@ def advance(
     x_next = torch.empty_like(x)
     magnitudes = _run(_advance, x, (v, r, y, x_next), (scale, gamma, -1 / gamma, ulp))
     bits = largest.numpy().view(f"i{largest.itemsize}")
-    bits[()] = max(bits, *magnitudes)
+    bits[()] = max([bits[()], *magnitudes])
     return x_next
 
 

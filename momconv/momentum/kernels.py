@@ -58,7 +58,9 @@ def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) 
 
 
 def magnitude(x: Tensor) -> Tensor:
-    """The largest |x|, a scalar on x's device; not finite if anything in x is not."""
+    """The largest |x|, a scalar on x's device; not finite if anything in x is not, 0 of nothing."""
+    if x.numel() == 0:
+        return x.new_zeros(())
     extremes = [torch.stack(torch.aminmax(piece)) for (piece,) in _pieces(x)]
     return torch.stack(extremes).abs().max()
 

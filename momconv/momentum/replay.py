@@ -1,8 +1,8 @@
 """Running a block twice: once forgetting what backward needs, once, during backward, keeping it.
 
-Whatever must be the same both times is arranged here: parameters, buffers (the second run works on
-copies, so BatchNorm's statistics are updated once), random numbers, autocast, and which inputs
-require gradients.
+Whatever must be the same both times is arranged here: which modules are training, parameters,
+buffers (the second run works on copies, so BatchNorm's statistics are updated once), random
+numbers, autocast, and which inputs require gradients.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,6 +31,7 @@ class Replay:
     def __init__(self, block: nn.Module, *, in_parts: bool = False) -> None:
         self._block = block
         self._in_parts = in_parts
+        self._modes = [(module, module.training) for module in block.modules()]
         # The tensors themselves: torch.func.functional_call may have put others in place.
         self._parameters = [*entries_of(block, "_parameters")]
         self._buffers = [*entries_of(block, "_buffers")]
@@ -142,6 +143,7 @@ class Replay:
             torch.enable_grad(),
             torch.autocast(**self._autocast),
             _random_numbers(self._random_state, inputs[0].device),
+            _in_modes(self._modes),
             in_place_of(self._parameters),
             in_place_of(buffers),
             saved_tensors_hooks(keep, self._serve),
@@ -202,13 +204,26 @@ def in_place_of(entries: list[Entry]) -> Iterator[None]:
             where[name] = tensor
 
 
+@contextmanager
+def _in_modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Let each module train, or not."""
+    others = [module for module, training in modes if module.training != training]
+    for module in others:
+        module.training = not module.training
+    try:
+        yield
+    finally:
+        for module in others:
+            module.training = not module.training
+
+
 def evaluate(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
     """block(x, *args), which must leave x alone: x is needed again.
 
     Raises:
         UsageError: the block wrote into x.
     """
-    version = x._version
+    version = version_of(x)
     y: Tensor = block(x, *args)
     require_unchanged(block, x, version)
     return y
@@ -220,12 +235,17 @@ def require_unchanged(block: nn.Module, x: Tensor, version: int) -> None:
     Raises:
         UsageError: the block did.
     """
-    if x._version != version:
+    if version_of(x) != version:
         raise UsageError(
             f"a {block._get_name()} modifies its input in place",
             kind="model.modifies_input",
             fix="inplace=False in the first operation of the block",
         )
+
+
+def version_of(tensor: Tensor) -> int:
+    """A number that changes when somebody writes into ``tensor``; inference mode counts nothing."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class _Before(torch.autograd.Function):
@@ -235,7 +255,7 @@ class _Before(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, action: Callable[..., object], *kept: Tensor) -> Tensor:
         ctx.action = action
         ctx.save_for_backward(*kept)  # so that autograd lets go of them when it is done
-        return y
+        return y.detach()  # y itself would be a view, which no in-place operation may follow
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

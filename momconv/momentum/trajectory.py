@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from momconv.errors import InversionError, NotReproducible, RangeOverflow
 from momconv.momentum import kernels
 from momconv.momentum.equations import Rule, largest_magnitude, remainder_bounds
+from momconv.momentum.replay import version_of
 
 
 class Trajectory:
@@ -30,7 +31,7 @@ class Trajectory:
         self._bounds = [*remainder_bounds(rule.gamma, len(rule.coefficients))]
         self._remainders = [None if rule.gamma == 1 else torch.zeros_like(x, dtype=torch.int8)]
         self.n = 0
-        self._version = x._version
+        self._version = version_of(x)
         self._limit = largest_magnitude(rule.ulp, x.dtype)
         self._origin: int | None = None
         self._mismatch: Tensor | None = None
@@ -54,7 +55,7 @@ class Trajectory:
         r = self._remainders[-1]
         x = kernels.advance(self.x, self.v, r, y, self._largest, self.rule, self.n)
         # An alias: the caller gets a tensor of its own to hang a graph on.
-        self.x, self._version = x.detach(), x._version
+        self.x, self._version = x.detach(), version_of(x)
         self.n += 1
         return x
 
@@ -72,7 +73,7 @@ class Trajectory:
                 kind="inversion.second_backward",
                 fix='momconv.set_strategy(model, "store")',
             )
-        if self.x._version != self._version:
+        if version_of(self.x) != self._version:
             raise InversionError(
                 "the output of a momentum run was modified in place after the forward pass",
                 kind="inversion.modified_output",
@@ -82,7 +83,7 @@ class Trajectory:
             torch.autograd.Variable._execution_engine.queue_callback(self.verify)
         self.n = n
         self.x = kernels.retreat(self.x, self.v, self.rule)
-        self._version = self.x._version
+        self._version = version_of(self.x)
         return self.x
 
     def undo(self, y: Tensor) -> None:

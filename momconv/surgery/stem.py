@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from momconv.momentum.replay import Enough, Replay, require_unchanged
+from momconv.momentum.replay import Enough, Replay, require_unchanged, version_of
 from momconv.momentum.sequential import MomentumSequential, momentum_stages
 
 
@@ -68,7 +68,7 @@ class Stem(nn.Module):
         is_eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if not (is_plain and is_wanted and is_eager):
             return
-        self._images = args[0], args[0]._version
+        self._images = args[0], version_of(args[0])
         self._replay = Replay(self)
         self._context = self._replay.forgetting(*args)
         self._context.__enter__()

@@ -143,6 +143,58 @@ def test_exact_on_a_gpu(
     assert differences(ours, stored) == []
 
 
+def then_the_other_mode(net: nn.Module, x: Tensor) -> Tensor:
+    loss = square(net(x))
+    net.train(not net.training)
+    return loss
+
+
+@recomputing
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_exact_when_the_mode_changes_before_backward(training: bool, strategy: Strategy) -> None:
+    net = stack(5).train(training)
+
+    stored = aftermath(net, images(), "store")
+    ours = aftermath(net, images(), strategy, then_the_other_mode)
+
+    assert differences(ours, stored) == []
+
+
+@recomputing
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+def test_an_empty_batch_has_gradients_of_zero(gamma: float, strategy: Strategy) -> None:
+    net = stack(5, gamma=gamma).eval()  # BatchNorm has no statistics of nothing
+
+    left = aftermath(net, images(count=0), strategy)
+
+    grads = [tensor for name, tensor in left.items() if name.startswith("grad")]
+    assert len(grads) == len(list(net.parameters())) + 1
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("strategy", ["store", *RECOMPUTING])
+def test_inference_mode_computes_the_same(strategy: Strategy) -> None:
+    net = stack(5).eval()
+    set_strategy(net, strategy)
+    with torch.no_grad():
+        expected = net(images())
+    with torch.inference_mode():
+        assert torch.equal(net(images()), expected)
+
+
+@recomputing
+def test_a_layer_may_write_into_what_a_stage_returns(strategy: Strategy) -> None:
+    def step(net: nn.Module, x: Tensor) -> Tensor:
+        return square(torch.relu_(net(x)))
+
+    # It ends in a block outside the run: what a run returns is its own state, which must stay.
+    net = MomentumSequential(*stack(4), nn.Conv2d(8, 4, 1))
+
+    stored, ours = (aftermath(net, images(), how, step) for how in ("store", strategy))
+
+    assert differences(ours, stored) == []
+
+
 @recomputing
 def test_exact_in_channels_last(strategy: Strategy) -> None:
     net = stack(5, kind="Bottleneck").to(memory_format=torch.channels_last)
