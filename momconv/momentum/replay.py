@@ -5,7 +5,7 @@ buffers (the second run works on copies, so BatchNorm's statistics are updated o
 numbers, autocast, and which inputs require gradients.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.batchnorm import _NormBase
 
 from momconv.errors import InversionError, NotReproducible, UsageError
 
@@ -35,6 +36,10 @@ class Replay:
         # The tensors themselves: torch.func.functional_call may have put others in place.
         self._parameters = [*entries_of(block, "_parameters")]
         self._buffers = [*entries_of(block, "_buffers")]
+        self._before: dict[
+            int, Tensor
+        ] = {}  # buffers that the first call changed, as it found them
+        self._watched: list[tuple[Tensor, int]] = []  # what must not change, with its version
         self._saved: dict[int, Tensor] = {}
         self._inputs: list[Tensor] = []  # for a second repetition
 
@@ -51,6 +56,8 @@ class Replay:
         self._requires_grad = [tensor.requires_grad for tensor in (x, *args)]
         self._args = [arg.detach() for arg in args]
         self._autocast = autocast_settings(x.device.type)
+        buffers = [(b, version_of(b), b.clone()) for b in _buffers_that_count(self._modes)]
+        args_before = [(arg, version_of(arg)) for arg in args]
         random_state = _random_state(x.device)
         sizes: list[int] = []  # in bytes, of what the block saves; what is kept anyway counts 0
         kept = {_memory_of(x)}
@@ -64,11 +71,20 @@ class Replay:
 
         with saved_tensors_hooks(drop, self._serve):
             yield
+        for arg, version in args_before:
+            require_unchanged(self._block, arg, version)
+        self._before = {id(b): value for b, version, value in buffers if version_of(b) != version}
+        unchanged = [b for b, _, _ in buffers if id(b) not in self._before]
+        self.watch([*unchanged, *self._args, *(tensor for _, _, tensor in self._parameters)])
         self._count = len(sizes)
         self._middle = _find_middle(sizes, x.nbytes)
         # Only a block that drew numbers needs the state again: 5 KB a block add up.
         drew = not all(map(torch.equal, random_state, _random_state(x.device)))
         self._random_state = random_state if drew else []
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """From now until it is repeated, nobody must write into these, and no others."""
+        self._watched = [(tensor, version_of(tensor)) for tensor in tensors]
 
     def postpone(self, x: Tensor) -> None:
         """Let the first tensor that backward asks for cause the repetition, for x."""
@@ -79,8 +95,10 @@ class Replay:
         """The same call once more, keeping what it saves; x must equal the first one.
 
         Raises:
+            InversionError: somebody wrote into what the first call used.
             NotReproducible: the block saved more or fewer tensors than the first time.
         """
+        self._require_unchanged()
         inputs = self._detach(x)
         self._saved = {}
         numbers = count()
@@ -105,6 +123,16 @@ class Replay:
             tensor.requires_grad_(requires_grad)
         return inputs
 
+    def _require_unchanged(self) -> None:
+        watched, self._watched = self._watched, []
+        if any(version_of(tensor) != version for tensor, version in watched):
+            raise InversionError(
+                f"what a {self._block._get_name()} computed with (weights, buffers or inputs) was"
+                " modified in place before backward",
+                kind="inversion.modified_inputs",
+                fix="change it after backward, or let the network have a copy (.clone())",
+            )
+
     def _require_as_many(self, saved: int, expected: int) -> None:
         if saved != expected:
             raise NotReproducible(
@@ -116,6 +144,7 @@ class Replay:
 
     def _repeat_beginning(self) -> None:
         """The call as far as the middle, keeping what it saves."""
+        self._require_unchanged()  # of what :meth:`repeat` has found unchanged there is none left
         inputs, self._inputs = self._inputs, []
         numbers = count()
 
@@ -137,7 +166,7 @@ class Replay:
             self._random_state = []
 
     def _call(self, inputs: list[Tensor], keep: Callable[[Tensor], int]) -> Tensor:
-        copies = {id(buffer): buffer.clone() for _, _, buffer in self._buffers}
+        copies = {id(b): self._before.get(id(b), b).clone() for _, _, b in self._buffers}
         buffers = [(where, name, copies[id(buffer)]) for where, name, buffer in self._buffers]
         with (
             torch.enable_grad(),
@@ -179,6 +208,17 @@ def _memory_of(tensor: Tensor) -> int:
     """A number that tensors share if they share memory, and both exist."""
     number: int = tensor.untyped_storage()._cdata
     return number
+
+
+def _buffers_that_count(modes: list[tuple[nn.Module, bool]]) -> list[Tensor]:
+    """The buffers that a result may depend on: not the statistics that a norm only updates."""
+    return [
+        buffer
+        for module, training in modes
+        if module._buffers and not (training and isinstance(module, _NormBase))
+        for buffer in module._buffers.values()
+        if buffer is not None
+    ]
 
 
 Entry = tuple[dict[str, Any], str, Tensor]

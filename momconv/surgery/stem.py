@@ -4,7 +4,7 @@ At high resolution the stem's activations weigh as much as a block of the first 
 network's class is, its forward pass is run again as far as its first stage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -73,7 +73,7 @@ class Stem(nn.Module):
         self._context = self._replay.forgetting(*args)
         self._context.__enter__()
 
-    def reach(self, _stage: nn.Module, _args: object) -> None:
+    def reach(self, _stage: nn.Module, args: tuple[Any, ...]) -> None:
         """Before a stage: the stem ends here."""
         if self._is_repeated:
             raise Enough
@@ -82,7 +82,9 @@ class Stem(nn.Module):
             assert self._images is not None
             require_unchanged(self.model, *self._images)
             self._close()
-            self._replay.postpone(self._images[0])
+            images = self._images[0].detach()
+            self._replay.postpone(images)
+            self._replay.watch([images, *_find_leaves(args[:1], self._images[0])])
 
     def end(self, _model: nn.Module, _args: object, _output: object) -> None:
         """After the model, which may have failed in the stem."""
@@ -94,3 +96,20 @@ class Stem(nn.Module):
         context, self._context = self._context, None
         assert context is not None
         context.__exit__(None, None, None)
+
+
+def _find_leaves(outputs: Iterable[Tensor], images: Tensor) -> list[Tensor]:
+    """The parameters with which these were computed from the images, those that are trained.
+
+    The others of the network may change before the stem is repeated: an optimiser may step while
+    backward is under way.
+    """
+    waiting = [output.grad_fn for output in outputs]
+    leaves, seen = [], {images.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            waiting += [following for following, _ in node.next_functions]
+    return leaves

@@ -17,8 +17,10 @@ from networks import (
     under_bf16_autocast,
 )
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from momconv import MomentumSequential, set_strategy
+from momconv.errors import InversionError
 from momconv.momentum.autograd import Strategy
 from momconv.momentum.trajectory import Trajectory
 
@@ -158,6 +160,60 @@ def test_exact_when_the_mode_changes_before_backward(training: bool, strategy: S
     ours = aftermath(net, images(), strategy, then_the_other_mode)
 
     assert differences(ours, stored) == []
+
+
+class Counting(nn.Module):
+    """A residual block whose result depends on how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + torch.tanh(self.conv(x) * self.calls)
+
+
+class Normed(nn.Module):
+    """A residual block whose weight is divided by a norm that each call estimates better."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = spectral_norm(nn.Conv2d(8, 8, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.conv(x))
+
+
+@recomputing
+@pytest.mark.parametrize("block", [Counting, Normed])
+def test_exact_with_a_state_that_each_call_changes(
+    block: type[nn.Module], strategy: Strategy
+) -> None:
+    torch.manual_seed(0)
+    net = MomentumSequential(*(block() for _ in range(4)))
+
+    stored, ours = (aftermath(net, images(), how, accumulate) for how in ("store", strategy))
+
+    assert differences(ours, stored) == []
+
+
+@recomputing
+def test_an_argument_may_not_change_before_backward(strategy: Strategy) -> None:
+    class Shifted(nn.Module):
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            return x + torch.sin(x) * shift
+
+    net = MomentumSequential(*(Shifted() for _ in range(3)))
+    set_strategy(net, strategy)
+    shift = torch.ones(8, 5, 5)
+    loss = square(net(images().requires_grad_(), shift))
+    shift.add_(1)
+
+    with pytest.raises(InversionError, match="was modified in place before backward"):
+        loss.backward()
 
 
 @recomputing

@@ -102,6 +102,38 @@ def test_a_stem_that_writes_into_the_images_is_refused() -> None:
         model(IMAGES)
 
 
+@pytest.mark.parametrize("strategy", ["momentum", "checkpoint", "segment", "auto"])
+@pytest.mark.parametrize("name", ["images", "conv.weight", "norm.weight", "blocks.1.layer.weight"])
+def test_what_a_pass_computed_with_may_not_change_before_backward(name: str, strategy: str) -> None:
+    model, images = make(), IMAGES.clone()
+    momconv.set_strategy(model, strategy)  # type: ignore[arg-type]
+    loss = model(images).square().sum()
+    with torch.no_grad():
+        (images if name == "images" else model.get_parameter(name)).mul_(1.5)
+
+    with pytest.raises(InversionError, match="was modified in place before backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("strategy", ["momentum", "checkpoint", "segment", "auto"])
+def test_an_optimiser_may_step_while_backward_is_under_way(strategy: str) -> None:
+    def train(strategy: str) -> list[Tensor]:
+        model = make()
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(_descend)
+        step(model, strategy)
+        return [*model.parameters()]
+
+    assert all(map(torch.equal, train(strategy), train("store")))
+
+
+def _descend(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    with torch.no_grad():
+        parameter.sub_(0.1 * parameter.grad)
+    parameter.grad = None
+
+
 def test_going_back_leaves_nothing_of_it() -> None:
     plain = momconv.revert(make())
     hooks = [h for m in plain.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
