@@ -1,7 +1,7 @@
 """Making up, on unlabelled images, for what a conversion has changed."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from momconv.errors import DataError
 from momconv.surgery.imitation import (
     CHUNK,
     Images,
@@ -68,6 +69,9 @@ def calibrate(
             each time that one is read counted.
         progress: Hears of steps done, of all steps, and of the time left. A KeyboardInterrupt
             during the training, from here too, ends it early with the best values so far.
+
+    Raises:
+        DataError: There are no batches. The statistics are then, as after any exception, as before.
     """
     images = Images(batches) if original is not None else None
     layers = adapt_statistics(model, batches, original, images)
@@ -121,22 +125,43 @@ def _estimate_if_closer(
     Re-estimated ones also fit images unlike those of the original's training, to which the original
     itself does not adapt; for a small γ, which changes little, that is the larger change.
     """
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    restore = _keep_buffers(model)
     before = measure_divergence(model, original, images.held_out)
     layers = _estimate_statistics(model, batches)
     if measure_divergence(model, original, images.held_out) <= before:
         return layers
-    for buffer, value in kept:
-        buffer.copy_(value)
+    restore()
     return 0
 
 
 def _estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    device = next(model.parameters()).device
-    with _estimating(model) as layers, torch.no_grad():
-        for images in batches:
-            model(images.to(device))
+    device, restore, is_empty = next(model.parameters()).device, _keep_buffers(model), True
+    try:
+        with _estimating(model) as layers, torch.no_grad():
+            for images in batches:
+                model(images.to(device))
+                is_empty = False
+        if is_empty:
+            raise DataError(
+                "there are no images to estimate BatchNorm's statistics on",
+                kind="data.no_images",
+                fix="give batches of images; an iterator gives them only once",
+            )
+    except BaseException:  # Ctrl-C too
+        restore()
+        raise
     return len(layers)
+
+
+def _keep_buffers(model: nn.Module) -> Callable[[], None]:
+    """What gives the buffers the values of now again."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def restore() -> None:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+    return restore
 
 
 @contextmanager

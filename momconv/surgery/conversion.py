@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
@@ -35,7 +35,7 @@ PAYS_FROM = 3  # blocks: x, v and r then weigh less than the checkpoints, one x 
 def convert(
     model: nn.Module,
     gamma: float = 0.9,
-    stages: Literal["auto", "all"] | Sequence[str] = "auto",
+    stages: str | Sequence[str] = "auto",
     velocity: Velocity = "zero",
     *,
     gain: bool = True,
@@ -52,7 +52,7 @@ def convert(
         model: A network, plain or converted before. It stays as it is.
         gamma: γ in (0, 1]; 0 keeps the plain network.
         stages: Where blocks change their rule: "all" runs, the runs in the sequences of the
-            given names (such as "layer3"), or "auto", the runs long enough to save memory.
+            given name or names (such as "layer3"), or "auto", the runs long enough to save memory.
         velocity: v[0] is 0 ("zero") or f(x[0]) ("residual").
         gain: Whether blocks get the gain that restores their weight in the sum.
         inputs: What the model is called with, of which only shapes and types matter; by default
@@ -61,6 +61,8 @@ def convert(
     Raises:
         UsageError: γ is out of range, or a stage does not exist or has no run.
     """
+    if isinstance(stages, str) and stages not in ("auto", "all"):
+        stages = [stages]
     model = _plain(copy.deepcopy(model))
     inputs = inputs or [_two_images(model)]
     found, refused = search(model, inputs)

@@ -22,6 +22,7 @@ from torch.optim import Adam
 from momconv.errors import RangeOverflow
 from momconv.momentum.sequential import MomentumSequential, momentum_stages
 from momconv.surgery.modes import in_eval_mode
+from momconv.surgery.stem import leave_stem
 from momconv.units import format_duration
 
 Progress = Callable[[int, int, str], None]
@@ -115,6 +116,7 @@ def imitate(
                     best.look()
             best.look()
         except KeyboardInterrupt:
+            leave_stem(student)
             interrupted = True
         except RangeOverflow:
             pass  # it diverges, and has been better

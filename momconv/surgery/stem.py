@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from momconv.momentum.replay import Enough, Replay, require_unchanged, version_of
 from momconv.momentum.sequential import MomentumSequential, momentum_stages
@@ -36,9 +37,21 @@ def restore_stem(model: nn.Module) -> None:
     """Undo :func:`make_stem_recomputable`."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in [*hooks.items()]:
-                if isinstance(getattr(hook, "__self__", None), Stem):
-                    del hooks[key]
+            for key in [key for key, hook in hooks.items() if _stem_of(hook)]:
+                del hooks[key]
+
+
+def leave_stem(model: nn.Module) -> None:
+    """After a KeyboardInterrupt in ``model``, of which PyTorch tells no hook."""
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            if stem := _stem_of(hook):
+                stem.end(module, None, None)
+
+
+def _stem_of(hook: object) -> "Stem | None":
+    owner = getattr(hook, "__self__", None)
+    return owner if isinstance(owner, Stem) else None
 
 
 class Stem(nn.Module):
@@ -63,6 +76,8 @@ class Stem(nn.Module):
 
     def begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model: forget what the stem saves, unless it is to be stored."""
+        if self._context is not None:  # a KeyboardInterrupt ended the last pass
+            self._close()
         is_plain = args and not kwargs and all(isinstance(arg, Tensor) for arg in args)
         is_wanted = any(stage.strategy != "store" for stage in self._stages)
         is_eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -78,19 +93,25 @@ class Stem(nn.Module):
         if self._is_repeated:
             raise Enough
         if self._context is not None:
-            assert self._replay is not None
-            assert self._images is not None
-            require_unchanged(self.model, *self._images)
-            self._close()
-            images = self._images[0].detach()
-            self._replay.postpone(images)
-            self._replay.watch([images, *_find_leaves(args[:1], self._images[0])])
+            self._finish(args[:1])
 
-    def end(self, _model: nn.Module, _args: object, _output: object) -> None:
-        """After the model, which may have failed in the stem."""
-        if self._context is not None:
+    def end(self, _model: nn.Module, _args: object, output: object) -> None:
+        """After the model, which may have failed in the stem, or come to no stage."""
+        if self._context is not None and output is None:
             self._close()
+        elif self._context is not None:
+            self._finish([leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
         self._replay = self._images = None
+
+    def _finish(self, outputs: Sequence[Tensor]) -> None:
+        """All that these were computed with is the stem."""
+        assert self._replay is not None
+        assert self._images is not None
+        require_unchanged(self.model, *self._images)
+        self._close()
+        images = self._images[0].detach()
+        self._replay.postpone(images)
+        self._replay.watch([images, *_find_leaves(outputs, self._images[0])])
 
     def _close(self) -> None:
         context, self._context = self._context, None

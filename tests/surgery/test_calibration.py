@@ -1,6 +1,7 @@
 import copy
 import random
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from momconv.data.calibration_images import CalibrationImages, choose_images
 from momconv.data.folder import ImageSet, read_classes_folder
+from momconv.errors import DataError
 from momconv.evaluation import evaluate
 from momconv.surgery.calibration import calibrate
 from momconv.surgery.conversion import convert
@@ -84,6 +86,27 @@ def test_flags_are_as_before_also_after_a_failure(training: bool, fails: bool) -
         calibrate(net, batches(1))
     assert [module.training for module in net.modules()] == flags
     assert [layer.momentum for layer in net if isinstance(layer, nn.BatchNorm2d)] == [0.3, 0.1]
+
+
+def interrupted() -> Iterator[Tensor]:
+    yield from batches(1)
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("images", "error"), [(iter([]), DataError), (interrupted(), KeyboardInterrupt)]
+)
+def test_statistics_stay_unless_all_images_were_seen(
+    images: Iterator[Tensor], error: type[BaseException]
+) -> None:
+    net = small()
+    calibrate(net, batches(2))
+    before = copy.deepcopy(net.state_dict())
+
+    with pytest.raises(error):
+        calibrate(net, images)
+
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_dropout_is_off_and_nothing_is_kept_for_backward() -> None:

@@ -116,8 +116,9 @@ def test_auto_leaves_short_runs_alone_and_all_takes_them() -> None:
     assert auto == every | {"layer4": ()}
 
 
-def test_only_the_named_stages_get_momentum() -> None:
-    network = convert(make("resnet34"), stages=["layer4"])
+@pytest.mark.parametrize("stages", [["layer4"], "layer4"])
+def test_only_the_named_stages_get_momentum(stages: str | list[str]) -> None:
+    network = convert(make("resnet34"), stages=stages)
     assert spans(network) == {"layer1": (), "layer2": (), "layer3": (), "layer4": (1, 2)}
     assert [stage.gamma for stage in summarise(network)] == [0, 0, 0, 0.9]
 
@@ -171,6 +172,11 @@ def test_a_stage_without_a_run_is_named_with_those_that_have_one(stages: list[st
         convert(make("resnet34"), stages=stages)
     assert repr(stages[0]) in error.value.message
     assert error.value.fix == "--stages with some of layer1, layer2, layer3, layer4"
+
+
+def test_a_part_of_a_stage_s_name_is_no_name() -> None:
+    with pytest.raises(UsageError, match="in 'layer12'"):
+        convert(make("resnet34"), stages="layer12")
 
 
 def test_a_network_without_runs_is_refused() -> None:

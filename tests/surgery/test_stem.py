@@ -127,6 +127,56 @@ def test_an_optimiser_may_step_while_backward_is_under_way(strategy: str) -> Non
     assert all(map(torch.equal, train(strategy), train("store")))
 
 
+class Interrupting(nn.Identity):
+    """As Ctrl-C in the third of the passes that are trained."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += torch.is_grad_enabled()
+        if self.passes == 3:
+            raise KeyboardInterrupt
+        return x
+
+
+def test_an_interruption_in_the_stem_leaves_nothing_behind() -> None:
+    original = Network().eval()
+    model = momconv.convert(original, inputs=[IMAGES])
+    model.norm = nn.Sequential(model.norm, Interrupting())  # type: ignore[arg-type]
+
+    done = momconv.distill(model, original, [torch.randn(20, 3, 6, 6)])
+
+    assert done.interrupted
+    copy.deepcopy(model)
+    weight = torch.ones(3, requires_grad=True)
+    weight.square().sum().backward()  # has nothing to do with it
+    assert torch.equal(weight.grad, torch.full((3,), 2.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strategy", ["store", "momentum", "checkpoint", "segment", "auto"])
+def test_a_pass_may_come_to_no_stage(strategy: str) -> None:
+    class Leaving(Network):
+        leaves = False
+
+        def forward(self, images: Tensor) -> Tensor:
+            if not self.leaves:
+                return super().forward(images)
+            logits: Tensor = self.head(F.relu(self.conv(images)).mean((2, 3)))
+            return logits
+
+    torch.manual_seed(0)
+    plain = Leaving()
+    model = momconv.convert(plain, inputs=[IMAGES])
+    plain.leaves = model.leaves = True  # type: ignore[assignment]
+
+    ours, theirs = step(model, strategy), {}
+    plain(IMAGES).square().sum().backward()
+    theirs = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+
+    assert theirs
+    assert all(torch.equal(ours[name], gradient) for name, gradient in theirs.items())
+
+
 def _descend(parameter: Tensor) -> None:
     assert parameter.grad is not None
     with torch.no_grad():
