@@ -19,6 +19,7 @@ from momconv.planner.convolution import (
     round_up,
 )
 
+_IMAGE_WEIGHT = 4  # dimensions: outputs, inputs, height and width
 _LARGEST_DIRECT_KERNEL = 14  # oneDNN's direct gradient of weights has no larger ones
 _LARGEST_DEPTHWISE_KERNEL = 3  # the same, for groups of one channel in blocks
 _COLUMN_BYTES = 256  # the fixed part of the scratch of a gradient by im2col
@@ -27,8 +28,10 @@ _STRIDED_BYTES = 28 * 2**10  # the fixed part of the scratch of a strided convol
 
 
 def forward(args: tuple[Any, ...], results: Sequence[Tensor]) -> int:
-    """The most bytes alive in a convolution."""
+    """The most bytes alive in a convolution of images; 0 (unknown) in one of anything else."""
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
+    if weight.dim() != _IMAGE_WEIGHT:
+        return 0
     conv = Convolution(x, weight, results[0], stride, padding, groups)
     backend = torch._C._select_conv_backend(
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
@@ -37,8 +40,10 @@ def forward(args: tuple[Any, ...], results: Sequence[Tensor]) -> int:
 
 
 def backward(args: tuple[Any, ...], results: Sequence[Tensor]) -> int:
-    """The most bytes alive in the gradient of a convolution."""
+    """The most bytes alive in the gradient of a convolution, as :func:`forward`."""
     gradient, x, weight, bias_sizes, stride, padding, dilation, transposed, *rest = args
+    if weight.dim() != _IMAGE_WEIGHT:
+        return 0
     output_padding, groups, wanted = rest
     conv = Convolution(x, weight, gradient, stride, padding, groups)
     sizes = (stride, padding, dilation, transposed, output_padding, groups, bias_sizes)

@@ -198,6 +198,24 @@ def test_the_remainders_of_the_momentum_rule_are_told_apart() -> None:
     assert peak_memory(Run(6), 10_000, 1, strategy="store").side_information == 0
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_convolution_over_channels_is_no_convolution_of_images(precision: Precision) -> None:
+    class ChannelAttention(nn.Module):
+        """Of ECA-Net (Wang et al. 2020)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(1, 1, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            means = x.mean((2, 3))[:, None]
+            return x * self.conv(means).sigmoid().transpose(1, 2)[..., None]
+
+    conv, pool = nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(conv, ChannelAttention(), pool, nn.Flatten(), nn.Linear(8, 10))
+    assert_agreement(model, 4, 32, precision)
+
+
 def test_strategies_need_less_than_storing() -> None:
     model = momconv.convert(build("cifar_resnet44"), stages="all")
     store, checkpoint, momentum = (
