@@ -8,7 +8,7 @@ the student learns to agree where it is going to be used, whatever the size of a
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, count
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Adam
 
 from momconv.errors import RangeOverflow
-from momconv.momentum.sequential import MomentumSequential, momentum_stages
+from momconv.momentum.sequential import MomentumSequential, Run, momentum_stages
 from momconv.surgery.modes import in_eval_mode
 from momconv.surgery.stem import leave_stem
 from momconv.units import format_duration
@@ -230,29 +230,36 @@ def trainable_gains(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     f(x) = block(x) − x is scaled in a forward hook, so that the gradient comes by itself.
     """
     device = next(model.parameters()).device
-    factors: list[nn.Parameter] = []
+    factors: dict[nn.Module, nn.Parameter] = {}  # one for a block that is used several times
     stages = [stage for stage in momentum_stages(model).values() if stage.gamma]
     with ExitStack() as hooks:
         for stage in stages:
-            for n in (n for run in stage.runs or () for n in range(run.start, run.stop)):
-                factors.append(nn.Parameter(torch.ones((), device=device)))
-                hook = stage[n].register_forward_hook(_scaling(factors[-1]))
-                hooks.callback(hook.remove)
+            for run in stage.runs or ():
+                for block in _members(stage, run):
+                    if block not in factors:
+                        factors[block] = nn.Parameter(torch.ones((), device=device))
+                        hook = block.register_forward_hook(_scaling(factors[block]))
+                        hooks.callback(hook.remove)
         hooks.callback(_fold, stages, factors)
-        yield factors
+        yield [*factors.values()]
+
+
+def _members(stage: MomentumSequential, run: Run) -> list[nn.Module]:
+    return [stage[n] for n in range(run.start, run.stop)]
 
 
 def _scaling(factor: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     return lambda _, inputs, output: torch.lerp(inputs[0], output, factor)
 
 
-def _fold(stages: Sequence[MomentumSequential], factors: Sequence[Tensor]) -> None:
-    values = iter([factor.item() for factor in factors])
+def _fold(stages: Sequence[MomentumSequential], factors: Mapping[nn.Module, Tensor]) -> None:
+    values = {block: factor.item() for block, factor in factors.items()}
     for stage in stages:
-        stage.runs = tuple(
-            replace(run, gains=tuple(gain * next(values) for gain in run.gains))
-            for run in stage.runs or ()
-        )
+        runs = []
+        for run in stage.runs or ():
+            blocks = zip(run.gains, _members(stage, run), strict=True)
+            runs.append(replace(run, gains=tuple(gain * values[block] for gain, block in blocks)))
+        stage.runs = tuple(runs)
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:

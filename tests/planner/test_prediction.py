@@ -209,7 +209,8 @@ def test_a_convolution_over_channels_is_no_convolution_of_images(precision: Prec
 
         def forward(self, x: Tensor) -> Tensor:
             means = x.mean((2, 3))[:, None]
-            return x * self.conv(means).sigmoid().transpose(1, 2)[..., None]
+            gates: Tensor = self.conv(means).sigmoid().transpose(1, 2)[..., None]
+            return x * gates
 
     conv, pool = nn.Conv2d(3, 8, 3, padding=1), nn.AdaptiveAvgPool2d(1)
     model = nn.Sequential(conv, ChannelAttention(), pool, nn.Flatten(), nn.Linear(8, 10))

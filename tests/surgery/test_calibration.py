@@ -12,8 +12,10 @@ from momconv.data.calibration_images import CalibrationImages, choose_images
 from momconv.data.folder import ImageSet, read_classes_folder
 from momconv.errors import DataError
 from momconv.evaluation import evaluate
+from momconv.momentum.sequential import MomentumSequential
 from momconv.surgery.calibration import calibrate
 from momconv.surgery.conversion import convert
+from momconv.surgery.imitation import trainable_gains
 from momconv.zoo.description import describe
 from momconv.zoo.networks import build
 from momconv.zoo.weights import load_network
@@ -205,6 +207,24 @@ def test_statistics_of_unlike_images_are_not_taken_where_the_rule_changes_little
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert calibrate(model, pictures(5), original).layers == 0
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+def test_gains_are_kept_as_they_were_trained_where_a_block_is_used_several_times() -> None:
+    class Block(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(super().forward(x))
+
+    torch.manual_seed(0)
+    shared, other, x = Block(4, 4), Block(4, 4), torch.randn(3, 4)
+    net = MomentumSequential(shared, shared, other, shared)
+    net(x)
+    with trainable_gains(net) as factors, torch.no_grad():
+        for n, factor in enumerate(factors):
+            factor.fill_(1.5 + n)
+        trained = net(x)
+    # On the grid a residual counts in whole steps, before its gain or after it.
+    assert torch.allclose(net(x), trained, atol=1e-3)
+    assert [run.gains for run in net.runs or ()] == [(1.5, 1.5, 2.5, 1.5)]
 
 
 @pytest.mark.parametrize(("most", "steps"), [(10, 2), (150, 3), (10**6, 4)])
