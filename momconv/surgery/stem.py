@@ -6,6 +6,8 @@ network's class is, its forward pass is run again as far as its first stage.
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -46,7 +48,7 @@ def leave_stem(model: nn.Module) -> None:
     for module in model.modules():
         for hook in module._forward_hooks.values():
             if stem := _stem_of(hook):
-                stem.end(module, None, None)
+                stem.abandon()
 
 
 def _stem_of(hook: object) -> "Stem | None":
@@ -54,69 +56,84 @@ def _stem_of(hook: object) -> "Stem | None":
     return owner if isinstance(owner, Stem) else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A forward pass that is in the stem."""
+
+    replay: Replay
+    forgetting: AbstractContextManager[None]
+    images: Tensor
+    version: int  # of the images, at the beginning
+
+    def leave(self) -> None:
+        """Let autograd save tensors again."""
+        self.forgetting.__exit__(None, None, None)
+
+
 class Stem(nn.Module):
-    """The beginning of ``model``, which is not a part of it but has its parameters and buffers."""
+    """The beginning of ``model``, which is not a part of it but has its parameters and buffers.
+
+    Threads may share it, as they share any network.
+    """
 
     def __init__(self, model: nn.Module, stages: Sequence[MomentumSequential]) -> None:
         super().__init__()
         self.model = model
         self._stages = [*stages]
-        self._replay: Replay | None = None
-        self._context: AbstractContextManager[None] | None = None  # in the stem, the first time
-        self._images: tuple[Tensor, int] | None = None  # and their version
-        self._is_repeated = False
+        self._passes: dict[int, _Pass] = {}  # by thread
+        self._repeating: set[int] = set()  # threads
 
     def forward(self, *images: Tensor) -> None:
         """Run the model until it calls a stage, which raises Enough."""
-        self._is_repeated = True
+        self._repeating.add(get_ident())
         try:
             self.model.forward(*images)
         finally:
-            self._is_repeated = False
+            self._repeating.remove(get_ident())
 
-    def begin(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model: forget what the stem saves, unless it is to be stored."""
-        if self._context is not None:  # a KeyboardInterrupt ended the last pass
-            self._close()
+        self.abandon()  # a KeyboardInterrupt may have ended the last pass
         is_plain = args and not kwargs and all(isinstance(arg, Tensor) for arg in args)
         is_wanted = any(stage.strategy != "store" for stage in self._stages)
         is_eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if not (is_plain and is_wanted and is_eager):
+        is_own = model is self.model  # and not DataParallel's replica of it
+        if not (is_plain and is_wanted and is_eager and is_own):
             return
-        self._images = args[0], version_of(args[0])
-        self._replay = Replay(self)
-        self._context = self._replay.forgetting(*args)
-        self._context.__enter__()
+        replay = Replay(self)
+        forgetting = replay.forgetting(*args)
+        self._passes[get_ident()] = _Pass(replay, forgetting, args[0], version_of(args[0]))
+        forgetting.__enter__()
 
     def reach(self, _stage: nn.Module, args: tuple[Any, ...]) -> None:
         """Before a stage: the stem ends here."""
-        if self._is_repeated:
+        if get_ident() in self._repeating:
             raise Enough
-        if self._context is not None:
-            self._finish(args[:1])
+        self._finish(args[:1])
 
     def end(self, _model: nn.Module, _args: object, output: object) -> None:
         """After the model, which may have failed in the stem, or come to no stage."""
-        if self._context is not None and output is None:
-            self._close()
-        elif self._context is not None:
+        if output is None:
+            self.abandon()
+        else:
             self._finish([leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
-        self._replay = self._images = None
+
+    def abandon(self) -> None:
+        """End a pass that did not get out of the stem, if there is one."""
+        if ended := self._passes.pop(get_ident(), None):
+            ended.leave()
 
     def _finish(self, outputs: Sequence[Tensor]) -> None:
-        """All that these were computed with is the stem."""
-        assert self._replay is not None
-        assert self._images is not None
-        require_unchanged(self.model, *self._images)
-        self._close()
-        images = self._images[0].detach()
-        self._replay.postpone(images)
-        self._replay.watch([images, *_find_leaves(outputs, self._images[0])])
-
-    def _close(self) -> None:
-        context, self._context = self._context, None
-        assert context is not None
-        context.__exit__(None, None, None)
+        """All that these were computed with is the stem, if this pass has not left it before."""
+        ended = self._passes.get(get_ident())
+        if ended is None:
+            return
+        require_unchanged(self.model, ended.images, ended.version)
+        del self._passes[get_ident()]
+        ended.leave()
+        images = ended.images.detach()
+        ended.replay.postpone(images)
+        ended.replay.watch([images, *_find_leaves(outputs, ended.images)])
 
 
 def _find_leaves(outputs: Iterable[Tensor], images: Tensor) -> list[Tensor]:

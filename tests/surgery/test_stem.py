@@ -1,4 +1,5 @@
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -175,6 +176,20 @@ def test_a_pass_may_come_to_no_stage(strategy: str) -> None:
 
     assert theirs
     assert all(torch.equal(ours[name], gradient) for name, gradient in theirs.items())
+
+
+def test_threads_may_share_a_network() -> None:
+    original = Network().eval()
+    model = momconv.convert(original, inputs=[IMAGES])
+    momconv.set_strategy(model, "store")
+    batches = [torch.randn(2, 3, 6, 6) for _ in range(40)]
+    expected = [model(images) for images in batches]
+    momconv.set_strategy(model, "auto")
+
+    with ThreadPoolExecutor(8) as pool:  # each with gradients on, as a thread begins
+        found = [*pool.map(model, batches)]
+
+    assert all(map(torch.equal, found, expected))
 
 
 def _descend(parameter: Tensor) -> None:
