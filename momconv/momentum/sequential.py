@@ -19,6 +19,22 @@ from momconv.momentum.runs import find_runs
 SMALLEST_GAMMA = 1e-6  # below it one step's remainder would not fit an exact float
 
 
+def check_gamma(gamma: float) -> float:
+    """γ itself.
+
+    Raises:
+        UsageError: It cannot be the γ of a stage.
+    """
+    if gamma != 0 and not SMALLEST_GAMMA <= gamma <= 1:
+        raise UsageError(
+            f"gamma is {gamma}, which is neither 0 (the plain network) nor in"
+            f" [{SMALLEST_GAMMA}, 1]",
+            kind="usage.gamma",
+            fix="--gamma 0.9",
+        )
+    return float(gamma)
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Blocks ``start`` to ``stop`` (exclusive) of a Sequential, with a gain for each."""
@@ -77,15 +93,8 @@ class MomentumSequential(nn.Sequential):
         fraction_bits: int = 14,
         runs: Sequence[Run] | None = None,
     ) -> None:
-        if gamma != 0 and not SMALLEST_GAMMA <= gamma <= 1:
-            raise UsageError(
-                f"gamma is {gamma}, which is neither 0 (the plain network) nor in"
-                f" [{SMALLEST_GAMMA}, 1]",
-                kind="usage.gamma",
-                fix="--gamma 0.9",
-            )
         super().__init__(*blocks)
-        self.gamma = float(gamma)
+        self.gamma = check_gamma(gamma)
         self.velocity = velocity
         self.strategy = "store" if gamma == 0 and strategy == "momentum" else strategy
         self.in_parts = in_parts

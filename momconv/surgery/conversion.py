@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -17,6 +17,7 @@ from momconv.momentum.sequential import (
     MomentumList,
     MomentumSequential,
     Run,
+    check_gamma,
     momentum_stages,
     set_strategy,
 )
@@ -102,13 +103,17 @@ def set_gamma(model: nn.Module, gamma: float, *, gain: bool = True) -> None:
         gamma: γ.
         gain: Whether blocks have the gain that restores their weight in the sum. It changes with γ;
             the factor that calibration has put on top of it stays.
+
+    Raises:
+        UsageError: γ is out of range.
     """
+    gamma = check_gamma(gamma)
     for stage in momentum_stages(model).values():
         if stage.gamma in (0, gamma):
             continue
         runs = stage.runs or ()
         restoring = [_with_gains(run, stage).gains for run in runs]
-        stage.gamma = float(gamma)
+        stage.gamma = gamma
         if gain:
             stage.runs = tuple(
                 _on_top(_with_gains(run, stage), run.gains, old)
@@ -208,10 +213,17 @@ class _SchemeRun(BaseModel):
     gains: tuple[FiniteFloat, ...]
 
 
+def _allowed_gamma(gamma: float) -> float:
+    try:
+        return check_gamma(gamma)
+    except UsageError as error:
+        raise ValueError(error.message) from error
+
+
 class _Scheme(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    gamma: Annotated[float, Field(ge=0, le=1)]
+    gamma: Annotated[float, AfterValidator(_allowed_gamma)]
     velocity: Velocity
     fraction_bits: Annotated[int, Field(ge=0, le=22)]
     runs: list[_SchemeRun]

@@ -36,7 +36,7 @@ def find_last_run() -> Path:
     Raises:
         ModelFileError: There is none.
     """
-    states = list(_RUNS.glob("*/state.safetensors"))
+    states = _find_states(_RUNS)
     if not states:
         raise ModelFileError(
             f"no run to resume in {_RUNS.absolute()}",
@@ -44,6 +44,15 @@ def find_last_run() -> Path:
             fix="momconv finetune --resume FOLDER",
         )
     return max(states, key=lambda state: state.stat().st_mtime_ns).parent
+
+
+def _find_states(folder: Path) -> list[Path]:
+    """What runs below ``folder`` can be resumed from.
+
+    A process that is killed while it saves may leave nothing but the state before.
+    """
+    runs = map(RunFolder, folder.glob("*/"))
+    return [state for run in runs for state in (run.state, run.previous) if state.is_file()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,14 +239,14 @@ class RunFolder:
         """
         if self._has_state and self.config.is_file():
             return
-        others = sorted(self.path.parent.glob("*/state.safetensors"))
-        listed = ", ".join(str(other.parent) for other in others)
+        others = sorted({state.parent for state in _find_states(self.path.parent)})
+        listed = ", ".join(map(str, others))
         problem = "no run to resume in" if self.path.is_dir() else "run folder does not exist:"
         raise ModelFileError(
             f"{problem} {self.path} (looked for {self.state.name} and {self.config.name})"
             + (f"\nruns that can be resumed: {listed}" if listed else ""),
             kind="run.no_state",
-            fix=RunFolder(others[-1].parent).resume_command if others else None,
+            fix=RunFolder(others[-1]).resume_command if others else None,
         )
 
     def make(self) -> None:

@@ -12,7 +12,14 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from momconv.errors import ModelFileError, UsageError
 from momconv.momentum.equations import Velocity, coefficients, weights
 from momconv.momentum.sequential import MomentumSequential, momentum_stages, set_strategy
-from momconv.surgery.conversion import apply_schemes, convert, read_schemes, revert, summarise
+from momconv.surgery.conversion import (
+    apply_schemes,
+    convert,
+    read_schemes,
+    revert,
+    set_gamma,
+    summarise,
+)
 from momconv.zoo.description import describe
 from momconv.zoo.networks import build
 
@@ -188,6 +195,10 @@ def test_a_network_without_runs_is_refused() -> None:
 def test_gamma_out_of_range_is_refused(gamma: float) -> None:
     with pytest.raises(UsageError, match="gamma is"):
         convert(make(), gamma)
+    with pytest.raises(UsageError, match="gamma is"):
+        set_gamma(convert(make()), gamma)
+    with pytest.raises(ModelFileError, match="gamma is"):
+        apply_schemes(build("cifar_resnet20"), {"layer1": GOOD | {"gamma": gamma}})
 
 
 # Schemes
@@ -228,7 +239,7 @@ def test_a_wrong_value_is_refused_or_a_right_one(key: str, value: Any) -> None:
     network = build("cifar_resnet20")
     try:
         apply_schemes(network, {"layer1": {**GOOD, key: value}})
-    except (ModelFileError, UsageError):
+    except ModelFileError:
         return
     stage = network.get_submodule("layer1")
     assert isinstance(stage, MomentumSequential)

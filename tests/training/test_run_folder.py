@@ -76,6 +76,8 @@ def test_the_last_run_is_the_one_that_was_saved_last(
         run.state.touch()
         os.utime(run.state, (time, time))
     assert find_last_run() == Path("runs/b")
+    RunFolder(Path("runs/b")).state.rename(RunFolder(Path("runs/b")).previous)  # and then a kill
+    assert find_last_run() == Path("runs/b")
 
 
 def test_the_working_directory_may_be_in_use_too(
