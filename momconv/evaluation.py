@@ -25,7 +25,7 @@ from torchmetrics.classification import (
 
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.decoding import UnreadableImage
-from momconv.data.folder import ImageSet, plural
+from momconv.data.folder import SPLITS, ImageSet, plural
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError
 from momconv.surgery.modes import in_eval_mode
@@ -149,11 +149,14 @@ def _check(images: ImageSet, num_classes: int) -> None:
             kind="data.no_images",
         )
     if len(images.classes) != num_classes:
+        # Never to train on what is set aside for evaluation.
+        is_part = images.root.name.lower() in SPLITS
+        folder = images.root.parent if is_part else images.root
         raise DataError(
             f"{images.root} has {plural(len(images.classes), 'class')}, "
             f"the model tells {num_classes} apart\nfine-tuning gives it a head for these",
             kind="data.other_classes",
-            fix=f"momconv finetune --from FILE --data {shlex.quote(str(images.root))}",
+            fix=f"momconv finetune --from FILE --data {shlex.quote(str(folder))}",
         )
 
 

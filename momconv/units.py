@@ -89,11 +89,12 @@ def parse_share(text: str) -> float:
         UsageError: ``text`` is not a share between 0 and 1.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", text)
-    share = float(match[1]) / (100 if match[2] else 1) if match else -1
+    number = float(match[1]) if match else -1
+    share = number / (100 if match and match[2] else 1)
     if not 0 <= share <= 1:
         raise UsageError(
             f"{text!r} is not a share between 0% and 100%",
             kind="usage.bad_value",
-            fix="1%",
+            fix=f"{text.strip()}%" if 1 < number <= 100 else "1%",
         )
     return share

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,13 @@ def test_progress_is_told_in_images(images: ImageSet) -> None:
 def test_more_classes_than_the_model_has_are_named(images: ImageSet) -> None:
     with pytest.raises(DataError, match="3 classes, the model tells 10 apart"):
         evaluate(build("cifar_resnet20"), images)
+
+
+@pytest.mark.parametrize("name", ["photos/val", "photos/Test", "photos"])
+def test_images_for_validation_are_not_offered_for_training(images: ImageSet, name: str) -> None:
+    with pytest.raises(DataError) as refused:
+        evaluate(build("cifar_resnet20"), replace(images, root=Path(name)))
+    assert refused.value.fix == "momconv finetune --from FILE --data photos"
 
 
 def test_nothing_to_evaluate_is_an_error(images: ImageSet) -> None:

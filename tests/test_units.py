@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from momconv.errors import UsageError
-from momconv.units import format_bytes, format_duration, parse_bytes
+from momconv.units import format_bytes, format_duration, parse_bytes, parse_share
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,10 @@ def test_a_printed_size_reads_back_within_its_rounding(count: int) -> None:
 )
 def test_a_duration_has_at_most_two_units(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(("text", "fix"), [("90", "90%"), ("150%", "1%"), ("many", "1%")])
+def test_what_is_no_share_is_refused_with_what_may_be_meant(text: str, fix: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_share(text)
+    assert refused.value.fix == fix

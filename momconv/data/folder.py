@@ -33,7 +33,7 @@ SUFFIXES = frozenset(
 _LEFT_BY_PROGRAMS = {"__MACOSX", "__pycache__"}  # .ipynb_checkpoints is hidden anyway
 _TRAIN = ("train", "training")
 _VAL = ("val", "valid", "validation", "dev")
-_SPLITS = {*_TRAIN, *_VAL, "test"}
+SPLITS = {*_TRAIN, *_VAL, "test"}
 Unknown = Literal["error", "skip"]  # what to do with a class that the other side does not have
 _FEW = 5  # images of a class, below which a warning is due
 
@@ -164,7 +164,7 @@ def read_classes_folder(
             not in ``classes`` and must not be skipped.
     """
     found, notes = _read_class_folders(root)
-    if all(name.lower() in _SPLITS and name not in (classes or ()) for name in found):
+    if all(name.lower() in SPLITS and name not in (classes or ()) for name in found):
         raise DataError(
             f"{printable(root)} holds splits, not classes: {_listed(found)}",
             kind="data.wrong_level",
@@ -261,7 +261,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     """
     _require_folder(root)
     folders = {f.name.lower(): f for f in _subfolders(root) if any(True for _ in _images(f))}
-    divided = folders.keys() <= _SPLITS or (_first(_TRAIN, folders) and _first(_VAL, folders))
+    divided = folders.keys() <= SPLITS or (_first(_TRAIN, folders) and _first(_VAL, folders))
     return folders if divided else {}
 
 
