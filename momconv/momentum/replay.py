@@ -5,7 +5,7 @@ buffers (the second run works on copies, so BatchNorm's statistics are updated o
 numbers, autocast, and which inputs require gradients.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from typing import Any
@@ -32,13 +32,12 @@ class Replay:
     def __init__(self, block: nn.Module, *, in_parts: bool = False) -> None:
         self._block = block
         self._in_parts = in_parts
-        self._modes = [(module, module.training) for module in block.modules()]
+        modules = [*block.modules()]
+        self._modes = [(module, module.training) for module in modules]
         # The tensors themselves: torch.func.functional_call may have put others in place.
-        self._parameters = [*entries_of(block, "_parameters")]
-        self._buffers = [*entries_of(block, "_buffers")]
-        self._before: dict[
-            int, Tensor
-        ] = {}  # buffers that the first call changed, as it found them
+        self._parameters = entries_of(modules, "_parameters")
+        self._buffers = entries_of(modules, "_buffers")
+        self._before: dict[int, Tensor] = {}  # values of the buffers that the first call changed
         self._watched: list[tuple[Tensor, int]] = []  # what must not change, with its version
         self._saved: dict[int, Tensor] = {}
         self._inputs: list[Tensor] = []  # for a second repetition
@@ -224,11 +223,12 @@ def _buffers_that_count(modes: list[tuple[nn.Module, bool]]) -> list[Tensor]:
 Entry = tuple[dict[str, Any], str, Tensor]
 
 
-def entries_of(block: nn.Module, kind: str) -> Iterator[Entry]:
-    """Where a block's parameters or buffers are written down, under which names, and they."""
-    for module in block.modules():
-        where = getattr(module, kind)
-        yield from ((where, name, tensor) for name, tensor in where.items() if tensor is not None)
+def entries_of(modules: Sequence[nn.Module], kind: str) -> list[Entry]:
+    """Where modules' parameters or buffers are written down, under which names, and they."""
+    places: list[dict[str, Any]] = [getattr(module, kind) for module in modules]
+    return [
+        (at, name, tensor) for at in places for name, tensor in at.items() if tensor is not None
+    ]
 
 
 @contextmanager

@@ -111,7 +111,8 @@ def call_on_fakes(
     module: nn.Module, inputs: Sequence[Tensor], mode: FakeTensorMode, observer: TorchDispatchMode
 ) -> Any:
     """module(*inputs) with fake parameters and buffers: real buffers would be written to."""
-    state = [*entries_of(module, "_parameters"), *entries_of(module, "_buffers")]
+    modules = [*module.modules()]
+    state = [*entries_of(modules, "_parameters"), *entries_of(modules, "_buffers")]
     fakes = [(where, name, _imitate(tensor, mode)) for where, name, tensor in state]
     # functional_call leaves fakes behind in a module that has two names.
     with in_place_of(fakes), mode, observer, torch.no_grad():

@@ -54,7 +54,8 @@ class MomentumSequential(nn.Sequential):
     equation (2) of Sander et al. 2021; the other blocks stay as they are. State-dict keys
     are those of the ``nn.Sequential``. Backward under ``strategy="momentum"`` needs, for each run,
     x, v and log2(1/γ) bits a block instead of the blocks' activations, and gives the gradients of
-    ``strategy="store"`` bit for bit.
+    ``strategy="store"`` bit for bit. Threads may share it in inference, but not in training:
+    backward puts copies of its blocks' buffers in their place for a while.
 
     Attributes:
         gamma: γ in (0, 1]; 0 makes it the plain network.
