@@ -9,15 +9,21 @@ network, and of the network that the method trains (momentum blocks, couplings),
 what saving memory costs. The table has medians over the turns. A first step that allocates,
 compiles and finds algorithms is not counted.
 
+"Floor" is what the storing steps of the same network would take if the forward pass cost its time
+twice: whoever keeps no activations computes every block again, so no ratio to that network can be
+much lower, and what a ratio has above its floor is overhead.
+
 The couplings of memcnn and revtorch do half of the work, see benchmarks/couplings.py: their ratio
 to the plain network is no comparison.
 """
 
 import statistics
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import typer
@@ -43,22 +49,35 @@ CPU_CASES = [
 ]
 GPU_CASES = [case for case in memory.CASES if case.network in ALSO_ON_GPUS]
 
-Turn = dict[str, float | str]  # seconds, or why there are none, by method
 
+class Step(NamedTuple):
+    """The seconds of one step, and of the forward pass in it."""
+
+    seconds: float
+    forward: float
+
+
+Turn = dict[str, Step | str]  # by method; or why there is no step
 
 prepare_once = cache(prepare)  # in each process
 
 
-def run_step(case: Case, key: str, device: torch.device) -> float:
-    """Seconds of one forward and backward pass."""
+def time_step(case: Case, key: str, device: torch.device) -> Step:
+    """Time one forward and backward pass."""
     model = prepare_once(case, key, device)
     images = torch.randn(case.batch, 3, case.resolution, case.resolution, device=device)
     labels = torch.zeros(case.batch, dtype=torch.long, device=device)
-    synchronize(device)
-    began = time.perf_counter()
-    measurement.run_step(model, images, labels, case.precision, lambda: None)
-    synchronize(device)
-    return time.perf_counter() - began
+    times: list[float] = []
+
+    def take_time() -> None:
+        synchronize(device)
+        times.append(time.perf_counter())
+
+    take_time()
+    measurement.run_step(model, images, labels, case.precision, take_time)
+    take_time()
+    began, at_loss, ended = times
+    return Step(ended - began, at_loss - began)
 
 
 def take_turns(case: Case, keys: list[str], device: torch.device) -> list[Turn]:
@@ -82,11 +101,11 @@ def _step(
     case: Case,
     key: str,
     device: torch.device,
-    before: float | str | None,
-) -> float | str:
+    before: Step | str | None,
+) -> Step | str:
     if isinstance(before, str):
         return before
-    return outcome(process, run_step, case, key, device)
+    return outcome(process, time_step, case, key, device)
 
 
 def compare(case: Case, keys: list[str], device: torch.device) -> list[Row]:
@@ -95,26 +114,43 @@ def compare(case: Case, keys: list[str], device: torch.device) -> list[Row]:
     bases = ["store", *(methods[key].stored for key in keys)]
     keys = list(dict.fromkeys([*bases, *keys]))
     turns = take_turns(case, keys, device)
-    return [
-        {
-            "network": case.label,
-            "method": methods[key].label,
-            "seconds": _median(turns, key, digits=".3g"),
-            "of store all": _median(turns, key, "store"),
-            "of the same network storing all": _median(turns, key, methods[key].stored),
-        }
-        for key in keys
-    ]
+    rows: list[Row] = []
+    for key in keys:
+        stored = methods[key].stored
+        rows.append(
+            {
+                "network": case.label,
+                "method": methods[key].label,
+                "seconds": _median(turns, _seconds, key, digits=".3g"),
+                "of store all": _median(turns, _ratio, key, "store"),
+                "of the same network storing all": _median(turns, _ratio, key, stored),
+                "floor": _median(turns, _floor, stored),
+            }
+        )
+    return rows
 
 
-def _median(turns: list[Turn], key: str, base: str | None = None, digits: str = ".2f") -> str:
-    """Of a method's seconds, or of their ratios to those of another in the same turn."""
+def _seconds(step: Step) -> float:
+    return step.seconds
+
+
+def _ratio(step: Step, base: Step) -> float:
+    return step.seconds / base.seconds
+
+
+def _floor(stored: Step) -> float:
+    return 1 + stored.forward / stored.seconds
+
+
+def _median(turns: list[Turn], value: Callable[..., float], *keys: str, digits: str = ".2f") -> str:
+    """Over the turns, of a function of the steps of these methods; why there is none, for one."""
     values = []
     for turn in turns:
-        seconds, one = turn[key], turn[base] if base else 1.0
-        if isinstance(seconds, str) or isinstance(one, str):
-            return str(seconds) if base is None else "–"
-        values.append(seconds / one)
+        steps = [turn[key] for key in keys]
+        failures = [step for step in steps if isinstance(step, str)]
+        if failures:
+            return failures[0] if len(keys) == 1 else "–"
+        values.append(value(*steps))
     return format(statistics.median(values), digits)
 
 
