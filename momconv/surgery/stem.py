@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from momconv.momentum.replay import Enough, Replay, require_unchanged, version_of
-from momconv.momentum.sequential import MomentumSequential, momentum_stages
+from momconv.momentum.sequential import momentum_stages
 
 
 def make_stem_recomputable(model: nn.Module) -> None:
@@ -23,16 +23,12 @@ def make_stem_recomputable(model: nn.Module) -> None:
     stages = momentum_stages(model)
     if "" in stages:  # the model itself
         return
-    outer = [
-        stage
-        for name, stage in stages.items()
-        if not any(name.startswith(f"{other}.") for other in stages)
-    ]
-    stem = Stem(model, outer)
+    stem = Stem()
     model.register_forward_pre_hook(stem.begin, with_kwargs=True)
     model.register_forward_hook(stem.end, always_call=True)
-    for stage in outer:
-        stage.register_forward_pre_hook(stem.reach)
+    for name, stage in stages.items():
+        if not any(name.startswith(f"{other}.") for other in stages):
+            stage.register_forward_pre_hook(stem.reach)
 
 
 def restore_stem(model: nn.Module) -> None:
@@ -60,6 +56,7 @@ def _stem_of(hook: object) -> "Stem | None":
 class _Pass:
     """A forward pass that is in the stem."""
 
+    model: nn.Module
     replay: Replay
     forgetting: AbstractContextManager[None]
     images: Tensor
@@ -70,39 +67,44 @@ class _Pass:
         self.forgetting.__exit__(None, None, None)
 
 
-class Stem(nn.Module):
-    """The beginning of ``model``, which is not a part of it but has its parameters and buffers.
+class _Beginning(nn.Module):
+    """What a model does until it calls a stage."""
 
-    Threads may share it, as they share any network.
-    """
-
-    def __init__(self, model: nn.Module, stages: Sequence[MomentumSequential]) -> None:
+    def __init__(self, model: nn.Module, repeating: set[int]) -> None:
         super().__init__()
         self.model = model
-        self._stages = [*stages]
-        self._passes: dict[int, _Pass] = {}  # by thread
-        self._repeating: set[int] = set()  # threads
+        self._repeating = repeating
 
     def forward(self, *images: Tensor) -> None:
-        """Run the model until it calls a stage, which raises Enough."""
+        """Run the model up to its first stage, which raises Enough."""
         self._repeating.add(get_ident())
         try:
             self.model.forward(*images)
         finally:
             self._repeating.remove(get_ident())
 
+
+class Stem:
+    """The hooks of one model. They do not hold it: it is to be freed when its user lets it go.
+
+    Threads may share it, as they share any network.
+    """
+
+    def __init__(self) -> None:
+        self._passes: dict[int, _Pass] = {}  # by thread
+        self._repeating: set[int] = set()  # threads
+
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model: forget what the stem saves, unless it is to be stored."""
         self.abandon()  # a KeyboardInterrupt may have ended the last pass
         is_plain = args and not kwargs and all(isinstance(arg, Tensor) for arg in args)
-        is_wanted = any(stage.strategy != "store" for stage in self._stages)
         is_eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        is_own = model is self.model  # and not DataParallel's replica of it
-        if not (is_plain and is_wanted and is_eager and is_own):
+        is_replica = getattr(model, "_is_replica", False)  # of DataParallel
+        if not (is_plain and is_eager and not is_replica and _is_recomputed(model)):
             return
-        replay = Replay(self)
+        replay = Replay(_Beginning(model, self._repeating))
         forgetting = replay.forgetting(*args)
-        self._passes[get_ident()] = _Pass(replay, forgetting, args[0], version_of(args[0]))
+        self._passes[get_ident()] = _Pass(model, replay, forgetting, args[0], version_of(args[0]))
         forgetting.__enter__()
 
     def reach(self, _stage: nn.Module, args: tuple[Any, ...]) -> None:
@@ -128,12 +130,16 @@ class Stem(nn.Module):
         ended = self._passes.get(get_ident())
         if ended is None:
             return
-        require_unchanged(self.model, ended.images, ended.version)
+        require_unchanged(ended.model, ended.images, ended.version)
         del self._passes[get_ident()]
         ended.leave()
         images = ended.images.detach()
         ended.replay.postpone(images)
         ended.replay.watch([images, *_find_leaves(outputs, ended.images)])
+
+
+def _is_recomputed(model: nn.Module) -> bool:
+    return any(stage.strategy != "store" for stage in momentum_stages(model).values())
 
 
 def _find_leaves(outputs: Iterable[Tensor], images: Tensor) -> list[Tensor]:

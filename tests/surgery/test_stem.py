@@ -1,4 +1,6 @@
 import copy
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -203,3 +205,24 @@ def test_going_back_leaves_nothing_of_it() -> None:
     plain = momconv.revert(make())
     hooks = [h for m in plain.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
     assert not any(hooks)
+
+
+@pytest.mark.parametrize("strategy", ["store", "auto"])
+def test_a_network_is_freed_as_soon_as_nobody_holds_it(strategy: str) -> None:
+    model = make()
+    step(model, strategy)
+    freed = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+def test_backward_does_not_need_the_caller_to_hold_the_network() -> None:
+    model, images = make(), IMAGES.clone().requires_grad_()
+    outputs = model(images)
+    del model
+    outputs.sum().backward()
+    assert images.grad is not None
