@@ -336,11 +336,26 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, _Setting]:
     """What the variables that are named after keys say, as ``MOMCONV_TRAIN__LR``."""
     found: dict[str, _Setting] = {}
     for name, text in environment.items():
+        if not name.startswith(_VARIABLE):
+            continue
         section, mark, key = name.removeprefix(_VARIABLE).lower().partition("__")
-        if name.startswith(_VARIABLE) and mark:
+        if not mark:
+            _require_no_key(name)
+        else:
             for setting in _parse(text, source="", key=f"{section}.{key}"):
                 found[setting.key] = replace(setting, where=f"{name}: ")
     return found
+
+
+def _require_no_key(name: str) -> None:
+    """Refuse a variable that has one underscore where two were meant."""
+    section, _, key = name.removeprefix(_VARIABLE).lower().partition("_")
+    if f"{section}.{key}" in KEYS:
+        raise UsageError(
+            f"{name} sets nothing: between section and key stand two underscores",
+            kind="usage.bad_variable",
+            fix=f"{_VARIABLE}{section}__{key}".upper(),
+        )
 
 
 def _parse(text: bytes | str, source: str, key: str = "") -> Iterator[_Setting]:

@@ -12,8 +12,8 @@ _SECONDS = {"s": 1, "min": 60, "m": 60, "h": 3600}
 _BY_LOWER_CASE = {unit.lower(): factor for unit, factor in _UNITS.items()}
 
 
-def parse_bytes(text: str) -> int:
-    """The number of bytes in ``text``.
+def parse_bytes(text: str, option: str = "") -> int:
+    """The number of bytes in ``text``, which may be the value of an ``option``.
 
     >>> parse_bytes("3GiB"), parse_bytes("1.5 GB"), parse_bytes("512M"), parse_bytes("7")
     (3221225472, 1500000000, 536870912, 7)
@@ -27,7 +27,7 @@ def parse_bytes(text: str) -> int:
         raise UsageError(
             f"{text!r} is not an amount of memory",
             kind="usage.bad_value",
-            fix="3GiB",
+            fix=f"{option} 3GiB".lstrip(),
         )
     return int(float(match[1]) * factor)
 
@@ -59,8 +59,8 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {minutes} min"
 
 
-def parse_duration(text: str) -> float:
-    """The seconds in ``text``.
+def parse_duration(text: str, option: str = "") -> float:
+    """The seconds in ``text``, which may be the value of an ``option``.
 
     >>> parse_duration("5min"), parse_duration("1.5 h"), parse_duration("30s")
     (300.0, 5400.0, 30.0)
@@ -74,13 +74,13 @@ def parse_duration(text: str) -> float:
         raise UsageError(
             f"{text!r} is not a duration",
             kind="usage.bad_value",
-            fix="5min",
+            fix=f"{option} 5min".lstrip(),
         )
     return float(match[1]) * unit
 
 
-def parse_share(text: str) -> float:
-    """The fraction that ``text`` says.
+def parse_share(text: str, option: str = "") -> float:
+    """The fraction that ``text`` says, which may be the value of an ``option``.
 
     >>> parse_share("1%"), parse_share("0.05"), parse_share("2.5 %")
     (0.01, 0.05, 0.025)
@@ -92,9 +92,10 @@ def parse_share(text: str) -> float:
     number = float(match[1]) if match else -1
     share = number / (100 if match and match[2] else 1)
     if not 0 <= share <= 1:
+        meant = f"{text.strip()}%" if 1 < number <= 100 else "1%"
         raise UsageError(
             f"{text!r} is not a share between 0% and 100%",
             kind="usage.bad_value",
-            fix=f"{text.strip()}%" if 1 < number <= 100 else "1%",
+            fix=f"{option} {meant}".lstrip(),
         )
     return share

@@ -1,9 +1,17 @@
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from momconv.errors import UsageError
-from momconv.units import format_bytes, format_duration, parse_bytes, parse_share
+from momconv.units import (
+    format_bytes,
+    format_duration,
+    parse_bytes,
+    parse_duration,
+    parse_share,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,3 +68,12 @@ def test_what_is_no_share_is_refused_with_what_may_be_meant(text: str, fix: str)
     with pytest.raises(UsageError) as refused:
         parse_share(text)
     assert refused.value.fix == fix
+
+
+@pytest.mark.parametrize("parse", [parse_bytes, parse_duration, parse_share])
+def test_a_value_of_an_option_is_corrected_with_the_option(parse: Callable[..., object]) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse("lots", "--budget")
+    option, value = (refused.value.fix or "").split()
+    assert option == "--budget"
+    parse(value)

@@ -65,7 +65,7 @@ def configure(
         ResourceError: The log file cannot be written.
     """
     _settings.quiet, _settings.debug, _settings.log_file = quiet, debug, None
-    _settings.seconds_between_lines = parse_duration(log_every)
+    _settings.seconds_between_lines = parse_duration(log_every, "--log-every")
     if verbose:
         logging.basicConfig(level=logging.INFO, handlers=[_Notes()])
     if log_file is None:

@@ -180,12 +180,10 @@ def convert_network(scheme: Scheme, means: Means, path: Path) -> "Conversion":
     """Convert as ``scheme`` says, adapt with ``means``, certify, and write the file."""
     from momconv.files.model_file import save
     from momconv.surgery.ladder import LADDER, Choice, find_gamma
-    from momconv.zoo.networks import check_name
-    from momconv.zoo.own import is_own, parse_arguments
+    from momconv.zoo.own import parse_arguments
     from momconv.zoo.weights import load_network
 
-    if not is_own(scheme.model):
-        check_name(scheme.model)
+    _check_names(scheme.model, path)
     means.check()
     arguments = parse_arguments(scheme.arguments)
     original = load_network(scheme.model, scheme.weights, arguments, resolution=scheme.resolution)
@@ -214,6 +212,25 @@ def convert_network(scheme: Scheme, means: Means, path: Path) -> "Conversion":
     _warn_of_images(workshop)
     _warn_of_result(done)
     return done
+
+
+def _check_names(model: str, path: Path) -> None:
+    """Refuse what is no network, or a file that would not be taken for a converted one."""
+    from momconv.files.model_file import check_suffix
+    from momconv.zoo.checkpoints import is_converted
+    from momconv.zoo.networks import check_name, is_known
+    from momconv.zoo.own import is_own
+
+    if not is_known(model) and Path(model).is_file():
+        options = "--back" if is_converted(Path(model)) else "resnet50 --weights"
+        raise UsageError(
+            f"{model} is a file; a network is converted by its name, with weights from a file",
+            kind="usage.unknown_model",
+            fix=f"momconv convert {options} {shlex.quote(model)}",
+        )
+    if not is_own(model):
+        check_name(model)
+    check_suffix(path)
 
 
 def _report(

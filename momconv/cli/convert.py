@@ -161,7 +161,7 @@ def convert(  # noqa: PLR0913 (one for each option)
         resolution=resolution or 224,
         weights=weights or "DEFAULT",
         gamma=_read_gamma(gamma or "0.9"),
-        max_drift=parse_share(max_drift or "1%"),
+        max_drift=parse_share(max_drift or "1%", "--max-drift"),
         stages=stages or "auto",
         velocity=velocity or "zero",
         gain=gain is not False,

@@ -72,7 +72,7 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     from momconv.files.model_file import read_description
     from momconv.planner.devices import find_device
 
-    least = None if min_top1 is None else parse_share(min_top1)
+    least = None if min_top1 is None else parse_share(min_top1, "--min-top1")
     where = find_device(device)
     others, description = compare or [], read_description(file)
     load = _Loader(Function(network, arg), description)
@@ -175,7 +175,7 @@ def _require_same_classes(
         raise ModelFileError(
             f"{other} does not tell the same classes apart as {file}, in the same order",
             kind="model_file.other_classes",
-            fix=f"momconv inspect {shlex.quote(str(other))}",
+            fix=f"momconv inspect {shlex.quote(str(file))}",
         )
 
 

@@ -282,8 +282,6 @@ def _run(recipe: Recipe, folder: Path, choices: _Choices) -> None:
                 like=choices.like,
                 listener=Display(bars),
             )
-        if is_leader():
-            _report(result)
     except Interrupted as interrupted:
         code = 128 + interrupted.signal
         if is_leader():
@@ -295,6 +293,11 @@ def _run(recipe: Recipe, folder: Path, choices: _Choices) -> None:
             _tell_of_stop(what, _go_on(folder, recipe), 0, as_json=choices.as_json)
         return
     if is_leader():
+        try:
+            _report(result)
+        except (KeyboardInterrupt, Terminated):
+            note(f"the run is done, and saved. To describe it: {_go_on(folder, recipe)}")
+            raise
         (_print_document if choices.as_json else _print_result)(result, recipe)
 
 

@@ -67,7 +67,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
 
     No step is run, unless it is measured: shapes are enough, also of a GPU that is not there.
     """
-    budgets = {name: parse_bytes(name) for name in _split(budget)}
+    budgets = {name: parse_bytes(name, "--budget") for name in _split(budget)}
     sizes = [_parse_size(text) for text in _split(batch_sizes or [])]
     from momconv.files.atomic import write_text
     from momconv.planner.devices import find_device
@@ -126,6 +126,12 @@ def _load(function: Function, model: str, gamma: float | None, device: str) -> "
     from momconv.zoo.networks import build, outline
     from momconv.zoo.own import is_own, make, parse_arguments
 
+    if gamma == 0:
+        raise UsageError(
+            "--gamma 0 is the plain network, which is compared anyway",
+            kind="usage.gamma",
+            fix="--gamma 0.9",
+        )
     if not _names_a_file(model):
         if is_own(model):
             network = make(model, parse_arguments(function.arguments or []))

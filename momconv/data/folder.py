@@ -36,6 +36,7 @@ _VAL = ("val", "valid", "validation", "dev")
 SPLITS = {*_TRAIN, *_VAL, "test"}
 Unknown = Literal["error", "skip"]  # what to do with a class that the other side does not have
 _FEW = 5  # images of a class, below which a warning is due
+_KINDS = 8  # suffixes that a message lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ def read_classes_folder(
     names = tuple(found) if classes is None else tuple(classes)
     others = {name: found.pop(name) for name in [*found] if name not in names}
     if others and (unknown == "error" or not found):
-        raise _unknown_classes(root, others, owner)
+        raise _unknown_classes(root, others, owner, may_skip=bool(found))
     if others:
         notes += (f"warning: ignoring {_counted(others, owner)}",)
     missing = [name for name in names if name not in found]
@@ -289,15 +290,21 @@ def _read_class_folders(root: Path) -> tuple[dict[str, list[Path]], tuple[str, .
     return {n: paths for n, paths in found.items() if paths}, notes
 
 
+def _kinds(suffixes: Counter[str]) -> str:
+    most = suffixes.most_common(_KINDS)
+    kinds = [f"{printable(end) or 'no suffix'} ({n})" for end, n in most]
+    return ", ".join([*kinds, "…"] if len(suffixes) > _KINDS else kinds)
+
+
 def _notes(root: Path, empty: list[str], others: Counter[str], loose: int) -> tuple[str, ...]:
     notes = []
     if empty:
         count = plural(len(empty), "folder")
         notes.append(f"warning: ignoring {count} with no images: {_listed(empty)}")
     if others:
-        kinds = ", ".join(f"{printable(end) or 'no suffix'} ({n})" for end, n in others.items())
         count = plural(others.total(), "file")
-        notes.append(f"note: ignoring {count} in {printable(root)} that are not images: {kinds}")
+        where = f"in {printable(root)} that are not images"
+        notes.append(f"note: ignoring {count} {where}: {_kinds(others)}")
     if loose:
         count = plural(loose, "image")
         notes.append(f"warning: ignoring {count} directly in {printable(root)}, in no class folder")
@@ -368,12 +375,14 @@ def _require_two_classes(train: ImageSet) -> None:
     )
 
 
-def _unknown_classes(root: Path, unknown: Mapping[str, list[Path]], owner: str) -> DataError:
+def _unknown_classes(
+    root: Path, unknown: Mapping[str, list[Path]], owner: str, *, may_skip: bool
+) -> DataError:
     return DataError(
         f"{printable(root.name or root)} has {_counted(unknown, owner)}\nin {printable(root)}; to "
         f"learn it takes training images of {_listed(unknown)}",
         kind="data.unknown_class",
-        fix="--unknown-classes skip",
+        fix="--unknown-classes skip" if may_skip else None,
     )
 
 
@@ -393,10 +402,12 @@ def _refuse_empty(root: Path) -> NoReturn:
             kind="data.no_class_folders",
             fix=f"move the images into one folder for each class: {here}<class>/",
         )
+    others = Counter(path.suffix.lower() for path in _walk(root))
+    found = f", only files of other kinds: {_kinds(others)}" if others else ""
     raise DataError(
-        f"no images in {here}\n{expected}",
+        f"no images in {here}{found}\n{expected}",
         kind="data.no_images",
-        fix=f"name another folder, or put images into {here}<class>/",
+        fix=f"name another folder, or put images into {here}<class>/, as .jpg or .png",
     )
 
 

@@ -47,6 +47,20 @@ class _Metadata(BaseModel):
     created: str
 
 
+def check_suffix(path: Path) -> None:
+    """Do nothing if a file called ``path`` is taken for what ``save`` writes.
+
+    Raises:
+        UsageError: Its name says something else.
+    """
+    if path.suffix != ".safetensors":
+        raise UsageError(
+            f"{path}: a converted network is in a .safetensors file",
+            kind="usage.unknown_format",
+            fix=f"-o {path.with_suffix('.safetensors')}",
+        )
+
+
 def save(model: nn.Module, path: str | Path, extra: Mapping[str, object] | None = None) -> None:
     """Write ``model`` to ``path``, all or nothing.
 

@@ -145,6 +145,8 @@ class Autosave:
 
 def _save_model(job: Job, path: Path, progress: Progress) -> None:
     metrics = asdict(progress.history[-1]) if progress.history else None
-    finished = {"epochs": progress.epoch, "steps": progress.step, "metrics": metrics}
+    finished: dict[str, object] = {"epochs": progress.epoch, "metrics": metrics}
+    if progress.step:
+        finished["steps_into_next"] = progress.step
     data = {"fingerprint": job.splits.fingerprint}
     model_file.save(job.networks[-1], path, {"training": finished, "data": data})

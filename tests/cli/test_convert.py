@@ -199,6 +199,7 @@ def test_an_existing_file_is_kept_unless_told_otherwise(here: Path) -> None:
         ([*SMALL, "--calibrate", "nowhere"], 3, "data folder does not exist: nowhere"),
         ([*SMALL, "--calibrate", "."], 3, "no images in ./"),
         ([*SMALL, "-o", "no/where.safetensors"], 5, "folder does not exist: no"),
+        ([*SMALL, "-o", "x.pth"], 2, "x.pth: a converted network is in a .safetensors file"),
     ],
 )
 def test_mistakes_are_explained_and_leave_nothing_behind(
@@ -209,6 +210,19 @@ def test_mistakes_are_explained_and_leave_nothing_behind(
     assert f"error: {message}" in ran.stderr
     assert ran.stdout == ""
     assert list(here.iterdir()) == []
+
+
+def test_a_file_in_place_of_a_name_is_said_to_be_one() -> None:
+    assert run(*SMALL, "-o", "own.safetensors").exit_code == 0
+    assert run("--back", "own.safetensors", "-o", "plain.pth").exit_code == 0
+    fixes = {
+        "own.safetensors": "--back own.safetensors",
+        "plain.pth": "resnet50 --weights plain.pth",
+    }
+    for file, fix in fixes.items():
+        ran = run(file)
+        assert (ran.exit_code, f"error: {file} is a file" in ran.stderr) == (2, True)
+        assert f"fix: momconv convert {fix}" in ran.stderr
 
 
 @pytest.mark.parametrize("args", [["--velocity", "fast"], ["--max-images", "0"]])

@@ -123,6 +123,7 @@ def test_a_model_of_other_classes_is_not_compared(
     model_file.save(network, other)
     ran = run(model, "--compare", other, "--data", colours)
     assert (ran.exit_code, "the same classes apart" in ran.stderr) == (4, True)
+    assert f"fix: momconv inspect {model}" in ran.stderr
 
 
 def test_a_top1_below_the_least_is_an_exit_code_with_the_scores(model: Path, colours: Path) -> None:

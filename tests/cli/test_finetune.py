@@ -42,6 +42,25 @@ def start(*args: str | Path) -> subprocess.Popen[str]:
     )
 
 
+def test_ctrl_c_while_a_run_is_described_says_that_it_is_saved(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("momconv.reports.run.report_run", interrupt)
+        stopped = run("--data", colours, *SMALL, *IN_PROCESS, "--epochs", "1", "-o", tmp_path / "r")
+    assert stopped.exit_code == 130
+    assert (
+        f"the run is done, and saved. To describe it: momconv finetune --resume {tmp_path}/r"
+        in (stopped.stderr)
+    )
+    assert not (tmp_path / "r" / "README.md").exists()
+    assert run("--resume", tmp_path / "r").exit_code == 0
+    assert (tmp_path / "r" / "README.md").exists()
+
+
 def test_ctrl_c_and_resume_come_to_the_same_as_no_interruption(
     colours: Path, tmp_path: Path
 ) -> None:

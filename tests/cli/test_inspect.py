@@ -14,7 +14,7 @@ from momconv.surgery.conversion import convert
 from momconv.zoo import checkpoints
 from momconv.zoo.networks import build, replace_head
 
-TRAINING = {"epochs": 2, "steps": 0, "metrics": {"epoch": 2, "val_top1": 0.875}}
+TRAINING = {"epochs": 2, "metrics": {"epoch": 2, "val_top1": 0.875}}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_without_json_there_is_a_table_and_facts(model: Path) -> None:
     assert lines[1].startswith("layer1 3 0-2 14,016 0.5 ")
     assert "network cifar_resnet20, 2 classes" in lines
     assert "classes ants, bees" in lines
-    assert "training epochs 2, steps 0, epoch 2, val_top1 0.875" in lines
+    assert "training epochs 2, epoch 2, val_top1 0.875" in lines
     assert any(line.startswith("agreement same top-1 as the original on") for line in lines)
 
 

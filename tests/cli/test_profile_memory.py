@@ -126,7 +126,7 @@ def test_a_gpu_that_is_not_there_can_be_planned_for() -> None:
         (["no.safetensors"], 4, "file does not exist: no.safetensors"),
         ([*SMALL, "--budget", "much"], 2, "'much' is not an amount of memory"),
         ([*SMALL, "--batch-sizes", "8,0"], 2, "'0' is not a number of images"),
-        ([*SMALL, "--gamma", "0"], 2, "gamma is 0"),
+        ([*SMALL, "--gamma", "0"], 2, "--gamma 0 is the plain network"),
         ([*SMALL, "--gamma", "2"], 2, "gamma is 2"),
         (["cifar_resnet20", "--device", "abacus"], 2, "unknown device 'abacus'"),
     ],

@@ -96,8 +96,9 @@ def test_unknown_classes_can_be_skipped_but_not_all(tmp_path: Path) -> None:
     assert splits.val.labels == [0]
     warning = "warning: ignoring 1 class that train does not have: wolf (2 images)"
     assert warning in splits.notes
-    with pytest.raises(DataError, match="2 classes that the model does not have: cat"):
+    with pytest.raises(DataError, match="2 classes that the model does not have: cat") as caught:
         find_evaluation_set(tmp_path / "val", ("dog",), unknown="skip")
+    assert caught.value.fix is None
 
 
 def test_the_folders_of_the_splits_can_be_named(tmp_path: Path) -> None:
@@ -286,6 +287,13 @@ def _nested_splits(root: Path) -> Path:
     return root
 
 
+def _no_images(root: Path) -> Path:
+    (root / "ant").mkdir()
+    for name in ("1.heic", "2.heic", "3.HEIC", "README"):
+        (root / "ant" / name).write_bytes(b"?")
+    return root
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "first_line", "fix"),
     [
@@ -294,6 +302,7 @@ def _nested_splits(root: Path) -> Path:
         (_a_file, "not_a_folder", "is a file: {root}/photo.png", "folder of class folders"),
         (_only_images, "no_class_folders", "5 images directly in {root}/ but no", "<class>/"),
         (_empty, "no_images", "no images in {root}", "<class>/"),
+        (_no_images, "no_images", "only files of other kinds: .heic (3), no suffix (1)", ".jpg"),
         (
             _unknown_class,
             "unknown_class",
