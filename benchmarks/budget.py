@@ -68,7 +68,7 @@ def compare(key: str, device: torch.device) -> Row:
 
     def measure(batch: int) -> int:
         step = measure_step(model, batch, CASE.resolution, precision=CASE.precision, device=device)
-        return static.total + batch * IMAGE_BYTES + step.peak_bytes
+        return static.total + batch * IMAGE_BYTES + step
 
     def runs(batch: int) -> bool:
         try:

@@ -18,11 +18,11 @@ from benchmarks.cases import Case, Networks, choose
 from benchmarks.methods import make_network
 from benchmarks.tables import Log, Row, choose_device, show
 from momconv import convert, set_strategy
-from momconv.planner.calibration import calibrate
 from momconv.planner.cost import estimate_speed
 from momconv.planner.measurement import available_bytes, time_step
 from momconv.planner.outlook import STRATEGIES
 from momconv.planner.prediction import Choice, Predictor, Training
+from momconv.planner.speed import measure_speed
 
 TITLE = "cost"
 KEY = ("network", "images", "strategy")
@@ -44,7 +44,7 @@ def measure(case: Case, device: torch.device) -> Iterator[Row]:
     model = convert(make_network(case.network), stages="all").to(device)
     training = Training(case.resolution, case.precision, device=device.type)
     speeds = {
-        "calibrated": calibrate(model, training, device, available_bytes(device)),
+        "calibrated": measure_speed(model, training, device, available_bytes(device)),
         "assumed": estimate_speed(device.type, case.precision),
     }
     predictor, strategies = Predictor(model, training), (*STRATEGIES, "momentum")

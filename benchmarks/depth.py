@@ -112,7 +112,7 @@ def measure_depth(method: str, depth: int, device: torch.device) -> float:
 
     if device.type == "cuda":
         step()  # in which cuBLAS allocates its workspace
-    peak = measure(step, device).peak_bytes
+    peak = measure(step, device)
     if method == _WITHOUT_GRADIENTS:
         peak -= sum(parameter.nbytes for parameter in net.parameters())
     return peak / MIB

@@ -23,7 +23,7 @@ from benchmarks.isolation import attempt
 from benchmarks.methods import make_network
 from benchmarks.tables import Log, Row, show
 from momconv import convert, peak_memory
-from momconv.planner.imitation import Imitator
+from momconv.planner.fakes import Imitator
 from momconv.planner.measurement import measure_step
 
 MIB = 2**20
@@ -61,7 +61,7 @@ def measure(model: nn.Module, case: Case) -> int:
     """The bytes of a step that is run, and of what is there before it."""
     peak = peak_memory(model, case.batch, case.resolution)
     step = measure_step(model, case.batch, case.resolution, precision="fp32", device=CPU)
-    return peak.static + peak.batch + step.peak_bytes
+    return peak.static + peak.batch + step
 
 
 def ask_momconv(model: nn.Module, case: Case) -> int:

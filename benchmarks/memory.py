@@ -63,7 +63,7 @@ def measure(case: Case, key: str, device: torch.device) -> float:
     def peak() -> int:
         precision = case.precision
         step = measure_step(model, case.batch, case.resolution, precision=precision, device=device)
-        return step.peak_bytes
+        return step
 
     if METHODS[key].warms_up:
         peak()

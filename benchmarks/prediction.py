@@ -79,7 +79,7 @@ def measure(case: Case) -> Iterator[Row]:
         device = torch.device("cpu")
         measured = measure_step(
             model, case.batch, case.resolution, precision=case.precision, device=device
-        ).peak_bytes
+        )
         rest = predicted.static + predicted.batch
         images = f"{case.batch} × {case.resolution}²"
         figures = (

@@ -2,7 +2,7 @@
 
 The time is taken for a sum: so much for starting each operation, for each floating-point operation
 and for each byte that is read or written. What the three are on a device is estimated, or fitted to
-two measured steps (calibration.py). benchmarks/cost.py compares with measured steps.
+two measured steps (speed.py). benchmarks/cost.py compares with measured steps.
 """
 
 from collections.abc import Sequence

@@ -13,16 +13,16 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import psutil
 import torch
 from torch import Tensor, nn
 from torch._C._profiler import _ExtraFields_Allocation, _ProfilerEvent
-from torch.autograd.profiler import profile, record_function
+from torch.autograd.profiler import profile
 from torch.nn import functional as F
 
 from momconv.planner.micro_batch import Line, StaticBytes
@@ -31,9 +31,6 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 _HEADROOM = 0.1  # of the free memory: fragmentation, and what no allocator reports
 _STATES = {"sgd": 1, "adamw": 2}  # per trainable parameter
-_TRUNK = 0.9  # of the modules
-_STAGE_MARK = "momconv.stage:"
-_LOSS_MARK = "momconv.loss"
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_NAMES = (  # limit, use, and the part of the use that is cache, in versions 2 and 1
     ("memory.max", "memory.current", "inactive_file"),
@@ -42,61 +39,29 @@ _CGROUP_NAMES = (  # limit, use, and the part of the use that is cache, in versi
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """The memory of a piece of work, above what was alive before it."""
-
-    peak_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepUsage:
-    """The memory of a training step besides weights, gradients, optimiser state and images.
-
-    The stages are the children of the network, or of what is nearly all of it, such as a vision
-    transformer's encoder: "stem" is all before the first ``nn.Sequential`` among them, "head" all
-    after the last one.
-    """
-
-    peak_bytes: int
-    peak_stage: str  # whose forward or backward pass ran at the peak
-    held_bytes: dict[str, int]  # by stage that allocated them, at the end of the forward pass
-
-
-class _Change(NamedTuple):
-    """An allocation, or a release (its bytes are negative)."""
-
-    address: int
-    bytes: int
-    stage: str
-    in_forward: bool
-
-
-def measure(work: Callable[[], object], device: torch.device) -> Usage:
-    """The peak of the memory that ``work`` keeps alive on ``device`` while it runs."""
+def measure(work: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that ``work`` keeps alive on ``device`` while it runs."""
     if device.type == "cuda":
-        return Usage(_count_on_cuda(work, device))
-    return Usage(_find_peak(_record(work, device))[0])
+        return _count_on_cuda(work, device)
+    return max(accumulate(_record(work, device), initial=0))
 
 
 def measure_step(
     model: nn.Module, batch: int, resolution: int, *, precision: Precision, device: torch.device
-) -> StepUsage:
-    """The memory of one training step of ``model``, in its current mode, on random images.
+) -> int:
+    """The peak bytes of a training step of ``model``, in its current mode, on random images.
 
-    Gradients exist beforehand, as in every micro-batch but the first, and are added to in place.
-    Afterwards the model's gradients and buffers and the random state are what they were.
+    Weights, gradients, optimiser state and images do not count. Gradients exist beforehand, as in
+    every micro-batch but the first, and are added to in place. Afterwards the model's
+    gradients and buffers and the random state are what they were.
     """
-    stages = find_stages(model)
-    with _keeping_state(model, device), marking(stages, _mark_stage):
+    with _keeping_state(model, device):
         images = torch.randn(batch, 3, resolution, resolution, device=device)
         labels = torch.zeros(batch, dtype=torch.long, device=device)  # their values cost nothing
-        step = partial(run_step, model, images, labels, precision, _mark_loss)
-        changes = _record(step, device, next(iter(stages.values())))
-        peak_bytes, peak_stage = _find_peak(changes)
-        if device.type == "cuda":  # the run above also allocated cuBLAS's and cuDNN's workspaces
-            peak_bytes = _count_on_cuda(step, device)
-    return StepUsage(peak_bytes, peak_stage, _sum_held(changes, stages))
+        step = partial(run_step, model, images, labels, precision)
+        if device.type == "cuda":
+            step()  # allocates cuBLAS's and cuDNN's workspaces
+        return measure(step, device)
 
 
 def per_image(
@@ -113,7 +78,7 @@ def per_image(
     convolutions take another algorithm.
     """
     few, many = (
-        measure_step(model, batch, resolution, precision=precision, device=device).peak_bytes
+        measure_step(model, batch, resolution, precision=precision, device=device)
         for batch in batches
     )
     return Line.through((batches[0], few), (batches[1], many))
@@ -128,7 +93,7 @@ def time_step(
         labels = torch.zeros(batch, dtype=torch.long, device=device)
         for _ in range(2):
             began = time.perf_counter()
-            run_step(model, images, labels, precision, lambda: None)
+            run_step(model, images, labels, precision)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - began
@@ -159,65 +124,7 @@ def available_bytes(device: torch.device, headroom: float = _HEADROOM) -> int:
     return int(free * (1 - headroom))
 
 
-# The step and its stages
-
-
-def find_stages(model: nn.Module) -> dict[nn.Module, str]:
-    """The modules of ``model`` and their stages; see :class:`StepUsage`."""
-    children = list(_unfold(model))
-    deep = [i for i, (_, child) in enumerate(children) if isinstance(child, nn.Sequential)]
-    if not deep:
-        return {child: name for name, child in children} or {model: "model"}
-    return {
-        child: "stem" if i < deep[0] else "head" if i > deep[-1] else name
-        for i, (name, child) in enumerate(children)
-    }
-
-
-def _unfold(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The children by name; in place of one that is nearly all, its own, if some are sequences."""
-    for name, child in module.named_children():
-        share = len(list(child.modules())) / len(list(module.modules()))
-        if share > _TRUNK and any(isinstance(part, nn.Sequential) for part in child.children()):
-            yield from _unfold(child, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", child
-
-
-@contextlib.contextmanager
-def marking(stages: dict[nn.Module, str], enter: Callable[[str], None]) -> Iterator[None]:
-    """Calls ``enter`` when the forward and backward pass enter a stage.
-
-    The backward marks are hooks on the output's gradient: a full backward hook would make the
-    output a view, which the in-place ReLU of a torchvision network could not change.
-    """
-
-    def mark(stage: str, *_: object) -> None:
-        enter(stage)
-
-    def mark_backward(stage: str, _module: nn.Module, _args: object, output: object) -> None:
-        if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(partial(mark, stage))
-
-    handles = []
-    for module, stage in stages.items():
-        handles.append(module.register_forward_pre_hook(partial(mark, stage)))
-        handles.append(module.register_forward_hook(partial(mark_backward, stage)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _mark_stage(stage: str) -> None:
-    with record_function(_STAGE_MARK + stage):
-        pass
-
-
-def _mark_loss() -> None:
-    with record_function(_LOSS_MARK):
-        pass
+# The step
 
 
 @contextlib.contextmanager
@@ -250,7 +157,7 @@ def run_step(
     images: Tensor,
     labels: Tensor,
     precision: Precision,
-    enter_loss: Callable[[], None],
+    enter_loss: Callable[[], None] = lambda: None,
 ) -> None:
     """The forward pass, the loss, before which ``enter_loss`` is called, and the backward pass."""
     with torch.enable_grad():
@@ -264,15 +171,15 @@ def run_step(
 # The allocator's record
 
 
-def _record(work: Callable[[], object], device: torch.device, stage: str = "") -> list[_Change]:
-    """What ``work``, which begins in ``stage``, allocates and releases again, in order."""
+def _record(work: Callable[[], object], device: torch.device) -> list[int]:
+    """The bytes that ``work`` allocates or, negative, releases again, in order."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes on stderr
     with profile(profile_memory=True) as profiler:
         work()
     assert profiler.kineto_results is not None
     # Of the profiler's results only this tree has the addresses.
     events = list(_walk(profiler.kineto_results.experimental_event_tree()))
-    changes, in_forward = [], True
+    changes = []
     addresses = set()  # what lived before may be released by a collection of garbage
     for event in sorted(events, key=lambda event: event.start_time_ns):
         fields = event.typed[1]
@@ -280,11 +187,7 @@ def _record(work: Callable[[], object], device: torch.device, stage: str = "") -
             is_known = fields.alloc_size > 0 or fields.ptr in addresses
             if fields.device.type == device.type and is_known:
                 addresses.add(fields.ptr)
-                changes.append(_Change(fields.ptr, fields.alloc_size, stage, in_forward))
-        elif event.name == _LOSS_MARK:
-            in_forward = False
-        elif event.name.startswith(_STAGE_MARK):
-            stage = event.name.removeprefix(_STAGE_MARK)
+                changes.append(fields.alloc_size)
     return changes
 
 
@@ -294,30 +197,6 @@ def _walk(events: list[_ProfilerEvent]) -> Iterator[_ProfilerEvent]:
         event = waiting.pop()
         waiting.extend(event.children)
         yield event
-
-
-def _find_peak(changes: list[_Change]) -> tuple[int, str]:
-    live, peak, stage = 0, 0, ""
-    for change in changes:
-        live += change.bytes
-        if live > peak:
-            peak, stage = live, change.stage
-    return peak, stage
-
-
-def _sum_held(changes: list[_Change], stages: dict[nn.Module, str]) -> dict[str, int]:
-    live: dict[int, _Change] = {}
-    for change in changes:
-        if not change.in_forward:
-            break
-        if change.bytes > 0:
-            live[change.address] = change
-        else:
-            live.pop(change.address, None)
-    held = dict.fromkeys(stages.values(), 0)
-    for change in live.values():
-        held[change.stage] += change.bytes
-    return held
 
 
 def _count_on_cuda(work: Callable[[], object], device: torch.device) -> int:

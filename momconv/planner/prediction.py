@@ -28,9 +28,10 @@ from momconv.errors import UsageError
 from momconv.momentum.autograd import Strategy
 from momconv.momentum.sequential import set_strategy
 from momconv.planner.cost import Work, count_work
-from momconv.planner.imitation import Imitator
-from momconv.planner.measurement import Precision, find_stages, marking, run_step, static_bytes
+from momconv.planner.fakes import Imitator
+from momconv.planner.measurement import Precision, run_step, static_bytes
 from momconv.planner.scratch import peak_within
+from momconv.planner.stages import find_stages, marking
 
 # What a GPU needs besides tensors. No GPU has been measured for these: they are the sizes that
 # NVIDIA's and PyTorch's documents name, rounded up.

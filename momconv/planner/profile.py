@@ -10,17 +10,12 @@ import torch
 from torch import nn
 
 from momconv.momentum.sequential import momentum_stages, set_strategy
-from momconv.planner.calibration import calibrate
 from momconv.planner.cost import Speed, Work, estimate_speed
-from momconv.planner.measurement import (
-    available_bytes,
-    find_stages,
-    per_image,
-    static_bytes,
-    time_step,
-)
+from momconv.planner.measurement import available_bytes, per_image, static_bytes, time_step
 from momconv.planner.micro_batch import Curve, Line, StaticBytes
 from momconv.planner.prediction import PeakMemory, Prediction, Predictor, Training
+from momconv.planner.speed import measure_speed
+from momconv.planner.stages import find_stages
 
 # "plain" is the network before its conversion; the others are strategies of the converted one.
 Variant = Literal["plain", "checkpoint", "segment", "momentum", "auto"]
@@ -29,7 +24,6 @@ EXAMPLE = 32  # images of the step that is broken down
 
 _FEW = 2  # images; BatchNorm may refuse one
 _TIMED = 4  # images
-_FLOAT = 4  # bytes of one of an image's values
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +125,7 @@ def profile(
 def _find_speed(model: nn.Module, training: Training, *, measuring: bool) -> Speed:
     device = torch.device(training.device)
     if measuring:
-        return calibrate(model, training, device, available_bytes(device))
+        return measure_speed(model, training, device, available_bytes(device))
     return estimate_speed(device.type, training.precision)
 
 
@@ -157,7 +151,7 @@ def _measure(found: Profile, model: nn.Module, training: Training) -> Profile:
     device = torch.device(training.device)
     step = per_image(model, training.resolution, precision=training.precision, device=device)
     static = static_bytes(model, training.optimizer)
-    image_bytes = 3 * training.resolution**2 * _FLOAT
+    image_bytes = 3 * training.resolution**2 * torch.float32.itemsize
     line = Line(static.total + step.fixed_bytes, step.bytes_per_image + image_bytes)
     seconds = time_step(model, _TIMED, training.resolution, training.precision, device)
     return replace(found, measured=line, images_per_second=_TIMED / seconds)

@@ -18,12 +18,11 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 from momconv.planner import conv_scratch
+from momconv.planner.convolution import FLOAT
 
 aten = torch.ops.aten
 Arguments = tuple[Any, ...]
 Rule = Callable[[Arguments, Sequence[Tensor]], int]
-
-_FLOAT = 4  # bytes
 
 
 def peak_within(func: OpOverload, args: Arguments, results: Sequence[Tensor]) -> int:
@@ -70,8 +69,8 @@ def _sum(args: Arguments, results: Sequence[Tensor]) -> int:
 def _mean(args: Arguments, results: Sequence[Tensor]) -> int:
     """Half precision is averaged in single precision, in a copy."""
     x = args[0]
-    copied = x.element_size() < _FLOAT and x.dtype.is_floating_point
-    return _bytes(*results) + (_FLOAT * (x.numel() + results[0].numel()) if copied else 0)
+    copied = x.element_size() < FLOAT and x.dtype.is_floating_point
+    return _bytes(*results) + (FLOAT * (x.numel() + results[0].numel()) if copied else 0)
 
 
 # Attention, whose blocks are PyTorch's
@@ -102,8 +101,8 @@ def _score_block(query: Tensor, key: Tensor) -> tuple[int, int]:
 
 def _per_thread(floats: int, narrow: int, query: Tensor) -> int:
     """Bytes of so many floats a thread, of which ``narrow`` are kept in half precision as well."""
-    half = query.element_size() if query.element_size() < _FLOAT else 0
-    return torch.get_num_threads() * (floats * _FLOAT + narrow * half)
+    half = query.element_size() if query.element_size() < FLOAT else 0
+    return torch.get_num_threads() * (floats * FLOAT + narrow * half)
 
 
 def _bytes(*tensors: Tensor) -> int:

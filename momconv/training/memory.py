@@ -43,10 +43,10 @@ def measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) ->
             parameter.grad = torch.zeros_like(parameter)
     losses: list[Tensor] = []
     work = partial(add_gradients, job, images, labels, share)
-    usage = measure(lambda: losses.append(work()), job.device)
+    peak = measure(lambda: losses.append(work()), job.device)
     train = job.recipe.train
     static = static_bytes(job.model, train.optimizer, ema=train.ema > 0)
-    _learn_peak(job, static.total + images.nbytes + labels.nbytes + usage.peak_bytes)
+    _learn_peak(job, static.total + images.nbytes + labels.nbytes + peak)
     job.measured_sizes.add(len(labels))
     if train.memory is not None and job.plan.is_exceeded:
         raise torch.OutOfMemoryError(f"above the limit of {train.memory}")

@@ -11,12 +11,12 @@ from torch import nn
 
 from momconv.errors import ModelFileError, ResourceError
 from momconv.momentum.sequential import momentum_stages, set_strategy
-from momconv.planner.calibration import calibrate
 from momconv.planner.measurement import Precision, available_bytes, static_bytes
 from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
 from momconv.planner.outlook import FEW, Change, Fixed, Request, has_batch_norm
 from momconv.planner.prediction import Choice, Training
 from momconv.planner.search import search
+from momconv.planner.speed import measure_speed
 from momconv.training.network import name_strategies
 from momconv.training.processes import Processes
 from momconv.units import format_bytes, parse_bytes
@@ -175,7 +175,7 @@ def plan_batches(model: nn.Module, setting: Setting) -> BatchPlan:
             setting.micro_batch,
             setting.strategy,
             setting.own_images,
-            lambda training: calibrate(model, training, device, limit),
+            lambda training: measure_speed(model, training, device, limit),
             setting.may_change,
             setting.fixed,
         ),

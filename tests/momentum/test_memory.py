@@ -22,7 +22,7 @@ def peak(depth: int, strategy: Strategy, gamma: float = 0.9) -> float:
     net.find_runs(x)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    return measure(lambda: square(net(x)).backward(), CPU).peak_bytes / x.nbytes
+    return measure(lambda: square(net(x)).backward(), CPU) / x.nbytes
 
 
 def test_momentum_holds_the_same_for_any_depth_but_for_side_information() -> None:
@@ -54,7 +54,7 @@ def peak_of_elementwise_blocks(dtype: torch.dtype) -> float:
     x = images(side=64, count=8)
     net.find_runs(x.to(dtype))
     step = partial(lambda x: net(x).sum().backward(), x.to(dtype))
-    return measure(step, CPU).peak_bytes / x.nbytes
+    return measure(step, CPU) / x.nbytes
 
 
 def test_in_half_precision_only_x_and_v_stay_wide() -> None:

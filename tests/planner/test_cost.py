@@ -10,9 +10,9 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 import momconv
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.calibration import calibrate
 from momconv.planner.cost import Speed, Work, count_work, estimate_speed
 from momconv.planner.prediction import Predictor, Training
+from momconv.planner.speed import measure_speed
 from momconv.zoo.networks import build
 
 aten = torch.ops.aten
@@ -76,7 +76,7 @@ def test_a_clock_that_is_too_coarse_still_gives_a_speed() -> None:
 def test_a_calibrated_speed_is_measured_and_the_network_stays_as_it_was() -> None:
     model = momconv.convert(build("cifar_resnet20"), 0.9).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    speed = calibrate(model, Training(32), CPU, 2**30)
+    speed = measure_speed(model, Training(32), CPU, 2**30)
     assert speed.is_measured
     assert speed.per_flop > 0
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -86,4 +86,4 @@ def test_a_calibrated_speed_is_measured_and_the_network_stays_as_it_was() -> Non
 
 def test_steps_that_would_not_fit_are_not_run() -> None:
     model = build("cifar_resnet20").train()
-    assert calibrate(model, Training(32), CPU, 2**20) == estimate_speed("cpu", "fp32")
+    assert measure_speed(model, Training(32), CPU, 2**20) == estimate_speed("cpu", "fp32")

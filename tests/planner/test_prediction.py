@@ -50,7 +50,7 @@ def errors(
 ) -> tuple[float, float]:
     """The relative error of what a step allocates, and of the whole peak."""
     predicted = peak_memory(model, batch, resolution, precision)
-    measured = measure_step(model, batch, resolution, precision=precision, device=CPU).peak_bytes
+    measured = measure_step(model, batch, resolution, precision=precision, device=CPU)
     rest = predicted.static + predicted.batch
     return predicted.step / measured - 1, predicted.total / (measured + rest) - 1
 
@@ -123,7 +123,7 @@ def test_a_large_prediction_allocates_next_to_nothing() -> None:
         model = momconv.convert(torchvision.models.resnet50())
     found: list[PeakMemory] = []
     usage = measure(lambda: found.append(peak_memory(model, 256, 500, strategy="momentum")), CPU)
-    assert usage.peak_bytes < 2**20
+    assert usage < 2**20
     assert found[0].total > 2**34
 
 

@@ -19,7 +19,6 @@ from torch.optim import SGD
 from momconv.data.folder import find_splits
 from momconv.errors import ResourceError
 from momconv.evaluation import evaluate
-from momconv.planner.measurement import Usage
 from momconv.training import gradients as work
 from momconv.training import memory, validation
 from momconv.training.finetuning import finetune
@@ -174,9 +173,9 @@ def test_a_first_step_above_the_limit_counts_as_out_of_memory(
 ) -> None:
     peaks = itertools.chain([2**31], itertools.repeat(2**20))
 
-    def measure(work: Any, _device: torch.device) -> Usage:
+    def measure(work: Any, _device: torch.device) -> int:
         work()
-        return Usage(next(peaks))
+        return next(peaks)
 
     monkeypatch.setattr(memory, "measure", measure)
     recipe = small(colours, "train.micro_batch=auto", "train.memory=1GiB")
@@ -195,9 +194,9 @@ def test_each_size_of_micro_batch_is_held_to_the_limit_once_in_each_epoch(
     """Of 18 images, an epoch has batches of 5 and of 3: the third measurement is in the second."""
     calls = itertools.count(1)
 
-    def measure(work: Any, _device: torch.device) -> Usage:
+    def measure(work: Any, _device: torch.device) -> int:
         work()
-        return Usage(2**31 if next(calls) == 3 else 2**20)
+        return 2**31 if next(calls) == 3 else 2**20
 
     monkeypatch.setattr(memory, "measure", measure)
     recipe = small(colours, "train.micro_batch=auto", "train.memory=1GiB", "train.epochs=2")

@@ -15,7 +15,7 @@ _IMAGES = (2, 4)
 _LARGEST_SIDE = 96  # pixels
 
 
-def calibrate(model: nn.Module, training: Training, device: torch.device, limit: int) -> Speed:
+def measure_speed(model: nn.Module, training: Training, device: torch.device, limit: int) -> Speed:
     """The speed of ``device``, on which ``model`` is; it is estimated if ``limit`` bytes are few.
 
     The model stores its activations then; its other state is afterwards what it was.

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from momconv.planner.imitation import Imitator
+from momconv.planner.fakes import Imitator
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
