@@ -6,8 +6,9 @@ last, in bf16.
 Each method has a process of its own. They take turns, so that a machine whose speed drifts slows
 all of them alike, and each step is compared with the storing steps of the same turn: of the plain
 network, and of the network that the method trains (momentum blocks, couplings), which alone says
-what saving memory costs. The table has medians over the turns. A first step that allocates,
-compiles and finds algorithms is not counted.
+what saving memory costs. The table has medians over the turns. A first turn, which allocates,
+compiles and finds algorithms, is not counted, nor is the first step of each turn, which finds the
+caches full of other methods' work.
 
 "Floor" is what the storing steps of the same network would take if the forward pass cost its time
 twice: whoever keeps no activations computes every block again, so no ratio to that network can be
@@ -63,7 +64,7 @@ prepare_once = cache(prepare)  # in each process
 
 
 def time_step(case: Case, key: str, device: torch.device) -> Step:
-    """Time one forward and backward pass."""
+    """Time one forward and backward pass, which comes after another as it does in training."""
     model = prepare_once(case, key, device)
     images = torch.randn(case.batch, 3, case.resolution, case.resolution, device=device)
     labels = torch.zeros(case.batch, dtype=torch.long, device=device)
@@ -73,6 +74,7 @@ def time_step(case: Case, key: str, device: torch.device) -> Step:
         synchronize(device)
         times.append(time.perf_counter())
 
+    measurement.run_step(model, images, labels, case.precision)
     take_time()
     measurement.run_step(model, images, labels, case.precision, take_time)
     take_time()
