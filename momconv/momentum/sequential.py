@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # imports the compiler only where it is at work
 
 from momconv.errors import UsageError
 from momconv.momentum.arguments import bind
@@ -107,8 +108,11 @@ class MomentumSequential(nn.Sequential):
     ) -> Tensor:
         """The blocks in turn, each called with x and the same further arguments.
 
-        Tensors among these may require gradients.
+        Tensors among these may require gradients. In a network that is compiled as a whole, a stage
+        runs as it is: backward runs its blocks again, which must be the same program both times.
         """
+        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return _uncompiled(self, x, *args, **kwargs)
         self.find_runs(x, *args, **kwargs)
         blocks, tensors = bind([*self._modules.values()], args, kwargs)
         if self.strategy == "segment":
@@ -167,6 +171,11 @@ class MomentumSequential(nn.Sequential):
             else:
                 x = checkpoint(block, x, args, in_parts=self.in_parts)
         return x
+
+
+@_disable_dynamo
+def _uncompiled(stage: MomentumSequential, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return stage.forward(x, *args, **kwargs)
 
 
 def join_layers(blocks: list[nn.Module]) -> Iterator[nn.Module]:

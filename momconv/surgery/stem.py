@@ -87,7 +87,7 @@ class _Beginning(nn.Module):
 class Stem:
     """The hooks of one model. They do not hold it: it is to be freed when its user lets it go.
 
-    Threads may share it, as they share any network.
+    Threads may share it, as they share any network. A stem that is compiled is stored.
     """
 
     def __init__(self) -> None:
@@ -96,11 +96,13 @@ class Stem:
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model: forget what the stem saves, unless it is to be stored."""
+        if torch.compiler.is_compiling():
+            return
         self.abandon()  # a KeyboardInterrupt may have ended the last pass
         is_plain = args and not kwargs and all(isinstance(arg, Tensor) for arg in args)
-        is_eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         is_replica = getattr(model, "_is_replica", False)  # of DataParallel
-        if not (is_plain and is_eager and not is_replica and _is_recomputed(model)):
+        is_wanted = torch.is_grad_enabled() and not is_replica and _is_recomputed(model)
+        if not (is_plain and is_wanted):
             return
         replay = Replay(_Beginning(model, self._repeating))
         forgetting = replay.forgetting(*args)
@@ -109,12 +111,16 @@ class Stem:
 
     def reach(self, _stage: nn.Module, args: tuple[Any, ...]) -> None:
         """Before a stage: the stem ends here."""
+        if torch.compiler.is_compiling():
+            return
         if get_ident() in self._repeating:
             raise Enough
         self._finish(args[:1])
 
     def end(self, _model: nn.Module, _args: object, output: object) -> None:
         """After the model, which may have failed in the stem, or come to no stage."""
+        if torch.compiler.is_compiling():
+            return
         if output is None:
             self.abandon()
         else:

@@ -226,3 +226,12 @@ def test_backward_does_not_need_the_caller_to_hold_the_network() -> None:
     del model
     outputs.sum().backward()
     assert images.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
+def test_a_network_that_is_compiled_as_a_whole_computes_the_same() -> None:
+    expected, model = step(make(), "store"), make()
+    model.compile(backend="aot_eager")
+    found = step(model, "momentum")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
