@@ -28,7 +28,7 @@ from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import SPLITS, ImageSet, plural
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError
-from momconv.surgery.modes import in_eval_mode
+from momconv.states import in_eval_mode
 from momconv.zoo.description import describe
 
 T = TypeVar("T")

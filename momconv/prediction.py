@@ -13,7 +13,7 @@ from torch import nn
 from momconv.data.calibration_images import CalibrationImages
 from momconv.data.folder import list_images, printable
 from momconv.errors import DataError
-from momconv.surgery.modes import in_eval_mode
+from momconv.states import in_eval_mode
 from momconv.zoo.description import Description, describe
 
 

@@ -21,8 +21,8 @@ from momconv.errors import MomconvError, UsageError
 from momconv.files.atomic import write_atomically, write_text
 from momconv.files.plain_file import load_command, save_plain
 from momconv.momentum.sequential import momentum_stages
+from momconv.states import in_eval_mode
 from momconv.surgery.conversion import revert
-from momconv.surgery.modes import in_eval_mode
 from momconv.zoo import checkpoints, own
 from momconv.zoo.description import Description, describe
 from momconv.zoo.networks import build_described

@@ -26,6 +26,7 @@ from torch.autograd.profiler import profile
 from torch.nn import functional as F
 
 from momconv.planner.micro_batch import Line, StaticBytes
+from momconv.states import keep_buffers
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -132,7 +133,7 @@ def _keeping_state(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Zero-filled gradients inside; gradients, buffers and random state as before afterwards."""
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.grad for p in trained]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    restore_buffers = keep_buffers(model)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     try:
@@ -141,9 +142,7 @@ def _keeping_state(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        restore_buffers()
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:

@@ -31,7 +31,7 @@ from momconv.planner.cost import Work, count_work
 from momconv.planner.fakes import Imitator
 from momconv.planner.measurement import Precision, run_step, static_bytes
 from momconv.planner.scratch import peak_within
-from momconv.planner.stages import find_stages, marking
+from momconv.planner.stages import assign_modules, marking
 
 # What a GPU needs besides tensors. No GPU has been measured for these: they are the sizes that
 # NVIDIA's and PyTorch's documents name, rounded up.
@@ -280,7 +280,7 @@ class _Trace(TorchDispatchMode):
         """Trace the step; what exists before it does not count."""
         for tensor in (*model.parameters(), *model.buffers(), images, labels):
             self._follow(tensor, None)
-        stages = find_stages(model)
+        stages = assign_modules(model)
         self._stage = next(iter(stages.values()))
         following = _watching_random_states(lambda state: self._follow(state, "get_rng_state"))
         with torch.random.fork_rng(devices=[]), marking(stages, self._enter), following, self:

@@ -15,7 +15,7 @@ from momconv.planner.measurement import available_bytes, per_image, static_bytes
 from momconv.planner.micro_batch import Curve, Line, StaticBytes
 from momconv.planner.prediction import PeakMemory, Prediction, Predictor, Training
 from momconv.planner.speed import measure_speed
-from momconv.planner.stages import find_stages
+from momconv.planner.stages import assign_modules
 
 # "plain" is the network before its conversion; the others are strategies of the converted one.
 Variant = Literal["plain", "checkpoint", "segment", "momentum", "auto"]
@@ -101,7 +101,7 @@ def profile(
         model.to(torch.device(training.device))
     set_strategy(model, "momentum")  # raises at once
     gammas = {name: stage.gamma for name, stage in momentum_stages(model).items()}
-    stages = tuple(dict.fromkeys(find_stages(model).values()))
+    stages = tuple(dict.fromkeys(assign_modules(model).values()))
     profiles: list[Profile] = []
     predictor = Predictor(model, training)
     for variant in VARIANTS:

@@ -2,6 +2,7 @@
 
 They are the children of the network, or of what is nearly all of it, such as a vision transformer's
 encoder: "stem" is all before the first ``nn.Sequential`` among them, "head" all after the last one.
+That is coarser than what can be frozen (zoo/stages.py), where each block of a transformer is one.
 """
 
 import contextlib
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 _TRUNK = 0.9  # of the modules
 
 
-def find_stages(model: nn.Module) -> dict[nn.Module, str]:
-    """The modules of ``model`` and their stages."""
+def assign_modules(model: nn.Module) -> dict[nn.Module, str]:
+    """The stage of each module that is one, or a part of one, in the order of ``model``."""
     children = list(_unfold(model))
     deep = [i for i, (_, child) in enumerate(children) if isinstance(child, nn.Sequential)]
     if not deep:

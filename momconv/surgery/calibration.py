@@ -1,7 +1,7 @@
 """Making up, on unlabelled images, for what a conversion has changed."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from momconv.errors import DataError
+from momconv.states import in_eval_mode, keep_buffers
 from momconv.surgery.imitation import (
     CHUNK,
     Images,
@@ -22,7 +23,6 @@ from momconv.surgery.imitation import (
     read_repeatedly,
     trainable_gains,
 )
-from momconv.surgery.modes import in_eval_mode
 
 _STEPS, _FEWEST_STEPS = 150, 20
 _RATE = 1e-2  # for the most steps; fewer take larger ones
@@ -125,7 +125,7 @@ def _estimate_if_closer(
     Re-estimated ones also fit images unlike those of the original's training, to which the original
     itself does not adapt; for a small γ, which changes little, that is the larger change.
     """
-    restore = _keep_buffers(model)
+    restore = keep_buffers(model)
     before = measure_divergence(model, original, images.held_out)
     layers = _estimate_statistics(model, batches)
     if measure_divergence(model, original, images.held_out) <= before:
@@ -135,7 +135,7 @@ def _estimate_if_closer(
 
 
 def _estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    device, restore, is_empty = next(model.parameters()).device, _keep_buffers(model), True
+    device, restore, is_empty = next(model.parameters()).device, keep_buffers(model), True
     try:
         with _estimating(model) as layers, torch.no_grad():
             for images in batches:
@@ -151,17 +151,6 @@ def _estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
         restore()
         raise
     return len(layers)
-
-
-def _keep_buffers(model: nn.Module) -> Callable[[], None]:
-    """What gives the buffers the values of now again."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-
-    def restore() -> None:
-        for buffer, value in kept:
-            buffer.copy_(value)
-
-    return restore
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from momconv.momentum.equations import largest_magnitude, remainder_bounds
 from momconv.momentum.kernels import magnitude
 from momconv.momentum.sequential import MomentumSequential, momentum_stages, set_strategy
 from momconv.momentum.trajectory import narrowest
+from momconv.states import in_eval_mode
 from momconv.surgery.drift import Batch, Drift, measure_drift, require_images, split
-from momconv.surgery.modes import in_eval_mode
 
 REST = ""  # the name of everything outside the momentum stages
 

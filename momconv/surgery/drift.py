@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from momconv.errors import DataError
-from momconv.surgery.modes import in_eval_mode
+from momconv.states import in_eval_mode
 
 Batch = Tensor | tuple[Tensor, Tensor]  # images (B, 3, H, W), which may come with labels (B,)
 

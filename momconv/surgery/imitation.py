@@ -21,7 +21,7 @@ from torch.optim import Adam
 
 from momconv.errors import RangeOverflow
 from momconv.momentum.sequential import MomentumSequential, Run, momentum_stages
-from momconv.surgery.modes import in_eval_mode
+from momconv.states import in_eval_mode
 from momconv.surgery.stem import leave_stem
 from momconv.units import format_duration
 

@@ -14,6 +14,7 @@ from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import printable
 from momconv.errors import DataError, ResourceError
 from momconv.evaluation import Scores
+from momconv.states import keep_buffers
 from momconv.training.compilation import compiling
 from momconv.training.gradients import add_gradients, take_step
 from momconv.training.interruption import Interrupted, TimeUp, catching_signals
@@ -257,18 +258,10 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     The weights do not change before the optimiser's step; gradients, BatchNorm's statistics and the
     random state do.
     """
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    random_states = read_random_states()
-
-    def restore() -> None:
-        model.zero_grad()
-        set_random_states(random_states)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-
     with ExitStack() as undo:
-        undo.callback(restore)
+        undo.callback(keep_buffers(model))
+        undo.callback(set_random_states, read_random_states())
+        undo.callback(model.zero_grad)
         yield
         undo.pop_all()
 

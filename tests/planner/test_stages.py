@@ -4,18 +4,18 @@ import torchvision
 from torch import Tensor, nn
 
 from momconv.planner.prediction import peak_memory
-from momconv.planner.stages import find_stages
+from momconv.planner.stages import assign_modules
 
 
 def test_the_stages_of_a_residual_network_are_its_layers_stem_and_head() -> None:
-    stages = find_stages(torchvision.models.resnet18())
+    stages = assign_modules(torchvision.models.resnet18())
     layers = [f"layer{n}" for n in range(1, 5)]
     assert list(dict.fromkeys(stages.values())) == ["stem", *layers, "head"]
 
 
 def test_a_network_without_children_is_one_stage() -> None:
     linear = nn.Linear(2, 2)
-    assert find_stages(linear) == {linear: "model"}
+    assert assign_modules(linear) == {linear: "model"}
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_a_network_without_children_is_one_stage() -> None:
 )
 def test_the_stages_of_other_families_are_inside_their_trunk(name: str, stages: list[str]) -> None:
     model = torchvision.models.get_model(name)
-    assert list(dict.fromkeys(find_stages(model).values())) == stages
+    assert list(dict.fromkeys(assign_modules(model).values())) == stages
 
 
 class Staged(nn.Module):

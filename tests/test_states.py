@@ -1,7 +1,8 @@
 import pytest
+import torch
 from torch import Tensor, nn
 
-from momconv.surgery.modes import in_eval_mode
+from momconv.states import in_eval_mode, keep_buffers
 
 
 def test_flags_are_restored_after_a_failure() -> None:
@@ -15,3 +16,13 @@ def test_flags_are_restored_after_a_failure() -> None:
     with pytest.raises(KeyError):
         fail()
     assert network.training
+
+
+def test_buffers_get_their_values_again() -> None:
+    norm = nn.BatchNorm1d(2)
+    restore = keep_buffers(norm)
+    norm(torch.randn(4, 2))
+    assert norm.running_mean is not None
+    assert norm.running_mean.all()
+    restore()
+    assert not norm.running_mean.any()

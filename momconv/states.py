@@ -1,8 +1,9 @@
-"""Networks in eval mode for a while."""
+"""The state of networks that others use too: training flags and buffers, put back afterwards."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -17,3 +18,15 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, was_training in training.items():
             module.training = was_training
+
+
+def keep_buffers(model: nn.Module) -> Callable[[], None]:
+    """What gives the buffers of ``model`` the values of now again."""
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+    return restore
