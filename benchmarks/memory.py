@@ -9,7 +9,11 @@ bf16: weights have a bf16 copy, and gradients in bf16 and fp32 of the size of a 
 the batch is (6 of the 15.2 MiB for each of 4 images in ViT-L); x and v keep their 32 bits; and
 autocast computes normalisations and ConvNeXt's layer scale in fp32. With 4 images the peak is what
 oneDNN takes for one gradient of a weight, on tiles (AMX) or in blocks: that of ViT-L's patches,
-and of ConvNeXt-L's last 7×7 kernels.
+and of ConvNeXt-L's last 7×7 kernels. Even without that, momentum blocks cannot go below about 11.2
+and 24.5 MiB for each of 4 images as long as autograd trains them: while the gradient of the largest
+linear layer goes from bf16 (8 and 18 MiB) to fp32 (16 and 36), there are x, v and r of its stage
+and of those before (7 and 39), the two gradients of x (6 and 2), and the layer's input and its
+output's gradient (8 and 3).
 
 memcnn and revtorch do not train the same network but one of couplings with half of the work, see
 benchmarks/couplings.py. torch.compile takes minutes to compile, so it is tried on two networks only

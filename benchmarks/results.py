@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import finetuning, fuzz, memory, transfer
+from benchmarks import finetuning, fuzz, memory, speed, transfer
 from benchmarks.tables import Log, Row, find_logs, number
 
 DOCUMENT = Path(__file__).parent / "RESULTS.md"
@@ -86,12 +86,12 @@ def render_losses() -> Iterator[str]:
     yield LOSSES
     losses = [
         *(find_losses(log, memory.VALUE, memory.KEY[:-1]) for log in find_logs("memory")),
-        *(find_losses(log, "seconds", ("network",)) for log in find_logs("speed")),
+        *(find_losses(log, speed.VALUE, ("network",), "time ") for log in find_logs("speed")),
     ]
     yield "\n".join(line for lines in losses for line in lines) + "\n"
 
 
-def find_losses(log: Log, column: str, case: Sequence[str]) -> Iterator[str]:
+def find_losses(log: Log, column: str, case: Sequence[str], what: str = "") -> Iterator[str]:
     """A line for each case, naming the methods with smaller numbers than momconv's."""
     rows = log.read()
     for ours in rows:
@@ -107,7 +107,7 @@ def find_losses(log: Log, column: str, case: Sequence[str]) -> Iterator[str]:
         name = " ".join(ours[key] for key in case)
         names = ", ".join(f"{method} {theirs:g}" for method, theirs in better.items())
         if better:
-            yield f"* {column}, {name}: momconv {value:g}; {names} ({log.machine})"
+            yield f"* {what}{column}, {name}: momconv {value:g}; {names} ({log.machine})"
 
 
 if __name__ == "__main__":

@@ -34,11 +34,12 @@ from benchmarks import memory
 from benchmarks.cases import Case, Chosen, Networks, choose, prepare, synchronize
 from benchmarks.isolation import outcome, start_process
 from benchmarks.methods import BASES, METHODS, select
-from benchmarks.tables import Log, Row, choose_device, show
+from benchmarks.tables import MISSING, Log, Row, choose_device, show
 from momconv.planner import measurement
 
 TURNS = 5
 TITLE = "speed"
+VALUE = "of store all"
 ALSO_ON_GPUS = ("resnet152", "vit_l_16", "convnext_large")
 KEY = ("network", "method")
 
@@ -124,7 +125,7 @@ def compare(case: Case, keys: list[str], device: torch.device) -> list[Row]:
                 "network": case.label,
                 "method": methods[key].label,
                 "seconds": _median(turns, _seconds, key, digits=".3g"),
-                "of store all": _median(turns, _ratio, key, "store"),
+                VALUE: _median(turns, _ratio, key, "store"),
                 "of the same network storing all": _median(turns, _ratio, key, stored),
                 "floor": _median(turns, _floor, stored),
             }
@@ -151,7 +152,7 @@ def _median(turns: list[Turn], value: Callable[..., float], *keys: str, digits: 
         steps = [turn[key] for key in keys]
         failures = [step for step in steps if isinstance(step, str)]
         if failures:
-            return failures[0] if len(keys) == 1 else "–"
+            return failures[0] if len(keys) == 1 else MISSING
         values.append(value(*steps))
     return format(statistics.median(values), digits)
 

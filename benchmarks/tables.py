@@ -16,6 +16,7 @@ Row = dict[str, str]  # cells by column
 RESULTS = Path(__file__).parent / "results"
 _CPU_INFO = Path("/proc/cpuinfo")
 _FAILED = "failed"
+MISSING = "–"  # in place of a ratio where a method failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +100,14 @@ def show(title: str, rows: Sequence[Row]) -> None:
 
 def number(row: Row, column: str) -> float | None:
     """The number in a cell; None where the method failed."""
-    return None if row[column].startswith(_FAILED) else float(row[column])
+    return None if row[column].startswith((_FAILED, MISSING)) else float(row[column])
 
 
 def ratio(row: Row, base: Row | None, column: str) -> str:
     """How many times as much as ``base`` a row has; a dash where either has no number."""
     ours = number(row, column)
     theirs = number(base, column) if base else None
-    return f"{ours / theirs:.2f}" if ours is not None and theirs else "–"
+    return f"{ours / theirs:.2f}" if ours is not None and theirs else MISSING
 
 
 def _processor() -> str:

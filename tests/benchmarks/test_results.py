@@ -19,6 +19,7 @@ def rows() -> list[Row]:
         row("checkpoint each block", "20.0"),
         row("checkpoint √L blocks", "10.0"),
         row("theirs 1.0", "failed: KeyError: 'x'"),
+        row("others 1.0", "–"),
         row("momconv", "15.0"),
         row("store all", "1.0", batch="16"),
     ]
