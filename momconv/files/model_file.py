@@ -6,6 +6,7 @@ every other value that a caller adds. Nothing that is read from a file is run.
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,7 +58,7 @@ def check_suffix(path: Path) -> None:
         raise UsageError(
             f"{path}: a converted network is in a .safetensors file",
             kind="usage.unknown_format",
-            fix=f"-o {path.with_suffix('.safetensors')}",
+            fix=f"-o {shlex.quote(str(path.with_suffix('.safetensors')))}",
         )
 
 

@@ -1,6 +1,7 @@
 """A network's tensors alone, as torchvision's ``load_state_dict`` takes them."""
 
 import io
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def check_suffix(path: Path) -> None:
         raise UsageError(
             f"cannot tell the format of {path} from its name",
             kind="usage.unknown_format",
-            fix=f"-o {path}.safetensors\n-o {path}.pth",
+            fix="\n".join(f"-o {shlex.quote(f'{path}{end}')}" for end in (".safetensors", ".pth")),
         )
 
 
