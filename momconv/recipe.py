@@ -340,21 +340,21 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, _Setting]:
             continue
         section, mark, key = name.removeprefix(_VARIABLE).lower().partition("__")
         if not mark:
-            _require_no_key(name)
+            _require_no_key(name, text)
         else:
             for setting in _parse(text, source="", key=f"{section}.{key}"):
                 found[setting.key] = replace(setting, where=f"{name}: ")
     return found
 
 
-def _require_no_key(name: str) -> None:
+def _require_no_key(name: str, text: str) -> None:
     """Refuse a variable that has one underscore where two were meant."""
     section, _, key = name.removeprefix(_VARIABLE).lower().partition("_")
     if f"{section}.{key}" in KEYS:
         raise UsageError(
             f"{name} sets nothing: between section and key stand two underscores",
             kind="usage.bad_variable",
-            fix=f"{_VARIABLE}{section}__{key}".upper(),
+            fix=f"{_VARIABLE}{section}__{key}".upper() + f"={shlex.quote(text)}",
         )
 
 

@@ -110,7 +110,7 @@ def test_the_environment_beats_the_file_and_an_override_beats_it(write: Write) -
 def test_a_variable_with_one_underscore_is_refused() -> None:
     with pytest.raises(UsageError, match="MOMCONV_TRAIN_BATCH_SIZE sets nothing") as caught:
         load_recipe(None, environment={"MOMCONV_TRAIN_BATCH_SIZE": "8"})
-    assert caught.value.fix == "MOMCONV_TRAIN__BATCH_SIZE"
+    assert caught.value.fix == "MOMCONV_TRAIN__BATCH_SIZE=8"
 
 
 @pytest.mark.parametrize(
