@@ -12,6 +12,7 @@ LAYERS = [
     "_version",
     "errors",
     "units",
+    "states",
     "recipe",
     "cookbook",
     "momentum",
