@@ -6,7 +6,7 @@ need in backward:
 
 * store: autograd keeps them;
 * checkpoint: x[n] is kept, and the block runs again;
-* segment: only the input of a whole stage is kept; the stage runs again, with checkpoints;
+* segment: only the input of a whole stage is kept; x[n] is computed again before the block is;
 * momentum: x[n] is reconstructed from x[n+1] and v[n+1], and the block runs again.
 
 The graph sees x in the type in which the blocks compute, and so do its gradients; the state that
@@ -20,6 +20,7 @@ grid counts as the identity.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from momconv.momentum.equations import Rule, integrate, to_grid, widen
-from momconv.momentum.replay import Replay, before_backward, checkpoint, evaluate
+from momconv.momentum.replay import Replay, before_backward
+from momconv.momentum.segment import Call
 from momconv.momentum.trajectory import Trajectory
 
 Strategy = Literal["store", "checkpoint", "segment", "momentum"]
@@ -38,11 +40,14 @@ def run(
     x: Tensor,
     args: tuple[Tensor, ...],
     rule: Rule,
-    strategy: Strategy,
+    call: Call | None,
     *,
     in_parts: bool = False,
 ) -> Tensor:
-    """Return x after all steps, in x's type; the blocks are called with it and ``args``."""
+    """Return x after all steps, in x's type; the blocks are called with it and ``args``.
+
+    ``call`` calls them, or else backward reconstructs their inputs.
+    """
     dtype = x.dtype
     if torch.compiler.is_exporting():  # a graph for inference, without state
         calls = [lambda x, block=block: block(x.to(dtype), *args) for block in blocks]
@@ -51,12 +56,10 @@ def run(
     trajectory = Trajectory(widen(x.detach()), rule)
     v = _without_memory(x)
     for n, block in enumerate(blocks):
-        if strategy == "store" or not torch.is_grad_enabled():
-            y = evaluate(block, x, *args)
-        elif strategy == "momentum":
-            y = _reconstruct(Replay(block, in_parts=in_parts), x, args, trajectory, n)
+        if call:
+            y = call(block, x, *args)
         else:
-            y = checkpoint(block, x, args, in_parts=in_parts)
+            y = _reconstruct(Replay(block, in_parts=in_parts), x, args, trajectory, n)
         x, v = _Step.apply(x, v, y, trajectory)
     return x
 
@@ -65,16 +68,15 @@ def _reconstruct(
     replay: Replay, x: Tensor, args: tuple[Tensor, ...], trajectory: Trajectory, n: int
 ) -> Tensor:
     """block(x, *args), for which backward walks the trajectory back from n+1 to n."""
-    dtype = x.dtype
     y = replay.first(x, *args)
     if y.requires_grad and not trajectory.has_origin:
         trajectory.mark_origin()
+    return before_backward(y, partial(_restore, replay, trajectory, n, x.dtype))
 
-    def restore() -> None:
-        x = trajectory.retreat(n)
-        trajectory.undo(replay.repeat(x.to(dtype)))
 
-    return before_backward(y, restore)
+def _restore(replay: Replay, trajectory: Trajectory, n: int, dtype: torch.dtype) -> None:
+    x = trajectory.retreat(n)
+    trajectory.undo(replay.repeat(x.to(dtype)))
 
 
 class _ToGrid(torch.autograd.Function):

@@ -1,12 +1,12 @@
 """Running a block twice: once forgetting what backward needs, once, during backward, keeping it.
 
 Whatever must be the same both times is arranged here: which modules are training, parameters,
-buffers (the second run works on copies, so BatchNorm's statistics are updated once), random
-numbers, autocast, and which inputs require gradients.
+buffers (the second run works on copies, so BatchNorm's statistics are updated once; or it knows
+them, see momconv.momentum.norms), random numbers, autocast, and which inputs require gradients.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import count
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 
 from momconv.errors import InversionError, NotReproducible, UsageError
+from momconv.momentum.condition import Condition
+from momconv.momentum.norms import Norms
 
 
 class Replay:
@@ -33,57 +35,68 @@ class Replay:
         self._block = block
         self._in_parts = in_parts
         modules = [*block.modules()]
-        self._modes = [(module, module.training) for module in modules]
-        # The tensors themselves: torch.func.functional_call may have put others in place.
-        self._parameters = entries_of(modules, "_parameters")
-        self._buffers = entries_of(modules, "_buffers")
+        self._norms = Norms(modules)
+        self._condition = Condition(modules, self._norms.others)
         self._before: dict[int, Tensor] = {}  # values of the buffers that the first call changed
-        self._watched: list[tuple[Tensor, int]] = []  # what must not change, with its version
+        self._watched: Sequence[Tensor] = ()  # what must not change
+        self._versions: Sequence[int] = ()  # of these
         self._saved: dict[int, Tensor] = {}
-        self._inputs: list[Tensor] = []  # for a second repetition
+        self._inputs: Sequence[Tensor] = ()  # for a second repetition
 
     def first(self, x: Tensor, *args: Tensor) -> Tensor:
         """block(x, *args), dropping what it saves for backward."""
         # Autocast's cache would keep a copy of every weight until the end of the forward pass.
         settings = autocast_settings(x.device.type) | {"cache_enabled": False}
-        with torch.autocast(**settings), self.forgetting(x, *args):
-            return evaluate(self._block, x, *args)
+        with _autocast(settings), self.forgetting(x, *args):
+            y = evaluate(self._block, x, *args)
+        if self._in_parts:
+            self._middle = _find_middle(self._sizes, max(x.nbytes, y.nbytes))
+        del self._sizes
+        return y
 
     @contextmanager
     def forgetting(self, x: Tensor, *args: Tensor) -> Iterator[None]:
         """What is computed inside is the block's first call, whose saved tensors are dropped."""
-        self._requires_grad = [tensor.requires_grad for tensor in (x, *args)]
-        self._args = [arg.detach() for arg in args]
+        self._requires_grad = tuple(tensor.requires_grad for tensor in (x, *args))
+        self._args = tuple(arg.detach() for arg in args)
         self._autocast = autocast_settings(x.device.type)
-        buffers = [(b, version_of(b), b.clone()) for b in _buffers_that_count(self._modes)]
-        args_before = [(arg, version_of(arg)) for arg in args]
+        counting = _buffers_that_count(self._block)
+        versions, values = [*map(version_of, counting)], [b.clone() for b in counting]
+        versions_of_args = [*map(version_of, args)]
         random_state = _random_state(x.device)
-        sizes: list[int] = []  # in bytes, of what the block saves; what is kept anyway counts 0
-        kept = {_memory_of(x)}
+        self._sizes: list[int] = []  # of what is saved, in bytes; what is kept anyway counts 0
         if self._in_parts:
-            kept |= {_memory_of(parameter) for _, _, parameter in self._parameters}
-
-        def drop(tensor: Tensor) -> int:
-            is_counted = self._in_parts and _memory_of(tensor) not in kept
-            sizes.append(tensor.nbytes if is_counted else 0)
-            return len(sizes) - 1
-
-        with saved_tensors_hooks(drop, self._serve):
+            self._kept = {*map(_memory_of, (x, *self._condition.parameters))}
+        with saved_tensors_hooks(self._drop, self._serve), self._norms.remembering():
             yield
-        for arg, version in args_before:
+        for arg, version in zip(args, versions_of_args, strict=True):
             require_unchanged(self._block, arg, version)
-        self._before = {id(b): value for b, version, value in buffers if version_of(b) != version}
-        unchanged = [b for b, _, _ in buffers if id(b) not in self._before]
-        self.watch([*unchanged, *self._args, *(tensor for _, _, tensor in self._parameters)])
-        self._count = len(sizes)
-        self._middle = _find_middle(sizes, x.nbytes)
+        unchanged = []
+        for buffer, version, value in zip(counting, versions, values, strict=True):
+            if version_of(buffer) == version:
+                unchanged.append(buffer)
+            else:
+                self._before[id(buffer)] = value
+        self._condition.add_buffers(self._norms.finish())
+        self.watch([*unchanged, *self._args, *self._condition.parameters])
+        self._count = len(self._sizes)
+        self._middle = 0
         # Only a block that drew numbers needs the state again: 5 KB a block add up.
         drew = not all(map(torch.equal, random_state, _random_state(x.device)))
-        self._random_state = random_state if drew else []
+        self._random_state = random_state if drew else ()
+
+    def _drop(self, tensor: Tensor) -> int | Tensor:
+        """A number for what the first call saves, or what a norm keeps."""
+        if self._norms.own(tensor):
+            return tensor
+        is_counted = self._in_parts and _memory_of(tensor) not in self._kept
+        self._sizes.append(tensor.nbytes if is_counted else 0)
+        return len(self._sizes) - 1
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
         """From now until it is repeated, nobody must write into these, and no others."""
-        self._watched = [(tensor, version_of(tensor)) for tensor in tensors]
+        self._watched = [*tensors]
+        self._versions = tuple(map(version_of, self._watched))
 
     def postpone(self, x: Tensor) -> None:
         """Let the first tensor that backward asks for cause the repetition, for x."""
@@ -98,23 +111,33 @@ class Replay:
             NotReproducible: the block saved more or fewer tensors than the first time.
         """
         self._require_unchanged()
+        self._watched = ()
         inputs = self._detach(x)
         self._saved = {}
         numbers = count()
 
-        def keep(tensor: Tensor) -> int:
+        def keep(tensor: Tensor) -> int | None:
+            if self._norms.own(tensor):
+                return None
             number = next(numbers)
             if number >= self._middle:
                 self._saved[number] = tensor.detach()
             return number
 
-        y = self._call(inputs, keep)
+        with torch.enable_grad(), saved_tensors_hooks(keep, self._serve):
+            y = self._call(inputs)
         self._require_as_many(next(numbers), self._count)
         if self._middle:
             self._inputs = inputs
         else:
             self._forget_random_state()
         return y.detach()
+
+    def rerun(self, x: Tensor) -> Tensor:
+        """What the first call returned, for a repetition that is still to come."""
+        self._require_unchanged()
+        with torch.no_grad():
+            return self._call([x, *self._args])
 
     def _detach(self, x: Tensor) -> list[Tensor]:
         inputs = [tensor.detach() for tensor in (x, *self._args)]
@@ -123,8 +146,7 @@ class Replay:
         return inputs
 
     def _require_unchanged(self) -> None:
-        watched, self._watched = self._watched, []
-        if any(version_of(tensor) != version for tensor, version in watched):
+        if any(map(int.__ne__, map(version_of, self._watched), self._versions)):
             raise InversionError(
                 f"what a {self._block._get_name()} computed with (weights, buffers or inputs) was"
                 " modified in place before backward",
@@ -143,44 +165,46 @@ class Replay:
 
     def _repeat_beginning(self) -> None:
         """The call as far as the middle, keeping what it saves."""
-        self._require_unchanged()  # of what :meth:`repeat` has found unchanged there is none left
-        inputs, self._inputs = self._inputs, []
+        self._require_unchanged()  # what :meth:`repeat` has not looked at
+        self._watched = ()
+        inputs, self._inputs = self._inputs, ()
         numbers = count()
 
-        def keep(tensor: Tensor) -> int:
+        def keep(tensor: Tensor) -> int | None:
+            if self._norms.own(tensor):
+                return None
             number = next(numbers)
             if number == self._middle:
                 raise Enough
             self._saved[number] = tensor.detach()
             return number
 
-        with suppress(Enough):
-            self._call(inputs, keep)
+        with suppress(Enough), torch.enable_grad(), saved_tensors_hooks(keep, self._serve):
+            self._call(inputs)
         self._require_as_many(min(self._middle, next(numbers)), self._middle)
         self._forget_random_state()
 
     def _forget_random_state(self) -> None:
         """After the last repetition, unless the graph is kept for another backward pass."""
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            self._random_state = []
+            self._random_state = ()
 
-    def _call(self, inputs: list[Tensor], keep: Callable[[Tensor], int]) -> Tensor:
-        copies = {id(b): self._before.get(id(b), b).clone() for _, _, b in self._buffers}
-        buffers = [(where, name, copies[id(buffer)]) for where, name, buffer in self._buffers]
+    def _call(self, inputs: Sequence[Tensor]) -> Tensor:
+        buffers = self._condition.buffers
+        copies = {id(b): self._before.get(id(b), b).clone() for b in buffers}
         with (
-            torch.enable_grad(),
-            torch.autocast(**self._autocast),
+            _autocast(self._autocast),
             _random_numbers(self._random_state, inputs[0].device),
-            _in_modes(self._modes),
-            in_place_of(self._parameters),
-            in_place_of(buffers),
-            saved_tensors_hooks(keep, self._serve),
+            self._condition.restored(self._condition.parameters, [copies[id(b)] for b in buffers]),
+            self._norms.recalling(),
         ):
             y: Tensor = self._block(*inputs)
         return y
 
-    def _serve(self, number: int) -> Tensor:
+    def _serve(self, number: int | Tensor) -> Tensor:
         """Hand a tensor over, so that it is freed as soon as backward is done with it."""
+        if isinstance(number, Tensor):
+            return number
         if number < self._middle and self._inputs:
             self._repeat_beginning()
         if number not in self._saved:
@@ -193,10 +217,10 @@ class Replay:
         return self._saved.pop(number)
 
 
-def _find_middle(sizes: list[int], input_bytes: int) -> int:
-    """The number of the first of the largest tensors; 0 if little is saved before it."""
+def _find_middle(sizes: list[int], little: int) -> int:
+    """The number of the first of the largest tensors; 0 if no more than ``little`` is before it."""
     middle = sizes.index(max(sizes)) if sizes else 0
-    return middle if sum(sizes[:middle]) > input_bytes else 0
+    return middle if sum(sizes[:middle]) > little else 0
 
 
 class Enough(Exception):
@@ -209,52 +233,15 @@ def _memory_of(tensor: Tensor) -> int:
     return number
 
 
-def _buffers_that_count(modes: list[tuple[nn.Module, bool]]) -> list[Tensor]:
+def _buffers_that_count(block: nn.Module) -> list[Tensor]:
     """The buffers that a result may depend on: not the statistics that a norm only updates."""
     return [
         buffer
-        for module, training in modes
-        if module._buffers and not (training and isinstance(module, _NormBase))
+        for module in block.modules()
+        if module._buffers and not (module.training and isinstance(module, _NormBase))
         for buffer in module._buffers.values()
         if buffer is not None
     ]
-
-
-Entry = tuple[dict[str, Any], str, Tensor]
-
-
-def entries_of(modules: Sequence[nn.Module], kind: str) -> list[Entry]:
-    """Where modules' parameters or buffers are written down, under which names, and they."""
-    places: list[dict[str, Any]] = [getattr(module, kind) for module in modules]
-    return [
-        (at, name, tensor) for at in places for name, tensor in at.items() if tensor is not None
-    ]
-
-
-@contextmanager
-def in_place_of(entries: list[Entry]) -> Iterator[None]:
-    """Let modules find these tensors under their names. functional_call does it too, but slowly."""
-    before = [where[name] for where, name, _ in entries]
-    for where, name, tensor in entries:
-        where[name] = tensor
-    try:
-        yield
-    finally:
-        for (where, name, _), tensor in zip(entries, before, strict=True):
-            where[name] = tensor
-
-
-@contextmanager
-def _in_modes(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Let each module train, or not."""
-    others = [module for module, training in modes if module.training != training]
-    for module in others:
-        module.training = not module.training
-    try:
-        yield
-    finally:
-        for module in others:
-            module.training = not module.training
 
 
 def evaluate(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
@@ -311,9 +298,7 @@ def before_backward(y: Tensor, action: Callable[..., object], *kept: Tensor) -> 
     return _Before.apply(y, action, *kept) if y.requires_grad else y
 
 
-def checkpoint(
-    block: nn.Module, x: Tensor, args: tuple[Tensor, ...] = (), *, in_parts: bool = False
-) -> Tensor:
+def checkpoint(block: nn.Module, x: Tensor, *args: Tensor, in_parts: bool = False) -> Tensor:
     """block(x, *args), keeping only x and args, and computing the block again in backward."""
     if not torch.is_grad_enabled():
         return evaluate(block, x, *args)
@@ -331,6 +316,12 @@ def autocast_settings(device_type: str) -> dict[str, Any]:
     }
 
 
+def _autocast(settings: dict[str, Any]) -> AbstractContextManager[Any]:
+    """torch.autocast, which takes its time, unless it is off and to be off."""
+    is_off = not settings["enabled"] and not torch.is_autocast_enabled(settings["device_type"])
+    return nullcontext() if is_off else torch.autocast(**settings)
+
+
 def _random_state(device: torch.device) -> list[Tensor]:
     """The state of the CPU's generator and of the device's own."""
     states = [torch.get_rng_state()]
@@ -340,7 +331,7 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 
 @contextmanager
-def _random_numbers(states: list[Tensor], device: torch.device) -> Iterator[None]:
+def _random_numbers(states: Sequence[Tensor], device: torch.device) -> Iterator[None]:
     """Draw the numbers that follow ``states`` (none: do not touch the generators)."""
     if not states:
         yield

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
-from momconv.momentum.replay import autocast_settings, entries_of, in_place_of
+from momconv.momentum.condition import Condition
+from momconv.momentum.replay import autocast_settings
 
 aten = torch.ops.aten
 _SUMS = (aten.add, aten.add_, aten.sub, aten.sub_)
@@ -112,10 +113,11 @@ def call_on_fakes(
 ) -> Any:
     """module(*inputs) with fake parameters and buffers: real buffers would be written to."""
     modules = [*module.modules()]
-    state = [*entries_of(modules, "_parameters"), *entries_of(modules, "_buffers")]
-    fakes = [(where, name, _imitate(tensor, mode)) for where, name, tensor in state]
+    own = Condition(modules, modules)
+    parameters = [_imitate(tensor, mode) for tensor in own.parameters]
+    buffers = [_imitate(tensor, mode) for tensor in own.buffers]
     # functional_call leaves fakes behind in a module that has two names.
-    with in_place_of(fakes), mode, observer, torch.no_grad():
+    with own.restored(parameters, buffers), mode, observer, torch.no_grad():
         return module(*inputs)
 
 

@@ -4,6 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,8 +15,9 @@ from momconv.errors import UsageError
 from momconv.momentum.arguments import bind
 from momconv.momentum.autograd import Strategy, run
 from momconv.momentum.equations import Rule, Velocity, coefficients, weights
-from momconv.momentum.replay import checkpoint
+from momconv.momentum.replay import checkpoint, evaluate
 from momconv.momentum.runs import find_runs
+from momconv.momentum.segment import Call, Segment
 
 SMALLEST_GAMMA = 1e-6  # below it one step's remainder would not fit an exact float
 
@@ -116,20 +118,25 @@ class MomentumSequential(nn.Sequential):
         self.find_runs(x, *args, **kwargs)
         blocks, tensors = bind([*self._modules.values()], args, kwargs)
         if self.strategy == "segment":
-            return checkpoint(_Segment(self, blocks), x, tensors)
-        return self.walk(blocks, x, tensors, self.strategy)
+            stage = partial(self._walk, blocks, tensors)
+            return Segment(stage, in_parts=self.in_parts).run(x)
+        if self.strategy == "store":
+            return self._walk(blocks, tensors, x, evaluate)
+        return self._walk(blocks, tensors, x, partial(checkpoint, in_parts=self.in_parts))
 
-    def walk(
-        self, blocks: list[nn.Module], x: Tensor, args: tuple[Tensor, ...], strategy: Strategy
+    def _walk(
+        self, blocks: list[nn.Module], args: tuple[Tensor, ...], x: Tensor, call: Call
     ) -> Tensor:
-        """:meth:`forward` under a given strategy, with the blocks bound to what is no tensor."""
+        """:meth:`forward` with the blocks bound to what is no tensor; ``call`` calls them."""
+        is_reversible = self.strategy == "momentum" and torch.is_grad_enabled()
         position = 0
         for part in (self.runs or ()) if self.gamma else ():
-            x = self._plain(blocks[position : part.start], x, args, strategy)
+            x = self._plain(blocks[position : part.start], x, args, call)
             members, rule = blocks[part.start : part.stop], self.rule(part, x.dtype)
-            x = run(members, x, args, rule, strategy, in_parts=self.in_parts)
+            in_run = None if is_reversible else call
+            x = run(members, x, args, rule, in_run, in_parts=self.in_parts)
             position = part.stop
-        return self._plain(blocks[position:], x, args, strategy)
+        return self._plain(blocks[position:], x, args, call)
 
     def find_runs(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Run, ...]:
         """The runs, which are found by tracing shapes from x if they are not known yet."""
@@ -159,17 +166,15 @@ class MomentumSequential(nn.Sequential):
         return f"gamma={self.gamma}, strategy={self.strategy}, momentum blocks: {spans or 'none'}"
 
     def _plain(
-        self, blocks: list[nn.Module], x: Tensor, args: tuple[Tensor, ...], strategy: Strategy
+        self, blocks: list[nn.Module], x: Tensor, args: tuple[Tensor, ...], call: Call
     ) -> Tensor:
         """Blocks outside the runs; unless all is stored, each is recomputed from its input.
 
         A block with a stage inside has a strategy already.
         """
-        for block in blocks if strategy == "store" else join_layers(blocks):
-            if strategy == "store" or momentum_stages(block):
-                x = block(x, *args)
-            else:
-                x = checkpoint(block, x, args, in_parts=self.in_parts)
+        for block in blocks if self.strategy == "store" else join_layers(blocks):
+            has_own = self.strategy != "segment" and momentum_stages(block)
+            x = block(x, *args) if self.strategy == "store" or has_own else call(block, x, *args)
         return x
 
 
@@ -238,18 +243,6 @@ class MomentumDict(MomentumSequential):
             fraction_bits=self.fraction_bits,
             runs=[Run(0, len(part), part.gains)] if part.gains else [],
         )
-
-
-class _Segment(nn.Module):
-    """A stage as one block; when it is computed again, its own blocks are checkpointed."""
-
-    def __init__(self, stage: MomentumSequential, blocks: list[nn.Module]) -> None:
-        super().__init__()
-        self.stage = stage
-        self._blocks = blocks
-
-    def forward(self, x: Tensor, *args: Tensor) -> Tensor:
-        return self.stage.walk(self._blocks, x, args, "checkpoint")
 
 
 def momentum_stages(model: nn.Module) -> dict[str, MomentumSequential]:

@@ -21,7 +21,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from momconv import MomentumSequential, set_strategy
 from momconv.errors import InversionError
+from momconv.momentum import norms
 from momconv.momentum.autograd import Strategy
+from momconv.momentum.norms import Norms
 from momconv.momentum.trajectory import Trajectory
 
 GAMMAS = [0.1, 0.5, 0.9, 0.99, 1.0]
@@ -409,8 +411,20 @@ def test_the_gradient_is_that_of_the_equations_in_floating_point() -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
-def without_bn_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def with_batch_norm_updated_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "_is_known", lambda module: False)
     monkeypatch.setattr(torch.Tensor, "clone", lambda tensor, **_: tensor)
+
+
+def with_a_variance_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    recall = Norms._recall
+    monkeypatch.setattr(
+        Norms,
+        "_recall",
+        lambda self, calls, norm, x: recall(
+            self, iter([norm, x.detach().mean((0, 2, 3)), norm.weight.detach()]), norm, x
+        ),
+    )
 
 
 def with_a_remainder_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,7 +439,9 @@ def with_a_remainder_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trajectory, "undo", forgetful)
 
 
-@pytest.mark.parametrize("mutate", [without_bn_copies, with_a_remainder_forgotten])
+@pytest.mark.parametrize(
+    "mutate", [with_batch_norm_updated_twice, with_a_variance_forgotten, with_a_remainder_forgotten]
+)
 def test_these_tests_notice_a_broken_backward(
     mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,60 @@
+"""The strategy that keeps a stage's input alone."""
+
+from collections import Counter
+
+import pytest
+import torch
+from networks import aftermath, differences, gradient_of, images, square, stack
+from torch import nn
+
+from momconv.errors import InversionError
+from momconv.momentum.sequential import Run
+
+WITH_AND_WITHOUT_MOMENTUM = pytest.mark.parametrize("runs", [[], [Run(1, 4, (1.0,) * 3)]])
+
+
+@WITH_AND_WITHOUT_MOMENTUM
+def test_the_last_block_is_not_run_for_its_output(runs: list[Run]) -> None:
+    net = stack(4, strategy="segment", runs=runs)
+    calls: Counter[nn.Module] = Counter()
+    for block in net:
+        block.register_forward_hook(lambda block, *_: calls.update([block]))
+
+    square(net(images())).backward()
+
+    assert [calls[block] for block in net] == [3, 3, 3, 2]
+
+
+@WITH_AND_WITHOUT_MOMENTUM
+def test_exact_where_the_first_blocks_are_not_trained(runs: list[Run]) -> None:
+    net = stack(4, runs=runs)
+    for parameter in [*net[0].parameters(), *net[1].parameters()]:
+        parameter.requires_grad = False
+
+    ours = aftermath(net, images(), "segment", lambda net, x: square(net(x.detach())))
+
+    expected = aftermath(net, images(), "store", lambda net, x: square(net(x.detach())))
+    assert not differences(ours, expected)
+
+
+@WITH_AND_WITHOUT_MOMENTUM
+def test_a_graph_that_is_kept_can_be_used_again(runs: list[Run]) -> None:
+    net = stack(4, strategy="segment", runs=runs)
+    loss = square(net(images()))
+    loss.backward(retain_graph=True)
+    once = [gradient_of(parameter).clone() for parameter in net.parameters()]
+
+    net.zero_grad()
+    loss.backward()
+
+    assert all(map(torch.equal, once, map(gradient_of, net.parameters())))
+
+
+def test_weights_of_an_earlier_block_may_not_change_before_backward() -> None:
+    net = stack(4, strategy="segment", runs=[])
+    loss = square(net(images()))
+    with torch.no_grad():
+        net.get_parameter("0.conv1.weight").add_(1)
+
+    with pytest.raises(InversionError, match="modified in place before backward"):
+        loss.backward()
