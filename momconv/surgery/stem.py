@@ -4,7 +4,7 @@ At high resolution the stem's activations weigh as much as a block of the first 
 network's class is, its forward pass is run again as far as its first stage.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from threading import get_ident
@@ -74,6 +74,13 @@ class _Beginning(nn.Module):
         super().__init__()
         self.model = model
         self._repeating = repeating
+
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:  # noqa: FBT001, FBT002
+        """Those outside the stages: of the others none is called."""
+        stages: set[nn.Module] = {*momentum_stages(self.model).values()}
+        yield self
+        for _, module in self.model.named_modules(stages, remove_duplicate=remove_duplicate):
+            yield module
 
     def forward(self, *images: Tensor) -> None:
         """Run the model up to its first stage, which raises Enough."""
