@@ -19,6 +19,8 @@ from momconv.momentum.equations import Rule
 PIECE = 2**17
 GPU_PIECE = 2**22
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
 
 def advance(  # noqa: PLR0913 (the state, what changes it, and by which rule)
     x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, largest: Tensor, rule: Rule, n: int
@@ -66,10 +68,14 @@ def magnitude(x: Tensor) -> Tensor:
 
 
 def checksum(x: Tensor) -> Tensor:
-    """The sum of x's bit patterns, an int64 scalar on x's device."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-    # sum() makes a copy in int64, hence smaller pieces.
-    return torch.stack([piece.view(bits).sum() for (piece,) in _pieces(x, share=8)]).sum()
+    """The sum of x's bit patterns, an int64 scalar on x's device.
+
+    They are read eight bytes at a time: sum() would make a copy in int64 of anything narrower.
+    """
+    flat = x.as_strided((x.numel(),), (1,))
+    whole = x.numel() - x.numel() % (8 // x.element_size())
+    rest = flat[whole:].view(_BITS[x.element_size()]).sum()
+    return rest + flat[:whole].view(torch.int64).sum()
 
 
 def _multiply(v: Tensor, r: Tensor, gamma: float) -> Tensor:
@@ -91,10 +97,10 @@ def _divide(v: Tensor, r: Tensor, gamma: float) -> None:
     v.copy_(remainder)
 
 
-def _pieces(*tensors: Tensor | None, share: int = 1) -> Iterator[tuple[Any, ...]]:
+def _pieces(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors' memory in slices (of fakes, one is enough); a missing tensor stays missing."""
     first = next(t for t in tensors if t is not None)
-    length = (GPU_PIECE if first.is_cuda else PIECE) // share
+    length = GPU_PIECE if first.is_cuda else PIECE
     if first.numel() <= length:
         yield tensors
         return

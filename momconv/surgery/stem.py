@@ -75,7 +75,7 @@ class _Beginning(nn.Module):
         self.model = model
         self._repeating = repeating
 
-    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:  # noqa: FBT001, FBT002
+    def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:  # noqa: FBT001
         """Those outside the stages: of the others none is called."""
         stages: set[nn.Module] = {*momentum_stages(self.model).values()}
         yield self

@@ -179,10 +179,14 @@ def test_the_in_place_kernels_compute_the_equations(
     assert all(map(torch.equal, (x_back, v_after, r_after), (x, v, r)))
 
 
-def test_a_checksum_sees_a_single_changed_bit() -> None:
-    x = on_grid(3, 100, 101)
-    changed = x.clone()
-    changed[2, 99, 100] += ULP
+@pytest.mark.parametrize("size", [1, 7, 8, 29])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.int8])
+def test_a_checksum_sees_a_single_changed_value(dtype: torch.dtype, size: int) -> None:
+    x = torch.arange(size).reshape(1, size).to(dtype)
 
     assert kernels.checksum(x) == kernels.checksum(x.clone())
-    assert kernels.checksum(x) != kernels.checksum(changed)
+    for n in range(size):
+        changed = x.clone()
+        changed[0, n] += 1
+        assert kernels.checksum(x) != kernels.checksum(changed)
+
