@@ -13,6 +13,7 @@ LAYERS = [
     "errors",
     "units",
     "states",
+    "heap",
     "recipe",
     "cookbook",
     "momentum",

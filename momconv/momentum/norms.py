@@ -9,7 +9,7 @@ the running statistics.
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -53,17 +53,13 @@ class Norms:
         """Whether autograd saves this for a norm, and need not be given it in the second run."""
         return self._is_computing and tensor.dim() == 1
 
-    @contextmanager
-    def remembering(self) -> Iterator[None]:
+    def remembering(self) -> AbstractContextManager[None]:
         """Inside, each norm keeps the statistics of its batches."""
-        with _calling(self._all, self._remember):
-            yield
+        return _calling(self._all, self._remember)
 
-    @contextmanager
-    def recalling(self) -> Iterator[None]:
+    def recalling(self) -> AbstractContextManager[None]:
         """Inside, each norm takes these statistics, in the same order."""
-        with _calling(self._calls[::3], partial(self._recall, iter(self._calls))):
-            yield
+        return _calling(self._calls[::3], partial(self._recall, iter(self._calls)))
 
     def _remember(self, norm: Any, x: Tensor) -> Tensor:
         norm._check_input_dim(x)

@@ -60,7 +60,7 @@ class Replay:
         self._requires_grad = tuple(tensor.requires_grad for tensor in (x, *args))
         self._args = tuple(arg.detach() for arg in args)
         self._autocast = autocast_settings(x.device.type)
-        counting = _buffers_that_count(self._block)
+        counting = _buffers_that_count(self._norms.others)
         versions, values = [*map(version_of, counting)], [b.clone() for b in counting]
         versions_of_args = [*map(version_of, args)]
         random_state = _random_state(x.device)
@@ -233,11 +233,11 @@ def _memory_of(tensor: Tensor) -> int:
     return number
 
 
-def _buffers_that_count(block: nn.Module) -> list[Tensor]:
+def _buffers_that_count(modules: Sequence[nn.Module]) -> list[Tensor]:
     """The buffers that a result may depend on: not the statistics that a norm only updates."""
     return [
         buffer
-        for module in block.modules()
+        for module in modules
         if module._buffers and not (module.training and isinstance(module, _NormBase))
         for buffer in module._buffers.values()
         if buffer is not None

@@ -25,6 +25,7 @@ from torch._C._profiler import _ExtraFields_Allocation, _ProfilerEvent
 from torch.autograd.profiler import profile
 from torch.nn import functional as F
 
+from momconv.heap import keeping_freed_memory
 from momconv.planner.micro_batch import Line, StaticBytes
 from momconv.states import keep_buffers
 
@@ -89,7 +90,7 @@ def time_step(
     model: nn.Module, batch: int, resolution: int, precision: Precision, device: torch.device
 ) -> float:
     """The seconds of one training step as in ``measure_step``, after another to warm up."""
-    with _keeping_state(model, device):
+    with _keeping_state(model, device), keeping_freed_memory(device):
         images = torch.randn(batch, 3, resolution, resolution, device=device)
         labels = torch.zeros(batch, dtype=torch.long, device=device)
         for _ in range(2):

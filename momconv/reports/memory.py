@@ -24,7 +24,7 @@ _COLOURS = ("cyan", "blue", "green", "yellow", "magenta", "red")
 _EXPLANATIONS: dict[Variant, str] = {
     "plain": "the network before its conversion, all activations stored",
     "checkpoint": "converted, each block recomputed from its stored input",
-    "segment": "converted, each stage recomputed from its input, with checkpoints",
+    "segment": "converted, each stage recomputed from its input, then block by block",
     "momentum": "converted, inputs reconstructed backwards, each block recomputed",
     "auto": "momentum in long runs of blocks, checkpointing elsewhere",
 }

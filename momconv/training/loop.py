@@ -14,6 +14,7 @@ from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import printable
 from momconv.errors import DataError, ResourceError
 from momconv.evaluation import Scores
+from momconv.heap import keeping_freed_memory
 from momconv.states import keep_buffers
 from momconv.training.compilation import compiling
 from momconv.training.gradients import add_gradients, take_step
@@ -71,6 +72,7 @@ def train(job: Job, progress: Progress) -> None:
         catching_signals(job.listener.tell) as check,
         saving_on_failure(job, progress),
         compiling(job.model, wanted=job.recipe.train.compile),
+        keeping_freed_memory(job.device),
     ):
         while not _is_done(job, progress):
             _begin_epoch(job, progress)

@@ -189,4 +189,3 @@ def test_a_checksum_sees_a_single_changed_value(dtype: torch.dtype, size: int) -
         changed = x.clone()
         changed[0, n] += 1
         assert kernels.checksum(x) != kernels.checksum(changed)
-

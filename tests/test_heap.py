@@ -1,0 +1,44 @@
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own, whose heap ends where these tensors end.
+SCRIPT = """
+import resource, sys, torch
+from contextlib import nullcontext
+from momconv.heap import keeping_freed_memory
+
+def pages():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def resident_pages():
+    return int(open("/proc/self/statm").read().split()[1])
+
+keeping = keeping_freed_memory(torch.device("cpu")) if sys.argv[1] == "kept" else nullcontext()
+with keeping:
+    for _ in range(3):
+        before = pages()
+        tensors = [torch.ones(2**18) for _ in range(128)]
+        taken = pages() - before
+        held = resident_pages()
+        del tensors
+print(taken, held - resident_pages())
+"""
+PAGES = 128 * 2**20 // 4096
+
+
+def run(how: str) -> tuple[int, int]:
+    """Pages that the system provides for tensors in the place of others; that it has afterwards."""
+    command = [sys.executable, "-c", SCRIPT, how]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    taken, returned = map(int, output.split())
+    return taken, returned
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="is about glibc")
+def test_freed_memory_is_used_again_and_given_back_in_the_end() -> None:
+    taken, returned = run("kept")
+
+    assert taken < PAGES / 10 < run("as ever")[0]
+    assert returned > PAGES / 2
