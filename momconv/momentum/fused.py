@@ -36,9 +36,14 @@ def _is_installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
-def _call(module: str, name: str, *args: Any) -> Any:
+@cache
+def _find(module: str, name: str) -> Any:
     """A function of ``module``, which is imported when it is first used."""
-    return getattr(import_module(f"momconv.momentum.{module}"), name)(*args)
+    return getattr(import_module(f"momconv.momentum.{module}"), name)
+
+
+def _call(module: str, name: str, *args: Any) -> Any:
+    return _find(module, name)(*args)
 
 
 for _name in ("advance", "undo"):
