@@ -112,6 +112,7 @@ def _is_known(module: nn.Module) -> bool:
         and module.affine
         and module.track_running_stats
         and module.momentum is not None
+        and module.eps > 0
         and module.weight.device.type == "cpu"
         and module.weight.dtype in (torch.float32, torch.float64)
         and module.weight.is_contiguous()
