@@ -117,26 +117,34 @@ class MomentumSequential(nn.Sequential):
             return _uncompiled(self, x, *args, **kwargs)
         self.find_runs(x, *args, **kwargs)
         blocks, tensors = bind([*self._modules.values()], args, kwargs)
+        walk = partial(self._walk, blocks, tensors, self.strategy)
         if self.strategy == "segment":
-            stage = partial(self._walk, blocks, tensors)
-            return Segment(stage, in_parts=self.in_parts).run(x)
+            return Segment(walk, in_parts=self.in_parts).run(x)
         if self.strategy == "store":
-            return self._walk(blocks, tensors, x, evaluate)
-        return self._walk(blocks, tensors, x, partial(checkpoint, in_parts=self.in_parts))
+            return walk(x, evaluate)
+        return walk(x, partial(checkpoint, in_parts=self.in_parts))
 
     def _walk(
-        self, blocks: list[nn.Module], args: tuple[Tensor, ...], x: Tensor, call: Call
+        self,
+        blocks: list[nn.Module],
+        args: tuple[Tensor, ...],
+        strategy: Strategy,
+        x: Tensor,
+        call: Call,
     ) -> Tensor:
-        """:meth:`forward` with the blocks bound to what is no tensor; ``call`` calls them."""
-        is_reversible = self.strategy == "momentum" and torch.is_grad_enabled()
+        """:meth:`forward` with the blocks bound to what is no tensor; ``call`` calls them.
+
+        Backward may come here again, when the stage has another strategy already.
+        """
+        is_reversible = strategy == "momentum" and torch.is_grad_enabled()
         position = 0
         for part in (self.runs or ()) if self.gamma else ():
-            x = self._plain(blocks[position : part.start], x, args, call)
+            x = self._plain(blocks[position : part.start], args, strategy, x, call)
             members, rule = blocks[part.start : part.stop], self.rule(part, x.dtype)
             in_run = None if is_reversible else call
             x = run(members, x, args, rule, in_run, in_parts=self.in_parts)
             position = part.stop
-        return self._plain(blocks[position:], x, args, call)
+        return self._plain(blocks[position:], args, strategy, x, call)
 
     def find_runs(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Run, ...]:
         """The runs, which are found by tracing shapes from x if they are not known yet."""
@@ -166,15 +174,20 @@ class MomentumSequential(nn.Sequential):
         return f"gamma={self.gamma}, strategy={self.strategy}, momentum blocks: {spans or 'none'}"
 
     def _plain(
-        self, blocks: list[nn.Module], x: Tensor, args: tuple[Tensor, ...], call: Call
+        self,
+        blocks: list[nn.Module],
+        args: tuple[Tensor, ...],
+        strategy: Strategy,
+        x: Tensor,
+        call: Call,
     ) -> Tensor:
         """Blocks outside the runs; unless all is stored, each is recomputed from its input.
 
         A block with a stage inside has a strategy already.
         """
-        for block in blocks if self.strategy == "store" else join_layers(blocks):
-            has_own = self.strategy != "segment" and momentum_stages(block)
-            x = block(x, *args) if self.strategy == "store" or has_own else call(block, x, *args)
+        for block in blocks if strategy == "store" else join_layers(blocks):
+            has_own = strategy != "segment" and momentum_stages(block)
+            x = block(x, *args) if strategy == "store" or has_own else call(block, x, *args)
         return x
 
 

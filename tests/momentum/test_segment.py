@@ -5,10 +5,12 @@ from collections import Counter
 import pytest
 import torch
 from networks import aftermath, differences, gradient_of, images, square, stack
-from torch import nn
+from torch import Tensor, nn
 
+from momconv import set_strategy
 from momconv.errors import InversionError
-from momconv.momentum.sequential import Run
+from momconv.momentum.autograd import Strategy
+from momconv.momentum.sequential import Run, momentum_stages
 
 WITH_AND_WITHOUT_MOMENTUM = pytest.mark.parametrize("runs", [[], [Run(1, 4, (1.0,) * 3)]])
 
@@ -58,3 +60,20 @@ def test_weights_of_an_earlier_block_may_not_change_before_backward() -> None:
 
     with pytest.raises(InversionError, match="modified in place before backward"):
         loss.backward()
+
+
+@WITH_AND_WITHOUT_MOMENTUM
+@pytest.mark.parametrize("after", ["store", "momentum"])
+def test_the_strategy_may_change_before_backward(runs: list[Run], after: Strategy) -> None:
+    net = stack(4, runs=runs)
+    net.append(nn.ReLU())  # joined to the block before it, unless all is stored
+
+    def step(net: nn.Module, x: Tensor) -> Tensor:
+        loss = square(net(x))
+        if momentum_stages(net)[""].strategy == "segment":
+            set_strategy(net, after)
+        return loss
+
+    ours = aftermath(net, images(), "segment", step)
+
+    assert not differences(ours, aftermath(net, images(), "store", step))
