@@ -137,14 +137,23 @@ class MomentumSequential(nn.Sequential):
         Backward may come here again, when the stage has another strategy already.
         """
         is_reversible = strategy == "momentum" and torch.is_grad_enabled()
+
+        def plain(x: Tensor, start: int, stop: int | None) -> Tensor:
+            """Blocks outside the runs; one with a stage inside has a strategy already."""
+            between = blocks[start:stop]
+            for block in between if strategy == "store" else join_layers(between):
+                has_own = strategy != "segment" and momentum_stages(block)
+                x = block(x, *args) if strategy == "store" or has_own else call(block, x, *args)
+            return x
+
         position = 0
         for part in (self.runs or ()) if self.gamma else ():
-            x = self._plain(blocks[position : part.start], args, strategy, x, call)
+            x = plain(x, position, part.start)
             members, rule = blocks[part.start : part.stop], self.rule(part, x.dtype)
             in_run = None if is_reversible else call
             x = run(members, x, args, rule, in_run, in_parts=self.in_parts)
             position = part.stop
-        return self._plain(blocks[position:], args, strategy, x, call)
+        return plain(x, position, None)
 
     def find_runs(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Run, ...]:
         """The runs, which are found by tracing shapes from x if they are not known yet."""
@@ -172,23 +181,6 @@ class MomentumSequential(nn.Sequential):
         """γ, the strategy and the runs, for ``print(model)``."""
         spans = ", ".join(f"{run.start}-{run.stop - 1}" for run in self.runs or ())
         return f"gamma={self.gamma}, strategy={self.strategy}, momentum blocks: {spans or 'none'}"
-
-    def _plain(
-        self,
-        blocks: list[nn.Module],
-        args: tuple[Tensor, ...],
-        strategy: Strategy,
-        x: Tensor,
-        call: Call,
-    ) -> Tensor:
-        """Blocks outside the runs; unless all is stored, each is recomputed from its input.
-
-        A block with a stage inside has a strategy already.
-        """
-        for block in blocks if strategy == "store" else join_layers(blocks):
-            has_own = strategy != "segment" and momentum_stages(block)
-            x = block(x, *args) if strategy == "store" or has_own else call(block, x, *args)
-        return x
 
 
 @_disable_dynamo
