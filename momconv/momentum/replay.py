@@ -28,7 +28,8 @@ class Replay:
 
     Backward asks for the last tensors first. ``in_parts``, a block is therefore repeated twice: for
     the tensors from the first of its largest on, such as the hidden layer of an MLP, and, when
-    backward has used these up, for those before it, such as what attention saved.
+    backward has used these up, for those before it, such as what attention saved. What one
+    operation saves stays together.
     """
 
     def __init__(self, block: nn.Module, *, in_parts: bool = False) -> None:
@@ -50,8 +51,8 @@ class Replay:
         with _autocast(settings), self.forgetting(x, *args):
             y = evaluate(self._block, x, *args)
         if self._in_parts:
-            self._middle = _find_middle(self._sizes, max(x.nbytes, y.nbytes))
-        del self._sizes
+            self._middle = _find_middle(self._sizes, self._operations, max(x.nbytes, y.nbytes))
+        del self._sizes, self._operations
         return y
 
     @contextmanager
@@ -65,6 +66,7 @@ class Replay:
         versions_of_args = [*map(version_of, args)]
         random_state = _random_state(x.device)
         self._sizes: list[int] = []  # of what is saved, in bytes; what is kept anyway counts 0
+        self._operations: list[int] = []  # which save it, by numbers that grow
         if self._in_parts:
             self._kept = {*map(_memory_of, (x, *self._condition.parameters))}
         with saved_tensors_hooks(self._drop, self._serve), self._norms.remembering():
@@ -91,6 +93,7 @@ class Replay:
             return tensor
         is_counted = self._in_parts and _memory_of(tensor) not in self._kept
         self._sizes.append(tensor.nbytes if is_counted else 0)
+        self._operations.append(torch._C._autograd._get_sequence_nr())
         return len(self._sizes) - 1
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
@@ -174,14 +177,14 @@ class Replay:
             if self._norms.own(tensor):
                 return None
             number = next(numbers)
-            if number == self._middle:
-                raise Enough
             self._saved[number] = tensor.detach()
+            if number == self._middle - 1:  # before the operation that saves it computes anything
+                raise Enough
             return number
 
         with suppress(Enough), torch.enable_grad(), saved_tensors_hooks(keep, self._serve):
             self._call(inputs)
-        self._require_as_many(min(self._middle, next(numbers)), self._middle)
+        self._require_as_many(next(numbers), self._middle)
         self._forget_random_state()
 
     def _forget_random_state(self) -> None:
@@ -217,9 +220,13 @@ class Replay:
         return self._saved.pop(number)
 
 
-def _find_middle(sizes: list[int], little: int) -> int:
-    """The number of the first of the largest tensors; 0 if no more than ``little`` is before it."""
-    middle = sizes.index(max(sizes)) if sizes else 0
+def _find_middle(sizes: list[int], operations: list[int], little: int) -> int:
+    """The number of the first tensor of the operation that saves the first of the largest ones.
+
+    0 if no more than ``little`` is before it.
+    """
+    largest = sizes.index(max(sizes)) if sizes else 0
+    middle = operations.index(operations[largest]) if sizes else 0
     return middle if sum(sizes[:middle]) > little else 0
 
 

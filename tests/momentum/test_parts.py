@@ -33,9 +33,8 @@ def test_gradients_are_those_of_storing_everything(dropout: float, step: object)
     assert differences(ours, stored) == []
 
 
-def test_exact_where_the_middle_falls_among_the_tensors_of_one_operation() -> None:
-    # Of so few tokens the largest tensor is a weight in half precision.
-    net, x = transformer(), tokens(count=1)
+def test_exact_where_the_largest_tensor_is_a_weight() -> None:
+    net, x = transformer(), tokens(count=1)  # in half precision, of so few tokens
 
     stored, ours = (aftermath(net, x, how, under_bf16_autocast) for how in ("store", "auto"))
 
@@ -81,7 +80,22 @@ def test_the_second_repetition_goes_no_further_than_the_middle() -> None:
 
     block = net[2]
     assert calls_of(block.ln_1, net) == 3
-    assert calls_of(block.mlp[3], net) == 2  # behind the hidden layer
+    assert calls_of(block.mlp[0], net) == 2  # which makes the hidden layer
+    assert calls_of(block.mlp[3], net) == 2
+
+
+def test_one_repetition_has_all_that_an_operation_saved() -> None:
+    """Its other part is not alive while the operation's gradients are computed."""
+    net, x = transformer(), tokens(count=1)
+    net.find_runs(x)
+    set_strategy(net, "auto")
+    events: list[str] = []
+    net[2].ln_1.register_forward_hook(lambda *_: events.append("run"))
+    net[2].mlp[0].weight.register_post_accumulate_grad_hook(lambda _: events.append("gradient"))
+
+    under_bf16_autocast(net, x).backward()  # where the largest tensor is this weight
+
+    assert events == ["run", "run", "gradient", "run"]
 
 
 def peak(strategy: Literal["momentum", "auto"]) -> float:
