@@ -113,7 +113,9 @@ class MomentumSequential(nn.Sequential):
         Tensors among these may require gradients. In a network that is compiled as a whole, a stage
         runs as it is: backward runs its blocks again, which must be the same program both times.
         """
-        if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        # The flag itself: PyTorch 2.11's compiler takes is_exporting() for true in all it compiles.
+        is_exporting = torch.compiler._is_exporting_flag
+        if torch.compiler.is_dynamo_compiling() and not is_exporting:
             return _uncompiled(self, x, *args, **kwargs)
         self.find_runs(x, *args, **kwargs)
         blocks, tensors = bind([*self._modules.values()], args, kwargs)
