@@ -93,7 +93,9 @@ class Replay:
             return tensor
         is_counted = self._in_parts and _memory_of(tensor) not in self._kept
         self._sizes.append(tensor.nbytes if is_counted else 0)
-        self._operations.append(torch._C._autograd._get_sequence_nr())
+        # What a compiled function saves, it saves as one operation.
+        is_compiled = torch.compiler.is_dynamo_compiling()
+        self._operations.append(0 if is_compiled else torch._C._autograd._get_sequence_nr())
         return len(self._sizes) - 1
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
