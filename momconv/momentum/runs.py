@@ -15,10 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
+from momconv.errors import UsageError
 from momconv.momentum.condition import Condition
 from momconv.momentum.replay import autocast_settings
 
@@ -26,6 +33,13 @@ aten = torch.ops.aten
 _SUMS = (aten.add, aten.add_, aten.sub, aten.sub_)
 _COPIES = (aten.clone, aten._to_copy, aten._unsafe_view)
 _NORMS = (aten.native_layer_norm, aten.native_batch_norm, aten._native_batch_norm_legit)
+
+# What fake tensors raise where a value is needed, which they do not have.
+DEPENDS_ON_VALUES = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +67,20 @@ def find_runs(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) 
 
     The blocks are traced from x on fake tensors: nothing is computed, no memory is taken, and no
     buffer or random state changes.
+
+    Raises:
+        UsageError: What they do depends on values, which fake tensors do not have.
     """
-    return group_runs(blocks, observe(_Chain(blocks), blocks, (x, *args)).calls)
+    try:
+        calls = observe(_Chain(blocks), blocks, (x, *args)).calls
+    except DEPENDS_ON_VALUES as error:
+        count = len(blocks)
+        raise UsageError(
+            f"what these blocks do depends on values, so that no run is found among them: {error}",
+            kind="model.depends_on_values",
+            fix=f"runs=[Run(0, {count}, (1.0,) * {count})], with the bounds of each run",
+        ) from error
+    return group_runs(blocks, calls)
 
 
 def group_runs(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]) -> list[range]:

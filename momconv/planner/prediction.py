@@ -17,15 +17,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from momconv.errors import UsageError
 from momconv.momentum.autograd import Strategy
+from momconv.momentum.runs import DEPENDS_ON_VALUES
 from momconv.momentum.sequential import set_strategy
 from momconv.planner.cost import Work, count_work
 from momconv.planner.fakes import Imitator
@@ -418,11 +414,7 @@ def _device_type(device: str) -> str:
 def _explaining(name: str) -> Iterator[None]:
     try:
         yield
-    except (
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        UnsupportedOperatorException,
-    ) as error:
+    except DEPENDS_ON_VALUES as error:
         raise UsageError(
             f"the memory of this {name} depends on values: {error}",
             kind="model.depends_on_values",

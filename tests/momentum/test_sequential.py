@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Dropping, gradient_of, images, square, stack
+from networks import (
+    Dropping,
+    aftermath,
+    differences,
+    gradient_of,
+    images,
+    square,
+    stack,
+)
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -413,3 +421,29 @@ def count_random_states() -> int:
     size = torch.get_rng_state().numel()
     found = (each for each in gc.get_objects() if type(each) is Tensor)
     return sum(each.dtype == torch.uint8 and each.numel() == size for each in found)
+
+
+class Counting(nn.Module):
+    """A block whose BatchNorm averages over all batches, which it counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4, momentum=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.layer(x))
+        return x + y
+
+
+def test_blocks_that_depend_on_values_need_to_be_told_their_runs() -> None:
+    torch.manual_seed(0)
+    blocks, x = [Counting() for _ in range(3)], images()[:, :4]
+    with pytest.raises(UsageError, match="depends on values") as refused:
+        MomentumSequential(*blocks)(x)
+    assert refused.value.fix == "runs=[Run(0, 3, (1.0,) * 3)], with the bounds of each run"
+
+    net = MomentumSequential(*blocks, runs=[Run(0, 3, (1.0,) * 3)])
+    stored, ours = (aftermath(net, x, how) for how in ("store", "momentum"))
+
+    assert differences(ours, stored) == []
