@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import ResNet
 
-from benchmarks.stages import stage_names
+from benchmarks.stages import find_runs
 from momconv.momentum.sequential import join_layers
 
 
@@ -52,7 +52,7 @@ class StemCheckpointed(ResNet):  # type: ignore[misc]  # torchvision has no type
 
 
 def _checkpoint(model: nn.Module, length: Callable[[int], int]) -> nn.Module:
-    names = stage_names(model)
+    names = [*find_runs(model)]
     for name in names:
         stage = model.get_submodule(name)
         wrapped = Checkpointed(OrderedDict(stage.named_children())).train(stage.training)

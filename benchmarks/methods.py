@@ -14,7 +14,7 @@ from torchvision.models import get_model
 from benchmarks.checkpointing import checkpoint_each_block, checkpoint_sqrt
 from benchmarks.compilation import compile_within
 from benchmarks.couplings import memcnn, revtorch, store_couplings
-from benchmarks.stages import stage_names
+from benchmarks.stages import find_runs
 from momconv import convert, set_strategy
 from momconv.zoo.networks import build, names
 
@@ -81,9 +81,10 @@ def momentumnet(model: nn.Module) -> nn.Module:
     """The package of the paper's authors."""
     from momentumnet import transform_to_momentumnet
 
+    stages = [name for name, runs in find_runs(model).items() if runs]
     # is_residual=False: the blocks end in x + f(x), so the package subtracts x.
     converted: nn.Module = transform_to_momentumnet(
-        model, sub_layers=stage_names(model), gamma=0.9, use_backprop=False, is_residual=False
+        model, sub_layers=stages, gamma=0.9, use_backprop=False, is_residual=False
     )
     return converted
 
