@@ -158,7 +158,11 @@ class MomentumSequential(nn.Sequential):
         return plain(x, position, None)
 
     def find_runs(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Run, ...]:
-        """The runs, which are found by tracing shapes from x if they are not known yet."""
+        """The runs, which are found by tracing shapes from x if they are not known yet.
+
+        Raises:
+            UsageError: What the blocks do depends on values: they need to be given ``runs``.
+        """
         if self.runs is None:
             blocks, tensors = bind([*self._modules.values()], args, kwargs)
             found = find_runs(blocks, x, tensors)

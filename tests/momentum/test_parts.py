@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 import torch
-from networks import aftermath, differences, square, under_bf16_autocast
+from networks import aftermath, differences, gradient_of, square, under_bf16_autocast
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock
 
@@ -64,6 +64,22 @@ def test_blocks_with_an_input_kept_may_be_computed_in_parts_too() -> None:
 
     gradients = {f"grad {name}": parameter.grad for name, parameter in net.named_parameters()}
     assert all(torch.equal(stored[name], gradients[name]) for name in gradients)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
+@pytest.mark.parametrize("part", ["", "mlp", "self_attention"])
+def test_exact_where_a_block_or_a_part_of_it_is_compiled(part: str) -> None:
+    gradients = []
+    for strategy in ("store", "auto"):
+        net = transformer()
+        net.find_runs(tokens())
+        for block in net:
+            block.get_submodule(part).compile(backend="aot_eager")
+        set_strategy(net, strategy)
+        square(net(tokens())).backward()
+        gradients.append([gradient_of(parameter) for parameter in net.parameters()])
+
+    assert all(map(torch.equal, *gradients))
 
 
 def calls_of(module: nn.Module, net: nn.Module) -> int:
