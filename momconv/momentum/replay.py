@@ -52,7 +52,7 @@ class Replay:
             y = evaluate(self._block, x, *args)
         if self._in_parts:
             self._middle = _find_middle(self._sizes, self._operations, max(x.nbytes, y.nbytes))
-        del self._sizes, self._operations
+            del self._kept, self._sizes, self._operations
         return y
 
     @contextmanager
@@ -65,10 +65,11 @@ class Replay:
         versions, values = [*map(version_of, counting)], [b.clone() for b in counting]
         versions_of_args = [*map(version_of, args)]
         random_state = _random_state(x.device)
-        self._sizes: list[int] = []  # of what is saved, in bytes; what is kept anyway counts 0
-        self._operations: list[int] = []  # which save it, by numbers that grow
+        self._count = 0  # of what is saved
         if self._in_parts:
             self._kept = {*map(_memory_of, (x, *self._condition.parameters))}
+            self._sizes: list[int] = []  # of what is saved, in bytes; what is kept counts 0
+            self._operations: list[int] = []  # which save it, by numbers that grow
         with saved_tensors_hooks(self._drop, self._serve), self._norms.remembering():
             yield
         for arg, version in zip(args, versions_of_args, strict=True):
@@ -81,7 +82,6 @@ class Replay:
                 self._before[id(buffer)] = value
         self._condition.add_buffers(self._norms.finish())
         self.watch([*unchanged, *self._args, *self._condition.parameters])
-        self._count = len(self._sizes)
         self._middle = 0
         # Only a block that drew numbers needs the state again: 5 KB a block add up.
         drew = not all(map(torch.equal, random_state, _random_state(x.device)))
@@ -91,12 +91,13 @@ class Replay:
         """A number for what the first call saves, or what a norm keeps."""
         if self._norms.own(tensor):
             return tensor
-        is_counted = self._in_parts and _memory_of(tensor) not in self._kept
-        self._sizes.append(tensor.nbytes if is_counted else 0)
-        # What a compiled function saves, it saves as one operation.
-        is_compiled = torch.compiler.is_dynamo_compiling()
-        self._operations.append(0 if is_compiled else torch._C._autograd._get_sequence_nr())
-        return len(self._sizes) - 1
+        if self._in_parts:
+            self._sizes.append(0 if _memory_of(tensor) in self._kept else tensor.nbytes)
+            # What a compiled function saves, it saves as one operation.
+            is_compiled = torch.compiler.is_dynamo_compiling()
+            self._operations.append(0 if is_compiled else torch._C._autograd._get_sequence_nr())
+        self._count += 1
+        return self._count - 1
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
         """From now until it is repeated, nobody must write into these, and no others."""
