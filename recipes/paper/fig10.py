@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.couplings import Coupling
 from benchmarks.tables import Row
 from momconv import MomentumSequential
+from momconv.momentum.sequential import Run
 from recipes.paper.report import MOMENTUM, RESNET, REVNET, Claim, panels, report
 
 CODE, MEASUREMENT = 32, 16
@@ -100,7 +101,9 @@ class Network(nn.Module):
         else:
             gamma = GAMMA if kind == "momentum LISTA" else 0
             iterations = (Iteration(problem) for _ in range(depth))
-            self.layers = MomentumSequential(*iterations, gamma=gamma, strategy="store")
+            # S(W₁ x + W₂ y, θ) adds nothing to x, so no run would be found.
+            runs = [Run(0, depth, (1.0,) * depth)]
+            self.layers = MomentumSequential(*iterations, gamma=gamma, strategy="store", runs=runs)
 
     def forward(self, y: Tensor) -> Tensor:
         """The last x, of shape (samples, 32), for y of shape (samples, 16)."""

@@ -126,5 +126,6 @@ def test_deeper_learned_ista_is_better_with_momentum_and_not_as_a_revnet() -> No
     losses = fig10.measure(range(2, 9, 6), steps=15)
     assert fig10.judge(losses).holds
     assert all(math.isfinite(x) and x > 0 for values in losses.values() for x in values)
+    assert losses["momentum LISTA"] != losses["LISTA"]
     assert not fig10.judge(dict(zip(losses, reversed(losses.values()), strict=True))).holds
     assert len(fig10.draw(losses, range(2, 9, 6)).axes[0].lines) == 3
