@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from momconv.errors import InversionError, NotReproducible, UsageError
 from momconv.momentum.condition import Condition
 from momconv.momentum.norms import Norms
+from momconv.momentum.parts import Cut
 
 
 class Replay:
@@ -26,19 +27,25 @@ class Replay:
     The graph that the first call leaves is the ordinary one, except that its saved tensors are
     numbers. Backward finds the tensors under these numbers once :meth:`repeat` has been called.
 
-    Backward asks for the last tensors first. ``in_parts``, a block is therefore repeated twice: for
-    the tensors from the first of its largest on, such as the hidden layer of an MLP, and, when
-    backward has used these up, for those before it, such as what attention saved. What one
-    operation saves stays together.
+    ``in_parts``, it is repeated twice: for the tensors from the middle on, and then for those
+    before it; see momconv.momentum.parts.
     """
 
     def __init__(self, block: nn.Module, *, in_parts: bool = False) -> None:
         self._block = block
         self._in_parts = in_parts
+        self._cut: Cut | None = None  # during the first call
         modules = [*block.modules()]
         self._norms = Norms(modules)
         self._condition = Condition(modules, self._norms.others)
-        self._before: dict[int, Tensor] = {}  # values of the buffers that the first call changed
+        # Of the first call:
+        self._requires_grad: Sequence[bool] = ()  # x and the further arguments
+        self._args: Sequence[Tensor] = ()
+        self._autocast: dict[str, Any] = {}
+        self._random_state: Sequence[Tensor] = ()  # if it drew numbers
+        self._before: dict[int, Tensor] = {}  # values of the buffers that it changed
+        self._count = 0  # of what it saved
+        self._middle = 0  # number of the first of it that the first repetition keeps
         self._watched: Sequence[Tensor] = ()  # what must not change
         self._versions: Sequence[int] = ()  # of these
         self._saved: dict[int, Tensor] = {}
@@ -50,9 +57,9 @@ class Replay:
         settings = autocast_settings(x.device.type) | {"cache_enabled": False}
         with _autocast(settings), self.forgetting(x, *args):
             y = evaluate(self._block, x, *args)
-        if self._in_parts:
-            self._middle = _find_middle(self._sizes, self._operations, max(x.nbytes, y.nbytes))
-            del self._kept, self._sizes, self._operations
+        if self._cut:
+            self._middle = self._cut.find_middle(little=max(x.nbytes, y.nbytes))
+            self._cut = None
         return y
 
     @contextmanager
@@ -65,11 +72,8 @@ class Replay:
         versions, values = [*map(version_of, counting)], [b.clone() for b in counting]
         versions_of_args = [*map(version_of, args)]
         random_state = _random_state(x.device)
-        self._count = 0  # of what is saved
         if self._in_parts:
-            self._kept = {*map(_memory_of, (x, *self._condition.parameters))}
-            self._sizes: list[int] = []  # of what is saved, in bytes; what is kept counts 0
-            self._operations: list[int] = []  # which save it, by numbers that grow
+            self._cut = Cut([x, *self._condition.parameters])
         with saved_tensors_hooks(self._drop, self._serve), self._norms.remembering():
             yield
         for arg, version in zip(args, versions_of_args, strict=True):
@@ -82,7 +86,6 @@ class Replay:
                 self._before[id(buffer)] = value
         self._condition.add_buffers(self._norms.finish())
         self.watch([*unchanged, *self._args, *self._condition.parameters])
-        self._middle = 0
         # Only a block that drew numbers needs the state again: 5 KB a block add up.
         drew = not all(map(torch.equal, random_state, _random_state(x.device)))
         self._random_state = random_state if drew else ()
@@ -91,11 +94,8 @@ class Replay:
         """A number for what the first call saves, or what a norm keeps."""
         if self._norms.own(tensor):
             return tensor
-        if self._in_parts:
-            self._sizes.append(0 if _memory_of(tensor) in self._kept else tensor.nbytes)
-            # What a compiled function saves, it saves as one operation.
-            is_compiled = torch.compiler.is_dynamo_compiling()
-            self._operations.append(0 if is_compiled else torch._C._autograd._get_sequence_nr())
+        if self._cut:
+            self._cut.note(tensor)
         self._count += 1
         return self._count - 1
 
@@ -120,19 +120,8 @@ class Replay:
         self._watched = ()
         inputs = self._detach(x)
         self._saved = {}
-        numbers = count()
-
-        def keep(tensor: Tensor) -> int | None:
-            if self._norms.own(tensor):
-                return None
-            number = next(numbers)
-            if number >= self._middle:
-                self._saved[number] = tensor.detach()
-            return number
-
-        with torch.enable_grad(), saved_tensors_hooks(keep, self._serve):
+        with self._keeping(self._middle):
             y = self._call(inputs)
-        self._require_as_many(next(numbers), self._count)
         if self._middle:
             self._inputs = inputs
         else:
@@ -160,7 +149,36 @@ class Replay:
                 fix="change it after backward, or let the network have a copy (.clone())",
             )
 
-    def _require_as_many(self, saved: int, expected: int) -> None:
+    def _repeat_beginning(self) -> None:
+        """The call as far as the middle, keeping what it saves."""
+        self._require_unchanged()  # what :meth:`repeat` has not looked at
+        self._watched = ()
+        inputs, self._inputs = self._inputs, ()
+        with self._keeping(0, self._middle - 1):
+            self._call(inputs)
+        self._forget_random_state()
+
+    @contextmanager
+    def _keeping(self, first: int, last: int | None = None) -> Iterator[None]:
+        """Inside, what is saved has the numbers of the first time, and is kept from ``first`` on.
+
+        It ends with ``last``, before the operation that saves it computes anything.
+        """
+        numbers = count()
+
+        def keep(tensor: Tensor) -> int | None:
+            if self._norms.own(tensor):
+                return None
+            number = next(numbers)
+            if number >= first:
+                self._saved[number] = tensor.detach()
+            if number == last:
+                raise Enough
+            return number
+
+        with suppress(Enough), torch.enable_grad(), saved_tensors_hooks(keep, self._serve):
+            yield
+        saved, expected = next(numbers), self._count if last is None else last + 1
         if saved != expected:
             raise NotReproducible(
                 f"a {self._block._get_name()} saved {expected} tensors for backward the"
@@ -168,27 +186,6 @@ class Replay:
                 kind="inversion.not_reproducible",
                 fix='momconv.set_strategy(model, "store")',
             )
-
-    def _repeat_beginning(self) -> None:
-        """The call as far as the middle, keeping what it saves."""
-        self._require_unchanged()  # what :meth:`repeat` has not looked at
-        self._watched = ()
-        inputs, self._inputs = self._inputs, ()
-        numbers = count()
-
-        def keep(tensor: Tensor) -> int | None:
-            if self._norms.own(tensor):
-                return None
-            number = next(numbers)
-            self._saved[number] = tensor.detach()
-            if number == self._middle - 1:  # before the operation that saves it computes anything
-                raise Enough
-            return number
-
-        with suppress(Enough), torch.enable_grad(), saved_tensors_hooks(keep, self._serve):
-            self._call(inputs)
-        self._require_as_many(next(numbers), self._middle)
-        self._forget_random_state()
 
     def _forget_random_state(self) -> None:
         """After the last repetition, unless the graph is kept for another backward pass."""
@@ -223,24 +220,8 @@ class Replay:
         return self._saved.pop(number)
 
 
-def _find_middle(sizes: list[int], operations: list[int], little: int) -> int:
-    """The number of the first tensor of the operation that saves the first of the largest ones.
-
-    0 if no more than ``little`` is before it.
-    """
-    largest = sizes.index(max(sizes)) if sizes else 0
-    middle = operations.index(operations[largest]) if sizes else 0
-    return middle if sum(sizes[:middle]) > little else 0
-
-
 class Enough(Exception):
     """Ends a repetition of which no more is needed."""
-
-
-def _memory_of(tensor: Tensor) -> int:
-    """A number that tensors share if they share memory, and both exist."""
-    number: int = tensor.untyped_storage()._cdata
-    return number
 
 
 def _buffers_that_count(modules: Sequence[nn.Module]) -> list[Tensor]:
