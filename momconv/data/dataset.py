@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,41 @@ _MOST_WORKERS = 8
 _IMAGES_PER_WORKER = 32  # fewer are read before a process has started
 
 
-class _ImageFiles:
-    """Files that become tensors."""
+class LabelledImages(Dataset[tuple[Tensor, int]]):
+    """The transformed images of an ``ImageSet`` with their labels.
 
-    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
-        self.paths = paths
+    With a ``seed``, a random transform of an image depends only on (seed, epoch, index): neither on
+    the number of workers nor on the order, and the global random state stays as it was. Without,
+    transforms draw from the global random state.
+    """
+
+    def __init__(self, image_set: ImageSet, transform: Transform, *, seed: int | None) -> None:
+        self.paths = [sample.path for sample in image_set.samples]
+        self.labels = image_set.labels
         self.transform = transform
+        self.seed = seed
+        self._epoch = _shared(0)  # so that persistent workers see it change
         self._failed = _shared(_NONE)
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on, draw the random transforms of ``epoch``."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self._decode(index)
+        if self.seed is None:
+            return self.transform(image), self.labels[index]
+        # Only the CPU's generator: torch.manual_seed and fork_rng would go through the GPUs' too.
+        generator = torch.default_generator
+        before = generator.get_state()
+        generator.manual_seed(_mix(self.seed, int(self._epoch), index))
+        try:
+            return self.transform(image), self.labels[index]
+        finally:
+            generator.set_state(before)
 
     def _decode(self, index: int) -> Image.Image:
         try:
@@ -63,45 +88,6 @@ class _ImageFiles:
             self._failed.fill_(_NONE)
             decode(self.paths[index])
             raise UnreadableImage(self.paths[index], "could not be read")  # but is back now
-
-
-class LabelledImages(_ImageFiles, Dataset[tuple[Tensor, int]]):
-    """The transformed images of an ``ImageSet`` with their labels.
-
-    With a ``seed``, a random transform of an image depends only on (seed, epoch, index): neither on
-    the number of workers nor on the order, and the global random state stays as it was. Without,
-    transforms draw from the global random state.
-    """
-
-    def __init__(self, image_set: ImageSet, transform: Transform, *, seed: int | None) -> None:
-        super().__init__([sample.path for sample in image_set.samples], transform)
-        self.labels = image_set.labels
-        self.seed = seed
-        self._epoch = _shared(0)  # so that persistent workers see it change
-
-    def set_epoch(self, epoch: int) -> None:
-        """From now on, draw the random transforms of ``epoch``."""
-        self._epoch.fill_(epoch)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self._decode(index)
-        if self.seed is None:
-            return self.transform(image), self.labels[index]
-        # Only the CPU's generator: torch.manual_seed and fork_rng would go through the GPUs' too.
-        generator = torch.default_generator
-        before = generator.get_state()
-        generator.manual_seed(_mix(self.seed, int(self._epoch), index))
-        try:
-            return self.transform(image), self.labels[index]
-        finally:
-            generator.set_state(before)
-
-
-class UnlabelledImages(_ImageFiles, Dataset[Tensor]):
-    """The transformed images of ``paths``, without labels."""
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.transform(self._decode(index))
 
 
 def make_loader(dataset: Dataset[Any], *, workers: int, **options: Any) -> "DataLoader[Any]":
@@ -133,7 +119,7 @@ def count_workers_that_fit(workers: int, batch_bytes: int) -> int:
 
 
 def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
-    """The batches of a loader of ``LabelledImages`` or ``UnlabelledImages``.
+    """The batches of a loader of ``LabelledImages``.
 
     Raises:
         UnreadableImage: a file cannot be decoded, whichever process found out.
@@ -149,7 +135,7 @@ def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
         traceback.clear_frames(error.__traceback__)
         del iterator
         dataset = loader.dataset
-        if isinstance(dataset, _ImageFiles):
+        if isinstance(dataset, LabelledImages):
             dataset.raise_failure()
         raise
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from momconv.zoo.description import Description, describe
 from momconv.zoo.networks import build_described
 
 Format = Literal["torch-export", "onnx", "torchvision"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIXES: dict[Format, str] = {
     "torch-export": ".pt2",
     "onnx": ".onnx",
