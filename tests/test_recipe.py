@@ -394,6 +394,11 @@ def test_every_recipe_loads_and_is_in_the_table() -> None:
         assert f"]({path.relative_to(RECIPES)})" in table
 
 
+def test_every_key_is_in_the_documentation() -> None:
+    text = (RECIPES / "README.md").read_text(encoding="utf-8")
+    assert [key for key in KEYS if f"`{key}`" not in text] == []
+
+
 def test_the_hymenoptera_recipe_is_the_paper_s_at_3_gib() -> None:
     recipe = load_recipe(RECIPES / "hymenoptera.yaml", ["model.weights=none"])
     assert (recipe.model.name, recipe.model.weights) == ("resnet152", "none")
