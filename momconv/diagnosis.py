@@ -36,6 +36,7 @@ _PACKAGES = (
 _EXTRAS = {
     "demo": ("scikit-learn",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "tensorboard": ("tensorboard",),
 }
 _MEMORY = 2**30  # bytes, of which a small run needs less
 _SHARED = 2**28  # bytes; worker processes hand over batches through it

@@ -1,1 +1,1 @@
-"""What fits: measured memory, and the micro-batch chosen from it."""
+"""What fits: predicted memory and time, and the strategy and micro-batch chosen from them."""

@@ -1,1 +1,1 @@
-"""Results as tables."""
+"""Results as tables, pictures, documents and model cards."""
