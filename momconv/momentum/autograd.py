@@ -116,5 +116,5 @@ class _Step(torch.autograd.Function):
 
 
 def _without_memory(x: Tensor) -> Tensor:
-    """A tensor of x's type and shape, all of whose elements are one."""
+    """Zeros of x's type and shape, which share one element of memory."""
     return x.new_zeros(()).expand(x.shape)

@@ -136,9 +136,8 @@ def weights(gamma: float, steps: Sequence[float]) -> list[float]:
     return result[::-1]
 
 
-FULL = (
-    2**15 - 1
-)  # int16: the most bits of remainder for a byte (log2(1/γ) a block, plus a constant)
+# In int16 a byte holds the most bits of remainder (log2(1/γ) a block, plus a constant).
+FULL = 2**15 - 1
 
 
 def remainder_bounds(gamma: float, steps: int) -> Iterator[tuple[bool, float]]:

@@ -5,6 +5,7 @@ once something has been added, activations and normalisation: x + f(x), ReLU(x +
 of these in a row. Whether it does is seen in the operations, whatever the block's class is.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -43,7 +44,7 @@ DEPENDS_ON_VALUES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ObservedCall:
     """One call of a block, on fake tensors."""
 
     x: Any
@@ -57,7 +58,7 @@ class Call:
 class Observation:
     """What happened in one pass: the calls of each block, and all operations in order."""
 
-    calls: dict[nn.Module, list[Call]]
+    calls: dict[nn.Module, list[ObservedCall]]
     operations: list[str]
     shapes: list[torch.Size]  # of the pass's outputs
 
@@ -66,24 +67,31 @@ def find_runs(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) 
     """Two or more consecutive residual blocks that keep the shape of their input.
 
     The blocks are traced from x on fake tensors: nothing is computed, no memory is taken, and no
-    buffer or random state changes.
+    buffer or random state changes. There is a warning where none are found.
 
     Raises:
         UsageError: What they do depends on values, which fake tensors do not have.
     """
+    count = len(blocks)
+    fix = f"runs=[Run(0, {count}, (1.0,) * {count})], with the bounds of each run"
     try:
         calls = observe(_Chain(blocks), blocks, (x, *args)).calls
     except DEPENDS_ON_VALUES as error:
-        count = len(blocks)
         raise UsageError(
             f"what these blocks do depends on values, so that no run is found among them: {error}",
             kind="model.depends_on_values",
-            fix=f"runs=[Run(0, {count}, (1.0,) * {count})], with the bounds of each run",
+            fix=fix,
         ) from error
-    return group_runs(blocks, calls)
+    runs = group_runs(blocks, calls)
+    if not runs and count > 1:
+        reason = explain_no_run(blocks, calls)
+        warnings.warn(f"no block follows the momentum rule: {reason}; fix: {fix}", stacklevel=2)
+    return runs
 
 
-def group_runs(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]) -> list[range]:
+def group_runs(
+    blocks: Sequence[nn.Module], calls: dict[nn.Module, list[ObservedCall]]
+) -> list[range]:
     """The runs among ``blocks``, each of which must take over where the one before it ends."""
     of_each = [_calls_at(n, blocks, calls) for n in range(len(blocks))]
     groups: list[list[int]] = [[]]
@@ -96,14 +104,14 @@ def group_runs(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]) 
     return [range(group[0], group[-1] + 1) for group in groups if len(group) > 1]
 
 
-def explain_no_run(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]) -> str:
+def explain_no_run(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[ObservedCall]]) -> str:
     """Why there is no run among ``blocks``: what the last block of their commonest class does."""
     kind, _ = Counter(map(type, blocks)).most_common(1)[0]
     last = max(n for n, block in enumerate(blocks) if type(block) is kind)
     return f"{kind.__name__} {last} {_explain(calls[blocks[last]])}"
 
 
-def _explain(calls: list[Call]) -> str:
+def _explain(calls: list[ObservedCall]) -> str:
     if not calls:
         return "is not called"
     x, output = calls[0].x, calls[0].output
@@ -148,21 +156,21 @@ def call_on_fakes(
 
 
 def _calls_at(
-    n: int, blocks: Sequence[nn.Module], calls: dict[nn.Module, list[Call]]
-) -> list[Call]:
+    n: int, blocks: Sequence[nn.Module], calls: dict[nn.Module, list[ObservedCall]]
+) -> list[ObservedCall]:
     """The calls of the block at place n; one with several places is called at each in turn."""
     places = [m for m, block in enumerate(blocks) if block is blocks[n]]
     return calls[blocks[n]][places.index(n) :: len(places)]
 
 
-def _is_member(calls: list[Call]) -> bool:
+def _is_member(calls: list[ObservedCall]) -> bool:
     """Whether a block was called, and each time kept its input's shape and added to it."""
     return bool(calls) and all(
         call.is_residual and call.output.shape == call.x.shape for call in calls
     )
 
 
-def _follows(before: list[Call], after: list[Call]) -> bool:
+def _follows(before: list[ObservedCall], after: list[ObservedCall]) -> bool:
     """Whether each call gets the output of the one before, and the same further arguments."""
     return len(before) == len(after) and all(
         second.x is first.output
@@ -234,7 +242,7 @@ class _Observer(TorchDispatchMode):
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: dict[nn.Module, list[Call]] = {block: [] for block in blocks}
+        self.calls: dict[nn.Module, list[ObservedCall]] = {block: [] for block in blocks}
         self.operations: list[str] = []
         self._open: list[_Flow] = []
 
@@ -256,7 +264,9 @@ class _Observer(TorchDispatchMode):
     ) -> None:
         is_residual = self._open.pop().has_added(output)
         x, *rest = args or [None]
-        self.calls[block].append(Call(x, *tree_flatten((rest, kwargs)), output, is_residual))
+        self.calls[block].append(
+            ObservedCall(x, *tree_flatten((rest, kwargs)), output, is_residual)
+        )
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None

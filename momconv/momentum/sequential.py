@@ -71,6 +71,13 @@ class MomentumSequential(nn.Sequential):
         runs: found on the first forward pass, unless given.
         kind: the plain class whose place it takes.
 
+    Raises:
+        UsageError: γ is not in [0, 1]; a block writes into its input; what the blocks do depends on
+            values, and there are no ``runs``.
+        InversionError: in backward, what it starts from was written to, or backward comes twice.
+        RangeOverflow: in backward, an activation was too large for exact sums.
+        NotReproducible: in backward, a block computed something else when it was run again.
+
     >>> class Block(nn.Linear):
     ...     def forward(self, x):
     ...         return x + super().forward(x).tanh()
@@ -160,14 +167,16 @@ class MomentumSequential(nn.Sequential):
     def find_runs(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Run, ...]:
         """The runs, which are found by tracing shapes from x if they are not known yet.
 
+        There is a warning where there are none; γ = 0 needs none.
+
         Raises:
             UsageError: What the blocks do depends on values: they need to be given ``runs``.
         """
-        if self.runs is None:
+        if self.runs is None and self.gamma:
             blocks, tensors = bind([*self._modules.values()], args, kwargs)
             found = find_runs(blocks, x, tensors)
             self.runs = tuple(Run(run.start, run.stop, (1.0,) * len(run)) for run in found)
-        return self.runs
+        return self.runs or ()
 
     def rule(self, part: Run, dtype: torch.dtype) -> Rule:
         """The constants of a run that is kept in ``dtype``."""
