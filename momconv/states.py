@@ -1,22 +1,31 @@
 """The state of networks that others use too: training flags and buffers, put back afterwards."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
 
 
-@contextmanager
-def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+def in_eval_mode(*models: nn.Module) -> AbstractContextManager[None]:
     """Eval mode inside; the training flags as before afterwards, also those changed inside."""
-    training = {module: module.training for model in models for module in model.modules()}
+    return _in_mode(models, training=False)
+
+
+def in_training_mode(*models: nn.Module) -> AbstractContextManager[None]:
+    """The same in training mode."""
+    return _in_mode(models, training=True)
+
+
+@contextmanager
+def _in_mode(models: Sequence[nn.Module], *, training: bool) -> Iterator[None]:
+    before = {module: module.training for model in models for module in model.modules()}
     for model in models:
-        model.eval()
+        model.train(training)
     try:
         yield
     finally:
-        for module, was_training in training.items():
+        for module, was_training in before.items():
             module.training = was_training
 
 

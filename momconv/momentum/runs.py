@@ -30,6 +30,8 @@ from momconv.errors import UsageError
 from momconv.momentum.condition import Condition
 from momconv.momentum.replay import autocast_settings
 
+Operation = tuple[str, list[torch.Size]]  # its name, and the shapes of the tensors that it gets
+
 aten = torch.ops.aten
 _SUMS = (aten.add, aten.add_, aten.sub, aten.sub_)
 _COPIES = (aten.clone, aten._to_copy, aten._unsafe_view)
@@ -59,7 +61,7 @@ class Observation:
     """What happened in one pass: the calls of each block, and all operations in order."""
 
     calls: dict[nn.Module, list[ObservedCall]]
-    operations: list[str]
+    operations: list[Operation]
     shapes: list[torch.Size]  # of the pass's outputs
 
 
@@ -243,7 +245,7 @@ class _Observer(TorchDispatchMode):
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: dict[nn.Module, list[ObservedCall]] = {block: [] for block in blocks}
-        self.operations: list[str] = []
+        self.operations: list[Operation] = []
         self._open: list[_Flow] = []
 
     def hook(self, stack: ExitStack) -> None:
@@ -273,8 +275,8 @@ class _Observer(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        self.operations.append(str(func))
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.operations.append((str(func), [leaf.shape for leaf in inputs]))
         results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         for flow in self._open:
             flow.follow(func, inputs, results)

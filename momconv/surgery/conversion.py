@@ -18,6 +18,7 @@ from momconv.momentum.sequential import (
     MomentumSequential,
     Run,
     check_gamma,
+    check_runs,
     momentum_stages,
     set_strategy,
 )
@@ -29,7 +30,7 @@ from momconv.zoo.networks import build_described, is_known
 Module = TypeVar("Module", bound=nn.Module)
 
 _REASONS = 3  # that an error gives
-_BROKEN = "the loop over it does more than to call one block after another"
+_BROKEN = "the loop over it does more than to call one block after another, or takes them by index"
 PAYS_FROM = 3  # blocks: x, v and r then weigh less than the checkpoints, one x a block
 
 
@@ -195,7 +196,10 @@ def apply_schemes(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]]) ->
             raise _unfitting(f"{name}.{first['loc']}: {first['msg']}") from error
         plain = model.get_submodule(name)
         runs = [Run(run.start, run.stop, run.gains) for run in scheme.runs]
-        _check_runs(name, runs, len(plain._modules))
+        try:
+            check_runs(runs, len(plain._modules))
+        except UsageError as error:
+            raise _unfitting(f"in {name} {error.message}") from error
         settings = {"gamma": scheme.gamma, "velocity": scheme.velocity, "runs": runs}
         stage = _become_stage(plain, fraction_bits=scheme.fraction_bits, **settings)
         model = _replace(model, name, stage)
@@ -227,15 +231,6 @@ class _Scheme(BaseModel):
     velocity: Velocity
     fraction_bits: Annotated[int, Field(ge=0, le=22)]
     runs: list[_SchemeRun]
-
-
-def _check_runs(name: str, runs: list[Run], blocks: int) -> None:
-    position = 0
-    for run in runs:
-        fits = position <= run.start < run.stop <= blocks and len(run.gains) == run.stop - run.start
-        if not fits or 0 in run.gains:
-            raise _unfitting(f"{name} has {blocks} blocks, and no run {run}")
-        position = run.stop
 
 
 def _unfitting(reason: str) -> ModelFileError:
@@ -273,8 +268,14 @@ def _two_images(model: nn.Module) -> Tensor:
 def _find_broken_loops(model: nn.Module, found: Runs, inputs: Sequence[Tensor]) -> list[str]:
     """The sequences whose loops do not compute the same if a run is called as one block."""
     loops = [name for name in found if has_loop(model.get_submodule(name))]
-    trials = {n: _wrap(copy.deepcopy(model), {n: found[n]}, 0, "zero") for n in loops}
-    return [n for n, trial in trials.items() if not computes_the_same(model, trial, inputs)]
+    return [name for name in loops if not _may_replace(model, name, found[name], inputs)]
+
+
+def _may_replace(model: nn.Module, name: str, runs: list[range], inputs: Sequence[Tensor]) -> bool:
+    """Whether ``model`` calls a stage in the place of a list, and then computes the same."""
+    trial, calls = _wrap(copy.deepcopy(model), {name: runs}, 0, "zero"), list[object]()
+    trial.get_submodule(name).register_forward_pre_hook(lambda *args: calls.append(args))
+    return computes_the_same(model, trial, inputs) and bool(calls)
 
 
 def _check_names(

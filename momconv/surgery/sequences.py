@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momconv.momentum.runs import Observation, explain_no_run, group_runs, observe
+from momconv.states import in_eval_mode, in_training_mode
 
 Runs = dict[str, list[range]]  # by the name of the sequence
 
@@ -57,7 +58,9 @@ def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, 
                 refused[name] = explain_no_run(blocks, seen.calls)
     for name in sorted(found, key=_depth, reverse=True):
         found[name] = [run for run in found[name] if _outweighs(model, found, name, run)]
-    return found, refused
+    # A Sequential without runs may be around others, but a loop stays the model's own.
+    kept = {n: runs for n, runs in found.items() if runs or not has_loop(model.get_submodule(n))}
+    return kept, refused
 
 
 def has_loop(sequence: nn.Module) -> bool:
@@ -66,12 +69,20 @@ def has_loop(sequence: nn.Module) -> bool:
 
 
 def computes_the_same(model: nn.Module, other: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Whether both run the same operations in the same order, with outputs of the same shapes."""
-    ours, theirs = (
-        [(prefix, seen.operations, seen.shapes) for prefix, _, seen in _observe(each, inputs, {})]
-        for each in (model, other)
-    )
-    return ours == theirs
+    """Whether both run the same operations in the same order, on inputs of the same shapes.
+
+    In training as in evaluation: what is between two blocks may depend on that.
+    """
+    return _list_operations(model, inputs) == _list_operations(other, inputs)
+
+
+def _list_operations(model: nn.Module, inputs: Sequence[Tensor]) -> list[object]:
+    passes: list[object] = []
+    for mode in (in_eval_mode, in_training_mode):
+        with mode(model):
+            seen = _observe(model, inputs, {})
+        passes += [(prefix, one.operations, one.shapes) for prefix, _, one in seen]
+    return passes
 
 
 def _observe(

@@ -172,11 +172,17 @@ class Loop(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         collected, condition = [], x.mean()
+        if self.way == "by index":
+            for n in range(len(self.blocks)):
+                x = self.call(self.blocks[n], x, condition, n)
+            return x
         for n, block in enumerate(self.blocks):
-            if self.way == "pool in between" and n == 3:
+            if n == 3 and self.way in ("pool in between", f"in training {self.training}"):
                 x = x.roll(1)
-            x = self.call(self.blocks[n] if self.way == "by index" else block, x, condition, n)
+            x = self.call(block, x, condition, n)
             collected.append(x)
+        if self.way == "take the mean":
+            return torch.stack(collected).mean(0)
         return torch.cat(collected) if self.way == "collect" else x
 
     def call(self, block: nn.Module, x: Tensor, condition: Tensor, n: int) -> Any:
@@ -221,6 +227,9 @@ def test_a_loop_may_pass_further_arguments(way: str) -> None:
     ("way", "reason"),
     [
         ("collect", "the loop over it does more"),
+        ("take the mean", "the loop over it does more"),
+        ("in training True", "the loop over it does more"),
+        ("in training False", "the loop over it does more"),
         ("by index", "the loop over it does more"),
         ("pool in between", "the loop over it does more"),
         ("over a Sequential", "a loop calls its blocks, which belong in a ModuleList then"),
@@ -252,6 +261,28 @@ class Pyramid(nn.Module):
 class Plain(Conditioned):
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         return x + torch.tanh(self.layer(x))
+
+
+class Staged(nn.Module):
+    """Does something after each of its stages, which keep the shape of their input as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Sequential(Plain(), Plain(), Plain()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for stage in self.stages:
+            x = stage(x)
+            total = total + x
+        return total
+
+
+def test_a_loop_over_stages_goes_on_doing_what_it_does_after_each() -> None:
+    model, x = Staged(), torch.randn(3, 4)
+    converted = momconv.convert(model, gamma=0, inputs=[x])
+    assert list(momentum_stages(converted)) == ["stages.0", "stages.1"]
+    assert torch.equal(converted(x), model(x))
 
 
 def test_a_loop_over_stages_does_not_keep_them_from_being_converted() -> None:
