@@ -109,7 +109,9 @@ class Stem:
         is_plain = args and not kwargs and all(isinstance(arg, Tensor) for arg in args)
         is_replica = getattr(model, "_is_replica", False)  # of DataParallel
         is_wanted = torch.is_grad_enabled() and not is_replica and _is_recomputed(model)
-        if not (is_plain and is_wanted):
+        # A hook that comes later may change the images.
+        is_last = _stem_of(next(reversed(model._forward_pre_hooks.values()), None)) is self
+        if not (is_plain and is_wanted and is_last):
             return
         replay = Replay(_Beginning(model, self._repeating))
         forgetting = replay.forgetting(*args)

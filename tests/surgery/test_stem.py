@@ -235,3 +235,12 @@ def test_a_network_that_is_compiled_as_a_whole_computes_the_same() -> None:
     found = step(model, "momentum")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "momentum", "auto"])
+def test_a_hook_that_changes_the_images_may_be_added_later(strategy: str) -> None:
+    models = make(), make()
+    for model in models:
+        model.register_forward_pre_hook(lambda _, args: (3 * args[0] - 1,))
+    ours, stored = step(models[0], strategy), step(models[1], "store")
+    assert [name for name, value in stored.items() if not torch.equal(value, ours[name])] == []
