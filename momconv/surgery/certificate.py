@@ -123,7 +123,8 @@ def compare_gradients(model: nn.Module, images: Tensor) -> dict[str, bool]:
     stored = _record(model, images, "store")
     reconstructed = _record(model, images, "momentum")
     return {
-        name: all(map(torch.equal, tensors, reconstructed[name]))
+        name: len(tensors) == len(others := reconstructed[name])
+        and all(map(torch.equal, tensors, others))
         for name, tensors in stored.items()
     }
 
@@ -136,12 +137,12 @@ def _record(model: nn.Module, images: Tensor, strategy: Strategy) -> dict[str, l
     images = images.detach().clone().requires_grad_()
     inputs: dict[str, Tensor] = {}
     stages = _inverted(model)
-    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+    with torch.enable_grad(), torch.random.fork_rng([images.device] if images.is_cuda else []):
         torch.manual_seed(0)
         for name, stage in stages.items():
             stage.register_forward_pre_hook(_keeping(inputs, name))
         output = model(images)
-    output.square().sum().backward()
+        output.square().sum().backward()
     entries = {REST: [output.detach(), *_gradient(images)]}
     entries |= {name: [x.detach(), *_gradient(x)] for name, x in inputs.items()}
     for name, parameter in model.named_parameters():
