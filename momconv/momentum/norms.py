@@ -40,14 +40,18 @@ class Norms:
         found = {*norms}
         self.others: Sequence[nn.Module] = [module for module in modules if module not in found]
         self._all: Sequence[nn.Module] = norms
-        # For each call: the norm, the mean of each channel, 1/√(variance + ε) of each channel.
+        # For each call: the norm, the mean of each channel, 1/√(variance + ε) of each channel; None
+        # where they are not known.
         self._calls: list[Any] = []
         self._is_computing = False
 
     def finish(self) -> list[nn.Module]:
-        """After the first run: the norms that were not called, and know no statistics."""
+        """After the first run: the norms that do not know the statistics of all their calls."""
         norms, self._all, self.others = self._all, (), ()
-        return [norm for norm in norms if norm not in self._calls[::3]]
+        calls = [*zip(self._calls[::3], self._calls[1::3], strict=True)]
+        called = {norm for norm, _ in calls}
+        unknown = {norm for norm, mean in calls if mean is None}
+        return [norm for norm in norms if norm not in called or norm in unknown]
 
     def own(self, tensor: Tensor) -> bool:
         """Whether autograd saves this for a norm, and need not be given it in the second run."""
@@ -66,6 +70,7 @@ class Norms:
         channels = norm.num_features
         is_valid = x.shape[1] == channels and x.numel() > channels
         if not (is_valid and norm.training and _is_dense(x)):
+            self._calls += norm, None, None
             return _own_forward(norm, x)  # or its error
         norm.num_batches_tracked.add_(1)
         y, mean, scale = self._compute(
@@ -91,6 +96,8 @@ class Norms:
                 fix='momconv.set_strategy(model, "store")',
             )
         mean, scale = next(calls), next(calls)
+        if mean is None:
+            return _own_forward(norm, x)
         weight = (norm.weight.detach() * scale).requires_grad_(norm.weight.requires_grad)
         variance = torch.ones_like(mean)
         return self._compute(x, weight, norm.bias, mean, variance, False, 0.0, 0.0)[0]

@@ -119,6 +119,18 @@ class Twice(nn.Module):
         return y
 
 
+class WithAndWithoutGaps(nn.Module):
+    """Calls its norm on pixels that lie side by side in memory, and on some that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(x) + self.norm(x[:, :, ::2]).mean((2, 3), keepdim=True)
+        return y
+
+
 class Checkpointing(nn.Module):
     """Uses PyTorch's checkpointing, which updates a norm's statistics twice."""
 
@@ -149,6 +161,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "a subclass": lambda: Doubling(8),
     "with a forward of its own": with_own_forward,
     "called twice": Twice,
+    "called with gaps in memory and without": WithAndWithoutGaps,
     "for groups": lambda: nn.GroupNorm(2, 8),
     "for instances": lambda: nn.InstanceNorm2d(8, track_running_stats=True),
     "checkpointed": Checkpointing,
