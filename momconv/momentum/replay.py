@@ -53,9 +53,7 @@ class Replay:
 
     def first(self, x: Tensor, *args: Tensor) -> Tensor:
         """block(x, *args), dropping what it saves for backward."""
-        # Autocast's cache would keep a copy of every weight until the end of the forward pass.
-        settings = autocast_settings(x.device.type) | {"cache_enabled": False}
-        with _autocast(settings), self.forgetting(x, *args):
+        with self.forgetting(x, *args):
             y = evaluate(self._block, x, *args)
         if self._cut:
             self._middle = self._cut.find_middle(little=max(x.nbytes, y.nbytes))
@@ -117,7 +115,8 @@ class Replay:
             NotReproducible: the block saved more or fewer tensors than the first time.
         """
         self._require_unchanged()
-        self._watched = ()
+        if not _is_graph_kept():
+            self._watched = ()
         inputs = self._detach(x)
         self._saved = {}
         with self._keeping(self._middle):
@@ -131,8 +130,9 @@ class Replay:
     def rerun(self, x: Tensor) -> Tensor:
         """What the first call returned, for a repetition that is still to come."""
         self._require_unchanged()
-        with torch.no_grad():
-            return self._call([x, *self._args])
+        # With a graph, of which nothing is kept: without one, PyTorch may take other kernels.
+        with self._keeping(self._count):
+            return self._call(self._detach(x)).detach()
 
     def _detach(self, x: Tensor) -> list[Tensor]:
         inputs = [tensor.detach() for tensor in (x, *self._args)]
@@ -152,7 +152,8 @@ class Replay:
     def _repeat_beginning(self) -> None:
         """The call as far as the middle, keeping what it saves."""
         self._require_unchanged()  # what :meth:`repeat` has not looked at
-        self._watched = ()
+        if not _is_graph_kept():
+            self._watched = ()
         inputs, self._inputs = self._inputs, ()
         with self._keeping(0, self._middle - 1):
             self._call(inputs)
@@ -189,7 +190,7 @@ class Replay:
 
     def _forget_random_state(self) -> None:
         """After the last repetition, unless the graph is kept for another backward pass."""
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not _is_graph_kept():
             self._random_state = ()
 
     def _call(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -218,6 +219,11 @@ class Replay:
                 fix='momconv.set_strategy(model, "store")',
             )
         return self._saved.pop(number)
+
+
+def _is_graph_kept() -> bool:
+    """Whether the backward pass that is under way keeps the graph for another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 class Enough(Exception):
@@ -295,6 +301,16 @@ def checkpoint(block: nn.Module, x: Tensor, *args: Tensor, in_parts: bool = Fals
         return evaluate(block, x, *args)
     replay = Replay(block, in_parts=in_parts)
     return before_backward(replay.first(x, *args), replay.repeat, x.detach())
+
+
+def without_autocast_cache(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast as it is, but for its cache.
+
+    That would keep a copy of every weight until the end of the forward pass. And a weight that is
+    used twice would have its gradients added up in the narrow type, which no copy made in backward
+    can be part of.
+    """
+    return _autocast(autocast_settings(device_type) | {"cache_enabled": False})
 
 
 def autocast_settings(device_type: str) -> dict[str, Any]:

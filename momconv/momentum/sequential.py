@@ -15,7 +15,7 @@ from momconv.errors import UsageError
 from momconv.momentum.arguments import bind
 from momconv.momentum.autograd import Strategy, run
 from momconv.momentum.equations import Rule, Velocity, coefficients, weights
-from momconv.momentum.replay import checkpoint, evaluate
+from momconv.momentum.replay import checkpoint, evaluate, without_autocast_cache
 from momconv.momentum.runs import find_runs
 from momconv.momentum.segment import Call, Segment
 
@@ -38,6 +38,15 @@ def check_gamma(gamma: float) -> float:
     return float(gamma)
 
 
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UsageError(
+            f"unknown {name} {value!r}",
+            kind="usage.bad_value",
+            fix=f"one of {', '.join(known)}",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Blocks ``start`` to ``stop`` (exclusive) of a Sequential, with a gain for each."""
@@ -48,6 +57,20 @@ class Run:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+
+def check_runs(runs: Sequence[Run], blocks: int) -> None:
+    """Do nothing if these can be the runs among so many blocks.
+
+    Raises:
+        UsageError: One overlaps another, goes beyond the blocks, or lacks a gain, or a gain is 0.
+    """
+    position = 0
+    for one in runs:
+        fits = position <= one.start < one.stop <= blocks and len(one.gains) == len(one)
+        if not fits or 0 in one.gains:
+            raise UsageError(f"there are {blocks} blocks, and no run {one}", kind="usage.bad_run")
+        position = one.stop
 
 
 class MomentumSequential(nn.Sequential):
@@ -72,8 +95,9 @@ class MomentumSequential(nn.Sequential):
         kind: the plain class whose place it takes.
 
     Raises:
-        UsageError: γ is not in [0, 1]; a block writes into its input; what the blocks do depends on
-            values, and there are no ``runs``.
+        UsageError: γ is not in [0, 1], or another argument is none of those that there are. In the
+            forward pass: a block writes into its input; a block of a run changes its shape; runs
+            are to be found, but what blocks do depends on values, or torch.func is at work.
         InversionError: in backward, what it starts from was written to, or backward comes twice.
         RangeOverflow: in backward, an activation was too large for exact sums.
         NotReproducible: in backward, a block computed something else when it was run again.
@@ -105,6 +129,10 @@ class MomentumSequential(nn.Sequential):
         runs: Sequence[Run] | None = None,
     ) -> None:
         super().__init__(*blocks)
+        _check_choice("velocity", velocity, get_args(Velocity))
+        _check_choice("strategy", strategy, get_args(Strategy))
+        if blocks and runs:
+            check_runs(runs, len(self))
         self.gamma = check_gamma(gamma)
         self.velocity = velocity
         self.strategy = "store" if gamma == 0 and strategy == "momentum" else strategy
@@ -127,11 +155,12 @@ class MomentumSequential(nn.Sequential):
         self.find_runs(x, *args, **kwargs)
         blocks, tensors = bind([*self._modules.values()], args, kwargs)
         walk = partial(self._walk, blocks, tensors, self.strategy)
-        if self.strategy == "segment":
-            return Segment(walk, in_parts=self.in_parts).run(x)
-        if self.strategy == "store":
-            return walk(x, evaluate)
-        return walk(x, partial(checkpoint, in_parts=self.in_parts))
+        with without_autocast_cache(x.device.type):
+            if self.strategy == "segment":
+                return Segment(walk, in_parts=self.in_parts).run(x)
+            if self.strategy == "store":
+                return walk(x, evaluate)
+            return walk(x, partial(checkpoint, in_parts=self.in_parts))
 
     def _walk(
         self,
@@ -170,9 +199,16 @@ class MomentumSequential(nn.Sequential):
         There is a warning where there are none; γ = 0 needs none.
 
         Raises:
-            UsageError: What the blocks do depends on values: they need to be given ``runs``.
+            UsageError: What the blocks do depends on values: they need to be given ``runs``. Or
+                this is inside a transform of torch.func, where nothing can be traced.
         """
         if self.runs is None and self.gamma:
+            if torch._C._functorch.maybe_current_level() is not None:
+                raise UsageError(
+                    "runs cannot be found inside torch.func.grad, vmap and the like",
+                    kind="model.functorch",
+                    fix="call the network once before, or give it runs=[…]",
+                )
             blocks, tensors = bind([*self._modules.values()], args, kwargs)
             found = find_runs(blocks, x, tensors)
             self.runs = tuple(Run(run.start, run.stop, (1.0,) * len(run)) for run in found)
@@ -277,20 +313,15 @@ def momentum_stages(model: nn.Module) -> dict[str, MomentumSequential]:
 def set_strategy(model: nn.Module, strategy: Strategy | Literal["auto"]) -> None:
     """Choose how backward gets its activations in every MomentumSequential of ``model``.
 
-    Values and gradients stay the same, bit for bit; memory and time change. "auto" is momentum
+    Values and gradients stay the same, bit for bit; memory and time change. A forward pass that
+    waits for its backward pass is not to be given another strategy. "auto" is momentum
     where a stage has runs and checkpoints elsewhere. Activations are largest in the first stage:
     there it computes blocks in parts and, if the stage has no runs, keeps its input alone.
 
     Raises:
         UsageError: an unknown strategy; a model without momentum stages; "momentum" for γ = 0.
     """
-    known = [*get_args(Strategy), "auto"]
-    if strategy not in known:
-        raise UsageError(
-            f"unknown strategy {strategy!r}",
-            kind="usage.bad_value",
-            fix=f"one of {', '.join(known)}",
-        )
+    _check_choice("strategy", strategy, [*get_args(Strategy), "auto"])
     stages = list(momentum_stages(model).values())
     if not stages:
         raise UsageError(

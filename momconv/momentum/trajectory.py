@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from momconv.errors import InversionError, NotReproducible, RangeOverflow
+from momconv.errors import InversionError, NotReproducible, RangeOverflow, UsageError
 from momconv.momentum import kernels
 from momconv.momentum.equations import Rule, largest_magnitude, remainder_bounds
 from momconv.momentum.replay import version_of
@@ -98,7 +98,8 @@ class Trajectory:
     def verify(self) -> None:
         """Check the way back; on a GPU this waits for it to be computed.
 
-        A non-finite activation is no error here: it has come out as such, as in any network.
+        A non-finite activation is no error here: it has come out as such, as in any network. It
+        cannot be undone, so then nothing is checked.
 
         Raises:
             RangeOverflow: an activation was too large for exact sums.
@@ -161,5 +162,15 @@ def narrowest(bound: float) -> torch.dtype:
 
 
 def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
-    """Y in x's memory layout."""
+    """Y in x's memory layout.
+
+    Raises:
+        UsageError: It has another shape.
+    """
+    if y.shape != x.shape:
+        raise UsageError(
+            f"a block of a momentum run returned {tuple(y.shape)} for {tuple(x.shape)}",
+            kind="model.changes_shape",
+            fix="runs=[…] without this block",
+        )
     return y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype).copy_(y)

@@ -7,7 +7,7 @@ import torch
 from networks import aftermath, differences, gradient_of, images, square, stack
 from torch import Tensor, nn
 
-from momconv import set_strategy
+from momconv import MomentumSequential, set_strategy
 from momconv.errors import InversionError
 from momconv.momentum.autograd import Strategy
 from momconv.momentum.sequential import Run, momentum_stages
@@ -77,3 +77,17 @@ def test_the_strategy_may_change_before_backward(runs: list[Run], after: Strateg
     ours = aftermath(net, images(), "segment", step)
 
     assert not differences(ours, aftermath(net, images(), "store", step))
+
+
+def test_exact_where_pytorch_takes_other_kernels_without_a_graph() -> None:
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True) for _ in range(3)]
+    net, x = MomentumSequential(*layers, gamma=0).eval(), torch.randn(2, 5, 16)
+    gradients = []
+    strategies: list[Strategy] = ["store", "segment"]
+    for strategy in strategies:
+        set_strategy(net, strategy)
+        net.zero_grad()
+        square(net(x)).backward()
+        gradients.append([gradient_of(parameter) for parameter in net.parameters()])
+    assert all(map(torch.equal, *gradients))

@@ -449,3 +449,81 @@ def test_blocks_that_depend_on_values_need_to_be_told_their_runs() -> None:
     stored, ours = (aftermath(net, x, how) for how in ("store", "momentum"))
 
     assert differences(ours, stored) == []
+
+
+class Shrinking(nn.Linear):
+    """In evaluation, it drops half of what it gets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + super().forward(x).tanh()
+        return y if self.training else y[: len(y) // 2]
+
+
+def test_a_block_of_a_run_may_not_change_the_shape() -> None:
+    net = MomentumSequential(Shrinking(4, 4), Shrinking(4, 4))
+    net(torch.randn(6, 4))
+    with pytest.raises(UsageError, match=r"returned \(3, 4\) for \(6, 4\)"):
+        net.eval()(torch.randn(6, 4))
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("strategy", ["checkpoint", "segment"])
+def test_weights_may_not_change_between_two_backward_passes(
+    strategy: Strategy, *, in_parts: bool
+) -> None:
+    net = stack(3, strategy=strategy, in_parts=in_parts)
+    y = net(images())
+    y.sum().backward(retain_graph=True)
+    _descend(net)
+    with pytest.raises(InversionError, match="modified in place before backward"):
+        y.sum().backward()
+
+
+@torch.no_grad()
+def _descend(net: nn.Module) -> None:
+    for parameter in net.parameters():
+        parameter.sub_(gradient_of(parameter))
+
+
+class Tied(nn.Linear):
+    """Uses its weight twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(torch.tanh(super().forward(x)))
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "segment", "momentum"])
+def test_weights_that_are_used_twice_are_exact_under_autocast(strategy: Strategy) -> None:
+    torch.manual_seed(0)
+    block, other = Tied(8, 8), Tied(8, 8)
+    net, x = MomentumSequential(block, other, block), torch.randn(4, 8)
+
+    def step(net: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return square(net(x)) + square(net(2 * x))
+
+    stored, ours = (aftermath(net, x, how, step) for how in ("store", strategy))
+    assert differences(ours, stored) == []
+
+
+def test_runs_are_not_looked_for_inside_a_transform() -> None:
+    net, x = stack(3).eval(), images()
+    with pytest.raises(UsageError, match=r"inside torch\.func"):
+        torch.func.vmap(net)(x[:, None])
+    net(x)
+    assert spans(net) == [(0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"strategy": "bogus"}, "unknown strategy 'bogus'"),
+        ({"velocity": "fast"}, "unknown velocity 'fast'"),
+        ({"runs": [Run(0, 4, (1.0,) * 4)]}, "there are 3 blocks, and no run"),
+        ({"runs": [Run(0, 2, (1.0,))]}, "there are 3 blocks, and no run"),
+        ({"runs": [Run(0, 2, (1.0, 0.0))]}, "there are 3 blocks, and no run"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        stack(3, **arguments)

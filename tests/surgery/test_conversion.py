@@ -262,7 +262,7 @@ def test_a_wrong_value_is_refused_or_a_right_one(key: str, value: Any) -> None:
 )
 def test_a_run_that_the_stage_does_not_have_is_refused(runs: list[tuple[int, int, int]]) -> None:
     listed = [{"start": a, "stop": b, "gains": [1.0] * n} for a, b, n in runs]
-    with pytest.raises(ModelFileError, match="layer1 has 3 blocks"):
+    with pytest.raises(ModelFileError, match="in layer1 there are 3 blocks"):
         apply_schemes(build("cifar_resnet20"), {"layer1": {**GOOD, "runs": listed}})
 
 
