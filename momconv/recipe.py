@@ -176,6 +176,21 @@ class Recipe(_Section):
     log: LogRecipe = LogRecipe()
 
     @model_validator(mode="after")
+    def _check_file(self) -> Self:
+        if self.model.from_file is None:
+            return self
+        default = MomentumRecipe()
+        for name in ("gamma", "stages", "velocity", "gain"):
+            value, allowed = getattr(self.momentum, name), getattr(default, name)
+            if value != allowed:
+                raise UsageError(
+                    f"momentum.{name} is {value}, but the network in model.from_file is converted",
+                    kind="usage.conflict",
+                    fix=f"--set momentum.{name}={str(allowed).lower()}",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_annealing(self) -> Self:
         if not self.momentum.anneal:
             return self

@@ -228,6 +228,23 @@ def test_annealing_that_cannot_be_is_refused(changes: list[str], message: str) -
     assert load_recipe(None, changes).momentum.anneal == 0
 
 
+@pytest.mark.parametrize(
+    ("change", "fix"),
+    [
+        ("momentum.gamma=0.5", "--set momentum.gamma=0.9"),
+        ("momentum.stages=all", "--set momentum.stages=auto"),
+        ("momentum.velocity=residual", "--set momentum.velocity=zero"),
+        ("momentum.gain=false", "--set momentum.gain=true"),
+    ],
+)
+def test_a_network_in_a_file_is_converted_already(change: str, fix: str) -> None:
+    changes = ["model.from_file=mine.safetensors", change]
+    error = refusal(None, *changes)
+    assert error.message.endswith("but the network in model.from_file is converted")
+    assert error.fix == fix
+    assert load_recipe(None, [*changes, fix.removeprefix("--set ")])
+
+
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_can_say_what_it_allows(key: str) -> None:
     assert refusal(None, f"{key}={{a: 1}}").message.startswith(f"{key}: {{'a': '1'}} is not ")
@@ -305,7 +322,7 @@ paths = st.none() | st.text().map(Path)
 seeds, counts = st.integers(0, 2**32 - 1), st.integers(1)
 recipes = st.builds(
     Recipe,
-    model=st.builds(ModelRecipe, name=st.text(), weights=st.text(), from_file=paths),
+    model=st.builds(ModelRecipe, name=st.text(), weights=st.text()),
     momentum=st.builds(
         MomentumRecipe,
         gamma=unit,
@@ -347,6 +364,7 @@ recipes = st.builds(
 
 @example(recipe=Recipe(model=ModelRecipe(weights="\x85")))
 @example(recipe=Recipe(momentum=MomentumRecipe(calibrate=False, anneal=2.5)))
+@example(recipe=Recipe(model=ModelRecipe(from_file=Path("mine.safetensors"))))
 @given(recipe=recipes)
 def test_a_written_recipe_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, recipe: Recipe

@@ -73,6 +73,8 @@ def _compose_front_matter(
 def _introduce(result: Result, description: Description) -> Iterator[str]:
     stages = result.plan.stages
     source = {"none": "random weights"}.get(description.source, description.source)
+    if (file := result.recipe.model.from_file) is not None:
+        source = file.name
     yield (
         f"A {description.architecture} that tells {plural(description.num_classes, 'class')} apart,"
         f" trained from {_escape(source)} with momconv {__version__} (γ "
@@ -134,6 +136,8 @@ def _describe_training(result: Result, recipe: Recipe) -> Iterator[str]:
 def _list_changes(recipe: Recipe) -> dict[str, object]:
     """What else was asked for, by its key; paths of this machine are nobody's business."""
     told = {"train.epochs", "train.batch_size", "train.seed", "train.device", "train.memory"}
+    if recipe.model.from_file is not None:  # which says what the network is
+        told |= {"model.name", "model.weights", "model.arguments"}
     return {
         f"`{section}.{key}`": _escape(str(value))
         for section, own in recipe

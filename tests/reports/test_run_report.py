@@ -99,6 +99,17 @@ def test_the_card_has_what_was_asked_for_and_no_path(folder: Path, run: Result) 
     assert str(run.recipe.data.path) not in card
 
 
+def test_the_card_of_a_network_from_a_file_says_so(run: Result, tmp_path: Path) -> None:
+    model = run.recipe.model.model_copy(update={"from_file": Path("elsewhere/mine.safetensors")})
+    recipe = run.recipe.model_copy(update={"model": model, "log": LogRecipe(plots=False)})
+
+    report_run(replace(run, folder=tmp_path, recipe=recipe))
+
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "trained from mine.safetensors with" in card
+    assert "`model.name`" not in card  # which had no effect
+
+
 def test_the_config_has_timm_s_keys(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == "cifar_resnet20"
