@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
+from momconv.heap import naming_exhaustion
 from momconv.planner.measurement import autocast
 from momconv.training.job import Job
 from momconv.training.optimisation import set_rate
@@ -17,32 +18,45 @@ def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Ten
     Weights of classes, whose mean over all images is 1, do not change what that is divided by.
 
     Raises:
-        torch.OutOfMemoryError: The micro-batch does not fit the GPU.
+        torch.OutOfMemoryError: The micro-batch does not fit the memory.
     """
     images = images.to(job.device, non_blocking=True, memory_format=torch.channels_last)
     labels = labels.to(job.device, non_blocking=True)
-    with autocast(job.plan.setting.precision, job.device):
+    smoothing = job.recipe.train.label_smoothing
+    if job.class_weights is not None:
+        labels, smoothing = weigh_labels(labels, job.class_weights, smoothing), 0.0
+    with autocast(job.plan.setting.precision, job.device), naming_exhaustion():
         outputs = job.model(images)
-        smoothing = job.recipe.train.label_smoothing
-        total = F.cross_entropy(
-            outputs,
-            labels,
-            weight=job.class_weights,
-            reduction="sum",
-            label_smoothing=smoothing,
-        )
+        total = F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
         loss = share / len(labels) * total
-    job.scaler.scale(loss).backward()
+        job.scaler.scale(loss).backward()
     return loss.detach()
+
+
+def weigh_labels(labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+    """Probabilities (images, classes), smoothed, of which each image has the weight of its class.
+
+    ``F.cross_entropy(weight=…)`` would weigh the share of smoothing that other classes get by
+    *their* weights: of a common image, the loss would be lowest where it is taken for a rare one.
+
+    >>> weigh_labels(torch.tensor([0, 1]), torch.tensor([0.5, 4.0]), smoothing=0.2)
+    tensor([[0.4500, 0.0500],
+            [0.4000, 3.6000]])
+    """
+    if not labels.is_floating_point():  # not mixed
+        labels = F.one_hot(labels, len(weights)).to(weights.dtype)
+    weighed = labels * weights
+    return torch.lerp(weighed, weighed.mean(1, keepdim=True), smoothing)
 
 
 def take_step(job: Job, lr: float) -> None:
     """Change the weights by the gradients that have been added up."""
     set_rate(job.optimizer, lr)
-    if (clip := job.recipe.train.clip) is not None:
-        clip_grad_norm_(job.model.parameters(), clip)
-    job.scaler.step(job.optimizer)  # not where a gradient is too large for fp16
-    job.scaler.update()
-    job.optimizer.zero_grad()
-    if job.average:
-        job.average.update(job.model)
+    with naming_exhaustion():
+        if (clip := job.recipe.train.clip) is not None:
+            clip_grad_norm_(job.model.parameters(), clip)
+        job.scaler.step(job.optimizer)  # not where a gradient is too large for fp16
+        job.scaler.update()
+        job.optimizer.zero_grad()
+        if job.average:
+            job.average.update(job.model)

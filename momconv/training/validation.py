@@ -6,6 +6,7 @@ import torch
 
 from momconv.data.decoding import UnreadableImage
 from momconv.evaluation import Scores, evaluate
+from momconv.heap import naming_exhaustion
 from momconv.training.compilation import uncompiled
 from momconv.training.job import Job
 from momconv.training.memory import out_of_memory, release_memory
@@ -37,7 +38,11 @@ def validate(
         size = min(job.evaluation_batch, job.plan.micro_batch)
         try:
             # Uncompiled, as in momconv eval.
-            with uncompiled(wanted=job.recipe.train.compile), job.processes.noticing_losses():
+            with (
+                uncompiled(wanted=job.recipe.train.compile),
+                job.processes.noticing_losses(),
+                naming_exhaustion(),
+            ):
                 return evaluate(
                     job.networks[-1],
                     keep_rest(job.splits, progress).val,

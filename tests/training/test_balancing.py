@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import Log, Signals, read_metrics, read_tensors, small
+from torch.nn import functional
 
 from momconv.data.folder import ImageSet, Sample
 from momconv.recipe import DataRecipe
@@ -18,6 +19,7 @@ from momconv.training.balancing import (
     weigh_images,
 )
 from momconv.training.finetuning import finetune
+from momconv.training.gradients import weigh_labels
 from momconv.training.interruption import Interrupted
 
 
@@ -93,3 +95,22 @@ def test_a_balanced_run_goes_on_exactly(unequal: Path, tmp_path: Path, balance: 
     (row,) = read_metrics(tmp_path / "run")
     assert 0 <= float(row["val_macro_f1"]) <= 1
     assert 0 <= float(row["val_macro_recall"]) <= 1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_weight_of_an_image_does_not_change_its_best_answer(
+    smoothing: float, *, mixed: bool
+) -> None:
+    """However rare another class is, which smoothing gives its share too."""
+    weights = torch.tensor([0.5, 1.0, 40.0])
+    labels = torch.tensor([0, 2])
+    plain = functional.one_hot(labels, 3).float()
+    if mixed:
+        labels = plain = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]])
+    weighed = weigh_labels(labels, weights, smoothing)
+    per_image = (plain * weights).sum(1, keepdim=True)
+    torch.testing.assert_close(weighed.sum(1, keepdim=True), per_image)
+    if not mixed:
+        expected = (1 - smoothing) * plain + smoothing / 3
+        torch.testing.assert_close(weighed / per_image, expected)
