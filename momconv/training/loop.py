@@ -40,6 +40,7 @@ from momconv.training.saving import (
     go_back,
     go_back_and_slow_down,
     save,
+    save_event,
     saving_on_failure,
     write_plan,
 )
@@ -94,6 +95,12 @@ def train(job: Job, progress: Progress) -> None:
                 _finish_epoch(job, progress, scores, time.perf_counter() - began)
                 if not _is_done(job, progress):
                     _stop_if_asked(job, check)
+    if progress.epoch < job.recipe.train.epochs:
+        job.listener.tell(
+            f"note: stopped after {progress.epoch} of {job.recipe.train.epochs} epochs, the last "
+            f"{job.recipe.train.patience} of them without a better {job.recipe.train.monitor} "
+            "(train.patience)"
+        )
 
 
 def _begin_epoch(job: Job, progress: Progress) -> None:
@@ -110,13 +117,7 @@ def _begin_epoch(job: Job, progress: Progress) -> None:
 
 def _is_done(job: Job, progress: Progress) -> bool:
     train = job.recipe.train
-    if progress.epoch < train.epochs and has_stalled(progress.history, train):
-        job.listener.tell(
-            f"note: stopped after {progress.epoch} of {train.epochs} epochs, the last "
-            f"{train.patience} of them without a better {train.monitor} (train.patience)"
-        )
-        return True
-    return progress.epoch >= train.epochs
+    return progress.epoch >= train.epochs or has_stalled(progress.history, train)
 
 
 def _add_up(
@@ -136,6 +137,7 @@ def _add_up(
             _require_finite(job, progress, loss, step)
     except torch.OutOfMemoryError:
         halve(job, progress)
+        save_event(job, progress)
         return None
     except UnreadableImage as error:
         leave_out(job, progress, "train", error)
@@ -229,6 +231,7 @@ def _step(job: Job, progress: Progress) -> bool:
             ) from None
         go_back(job, progress)
         halve(job, progress)
+        save_event(job, progress)
         return False
     return True
 

@@ -1,11 +1,13 @@
 """Memory in a run: what is measured of it, and what happens when it runs out."""
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from momconv.errors import ResourceError
 from momconv.planner.measurement import measure, static_bytes
@@ -38,12 +40,10 @@ def measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) ->
         torch.OutOfMemoryError: The peak is above the limit that was asked for, which nothing else
             enforces on a CPU.
     """
-    for parameter in job.model.parameters():
-        if parameter.requires_grad and parameter.grad is None:  # as in all micro-batches but one
-            parameter.grad = torch.zeros_like(parameter)
     losses: list[Tensor] = []
     work = partial(add_gradients, job, images, labels, share)
-    peak = measure(lambda: losses.append(work()), job.device)
+    with _holding_gradients(job.model):
+        peak = measure(lambda: losses.append(work()), job.device)
     train = job.recipe.train
     static = static_bytes(job.model, train.optimizer, ema=train.ema > 0)
     _learn_peak(job, static.total + images.nbytes + labels.nbytes + peak)
@@ -51,6 +51,24 @@ def measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) ->
     if train.memory is not None and job.plan.is_exceeded:
         raise torch.OutOfMemoryError(f"above the limit of {train.memory}")
     return losses[0]
+
+
+@contextmanager
+def _holding_gradients(model: nn.Module) -> Iterator[None]:
+    """Every trained parameter has a gradient inside, as in all micro-batches but the first.
+
+    One that gets none keeps none: an optimiser would let it decay.
+    """
+    empty = [p for p in model.parameters() if p.requires_grad and p.grad is None]
+    untouched = {*empty}
+    with ExitStack() as hooks:
+        for parameter in empty:
+            parameter.grad = torch.zeros_like(parameter)
+            hook = parameter.register_post_accumulate_grad_hook(untouched.discard)
+            hooks.callback(hook.remove)
+        yield
+    for parameter in untouched:
+        parameter.grad = None
 
 
 def note_peak(job: Job) -> None:
@@ -67,7 +85,7 @@ def _learn_peak(job: Job, measured_bytes: int) -> None:
 
 
 def halve(job: Job, progress: Progress) -> None:
-    """Go on with smaller micro-batches, at the step at which memory ran out.
+    """Go on with smaller micro-batches, at the step at which memory ran out. Nothing is written.
 
     Raises:
         ResourceError: There are no smaller ones.
@@ -80,9 +98,6 @@ def halve(job: Job, progress: Progress) -> None:
     job.plan = smaller
     job.measured_sizes.clear()
     progress.halvings.append(Halving(progress.epoch + 1, progress.step + 1, smaller.micro_batch))
-    write_plan(job)
-    if job.processes.leads:
-        job.folder.write_history(progress)
     job.listener.tell(
         f"warning: {job.device} ran out of memory with micro-batches of {before}; epoch "
         f"{progress.epoch + 1}, step {progress.step + 1} is done again, with {smaller.micro_batch}"

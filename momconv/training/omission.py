@@ -14,13 +14,13 @@ from momconv.data.inspection import refuse_many_unreadable
 from momconv.recipe import DataRecipe
 from momconv.training.job import Job
 from momconv.training.progress import Listener, Omission, Progress, SplitName
+from momconv.training.saving import save_event
 
 
 def leave_out(job: Job, progress: Progress, split: SplitName, error: UnreadableImage) -> None:
-    """As ``omit``, in a run that has a folder."""
+    """As ``omit``, in a run that has a folder, whose state knows of it at once."""
     omit(progress, split, job.splits, error, recipe=job.recipe.data, listener=job.listener)
-    if job.processes.leads:
-        job.folder.write_history(progress)
+    save_event(job, progress)
 
 
 def omit(

@@ -81,6 +81,8 @@ class Processes:
         if self.count == 1:
             return
         trained = [p for p in model.parameters() if p.requires_grad]
+        somewhere = self.largest(*(parameter.grad is not None for parameter in trained))
+        trained = [p for p, has_gradient in zip(trained, somewhere, strict=True) if has_gradient]
         for parameter in trained:
             if parameter.grad is None:  # there was no image for this process
                 parameter.grad = torch.zeros_like(parameter)

@@ -26,9 +26,24 @@ from momconv.units import parse_duration
 
 def save(job: Job, progress: Progress) -> None:
     """Write the state; then, for people, the models and the numbers."""
+    _save_state(job, progress)
+    publish(job, progress)
+
+
+def save_event(job: Job, progress: Progress) -> None:
+    """Write the state after what went wrong in a step, then the plan and the numbers.
+
+    A run that is killed afterwards goes on with what was changed because of it.
+    """
+    _save_state(job, progress)
+    write_plan(job)
+    if job.processes.leads:
+        job.folder.write_history(progress)
+
+
+def _save_state(job: Job, progress: Progress) -> None:
     if job.processes.leads:
         save_state(job.folder, job.model, job.optimizer, progress, job.read_extras())
-    publish(job, progress)
 
 
 def publish(job: Job, progress: Progress) -> None:
@@ -131,9 +146,8 @@ class Autosave:
 
     def __call__(self) -> None:
         """Save if it is time."""
-        if self._job.processes.leads and self._is_due():
-            job = self._job
-            save_state(job.folder, job.model, job.optimizer, self._progress, job.read_extras())
+        if self._is_due():
+            _save_state(self._job, self._progress)
             self._saved = time.monotonic()
 
     def _is_due(self) -> bool:

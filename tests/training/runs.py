@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -100,3 +101,16 @@ class Damage(Signals):
                 file.write_bytes(b"")
             self.files = ()
         super().advance(title, done, total, text)
+
+
+class Copies(Damage):
+    """Copies the run's folder at the first step after a message: what a kill would leave."""
+
+    def __init__(self, folder: Path, copy: Path, message: str, files: Iterable[Path] = ()) -> None:
+        super().__init__(files)
+        self.folder, self.copy, self.message = folder, copy, message
+
+    def advance(self, title: str, done: int, total: int, text: str = "") -> None:
+        super().advance(title, done, total, text)
+        if not self.copy.exists() and any(self.message in told for told in self.told):
+            shutil.copytree(self.folder, self.copy)

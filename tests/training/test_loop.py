@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Log, Signals, read_tensors, small
+from runs import Copies, Log, Signals, assert_same, read_tensors, small
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 from torch.optim import SGD
@@ -103,13 +103,18 @@ def test_a_clipped_gradient_moves_the_weights_by_at_most_its_norm(colours: Path)
 # Out of memory
 
 
-def exhaust_memory(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
+ON_A_CPU = RuntimeError("[…] DefaultCPUAllocator: can't allocate memory: you tried to […]")
+
+
+def exhaust_memory(
+    monkeypatch: pytest.MonkeyPatch, *calls: int, error: Exception | None = None
+) -> None:
     """Let these micro-batches, counted from 1, run out of memory after their forward pass."""
     count = itertools.count(1)
 
     def cross_entropy(*args: Any, **kwargs: Any) -> torch.Tensor:
         if next(count) in calls:
-            raise torch.OutOfMemoryError
+            raise error or torch.OutOfMemoryError
         return F.cross_entropy(*args, **kwargs)
 
     monkeypatch.setattr(work, "F", SimpleNamespace(cross_entropy=cross_entropy))
@@ -126,9 +131,13 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("workers", "error"), [(0, None), (1, None), (0, ON_A_CPU)])
 def test_a_step_that_ran_out_of_memory_is_done_again_in_smaller_parts(
-    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    colours: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+    error: Exception | None,
 ) -> None:
     """As if the run had been stopped before that step, and resumed with smaller parts."""
     recipe = small(colours, "train.micro_batch=auto", f"data.workers={workers}")
@@ -138,7 +147,7 @@ def test_a_step_that_ran_out_of_memory_is_done_again_in_smaller_parts(
         update={"train": recipe.train.model_copy(update={"micro_batch": 2})}
     )
     finetune(smaller, tmp_path / "other", resume=True)
-    exhaust_memory(monkeypatch, 3)
+    exhaust_memory(monkeypatch, 3, error=error)
     log = Log()
     finetune(recipe, tmp_path / "run", listener=log)
     assert_same_tensors(tmp_path / "run", tmp_path / "other")
@@ -223,6 +232,44 @@ def test_a_run_that_halved_its_parts_can_be_interrupted_and_goes_on_with_them(
         assert read_plan(tmp_path / name)["micro_batch"] == 2
         events = (tmp_path / name / "events.jsonl").read_text()
         assert events.count("out_of_memory") == 1
+
+
+def test_a_run_that_is_killed_after_halving_goes_on_with_halves(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, run = small(colours, "train.micro_batch=auto"), tmp_path / "run"
+    copy = tmp_path / "copy"
+    exhaust_memory(monkeypatch, 3)
+    finetune(recipe, run, listener=Copies(run, copy, "ran out of memory"))
+    monkeypatch.undo()
+    finetune(recipe, copy, resume=True)
+    assert_same(run, copy)
+    assert (copy / "events.jsonl").read_text().count("out_of_memory") == 1
+
+
+class WithIdlePart(nn.Module):
+    """Has a layer that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Conv2d(3, 2, 8), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.used(x).flatten(1)
+        return y
+
+
+def test_measuring_gives_no_gradient_to_what_has_none(
+    colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = WithIdlePart()
+    recipe, splits = small(colours), find_splits(colours)
+    optimizer = SGD(model.parameters(), 0.1)
+    job = Job(recipe, RunFolder(Path()), splits, model, optimizer, PLAN, CPU, 0, SILENT)
+    monkeypatch.setattr(memory, "write_plan", lambda job: None)
+    memory.measure_gradients(job, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), 1.0)
+    assert model.used.weight.grad is not None
+    assert model.idle.weight.grad is None
 
 
 def test_where_parts_cannot_be_smaller_the_state_is_saved(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Damage, Log, assert_same, small
+from runs import Copies, Damage, Log, assert_same, small
 
 from momconv.errors import DataError
 from momconv.evaluation import evaluate
@@ -54,6 +54,15 @@ def test_images_that_break_are_named_counted_and_left_out(data: Path, tmp_path: 
         (1, None, str(val)),
     ]
     assert_scored_without(result, val)
+
+
+def test_a_run_that_is_killed_afterwards_goes_on_without_it(data: Path, tmp_path: Path) -> None:
+    (image, _), run, copy = choose(data), tmp_path / "run", tmp_path / "copy"
+    log = Copies(run, copy, "going on without it", [image])
+    finetune(small(data, LENIENT), run, listener=log)
+    image.unlink()
+    finetune(load_recipe(copy / "config.yaml"), copy, resume=True)
+    assert_same(run, copy)
 
 
 def assert_scored_without(result: Result, val: Path) -> None:

@@ -58,7 +58,8 @@ def test_a_run_stops_early_says_so_and_can_be_made_to_go_on(colours: Path, tmp_p
     changes = ["train.patience=1", "train.min_delta=1", "train.epochs=3", "train.schedule=constant"]
     result = finetune(small(colours, *changes), tmp_path / "run", listener=log)
     assert result.epochs == 2
-    assert log.told[-1].startswith("note: stopped after 2 of 3 epochs, the last 1 of them without")
+    (told,) = [text for text in log.told if "stopped" in text]
+    assert told.startswith("note: stopped after 2 of 3 epochs, the last 1 of them without")
     recipe = load_recipe(tmp_path / "run" / "config.yaml", ["train.patience=null"])
     assert finetune(recipe, tmp_path / "run", resume=True).epochs == 3
 
@@ -66,3 +67,7 @@ def test_a_run_stops_early_says_so_and_can_be_made_to_go_on(colours: Path, tmp_p
 def test_patience_needs_held_out_images(colours: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="without held-out images nothing says when to stop"):
         finetune(small(colours, "train.patience=1", "data.val_frac=0"), tmp_path / "run")
+    finetune(small(colours, "data.val_frac=0", "train.epochs=1"), tmp_path / "run")
+    recipe = load_recipe(tmp_path / "run" / "config.yaml", ["train.patience=1", "train.epochs=3"])
+    with pytest.raises(UsageError, match="without held-out images nothing says when to stop"):
+        finetune(recipe, tmp_path / "run", resume=True)
