@@ -71,6 +71,7 @@ _FIXED = [
     *("model.name", "model.arguments", "model.weights", "model.from_file"),
     *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
     *("momentum.calibrate", "momentum.anneal"),
+    *("data.train_dir", "data.val_dir", "data.unknown_classes"),
     *("data.resolution", "data.val_frac", "data.split_seed", "data.limit", "data.max_images"),
     *("train.batch_size", "train.optimizer", "train.seed", "train.freeze", "train.freeze_bn"),
     *("train.ema", "train.monitor"),
@@ -325,12 +326,15 @@ def _disk_bytes(model: nn.Module, recipe: Recipe) -> int:
 def _choose_rate(job: Job, progress: Progress) -> None:
     """Look for a learning rate, which from then on is the recipe's own."""
     network.start_training(job.model, job.recipe.train)
-    rate = find_rate(job, progress)
+    found = find_rate(job, progress)
+    rate = found or job.recipe.train.resolved_lr
     train = job.recipe.train.model_copy(update={"lr": rate})
     job.recipe = job.recipe.model_copy(update={"train": train})
     job.optimizer = make_optimizer(job.model, train)
     job.listener.tell(
         f"note: learning rate {rate:g}, a tenth of that with the lowest loss (lr_finder.csv)"
+        if found
+        else f"warning: the loss fell at no rate (lr_finder.csv), so it is the default, {rate:g}"
     )
 
 
@@ -344,16 +348,21 @@ def _calibrate(ready: _Ready, progress: Progress) -> None:
     recipe, listener, half = task.recipe, task.listener, plan.setting.precision != "fp32"
     original = network.load_plain(recipe.model, recipe.data.resolution)
     network.place(original, task.device)
+    alone = plan  # one process calibrates, which then takes more than its share of a batch
+    if task.processes.count > 1:
+        alone = plan_batches(ready.model, replace(plan.setting, processes=1))
     network.calibrate_on(
         splits.train,
         ready.model,
         original,
-        epochs=recipe.train.epochs,
-        batch_size=max(1, plan.micro_batch // 2) if half else plan.micro_batch,
+        recipe.train,
+        batch_size=max(1, alone.micro_batch // 2) if half else alone.micro_batch,
         workers=_choose_workers(task, splits, plan),
         listener=listener,
         leave_out=partial(omit, progress, "train", splits, recipe=recipe.data, listener=listener),
     )
+    if alone is not plan:
+        plan.apply(ready.model)
 
 
 def _resume(task: _Task) -> tuple[Job, Progress]:
@@ -367,6 +376,8 @@ def _resume(task: _Task) -> tuple[Job, Progress]:
     saved = load_newest(run, task.listener.tell, partial(network.make_own, recipe.model))
     model, progress = saved.model, saved.progress
     splits = recall_images(run.split, recipe.data.path, task.listener, progress=progress)
+    require_stages(model, recipe.train)
+    _require_validation(recipe, splits)
     _tell_of_another_machine(task)
     network.place(model, task.device)
     network.start_training(model, recipe.train)
@@ -405,6 +416,10 @@ def _recall_plan(run: RunFolder, setting: Setting, model: nn.Module) -> BatchPla
 def _check_images(recipe: Recipe, splits: Splits, listener: Listener) -> None:
     if imbalance := describe_imbalance(splits.train, recipe.data):
         listener.tell(imbalance)
+    _require_validation(recipe, splits)
+
+
+def _require_validation(recipe: Recipe, splits: Splits) -> None:
     if recipe.train.patience is not None and not splits.val.samples:
         raise UsageError(
             "train.patience: without held-out images nothing says when to stop",
@@ -501,7 +516,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _refuse_changes(before: Recipe, now: Recipe, run: RunFolder) -> None:
-    changes = _list_changes(before, now, _FIXED)
+    changes = _list_changes(before, _with_absolute_paths(now), _FIXED)
     if now.train.lr == "auto":
         changes.append(f"train.lr from {before.train.resolved_lr:g} to auto")
     if changes:

@@ -141,8 +141,8 @@ def calibrate_on(  # noqa: PLR0913 (one for each choice)
     images: ImageSet,
     model: nn.Module,
     original: nn.Module,
+    recipe: TrainRecipe,
     *,
-    epochs: int,
     batch_size: int,
     workers: int,
     listener: Listener,
@@ -150,23 +150,25 @@ def calibrate_on(  # noqa: PLR0913 (one for each choice)
 ) -> None:
     """Adapt ``model`` to its ``original``, on some of the training images, without labels.
 
-    This sees at most twice as many images as ``epochs`` of training, unless those are very few.
+    This sees at most twice as many images as the training, unless those are very few.
     ``leave_out`` hears of each that cannot be read any more, and may raise.
 
-    Training normalises with the statistics of these images, so the original gets them first: what
-    ``model`` is brought close to is the plain network as fine-tuning would find it.
+    Training normalises with the statistics of these images, unless BatchNorm is frozen, so the
+    original gets them first: what ``model`` is brought close to is the plain network as fine-tuning
+    would find it.
 
     Raises:
         KeyboardInterrupt: Ctrl-C came. No part of the run is on disk yet.
     """
     batches = _Batches(images, model, batch_size, workers, listener, leave_out)
-    calibrate(original, batches)
+    if not recipe.freeze_bn:
+        calibrate(original, batches)
     with _borrowed_head(model, original):
         done = calibrate(
             model,
             batches,
             original,
-            most_images=_SHARE * epochs * len(images.samples),
+            most_images=_SHARE * recipe.epochs * len(images.samples),
             progress=lambda done, steps, _left: listener.advance("calibrating", done, steps),
         )
     if done.imitation and done.imitation.interrupted:

@@ -50,8 +50,10 @@ class Point:
     smoothed: float
 
 
-def find_rate(job: Job, progress: Progress) -> float:
+def find_rate(job: Job, progress: Progress) -> float | None:
     """A good highest learning rate for the run that ``job`` is about to start.
+
+    None if the loss was lowest at the first, and so fell at no rate.
 
     The curve is written to the run folder as lr_finder.csv. A plan whose micro-batch turns out too
     large is halved, and an image that cannot be read any more left out, as in training.
@@ -89,13 +91,16 @@ def count_trials(run_steps: int) -> int:
     return min(STEPS, max(FEWEST, run_steps // _SHARE))
 
 
-def choose_rate(points: Sequence[Point]) -> float:
+def choose_rate(points: Sequence[Point]) -> float | None:
     """A tenth of the rate at which the smoothed loss is lowest (fastai's ``minimum``).
+
+    None if that is the first, of which the loss knows nothing yet.
 
     >>> choose_rate([Point(0.1, 2.0, 2.0), Point(0.2, 1.0, 1.5), Point(0.4, 9.0, 5.2)])
     0.02
     """
-    return float(f"{min(points, key=lambda point: point.smoothed).lr / 10:.3g}")
+    best = min(points, key=lambda point: point.smoothed)
+    return None if best is points[0] else float(f"{best.lr / 10:.3g}")
 
 
 def _exploded(job: Job, points: Sequence[Point]) -> MomconvError:

@@ -286,11 +286,19 @@ def test_a_finished_run_goes_on_with_more_epochs(straight: Result, tmp_path: Pat
         "momentum.anneal=1.0",
         "train.batch_size=4",
         "train.seed=1",
+        "data.val_dir=elsewhere",
     ],
 )
 def test_what_a_run_is_about_cannot_change(straight: Result, change: str) -> None:
     with pytest.raises(UsageError, match=f"cannot change {change.split('=')[0]}"):
         resume(straight.folder, change)
+
+
+def test_a_run_that_goes_on_must_have_something_to_learn(colours: Path, tmp_path: Path) -> None:
+    recipe = small(colours, "train.freeze=[head]", "train.epochs=1")
+    finetune(recipe, tmp_path / "run")
+    with pytest.raises(UsageError, match="head"):
+        resume(tmp_path / "run", "train.freeze_epochs=1")
 
 
 def test_a_run_without_the_memory_to_go_on_is_advised_only_what_it_can_change(

@@ -15,7 +15,7 @@ from momconv.data.folder import read_classes_folder
 from momconv.evaluation import Scores, evaluate
 from momconv.momentum.sequential import momentum_stages
 from momconv.planner.measurement import measure, static_bytes
-from momconv.recipe import MomentumRecipe, load_recipe
+from momconv.recipe import MomentumRecipe, TrainRecipe, load_recipe
 from momconv.surgery.conversion import convert
 from momconv.training import network
 from momconv.training.finetuning import finetune
@@ -211,8 +211,7 @@ def test_calibrating_takes_no_more_memory_than_the_planned_step(
         original = load_network("cifar_resnet20", trained)
         images = read_classes_folder(colours)
         network.calibrate_on(
-            *(images, model, original),
-            epochs=1,
+            *(images, model, original, TrainRecipe(epochs=1)),
             batch_size=8,
             workers=0,
             listener=SILENT,
@@ -255,3 +254,22 @@ def test_gamma_is_read_from_the_blocks_that_follow_the_rule() -> None:
     assert network.read_gamma(plain) == 0
     assert network.read_gamma(convert(plain, gamma=0)) == 0
     assert network.read_gamma(convert(plain, MomentumRecipe().gamma)) == 0.9
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_where_batch_norm_is_frozen_the_original_keeps_its_statistics(
+    colours: Path, trained: Path, *, frozen: bool
+) -> None:
+    original = load_network("cifar_resnet20", trained)
+    before = {key: value.clone() for key, value in original.named_buffers()}
+    network.calibrate_on(
+        *(read_classes_folder(colours), convert(original), original),
+        TrainRecipe(epochs=1, freeze_bn=frozen),
+        batch_size=8,
+        workers=0,
+        listener=SILENT,
+        leave_out=lambda error: pytest.fail(str(error)),
+    )
+    kept = [torch.equal(value, before[key]) for key, value in original.named_buffers()]
+    assert all(kept) is frozen

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import math
 from pathlib import Path
 
@@ -63,3 +64,18 @@ def test_a_loss_that_explodes_late_is_where_the_search_ends(
         rates = [float(row["lr"]) for row in csv.DictReader(file)]
     assert len(rates) < rate_finder.FEWEST
     assert rates[-2] <= 0.02 < rates[-1]  # whose step made the loss explode
+
+
+def test_where_the_loss_falls_at_no_rate_the_default_stays(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = itertools.count(1)
+
+    def rise(_job: Job, _x: Tensor, _y: Tensor, share: float) -> Tensor:
+        return torch.tensor(share * (1 + next(losses) / 100))
+
+    monkeypatch.setattr(rate_finder, "add_gradients", rise)
+    log, recipe = Log(), small(colours, "train.lr=auto", "train.epochs=1")
+    result = finetune(recipe, tmp_path / "run", listener=log)
+    assert result.recipe.train.lr == recipe.train.resolved_lr
+    assert [text for text in log.told if text.startswith("warning: the loss fell at no rate")]
