@@ -175,6 +175,23 @@ class Recipe(_Section):
     train: TrainRecipe = TrainRecipe()
     log: LogRecipe = LogRecipe()
 
+    def change(self, **sections: Mapping[str, Any]) -> Self:
+        """A copy in which fields of the sections have other values, which are not validated.
+
+        >>> Recipe().change(train={"epochs": 2}, data={"workers": 0}).train.epochs
+        2
+        """
+        changed = {name: getattr(self, name).model_copy(update=v) for name, v in sections.items()}
+        return self.model_copy(update=changed)
+
+    def with_absolute_paths(self) -> Self:
+        """The recipe as it must be to be replayed from another working directory."""
+        data = {name: getattr(self.data, name) for name in ("path", "train_dir", "val_dir")}
+        return self.change(
+            data={name: folder and folder.absolute() for name, folder in data.items()},
+            model={"from_file": self.model.from_file and self.model.from_file.absolute()},
+        )
+
     @model_validator(mode="after")
     def _check_file(self) -> Self:
         if self.model.from_file is None:
@@ -240,15 +257,10 @@ def shorten(recipe: Recipe) -> Recipe:
     >>> shorten(load_recipe(None, ["train.batch_size=8", "train.epochs=90"])).data.max_images
     16
     """
-    train = {"epochs": 1, "freeze_epochs": 0, "time_limit": None}
-    return recipe.model_copy(
-        update={
-            "momentum": recipe.momentum.model_copy(
-                update={"anneal": min(1, recipe.momentum.anneal)}
-            ),
-            "data": recipe.data.model_copy(update={"max_images": 2 * recipe.train.batch_size}),
-            "train": recipe.train.model_copy(update=train),
-        }
+    return recipe.change(
+        momentum={"anneal": min(1, recipe.momentum.anneal)},
+        data={"max_images": 2 * recipe.train.batch_size},
+        train={"epochs": 1, "freeze_epochs": 0, "time_limit": None},
     )
 
 

@@ -97,7 +97,14 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
         memory = available_bytes(place) + static_bytes(model, optimizer).weights
     limit = parse_bytes(memory) if isinstance(memory, str) else memory
     training = Training(resolution, precision, optimizer, device=device)
-    request = Request(training, batch_size, limit, micro_batch, strategy, may_change=may_change)
+    request = Request(
+        training,
+        batch_size=batch_size,
+        limit_bytes=limit,
+        micro_batch=micro_batch,
+        strategy=strategy,
+        may_change=may_change,
+    )
     return search(model, request)
 
 
@@ -167,7 +174,11 @@ def _choose(outlook: Outlook, strategy: Choice, micro_batch: int) -> tuple[Rank,
     rank, request = outlook.rank(strategy, micro_batch, outlook.speed), outlook.request
     peak = outlook.predict(strategy, micro_batch).peak
     return rank, Plan(
-        *(strategy, request.batch, micro_batch, peak, request.limit_bytes),
+        strategy=strategy,
+        batch_size=request.batch,
+        micro_batch=micro_batch,
+        peak=peak,
+        limit_bytes=request.limit_bytes,
         precision=request.training.precision,
         gamma=outlook.gamma,
         seconds_per_image=rank.seconds,

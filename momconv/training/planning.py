@@ -17,8 +17,8 @@ from momconv.planner.outlook import FEW, Change, Fixed, Request, has_batch_norm
 from momconv.planner.prediction import Choice, Training
 from momconv.planner.search import search
 from momconv.planner.speed import measure_speed
-from momconv.training.network import name_strategies
 from momconv.training.processes import Processes
+from momconv.training.progress import Listener
 from momconv.units import format_bytes, parse_bytes
 
 
@@ -163,32 +163,50 @@ def plan_batches(model: nn.Module, setting: Setting) -> BatchPlan:
     """
     device = torch.device(setting.device)
     training = Training(
-        setting.resolution, setting.precision, setting.optimizer, setting.ema, device.type
+        setting.resolution,
+        setting.precision,
+        setting.optimizer,
+        ema=setting.ema,
+        device=device.type,
     )
     limit = setting.find_limit(model)
     found = search(
         model,
         Request(
             training,
-            setting.own_batch_size,
-            limit,
-            setting.micro_batch,
-            setting.strategy,
-            setting.own_images,
-            lambda training: measure_speed(model, training, device, limit),
-            setting.may_change,
-            setting.fixed,
+            batch_size=setting.own_batch_size,
+            limit_bytes=limit,
+            micro_batch=setting.micro_batch,
+            strategy=setting.strategy,
+            images=setting.own_images,
+            find_speed=lambda training: measure_speed(model, training, device, limit),
+            may_change=setting.may_change,
+            fixed=setting.fixed,
         ),
     )
     plan = BatchPlan(
-        replace(setting, precision=found.precision, may_change=(), fixed=()),  # it is decided now
-        *(found.strategy, "", found.micro_batch, found.peak.total, limit),
+        setting=replace(setting, precision=found.precision, may_change=(), fixed=()),  # decided now
+        strategy=found.strategy,
+        stages="",
+        micro_batch=found.micro_batch,
+        predicted_bytes=found.peak.total,
+        limit_bytes=limit,
         predicted_seconds=found.seconds_per_image,
         is_calibrated=found.is_calibrated,
         gamma=found.gamma,
     )
     plan.apply(model)
-    return replace(plan, stages=name_strategies(model))
+    return replace(plan, stages=_name_strategies(model))
+
+
+def _name_strategies(model: nn.Module) -> str:
+    """How backward gets the activations of each stage of ``model``."""
+    stages: dict[str, list[str]] = {}
+    for name, stage in momentum_stages(model).items():
+        stages.setdefault(stage.strategy, []).append(name)
+    if len(stages) <= 1:
+        return next(iter(stages), "store")
+    return ", ".join(f"{'+'.join(names)} {strategy}" for strategy, names in stages.items())
 
 
 def plan_again(plan: BatchPlan, setting: Setting, model: nn.Module) -> BatchPlan:
@@ -231,3 +249,10 @@ def warn_of_noise(plan: BatchPlan, model: nn.Module) -> str | None:
         f"warning: BatchNorm sees only {fewest} of {plan.setting.batch} images at a time, whose "
         "statistics are noise; --freeze-bn keeps the trained ones"
     )
+
+
+def tell_of_plan(plan: BatchPlan, model: nn.Module, listener: Listener) -> None:
+    """How the batch is split, and what to mind."""
+    listener.tell(f"note: {plan}")
+    if warning := warn_of_noise(plan, model):
+        listener.tell(warning)

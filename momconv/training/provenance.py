@@ -13,6 +13,7 @@ from torch import nn
 from momconv._version import __version__
 from momconv.errors import ModelFileError
 from momconv.recipe import Recipe
+from momconv.training.progress import Listener
 from momconv.zoo.checkpoints import sha256
 from momconv.zoo.description import describe
 
@@ -84,3 +85,9 @@ def list_differences(before: Provenance, now: Provenance) -> list[str]:
         "fingerprint of the images": (before.images, now.images),
     }
     return [f"{name} is {new}, and was {old}" for name, (old, new) in pairs.items() if old != new]
+
+
+def tell_of_differences(before: Provenance, now: Provenance, listener: Listener) -> None:
+    """What is not as it was."""
+    for difference in list_differences(before, now):
+        listener.tell(f"warning: not as in the run of {before.started}: {difference}")

@@ -63,9 +63,7 @@ def find_rate(job: Job, progress: Progress) -> float | None:
         ResourceError: Memory is exhausted.
         DataError: Too many images cannot be read any more.
     """
-    recipe = job.recipe.model_copy(
-        update={"train": job.recipe.train.model_copy(update={"ema": 0.0})}
-    )
+    recipe = job.recipe.change(train={"ema": 0.0})
     optimizer = make_optimizer(job.model, recipe.train)
     trial = replace(job, recipe=recipe, optimizer=optimizer, processes=ALONE)
     rates = _list_rates(trial)

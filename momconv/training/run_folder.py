@@ -1,21 +1,16 @@
 """The folder of a run: what is in it, and what may be done with it."""
 
-import csv
-import io
 import itertools
-import json
-import math
 import os
 import shlex
 import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
-from momconv.files.atomic import is_temporary, remove, sweep, write_text
+from momconv.files.atomic import is_temporary, remove, sweep
 from momconv.recipe import Recipe
-from momconv.training.progress import EpochRow, Progress
 from momconv.units import format_bytes
 from momconv.zoo import own
 
@@ -282,21 +277,6 @@ class RunFolder:
                 fix="-o FOLDER",
             )
 
-    def write_history(self, progress: Progress) -> None:
-        """Write ``metrics`` and ``events``, whole: after a resume they hold nothing twice."""
-        rows = [asdict(row) for row in progress.history]
-        table = io.StringIO()
-        writer = csv.DictWriter(table, [f.name for f in fields(EpochRow)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.metrics, table.getvalue())
-        events = [{"event": "epoch"} | _finite(row) for row in rows]
-        events += [{"event": "out_of_memory"} | asdict(halving) for halving in progress.halvings]
-        events += [{"event": "not_finite"} | asdict(back) for back in progress.rollbacks]
-        events += [{"event": "unreadable_image"} | asdict(one) for one in progress.omissions]
-        events.sort(key=lambda event: (event["epoch"], event["event"] == "epoch"))
-        write_text(self.events, "".join(json.dumps(event) + "\n" for event in events))
-
     @property
     def _has_state(self) -> bool:
         return self.state.is_file() or self.previous.is_file()
@@ -321,8 +301,3 @@ class RunFolder:
     def _others(self, known: Collection[Path]) -> list[Path]:
         """What the folder holds besides."""
         return [p for p in sorted(self.path.iterdir()) if p not in known and not is_temporary(p)]
-
-
-def _finite(row: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The row without numbers that JSON does not have."""
-    return {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}

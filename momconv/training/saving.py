@@ -16,6 +16,7 @@ from momconv.files import model_file
 from momconv.files.atomic import write_text
 from momconv.training.annealing import anneal
 from momconv.training.board import write_board
+from momconv.training.history import write_history
 from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.job import Job
 from momconv.training.network import make_own
@@ -38,7 +39,7 @@ def save_event(job: Job, progress: Progress) -> None:
     _save_state(job, progress)
     write_plan(job)
     if job.processes.leads:
-        job.folder.write_history(progress)
+        write_history(job.folder, progress)
 
 
 def _save_state(job: Job, progress: Progress) -> None:
@@ -55,7 +56,7 @@ def publish(job: Job, progress: Progress) -> None:
     if epoch_ended and best is progress.history[-1]:
         _save_model(job, job.folder.best, progress)
     _save_model(job, job.folder.last, progress)
-    job.folder.write_history(progress)
+    write_history(job.folder, progress)
     if job.recipe.log.tensorboard:
         write_board(job.folder, progress.history)
 

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from momconv.recipe import TrainRecipe
+from momconv.data.folder import Splits
+from momconv.errors import UsageError
+from momconv.recipe import Recipe, TrainRecipe
 from momconv.training.progress import EpochRow
 
 
@@ -21,3 +23,17 @@ def has_stalled(history: Sequence[EpochRow], recipe: TrainRecipe) -> bool:
         else:
             waited += 1
     return waited >= recipe.patience
+
+
+def require_validation(recipe: Recipe, splits: Splits) -> None:
+    """Do nothing unless patience would wait for scores that there are not.
+
+    Raises:
+        UsageError: It would.
+    """
+    if recipe.train.patience is not None and not splits.val.samples:
+        raise UsageError(
+            "train.patience: without held-out images nothing says when to stop",
+            kind="usage.no_validation",
+            fix="--val-frac 0.2\n--set train.patience=null",
+        )

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from momconv.evaluation import ClassScore, Mistake, Scores
-from momconv.recipe import LogRecipe, load_recipe
+from momconv.recipe import load_recipe
 from momconv.reports import run_plots
 from momconv.reports.run import report_run
 from momconv.reports.run_plots import draw_confusion, draw_mistakes
@@ -100,8 +100,8 @@ def test_the_card_has_what_was_asked_for_and_no_path(folder: Path, run: Result) 
 
 
 def test_the_card_of_a_network_from_a_file_says_so(run: Result, tmp_path: Path) -> None:
-    model = run.recipe.model.model_copy(update={"from_file": Path("elsewhere/mine.safetensors")})
-    recipe = run.recipe.model_copy(update={"model": model, "log": LogRecipe(plots=False)})
+    file = Path("elsewhere/mine.safetensors")
+    recipe = run.recipe.change(model={"from_file": file}, log={"plots": False})
 
     report_run(replace(run, folder=tmp_path, recipe=recipe))
 
@@ -118,7 +118,7 @@ def test_the_config_has_timm_s_keys(folder: Path) -> None:
 
 
 def test_without_plots_everything_else_is_written(run: Result, tmp_path: Path) -> None:
-    recipe = run.recipe.model_copy(update={"log": LogRecipe(plots=False)})
+    recipe = run.recipe.change(log={"plots": False})
 
     report_run(replace(run, folder=tmp_path, recipe=recipe))
 

@@ -21,7 +21,7 @@ from momconv.momentum.sequential import momentum_stages
 from momconv.planner.prediction import peak_memory
 from momconv.recipe import Recipe, load_recipe
 from momconv.surgery.conversion import convert
-from momconv.training import finetuning, network
+from momconv.training import network, task
 from momconv.training.finetuning import Result, finetune
 from momconv.training.images import recall_images
 from momconv.training.interruption import Interrupted, TimeUp
@@ -56,7 +56,7 @@ def interrupt(recipe: Recipe, folder: Path, n: int) -> None:
 def test_shared_memory_is_looked_at_before_the_first_step(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetuning, "count_workers_that_fit", lambda *_: 1)
+    monkeypatch.setattr(task, "count_workers_that_fit", lambda *_: 1)
     with pytest.raises(ResourceError, match="3 processes that read micro-batches of ") as refused:
         finetune(small(colours, "data.workers=3"), tmp_path / "run")
     assert refused.value.fix is not None

@@ -143,9 +143,7 @@ def test_a_step_that_ran_out_of_memory_is_done_again_in_smaller_parts(
     recipe = small(colours, "train.micro_batch=auto", f"data.workers={workers}")
     with pytest.raises(Interrupted):
         finetune(recipe, tmp_path / "other", listener=Signals(3))
-    smaller = recipe.model_copy(
-        update={"train": recipe.train.model_copy(update={"micro_batch": 2})}
-    )
+    smaller = recipe.change(train={"micro_batch": 2})
     finetune(smaller, tmp_path / "other", resume=True)
     exhaust_memory(monkeypatch, 3, error=error)
     log = Log()

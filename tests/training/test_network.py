@@ -18,6 +18,7 @@ from momconv.planner.measurement import measure, static_bytes
 from momconv.recipe import MomentumRecipe, TrainRecipe, load_recipe
 from momconv.surgery.conversion import convert
 from momconv.training import network
+from momconv.training.calibrating import calibrate_on, needs_calibration
 from momconv.training.finetuning import finetune
 from momconv.training.interruption import Interrupted
 from momconv.training.planning import Setting, plan_batches
@@ -210,7 +211,7 @@ def test_calibrating_takes_no_more_memory_than_the_planned_step(
     def work() -> None:
         original = load_network("cifar_resnet20", trained)
         images = read_classes_folder(colours)
-        network.calibrate_on(
+        calibrate_on(
             *(images, model, original, TrainRecipe(epochs=1)),
             batch_size=8,
             workers=0,
@@ -243,10 +244,10 @@ def test_only_trained_weights_that_were_just_converted_are_calibrated(tmp_path: 
     plain = build("cifar_resnet20")
     converted = convert(plain)
     recipe = load_recipe(None)
-    assert network.needs_calibration(converted, recipe)
-    assert not network.needs_calibration(plain, recipe)
+    assert needs_calibration(converted, recipe)
+    assert not needs_calibration(plain, recipe)
     for change in ("model.weights=none", "model.from_file=a", "momentum.calibrate=false"):
-        assert not network.needs_calibration(converted, load_recipe(None, [change]))
+        assert not needs_calibration(converted, load_recipe(None, [change]))
 
 
 def test_gamma_is_read_from_the_blocks_that_follow_the_rule() -> None:
@@ -263,7 +264,7 @@ def test_where_batch_norm_is_frozen_the_original_keeps_its_statistics(
 ) -> None:
     original = load_network("cifar_resnet20", trained)
     before = {key: value.clone() for key, value in original.named_buffers()}
-    network.calibrate_on(
+    calibrate_on(
         *(read_classes_folder(colours), convert(original), original),
         TrainRecipe(epochs=1, freeze_bn=frozen),
         batch_size=8,

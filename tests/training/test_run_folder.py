@@ -7,6 +7,7 @@ import pytest
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.recipe import load_recipe
+from momconv.training.history import write_history
 from momconv.training.progress import EpochRow, Halving, Progress
 from momconv.training.run_folder import RunFolder, find_last_run, name_folder
 
@@ -150,7 +151,7 @@ def test_metrics_are_a_table_and_events_are_objects(tmp_path: Path) -> None:
     rows = [EpochRow(1, 0.5, 0.25, 1 / 3, 1e-5, 7.5, 2**30, 9.0, 0.9)]
     rows += [EpochRow(2, 0.25, None, None, 0.0, 7.5, 2**20, 9.0)]
     run = RunFolder(tmp_path)
-    run.write_history(Progress(rows, halvings=[Halving(2, 3, 4)]))
+    write_history(run, Progress(rows, halvings=[Halving(2, 3, 4)]))
     assert run.metrics.read_text().splitlines() == [
         "epoch,train_loss,val_loss,val_top1,lr,images_per_second,peak_bytes,seconds,gamma"
         ",val_macro_f1,val_macro_recall",
@@ -177,6 +178,6 @@ def test_metrics_are_a_table_and_events_are_objects(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_leaves_events_readable(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    run.write_history(Progress([EpochRow(1, 0.5, math.nan, 0.5, 0.1, 7.5, 2**20, 9.0)]))
+    write_history(run, Progress([EpochRow(1, 0.5, math.nan, 0.5, 0.1, 7.5, 2**20, 9.0)]))
     assert json.loads(run.events.read_text())["val_loss"] is None
     assert ",nan," in run.metrics.read_text()

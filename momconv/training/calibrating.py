@@ -1,0 +1,158 @@
+"""Calibrating the network of a run before its first step, on the training images."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from momconv.data.dataset import LabelledImages, make_loader, read_batches
+from momconv.data.decoding import UnreadableImage
+from momconv.data.folder import ImageSet
+from momconv.data.transforms import evaluation_transform
+from momconv.recipe import Recipe, TrainRecipe
+from momconv.surgery.calibration import Calibration, calibrate
+from momconv.training.batches import split_epoch
+from momconv.training.network import read_gamma
+from momconv.training.progress import Listener
+from momconv.zoo.description import describe
+from momconv.zoo.networks import find_head
+
+_IMAGES = 2000
+_BATCH = 100
+_SHARE = 2  # of the images that training sees
+
+
+def needs_calibration(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether ``model`` was converted just now, with weights worth keeping, and nobody minds."""
+    start, wanted = recipe.model, recipe.momentum.calibrate
+    just_converted = start.from_file is None and start.weights != "none"
+    return wanted and just_converted and read_gamma(model) > 0
+
+
+def calibrate_on(  # noqa: PLR0913 (one for each choice)
+    images: ImageSet,
+    model: nn.Module,
+    original: nn.Module,
+    recipe: TrainRecipe,
+    *,
+    batch_size: int,
+    workers: int,
+    listener: Listener,
+    leave_out: Callable[[UnreadableImage], None],
+) -> None:
+    """Adapt ``model`` to its ``original``, on some of the training images, without labels.
+
+    This sees at most twice as many images as the training, unless those are very few.
+    ``leave_out`` hears of each that cannot be read any more, and may raise.
+
+    Training normalises with the statistics of these images, unless BatchNorm is frozen, so the
+    original gets them first: what ``model`` is brought close to is the plain network as fine-tuning
+    would find it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came. No part of the run is on disk yet.
+    """
+    batches = _Batches(images, model, batch_size, workers, listener, leave_out)
+    if not recipe.freeze_bn:
+        calibrate(original, batches)
+    with _borrowed_head(model, original):
+        done = calibrate(
+            model,
+            batches,
+            original,
+            most_images=_SHARE * recipe.epochs * len(images.samples),
+            progress=lambda done, steps, _left: listener.advance("calibrating", done, steps),
+        )
+    if done.imitation and done.imitation.interrupted:
+        raise KeyboardInterrupt
+    listener.tell(_describe_calibration(done, batches.images))
+
+
+class _Batches:
+    """Some of the training images in batches of one size, as they are evaluated.
+
+    In place of one that cannot be read any more there is another one, twice.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        model: nn.Module,
+        batch_size: int,
+        workers: int,
+        listener: Listener,
+        leave_out: Callable[[UnreadableImage], None],
+    ) -> None:
+        chosen = split_epoch(len(images.samples), _IMAGES, seed=0, epoch=0)[0]
+        self._size = min(batch_size, _BATCH, len(chosen))
+        self.images = len(chosen) // self._size * self._size  # every batch counts the same
+        self._chosen = images.select(chosen[: self.images])
+        self._transform = evaluation_transform(describe(model).preprocessing)
+        self._workers, self._leave_out = workers, leave_out
+        self._loader = self._make_loader()
+        self._titles = iter(
+            ["adapting BatchNorm to these images", "adapting it to momentum", "holding out images"]
+        )
+        self._listener = listener
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The listener hears of the first passes; then it hears of the steps."""
+        title = next(self._titles, None)
+        for done, pictures in enumerate(self._read()):
+            if title is not None:
+                self._listener.advance(title, done * self._size, self.images)
+            yield pictures
+
+    def _read(self) -> Iterator[Tensor]:
+        done = 0
+        while done < self.images // self._size:
+            try:
+                for pictures, _ in itertools.islice(read_batches(self._loader), done, None):
+                    yield pictures
+                    done += 1
+            except UnreadableImage as error:
+                self._leave_out(error)
+                self._replace(error.path)
+
+    def _replace(self, path: Path) -> None:
+        samples = self._chosen.samples
+        rest = itertools.cycle([sample for sample in samples if sample.path != path])
+        others = tuple(next(rest) if sample.path == path else sample for sample in samples)
+        self._chosen = replace(self._chosen, samples=others)
+        self._loader = self._make_loader()
+
+    def _make_loader(self) -> "DataLoader[tuple[Tensor, Tensor]]":
+        dataset = LabelledImages(self._chosen, self._transform, seed=None)
+        workers = self._workers
+        return make_loader(
+            dataset, workers=workers, batch_size=self._size, persistent_workers=workers > 0
+        )
+
+
+@contextmanager
+def _borrowed_head(model: nn.Module, original: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` has the final layer of ``original``: one for new classes says nothing."""
+    name = find_head(model)
+    own = model.get_submodule(name)
+    model.set_submodule(name, original.get_submodule(name))
+    try:
+        yield
+    finally:
+        model.set_submodule(name, own)
+
+
+def _describe_calibration(done: Calibration, images: int) -> str:
+    if done.imitation is None:
+        return (
+            f"note: re-estimated BatchNorm's statistics on {images} training images; refining gains"
+            " and norms too takes micro-batches of 5 or more"
+        )
+    before, after = done.imitation.before, done.imitation.after
+    return (
+        f"note: calibrated on {images} training images; the mean divergence from the original fell "
+        f"from {before:.3g} to {after:.3g} nats"
+    )
