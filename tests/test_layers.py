@@ -28,6 +28,7 @@ LAYERS = [
     "demo",
     "diagnosis",
     "reports",
+    "converting",
     "__init__",
     "cli",
     "__main__",

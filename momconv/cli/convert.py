@@ -1,25 +1,23 @@
 """``momconv convert``."""
 
 from collections.abc import Mapping
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from momconv.cli._console import out, print_json
-from momconv.cli._conversion import (
-    Means,
-    Scheme,
-    convert_network,
-    parse_distillation,
-    revert_network,
-)
+from momconv.cli._display import Display
 from momconv.cli._options import ArgumentOption, JsonOption, NetworkOption, OverwriteOption
 from momconv.cli._own import Function
 from momconv.errors import UsageError
 from momconv.files.atomic import require_free
-from momconv.units import parse_share
+from momconv.units import parse_duration, parse_share
+
+if TYPE_CHECKING:
+    from momconv.reports.conversion import Conversion
+    from momconv.reports.reversion import Reversion
 
 _INTERRUPTED = 130  # exit code
 _COUNTS = (2000, 5000)  # images, without and with distillation
@@ -154,23 +152,31 @@ def convert(  # noqa: PLR0913 (one for each option)
     }
     _check_combination(given, back, calibrate, distill)
     length = parse_distillation(distill) if distill else None
+    share, number = parse_share(max_drift or "1%", "--max-drift"), _read_gamma(gamma or "0.9")
+
+    from momconv.converting import Means, Scheme, convert_network, revert_network
+
     means = Means(calibrate, verify, max_images or _COUNTS[bool(length)], seed, length, device)
     scheme = Scheme(
         model=model or "",
         arguments=tuple(arg or []),
         resolution=resolution or 224,
         weights=weights or "DEFAULT",
-        gamma=_read_gamma(gamma or "0.9"),
-        max_drift=parse_share(max_drift or "1%", "--max-drift"),
+        gamma=number,
+        max_drift=share,
         stages=stages or "auto",
         velocity=velocity or "zero",
         gain=gain is not False,
     )
     path = output or Path(f"{back.stem}-plain.safetensors" if back else scheme.file_name)
     require_free(path, overwrite=overwrite)
-    load = Function(network, arg).load
-    work = partial(revert_network, back, load) if back else partial(convert_network, scheme)
-    done = work(means, path)
+    with ExitStack() as bars:
+        done: Conversion | Reversion
+        if back:
+            load = Function(network, arg).load
+            done = revert_network(back, means, path, Display(bars), load)
+        else:
+            done = convert_network(scheme, means, path, Display(bars))
     if json_output:
         print_json({"ok": True, **done.to_json()})
     else:
@@ -178,6 +184,27 @@ def convert(  # noqa: PLR0913 (one for each option)
             out.print(part, soft_wrap=True)
     if done.interrupted:
         raise typer.Exit(_INTERRUPTED)
+
+
+def parse_distillation(text: str) -> int | float:
+    """Epochs, an int, or minutes, a float.
+
+    >>> parse_distillation("6"), parse_distillation("90s")
+    (6, 1.5)
+
+    Raises:
+        UsageError: ``text`` is neither.
+    """
+    if text.isdecimal() and int(text):
+        return int(text)
+    try:
+        return parse_duration(text) / 60
+    except UsageError as error:
+        raise UsageError(
+            f"--distill {text}: {text!r} is neither a number of epochs nor a duration",
+            kind=error.kind,
+            fix="--distill 6\n--distill 5min",
+        ) from error
 
 
 def _check_combination(
