@@ -27,6 +27,7 @@ from momconv.surgery.conversion import convert, revert, summarise
 from momconv.surgery.drift import Reference
 from momconv.surgery.ladder import LADDER, Choice, find_gamma
 from momconv.training.progress import SILENT, Listener
+from momconv.words import list_some, plural
 from momconv.zoo.checkpoints import is_converted
 from momconv.zoo.description import describe
 from momconv.zoo.networks import check_name, is_known
@@ -315,11 +316,10 @@ def _warn_of_images(images: AdaptationImages, listener: Listener) -> None:
     if images.adapting is None:
         return
     if bad := images.adapting.unreadable:
-        listed = "\n".join(f"  {error.message}" for error in bad[:_SHOWN])
-        more = f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        listener.tell(
-            f"warning: {len(bad)} images left out because they are unreadable\n{listed}{more}"
+        listed = "".join(
+            f"\n  {line}" for line in list_some([error.message for error in bad], _SHOWN)
         )
+        listener.tell(f"warning: {plural(len(bad), 'image')} left out for being unreadable{listed}")
     readable = len(images.adapting.paths) - len(bad)
     if readable < _FEW:
         listener.tell(f"warning: only {readable} images to calibrate on; {_FEW} or more are better")

@@ -25,10 +25,11 @@ from torchmetrics.classification import (
 
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.decoding import UnreadableImage
-from momconv.data.folder import SPLITS, ImageSet, plural
+from momconv.data.folder import SPLITS, ImageSet
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError
 from momconv.states import in_eval_mode
+from momconv.words import plural
 from momconv.zoo.description import describe
 
 T = TypeVar("T")

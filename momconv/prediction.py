@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from momconv.data.calibration_images import CalibrationImages
-from momconv.data.folder import list_images, printable
+from momconv.data.folder import list_images
 from momconv.errors import DataError
 from momconv.states import in_eval_mode
+from momconv.words import printable
 from momconv.zoo.description import Description, describe
 
 

@@ -12,6 +12,7 @@ LAYERS = [
     "_version",
     "errors",
     "units",
+    "words",
     "states",
     "heap",
     "recipe",
@@ -33,7 +34,13 @@ LAYERS = [
     "cli",
     "__main__",
 ]
-NO_TORCH = ["momconv.errors", "momconv.units", "momconv.recipe", "momconv.data.splits"]
+NO_TORCH = [
+    "momconv.errors",
+    "momconv.units",
+    "momconv.words",
+    "momconv.recipe",
+    "momconv.data.splits",
+]
 NO_TORCH += ["momconv.cookbook"]
 NO_TORCH += [f"momconv.cli.{path.stem}" for path in PACKAGE.glob("cli/*.py")]
 

@@ -212,9 +212,9 @@ def _print_json(
 
 def _find_held_out(file: Path, data: Path, description: "Description") -> "ImageSet | None":
     """The images of ``data`` that the run of ``file`` held out, if it did."""
-    from momconv.data.folder import plural, printable
     from momconv.training.images import find_held_out
     from momconv.training.run_folder import RunFolder
+    from momconv.words import plural, printable
 
     images = find_held_out(RunFolder(file.parent).split, data)
     if images is None or images.classes != description.classes:

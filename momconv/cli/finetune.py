@@ -376,7 +376,7 @@ def _name_own(recipe: Recipe) -> str:
 
 
 def _print_result(result: "Result", recipe: Recipe) -> None:
-    from momconv.data.folder import printable
+    from momconv.words import printable
 
     best, own = result.best_epoch, _name_own(recipe)
     if best.val_top1 is not None:

@@ -60,10 +60,10 @@ def predict(  # noqa: PLR0913 (one for each option)
             f"--json and --format {format_} exclude each other",
             kind="usage.exclusive_options",
         )
-    from momconv.data.folder import printable
     from momconv.planner.devices import find_device
     from momconv.prediction import list_files
     from momconv.prediction import predict as say
+    from momconv.words import printable
     from momconv.zoo.description import describe
 
     where = find_device(device)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from momconv.data.calibration_images import CalibrationImages, choose_images
-from momconv.data.folder import printable
 from momconv.data.verification_images import find_verification_images
+from momconv.words import printable
 from momconv.zoo.description import Description
 
 _HELD_OUT = 5  # one image in so many

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from momconv.data.folder import FORMATS, printable
+from momconv.data.folder import FORMATS
 from momconv.errors import DataError
+from momconv.words import printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

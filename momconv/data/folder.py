@@ -20,6 +20,7 @@ from PIL import Image
 
 from momconv.data.splits import hold_out
 from momconv.errors import DataError
+from momconv.words import plural, printable
 
 Image.init()
 # Formats that Pillow names but that hold no pixels it can read by itself. (EPS starts Ghostscript.)
@@ -194,27 +195,6 @@ def list_images(root: Path) -> list[Path]:
     """
     _require_folder(root)
     return sorted(_images(root)) or _refuse_empty(root)
-
-
-def printable(name: str | Path) -> str:
-    r"""``name`` on one line, with what a terminal would obey or could not show written out.
-
-    >>> print(printable("two\nlines\x1b[31m"))
-    two\nlines\x1b[31m
-    """
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(name)
-    )
-
-
-def plural(count: int, noun: str) -> str:
-    """A number of things.
-
-    >>> plural(1, "class"), plural(2, "class"), plural(0, "image")
-    ('1 class', '2 classes', '0 images')
-    """
-    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
-    return f"{count} {noun}{ending}"
 
 
 def _walk(root: Path, *above: Path) -> Iterator[Path]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from momconv.data.examination import Finding, examine_all
-from momconv.data.folder import ImageSet, plural, printable
+from momconv.data.folder import ImageSet
 from momconv.errors import DataError
+from momconv.words import list_some, plural, printable
 
 _SHOWN = 5  # unreadable files that a message names
 
@@ -134,5 +135,4 @@ def _note_converted(findings: Mapping[Path, Finding]) -> tuple[str, ...]:
 
 
 def _shown(bad: Sequence[str]) -> str:
-    more = [f"and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
-    return "\n".join(f"  {line}" for line in [*bad[:_SHOWN], *more])
+    return "\n".join(f"  {line}" for line in list_some(bad, _SHOWN))

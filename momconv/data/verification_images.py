@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from momconv.data.calibration_images import CalibrationImages, choose
-from momconv.data.folder import ImageSet, find_evaluation_set, list_images, plural
+from momconv.data.folder import ImageSet, find_evaluation_set, list_images
 from momconv.errors import DataError
+from momconv.words import plural
 from momconv.zoo.description import Description
 
 

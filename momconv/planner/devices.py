@@ -5,6 +5,7 @@ import os
 import torch
 
 from momconv.errors import ResourceError, UsageError
+from momconv.words import plural
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -28,7 +29,7 @@ def find_device(name: str = "auto") -> torch.device:
 
 def _missing(name: str) -> ResourceError:
     count = torch.cuda.device_count()
-    seen = "no GPU" if count == 0 else f"{count} GPU{'s' if count > 1 else ''}, numbered from 0"
+    seen = "no GPU" if count == 0 else f"{plural(count, 'GPU')}, numbered from 0"
     return ResourceError(
         f"--device {name}: this PyTorch ({torch.__version__}) sees {seen}\n"
         f"built for: {_built_for()} · "

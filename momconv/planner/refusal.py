@@ -9,6 +9,7 @@ from momconv.errors import ResourceError, UsageError
 from momconv.planner.outlook import GAMMAS, SLACK, Outlook, list_strategies, raise_gamma
 from momconv.planner.prediction import Choice, PeakMemory
 from momconv.units import format_bytes
+from momconv.words import plural
 from momconv.zoo.stages import find_stages, freeze
 
 _GRID = 32  # pixels; the resolutions that classification networks divide evenly
@@ -27,7 +28,7 @@ def does_not_fit(outlook: Outlook) -> ResourceError:
     leanest = min(reversed(totals), key=lambda name: totals[name] // 2**20)
     peak, images = outlook.predict(leanest, size).peak, request.largest_part(size)
     return ResourceError(
-        f"a micro-batch of {images} image{'s' if images > 1 else ''} does not fit: it needs "
+        f"a micro-batch of {plural(images, 'image')} does not fit: it needs "
         f"{format_bytes(peak.total)} ({leanest}), the limit is "
         f"{format_bytes(request.limit_bytes)}\n{_break_down(peak)}",
         kind="memory.does_not_fit",

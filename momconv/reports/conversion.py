@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from momconv.data.folder import plural, printable
 from momconv.planner.saving import Saving
 from momconv.reports.drift import describe_drift, show_facts, show_steps
 from momconv.reports.stages import tabulate_stages
@@ -18,6 +17,7 @@ from momconv.surgery.certificate import Certificate
 from momconv.surgery.conversion import Stage
 from momconv.surgery.ladder import LADDER, Attempt
 from momconv.units import format_bytes
+from momconv.words import plural, printable
 
 _GOOD = 0.95  # agreement, below which something should be done
 _MANY = 5000  # images, of which more hardly help

@@ -6,9 +6,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from momconv.data.folder import plural
 from momconv.surgery.adaptation import Step
 from momconv.surgery.drift import Drift
+from momconv.words import plural
 
 _TOLD = {
     "swapped": "rule swapped",

@@ -10,7 +10,6 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 
-from momconv.data.folder import plural, printable
 from momconv.errors import ModelFileError
 from momconv.files.model_file import read_metadata, read_skeleton
 from momconv.reports.drift import describe_drift, show_facts
@@ -18,6 +17,7 @@ from momconv.reports.stages import tabulate_stages
 from momconv.surgery.certificate import Certificate
 from momconv.surgery.conversion import Stage, summarise
 from momconv.units import format_bytes
+from momconv.words import plural, printable
 from momconv.zoo.description import Description, Preprocessing, describe
 
 _SHOWN = 10  # classes; --json has them all

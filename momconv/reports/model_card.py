@@ -7,12 +7,12 @@ from typing import Any
 import yaml
 
 from momconv._version import __version__
-from momconv.data.folder import plural, printable
 from momconv.evaluation import Scores
 from momconv.recipe import Recipe
 from momconv.reports.inspection import describe_input
 from momconv.training.finetuning import Result
 from momconv.units import format_bytes
+from momconv.words import plural, printable
 from momconv.zoo import own
 from momconv.zoo.description import Description
 

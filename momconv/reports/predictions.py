@@ -6,8 +6,8 @@ import io
 from rich.table import Table
 from rich.text import Text
 
-from momconv.data.folder import printable
 from momconv.prediction import Guess, Predictions
+from momconv.words import printable
 
 
 def tabulate_predictions(predictions: Predictions) -> Table:

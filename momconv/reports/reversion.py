@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from momconv.data.folder import plural, printable
 from momconv.reports.drift import describe_drift, show_facts, show_steps
 from momconv.surgery.adaptation import Step
 from momconv.surgery.certificate import Accuracy
 from momconv.surgery.drift import Drift
 from momconv.units import format_bytes
+from momconv.words import plural, printable
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,14 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from momconv.data.dataset import LabelledImages
 from momconv.data.decoding import decode
-from momconv.data.folder import ImageSet, printable
+from momconv.data.folder import ImageSet
 from momconv.data.transforms import training_transform
 from momconv.evaluation import Mistake, Scores
 from momconv.files.atomic import write_atomically
 from momconv.recipe import Recipe
 from momconv.training.planning import BatchPlan
 from momconv.training.progress import EpochRow
+from momconv.words import printable
 from momconv.zoo.description import Preprocessing
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from momconv.data.folder import plural, printable
 from momconv.evaluation import ClassScore, Mistake, Scores
+from momconv.words import plural, printable
 
 _MOST_ROWS = 30  # above, only the worst classes
 _WORST = 10

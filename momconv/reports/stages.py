@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from momconv.data.folder import printable
 from momconv.surgery.certificate import Certificate, StageCertificate
 from momconv.surgery.conversion import Stage
+from momconv.words import printable
 
 
 def tabulate_stages(

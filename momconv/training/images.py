@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from momconv.data.examination import Finding, examine_all
-from momconv.data.folder import ImageSet, Sample, Splits, find_splits, plural, printable
+from momconv.data.folder import ImageSet, Sample, Splits, find_splits
 from momconv.data.inspection import (
     Inspection,
     check_images,
@@ -25,6 +25,7 @@ from momconv.recipe import DataRecipe
 from momconv.training.omission import keep_rest
 from momconv.training.progress import SILENT, Listener, Progress
 from momconv.training.run_folder import RunFolder
+from momconv.words import list_some, plural, printable
 
 _SHOWN = 5  # files that an error names
 
@@ -230,13 +231,10 @@ def _examine(images: ImageSet, listener: Listener) -> dict[Path, Finding]:
 def _changed(root: Path, changed: Sequence[Path]) -> DataError:
     gone = [path for path in changed if not path.is_file()]
     others = [path for path in changed if path not in gone]
-    lines = [f"  {printable(p)}: gone" for p in gone] + [
-        f"  {printable(p)}: changed" for p in others
-    ]
-    more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    lines = [f"{printable(p)}: gone" for p in gone] + [f"{printable(p)}: changed" for p in others]
     return DataError(
         f"{plural(len(changed), 'image')} of the run changed since in {printable(root)}\n"
-        + "\n".join([*lines[:_SHOWN], *more]),
+        + "\n".join(f"  {line}" for line in list_some(lines, _SHOWN)),
         kind="data.changed",
         fix="--data FOLDER",
     )

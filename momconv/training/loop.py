@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from momconv.data.decoding import UnreadableImage
-from momconv.data.folder import printable
 from momconv.errors import DataError, ResourceError
 from momconv.evaluation import Scores
 from momconv.heap import keeping_freed_memory
@@ -49,6 +48,7 @@ from momconv.training.steps import Step, Steps
 from momconv.training.stopping import has_stalled
 from momconv.training.validation import validate
 from momconv.units import format_bytes
+from momconv.words import list_some, printable
 from momconv.zoo.stages import ALL_BUT_HEAD, freeze
 
 _SHOWN = 5  # files that an error names
@@ -279,12 +279,11 @@ def _require_finite(job: Job, progress: Progress, loss: Tensor, step: Step) -> N
         return  # the step is left out, and the next ones have a smaller scale
     what = "a gradient" if math.isfinite(loss) else f"the loss ({float(loss)})"
     names = [printable(job.splits.train.samples[index].path) for index in step.indices]
-    more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     lower = job.recipe.train.resolved_lr / 10
     raise NotFinite(
         f"{what} is not finite, in epoch {progress.epoch + 1}, step {progress.step + 1} of "
         f"{job.steps_per_epoch}\nits images:\n"
-        + "\n".join(f"  {name}" for name in [*names[:_SHOWN], *more]),
+        + "\n".join(f"  {name}" for name in list_some(names, _SHOWN)),
         kind="train.not_finite",
         fix=f"{job.folder.resume_command} --lr {lower:g}",
     )

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from momconv.data.decoding import UnreadableImage
 from momconv.data.examination import examine
-from momconv.data.folder import ImageSet, Splits, printable
+from momconv.data.folder import ImageSet, Splits
 from momconv.data.inspection import refuse_many_unreadable
 from momconv.recipe import DataRecipe
 from momconv.training.job import Job
 from momconv.training.progress import Listener, Omission, Progress, SplitName
 from momconv.training.saving import save_event
+from momconv.words import printable
 
 
 def leave_out(job: Job, progress: Progress, split: SplitName, error: UnreadableImage) -> None:

@@ -130,7 +130,7 @@ def test_calibration_uses_at_most_so_many_images_and_leaves_out_broken_ones(
     shutil.copytree(colours, here / "images")
     (here / "images" / "red" / "broken.jpg").write_bytes(b"x")
     ran = run(*SMALL, "--calibrate", "images", "--json")
-    assert "1 images left out because they are unreadable\n  images/red/broken.jpg" in ran.stderr
+    assert "1 image left out for being unreadable\n  images/red/broken.jpg" in ran.stderr
     assert json.loads(ran.stdout)["calibration"]["images"] == 19
     document = converted(*SMALL, "--calibrate", colours, "--max-images", "7", "--overwrite")
     assert document["calibration"]["images"] == 6

@@ -5,14 +5,9 @@ from pathlib import Path
 import pytest
 from pictures import save_classes, save_picture
 
-from momconv.data.folder import (
-    find_evaluation_set,
-    find_splits,
-    list_images,
-    printable,
-    read_classes_folder,
-)
+from momconv.data.folder import find_evaluation_set, find_splits, list_images, read_classes_folder
 from momconv.errors import DataError, UsageError
+from momconv.words import printable
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "dev", "Val"])
