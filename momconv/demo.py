@@ -5,7 +5,6 @@ plain network, which stands for a pretrained one. The other half is divided into
 on and images that no training sees. All networks are compared on the latter.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from momconv.data.folder import read_classes_folder
 from momconv.data.splits import hold_out
 from momconv.errors import ResourceError, UsageError
 from momconv.evaluation import Scores, evaluate
+from momconv.files.atomic import remove
 from momconv.files.model_file import load, save
 from momconv.planner.devices import find_device
 from momconv.planner.prediction import Training
@@ -122,20 +122,13 @@ def _claim(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         marker.touch()
         for name in _WRITTEN:
-            _remove(folder / name)
+            remove(folder / name)
     except OSError as error:
         raise ResourceError(
             f"cannot write {folder}: {error.strerror}",
             kind="output.unwritable",
             fix="-o FOLDER",
         ) from error
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _write_images(root: Path, pictures: "NDArray[np.uint8]", labels: Sequence[int]) -> None:

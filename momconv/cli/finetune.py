@@ -298,7 +298,10 @@ def _run(recipe: Recipe, folder: Path, choices: _Choices) -> None:
         except (KeyboardInterrupt, Terminated):
             note(f"the run is done, and saved. To describe it: {_go_on(folder, recipe)}")
             raise
-        (_print_document if choices.as_json else _print_result)(result, recipe)
+        if choices.as_json:
+            _print_document(result)
+        else:
+            _print_result(result, recipe)
 
 
 def _tell_of_stop(what: str, command: str, code: int, *, as_json: bool) -> None:
@@ -311,7 +314,7 @@ def _tell_of_stop(what: str, command: str, code: int, *, as_json: bool) -> None:
         print_json({"ok": True, "complete": False, "next": command})
 
 
-def _print_document(result: "Result", _: Recipe) -> None:
+def _print_document(result: "Result") -> None:
     history = [asdict(row) for row in result.history]
     document = {"folder": result.folder, "best": result.best, "last": result.last}
     best = asdict(result.best_epoch)
@@ -376,8 +379,10 @@ def _name_own(recipe: Recipe) -> str:
 
 
 def _print_result(result: "Result", recipe: Recipe) -> None:
+    from momconv.training.run_folder import RunFolder
     from momconv.words import printable
 
+    run = RunFolder(result.folder)
     best, own = result.best_epoch, _name_own(recipe)
     if best.val_top1 is not None:
         by, where = recipe.train.monitor, f"epoch {best.epoch} of {result.epochs}"
@@ -387,8 +392,8 @@ def _print_result(result: "Result", recipe: Recipe) -> None:
     rows = {
         "best model": result.best,
         "last model": result.last,
-        "numbers": result.folder / "metrics.csv",
-        "card": result.folder / "README.md",
+        "numbers": run.metrics,
+        "card": run.card,
         "next": f"momconv eval {shlex.quote(str(result.best))} --data {data}{own}",
     }
     for label, value in rows.items():

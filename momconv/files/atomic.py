@@ -87,8 +87,8 @@ def sweep(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with what is in it; nothing, if there is none."""
-    if path.is_dir():
+    """Remove a file or a link, or a folder with what is in it; nothing, if there is none."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from momconv.errors import UsageError
 from momconv.files.atomic import write_atomically
 from momconv.zoo import own
 from momconv.zoo.checkpoints import with_version
+from momconv.zoo.cifar import DEPTHS
 from momconv.zoo.description import Description
 
 _PICKLED = (".pth", ".pt", ".th")
@@ -57,7 +58,7 @@ def load_command(description: Description, path: Path) -> str:
     if own.is_own(architecture):
         arguments = own.parse_arguments(description.arguments)
         return f"momconv.load_network({architecture!r}, {file!r}, {arguments!r})"
-    if architecture.startswith("cifar_"):
+    if architecture in DEPTHS:
         return f"momconv.load_network({architecture!r}, {file!r})"
     read = "torch.load" if path.suffix in _PICKLED else "safetensors.torch.load_file"
     network = f"torchvision.models.{architecture}(num_classes={description.num_classes})"

@@ -72,18 +72,17 @@ def per_image(
     *,
     precision: Precision,
     device: torch.device,
-    batches: tuple[int, int] = (2, 3),
 ) -> Line:
-    """The line through the peaks of two measured batches.
+    """The line through the peaks of batches of 2 and 3, which are measured.
 
     A batch of 1 is no good: BatchNorm refuses it where an image shrinks to a pixel, and small
     convolutions take another algorithm.
     """
     few, many = (
-        measure_step(model, batch, resolution, precision=precision, device=device)
-        for batch in batches
+        (batch, measure_step(model, batch, resolution, precision=precision, device=device))
+        for batch in (2, 3)
     )
-    return Line.through((batches[0], few), (batches[1], many))
+    return Line.through(few, many)
 
 
 def time_step(

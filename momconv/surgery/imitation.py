@@ -210,17 +210,18 @@ class _Best:
 def _training_only(
     student: nn.Module, groups: Sequence[tuple[list[nn.Parameter], float]]
 ) -> Iterator[None]:
-    """Gradients for the parameters in ``groups`` alone; afterwards for the same as before."""
+    """Gradients for the parameters in ``groups`` alone; afterwards as before."""
     wanted = {id(parameter) for group, _ in groups for parameter in group}
-    before = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
-    for parameter, _ in before:
+    before = [(p, p.requires_grad, p.grad) for p in student.parameters()]
+    for parameter, _, _ in before:
         parameter.requires_grad_(id(parameter) in wanted)
+        parameter.grad = None
     try:
         yield
     finally:
-        for parameter, required in before:
+        for parameter, required, gradient in before:
             parameter.requires_grad_(required)
-            parameter.grad = None
+            parameter.grad = gradient
 
 
 @contextmanager

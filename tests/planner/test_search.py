@@ -215,19 +215,18 @@ def refusal(model: nn.Module, memory: int, **changes: Any) -> ResourceError:
 
 
 def test_every_advice_fits() -> None:
-    model = build("cifar_resnet20").train()
-    limit = peak_of(model, 1, None) - MIB
-    error = refusal(model, limit)
-    assert "micro-batch of 1 image does not fit" in error.message
-    assert "weights 1.0 MiB · gradients 1.0 MiB · optimizer 1.0 MiB" in error.message
-    fixes = (error.fix or "").splitlines()
-    (side,) = re.findall(r"--resolution (\d+)", error.fix or "") or [None]
-    (memory,) = re.findall(r"--memory (\w+)$", error.fix or "", re.MULTILINE)
-    assert plan(model, SIDE, memory).micro_batch >= 1
-    if "--set train.precision=bf16" in fixes:
-        assert plan(model, SIDE, limit, precision="bf16").micro_batch >= 1
-    if side:
-        assert plan(model, int(side), limit).micro_batch >= 1
+    model, side = build("cifar_resnet20").train(), 128
+    limit = peak_memory(model, 1, side).total * 4 // 5
+    with pytest.raises(ResourceError, match="micro-batch of 1 image does not fit") as refused:
+        plan(model, side, limit)
+    assert "weights 1.0 MiB · gradients 1.0 MiB · optimizer 1.0 MiB" in refused.value.message
+    precision, memory, smaller, frozen = (refused.value.fix or "").splitlines()
+    assert precision == "--set train.precision=bf16"
+    assert plan(model, side, limit, precision="bf16").micro_batch == 1
+    assert plan(model, side, memory.removeprefix("--memory ")).micro_batch == 1
+    assert plan(model, int(smaller.removeprefix("--resolution ")), limit).micro_batch == 1
+    freeze(model, frozen.removeprefix("--freeze ").split(" --freeze "))
+    assert plan(model, side, limit).micro_batch == 1
 
 
 def test_a_smaller_resolution_is_advised() -> None:

@@ -153,6 +153,15 @@ def test_modes_gradients_and_hooks_are_as_before() -> None:
     assert not any(module._forward_hooks for part in inner for module in part.modules())
 
 
+@pytest.mark.parametrize("work", [refine, lambda s, t: distill(s, t, images(), epochs=1)])
+def test_gradients_of_the_caller_are_kept(work: Callable[..., Imitation]) -> None:
+    student, teacher = converted()
+    weight = student.get_parameter("head.weight")
+    weight.grad = torch.ones_like(weight)
+    work(student, teacher)
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
 def test_too_few_images_to_hold_one_out_leave_the_gains() -> None:
     student, teacher = converted()
     old = gains(student)
