@@ -8,7 +8,7 @@ for. Where oneDNN takes the way that it estimates to be the fastest, the largest
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import torch
@@ -101,6 +101,7 @@ class _Product:
     """A convolution, or the gradient of its input, as products of tiles."""
 
     conv: Convolution
+    _: KW_ONLY
     inputs: int  # of a group
     outputs: int
     read: Sequence[int]  # height and width, as below
@@ -118,8 +119,8 @@ class _Product:
         are_few = wide > 1 and merged == 1 and conv.inputs < _FEW_INPUTS
         return _Product(
             conv,
-            conv.inputs * merged,
-            conv.outputs,
+            inputs=conv.inputs * merged,
+            outputs=conv.outputs,
             read=(height, width // merged),
             made=conv.y.shape[2:],
             kernel=(tall, wide // merged),
@@ -130,8 +131,15 @@ class _Product:
 
     @staticmethod
     def of_input_gradient(conv: Convolution) -> "_Product":
-        sizes = conv.y.shape[2:], conv.x.shape[2:], conv.kernel, (1, 1)
-        return _Product(conv, conv.outputs, conv.inputs, *sizes)
+        return _Product(
+            conv,
+            inputs=conv.outputs,
+            outputs=conv.inputs,
+            read=conv.y.shape[2:],
+            made=conv.x.shape[2:],
+            kernel=conv.kernel,
+            stride=(1, 1),
+        )
 
     @property
     def padded(self) -> list[int]:
@@ -255,6 +263,7 @@ class _Lines:
     """What is multiplied for a gradient of the weight: lines of pixels, channel by channel."""
 
     conv: Convolution
+    _: KW_ONLY
     x_lines: int  # of an image
     x_pixels: int  # of a line
     y_lines: int
@@ -337,7 +346,13 @@ def _tiled_weight_gradient(conv: Convolution) -> int:
     down, across = conv.stride
     read = round_up(ceil_div((broad - 1) * across + conv.kernel[1], across), PAIRS) * across
     parts = ceil_div(broad, PAIRS)
-    lines = _Lines(conv, height, read, high, parts * round_up(ceil_div(broad, parts), 2))
+    lines = _Lines(
+        conv,
+        x_lines=height,
+        x_pixels=read,
+        y_lines=high,
+        y_pixels=parts * round_up(ceil_div(broad, parts), 2),
+    )
     share = lines.share()
     x_line, y_line = _BF16 * lines.x_pixels * lines.inputs, _BF16 * lines.y_pixels * lines.outputs
     # With what they are transposed from, a thread's lines are twice as long.
@@ -358,7 +373,8 @@ def _transposing_weight_gradient(conv: Convolution) -> int:
     across, padding = conv.stride[1], conv.padding[1]
     end = (broad - 1) * across + conv.kernel[1] - width - padding
     read = (ceil_div(width, across) + round_up(max(padding, end + 1), 2)) * across
-    lines = _Lines(conv, height, read, high, round_up(broad, 2))
+    written = round_up(broad, 2)
+    lines = _Lines(conv, x_lines=height, x_pixels=read, y_lines=high, y_pixels=written)
     share = lines.share()
     x_copy = height * read * lines.inputs
     if conv.blocked_x == 0 and not conv.is_channels_last:
@@ -370,7 +386,8 @@ def _transposing_weight_gradient(conv: Convolution) -> int:
 def _pointwise_weight_gradient(conv: Convolution) -> int:
     """Sums, and of each thread pixels that are not in order as they are."""
     area = math.prod(conv.y.shape[2:])
-    lines = _Lines(conv, *conv.x.shape[2:], *conv.y.shape[2:])
+    (height, width), (high, broad) = conv.x.shape[2:], conv.y.shape[2:]
+    lines = _Lines(conv, x_lines=height, x_pixels=width, y_lines=high, y_pixels=broad)
     is_ordered = area % BLOCK == 0 and not conv.is_channels_last
     channels = 0 if is_ordered else min(conv.inputs, _CHUNK) + conv.outputs
     transposed = torch.get_num_threads() * _BF16 * channels * area

@@ -1,7 +1,7 @@
 """What steps of a network would take, in memory and time, under each way to run them."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -43,6 +43,7 @@ class Request:
     """
 
     training: Training
+    _: KW_ONLY
     batch_size: int
     limit_bytes: int
     micro_batch: int | Literal["auto"] = "auto"

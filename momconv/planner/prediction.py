@@ -10,7 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -41,7 +41,7 @@ Choice = Strategy | Literal["auto"]
 _ACCUMULATION = "torch::autograd::AccumulateGrad"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Alive:
     """Tensors alive at the peak that one kind of operation allocated in one stage."""
 
@@ -51,7 +51,7 @@ class Alive:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeakMemory:
     """The peak of a training step and what it consists of, in bytes.
 
@@ -108,6 +108,7 @@ class Training:
     resolution: int  # pixels
     precision: Precision = "fp32"
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    _: KW_ONLY
     ema: bool = False
     device: str = "cpu"  # or "cuda"
 
@@ -164,7 +165,7 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
         UsageError: The strategy or the device is unknown, or what the model computes depends on
             values, which fake tensors do not have.
     """
-    training = Training(resolution, precision, optimizer, ema, device)
+    training = Training(resolution, precision, optimizer, ema=ema, device=device)
     return Predictor(model, training).predict(batch, strategy).peak
 
 
@@ -361,7 +362,10 @@ def _summarise(tensors: Any) -> tuple[Alive, ...]:
     for tensor in tensors:
         sizes[tensor.operation, tensor.stage] += tensor.bytes
         counts[tensor.operation, tensor.stage] += 1
-    return tuple(Alive(*kind, counts[kind], size) for kind, size in sizes.most_common())
+    return tuple(
+        Alive(operation=operation, stage=stage, count=counts[operation, stage], bytes=size)
+        for (operation, stage), size in sizes.most_common()
+    )
 
 
 def _forget_gradient(parameter: Tensor) -> None:

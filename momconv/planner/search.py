@@ -28,7 +28,7 @@ from momconv.planner.refusal import does_not_fit
 from momconv.units import parse_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """How a batch goes through a network within a limit of memory.
 

@@ -20,7 +20,7 @@ from momconv.training.task import Task, task_of
 from momconv.units import parse_duration
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """What a run came to."""
 

@@ -22,7 +22,7 @@ from momconv.training.run_folder import RunFolder
 from momconv.training.scaling import make_scaler, read_scaler, restore_scaler
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Job:
     """What a run works with. Its plan changes when memory runs out."""
 

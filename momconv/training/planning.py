@@ -22,7 +22,7 @@ from momconv.training.progress import Listener
 from momconv.units import format_bytes, parse_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """What a plan depends on, besides the network."""
 
@@ -68,7 +68,7 @@ class Setting:
         return free // self.sharers + weights
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
     """How a batch is split, and what it takes.
 

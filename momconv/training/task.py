@@ -28,7 +28,7 @@ from momconv.units import format_bytes
 from momconv.zoo.description import describe
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What was asked for, and of which process."""
 
@@ -122,7 +122,15 @@ def task_of(
         deterministic(wanted=recipe.train.deterministic),
     ):
         heard = listener if processes.leads else SILENT
-        yield Task(recipe, run, overwrite, before, device, heard, processes)
+        yield Task(
+            recipe=recipe,
+            run=run,
+            overwrite=overwrite,
+            like=before,
+            device=device,
+            listener=heard,
+            processes=processes,
+        )
 
 
 @contextmanager

@@ -110,7 +110,12 @@ def test_a_leaner_strategy_wins_if_it_is_faster(deep: nn.Module) -> None:
     assert peak_of(deep, 32, "store") > limit
 
     def choose(speed: Speed) -> str:
-        request = Request(Training(SIDE), 32, int(limit * 1.015), find_speed=lambda _: speed)
+        request = Request(
+            Training(SIDE),
+            batch_size=32,
+            limit_bytes=int(limit * 1.015),
+            find_speed=lambda _: speed,
+        )
         return search(deep, request).strategy
 
     def seconds(strategy: Any, speed: Speed) -> float:
@@ -126,7 +131,13 @@ def test_the_speed_is_found_only_where_there_is_a_choice(deep: nn.Module) -> Non
         raise AssertionError
 
     for strategy, memory in (("auto", 2**33), ("checkpoint", room_for(deep, 8, "checkpoint"))):
-        request = Request(Training(SIDE), 32, memory, "auto", strategy, find_speed=fail)  # type: ignore[arg-type]
+        request = Request(
+            Training(SIDE),
+            batch_size=32,
+            limit_bytes=memory,
+            strategy=strategy,  # type: ignore[arg-type]
+            find_speed=fail,
+        )
         assert search(deep, request).seconds_per_image > 0
 
 
@@ -141,7 +152,10 @@ def plan_at(model: nn.Module, limit: int, slowness: dict[str, float], **asked: A
     """The plan where a byte takes so long in each precision."""
     speeds = {name: Speed(0, 0, seconds, is_measured=True) for name, seconds in slowness.items()}
     find_speed = lambda training: speeds[training.precision]  # noqa: E731
-    return search(model, Request(Training(SIDE), 5, limit, find_speed=find_speed, **asked))
+    return search(
+        model,
+        Request(Training(SIDE), batch_size=5, limit_bytes=limit, find_speed=find_speed, **asked),
+    )
 
 
 def test_where_more_fits_gamma_changes_or_precision_whichever_is_faster(
@@ -197,8 +211,9 @@ def test_what_was_measured_decides_among_strategies_alone() -> None:
     start_training(model, TrainRecipe(freeze_bn=True))
     limit = room_for(model, 20, "checkpoint")
     speeds = (Speed(0, 0, 1e-9), Speed(1e-3, 0, 0), Speed(0, 1e-9, 0), Speed(1, 1e-9, 1e-3))
+    request = Request(Training(SIDE), batch_size=32, limit_bytes=limit)
     made = [
-        search(model, Request(Training(SIDE), 32, limit, find_speed=lambda _, s=speed: s))  # type: ignore[misc]
+        search(model, replace(request, find_speed=lambda _, s=speed: s))  # type: ignore[misc]
         for speed in speeds
     ]
     assert len({(p.micro_batch, p.gamma, p.precision) for p in made}) == 1
@@ -269,7 +284,13 @@ def test_what_cannot_be_changed_is_not_advised() -> None:
     with torch.device("meta"):
         model = momconv.convert(build("cifar_resnet56"), 0.1).train()
     peak = peak_memory(model, 32, SIDE, "bf16", strategy="momentum").total
-    request = Request(Training(SIDE, "bf16"), 32, int(peak * 0.98), 32, "momentum")
+    request = Request(
+        Training(SIDE, "bf16"),
+        batch_size=32,
+        limit_bytes=int(peak * 0.98),
+        micro_batch=32,
+        strategy="momentum",
+    )
     with pytest.raises(ResourceError) as refused:
         search(model, replace(request, fixed=["gamma", "freeze", "resolution"]))
     options = [line.split()[0] for line in (refused.value.fix or "").splitlines()]

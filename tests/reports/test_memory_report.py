@@ -21,7 +21,7 @@ BUDGETS = {"100MiB": 100 * MIB, "1GiB": 1024 * MIB}
 def need(variant: Variant, mebibytes: float) -> Profile:
     """A variant of which an image takes so much, on top of 40 MiB."""
     image = int(mebibytes * MIB)
-    alive = (Alive("convolution", "layer3", 7, 16 * image),)
+    alive = (Alive(operation="convolution", stage="layer3", count=7, bytes=16 * image),)
     peak = PeakMemory(
         weights=10 * MIB,
         gradients=10 * MIB,

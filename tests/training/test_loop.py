@@ -32,14 +32,41 @@ from momconv.training.run_folder import RunFolder
 from momconv.zoo.networks import build
 
 CPU = torch.device("cpu")
-SETTING = Setting(18, 5, 5, 32, "store", "fp32", "sgd", "cpu", None)
-PLAN = BatchPlan(SETTING, "store", "store", 5, 2**20, 2**30)
+SETTING = Setting(
+    images=18,
+    batch_size=5,
+    micro_batch=5,
+    resolution=32,
+    strategy="store",
+    precision="fp32",
+    optimizer="sgd",
+    device="cpu",
+    memory=None,
+)
+PLAN = BatchPlan(
+    setting=SETTING,
+    strategy="store",
+    stages="store",
+    micro_batch=5,
+    predicted_bytes=2**20,
+    limit_bytes=2**30,
+)
 
 
 def make_job(colours: Path, model: nn.Module) -> Job:
     recipe, splits = small(colours), find_splits(colours)
     optimizer = make_optimizer(model, recipe.train)
-    return Job(recipe, RunFolder(Path()), splits, model, optimizer, PLAN, CPU, 0, SILENT)
+    return Job(
+        recipe=recipe,
+        folder=RunFolder(Path()),
+        splits=splits,
+        model=model,
+        optimizer=optimizer,
+        plan=PLAN,
+        device=CPU,
+        workers=0,
+        listener=SILENT,
+    )
 
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:
@@ -263,7 +290,17 @@ def test_measuring_gives_no_gradient_to_what_has_none(
     model = WithIdlePart()
     recipe, splits = small(colours), find_splits(colours)
     optimizer = SGD(model.parameters(), 0.1)
-    job = Job(recipe, RunFolder(Path()), splits, model, optimizer, PLAN, CPU, 0, SILENT)
+    job = Job(
+        recipe=recipe,
+        folder=RunFolder(Path()),
+        splits=splits,
+        model=model,
+        optimizer=optimizer,
+        plan=PLAN,
+        device=CPU,
+        workers=0,
+        listener=SILENT,
+    )
     monkeypatch.setattr(memory, "write_plan", lambda job: None)
     memory.measure_gradients(job, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), 1.0)
     assert model.used.weight.grad is not None

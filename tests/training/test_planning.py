@@ -32,7 +32,14 @@ SETTING = Setting(
     device="cpu",
     memory=None,
 )
-PLAN = BatchPlan(SETTING, "store", "store", 16, 2**20, 2**30)
+PLAN = BatchPlan(
+    setting=SETTING,
+    strategy="store",
+    stages="store",
+    micro_batch=16,
+    predicted_bytes=2**20,
+    limit_bytes=2**30,
+)
 
 
 @pytest.fixture

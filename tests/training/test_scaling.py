@@ -37,7 +37,17 @@ def make_job(colours: Path, strategy: str) -> Job:
     recipe, splits = small(colours, "train.label_smoothing=0"), find_splits(colours)
     plan = replace(PLAN, setting=replace(SETTING, precision="fp16"), measured_bytes=1)
     optimizer = make_optimizer(model, recipe.train)
-    return Job(recipe, RunFolder(Path()), splits, model, optimizer, plan, CPU, 0, SILENT)
+    return Job(
+        recipe=recipe,
+        folder=RunFolder(Path()),
+        splits=splits,
+        model=model,
+        optimizer=optimizer,
+        plan=plan,
+        device=CPU,
+        workers=0,
+        listener=SILENT,
+    )
 
 
 def add_up(job: Job) -> None:
