@@ -30,9 +30,10 @@ from momconv.planner.micro_batch import Line, StaticBytes
 from momconv.states import keep_buffers
 
 Precision = Literal["fp32", "bf16", "fp16"]
+OptimizerName = Literal["sgd", "adamw"]
 
 _HEADROOM = 0.1  # of the free memory: fragmentation, and what no allocator reports
-_STATES = {"sgd": 1, "adamw": 2}  # per trainable parameter
+_STATES: dict[OptimizerName, int] = {"sgd": 1, "adamw": 2}  # per trainable parameter
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_NAMES = (  # limit, use, and the part of the use that is cache, in versions 2 and 1
     ("memory.max", "memory.current", "inactive_file"),
@@ -101,9 +102,7 @@ def time_step(
     return seconds
 
 
-def static_bytes(
-    model: nn.Module, optimizer: Literal["sgd", "adamw"], *, ema: bool = False
-) -> StaticBytes:
+def static_bytes(model: nn.Module, optimizer: OptimizerName, *, ema: bool = False) -> StaticBytes:
     """The bytes of weights, gradients, optimiser state and average while ``model`` is trained."""
     parameters = list(model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad)

@@ -25,7 +25,7 @@ from momconv.momentum.runs import DEPENDS_ON_VALUES
 from momconv.momentum.sequential import set_strategy
 from momconv.planner.cost import Work, count_work
 from momconv.planner.fakes import Imitator
-from momconv.planner.measurement import Precision, run_step, static_bytes
+from momconv.planner.measurement import OptimizerName, Precision, run_step, static_bytes
 from momconv.planner.scratch import peak_within
 from momconv.planner.stages import assign_modules, marking
 
@@ -107,7 +107,7 @@ class Training:
 
     resolution: int  # pixels
     precision: Precision = "fp32"
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: OptimizerName = "sgd"
     _: KW_ONLY
     ema: bool = False
     device: str = "cpu"  # or "cuda"
@@ -134,7 +134,7 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
     batch: int,
     resolution: int,
     precision: Precision = "fp32",
-    optimizer: Literal["sgd", "adamw"] = "sgd",
+    optimizer: OptimizerName = "sgd",
     *,
     strategy: Choice | None = None,
     ema: bool = False,

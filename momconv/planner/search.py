@@ -20,7 +20,7 @@ from torch import nn
 
 from momconv.errors import ResourceError
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.measurement import Precision, available_bytes, static_bytes
+from momconv.planner.measurement import OptimizerName, Precision, available_bytes, static_bytes
 from momconv.planner.micro_batch import split_evenly
 from momconv.planner.outlook import GAMMAS, WITH_GAMMA, Change, Outlook, Rank, Request
 from momconv.planner.prediction import Choice, PeakMemory, Training
@@ -69,7 +69,7 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
     micro_batch: int | Literal["auto"] = "auto",
     strategy: Choice = "auto",
     precision: Precision = "fp32",
-    optimizer: Literal["sgd", "adamw"] = "sgd",
+    optimizer: OptimizerName = "sgd",
     device: str = "cpu",
     may_change: Collection[Change] = (),
 ) -> Plan:

@@ -11,7 +11,7 @@ from torch import nn
 
 from momconv.errors import ModelFileError, ResourceError
 from momconv.momentum.sequential import momentum_stages, set_strategy
-from momconv.planner.measurement import Precision, available_bytes, static_bytes
+from momconv.planner.measurement import OptimizerName, Precision, available_bytes, static_bytes
 from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
 from momconv.planner.outlook import FEW, Change, Fixed, Request, has_batch_norm
 from momconv.planner.prediction import Choice, Training
@@ -32,7 +32,7 @@ class Setting:
     resolution: int  # pixels
     strategy: Choice  # "auto": the fastest that fits
     precision: Precision
-    optimizer: Literal["sgd", "adamw"]
+    optimizer: OptimizerName
     device: str
     memory: str | None  # None: what is free
     headroom: float = 0.1  # of what is free
