@@ -1,7 +1,6 @@
 """The images that a conversion is calibrated on: a random sample of a folder, labels unused."""
 
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from momconv.data.decoding import UnreadableImage, decode
 from momconv.data.folder import list_images
+from momconv.data.shuffling import shuffle
 from momconv.data.transforms import Transform, evaluation_transform
 from momconv.errors import DataError
 from momconv.zoo.description import Preprocessing
@@ -33,9 +33,7 @@ def choose_images(folder: Path, count: int, seed: int) -> list[Path]:
 
 def choose(paths: Sequence[Path], count: int, seed: int) -> list[Path]:
     """At most ``count`` of ``paths``, a random choice of all of them."""
-    # Only random() is promised to give the same numbers in every version of Python.
-    draw = random.Random(seed).random
-    return sorted(paths, key=lambda _: draw())[:count]
+    return shuffle(paths, seed)[:count]
 
 
 class CalibrationImages:

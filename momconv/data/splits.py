@@ -1,8 +1,8 @@
 """Which images are held out for validation, decided from their labels alone."""
 
-import random
 from collections.abc import Sequence
 
+from momconv.data.shuffling import shuffle
 from momconv.errors import UsageError
 
 
@@ -31,7 +31,7 @@ def hold_out(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[in
     held_out = [
         index
         for label, indices in members.items()
-        for index in _shuffle(indices, f"{seed} {label}")[: _share(len(indices), fraction)]
+        for index in shuffle(indices, f"{seed} {label}")[: _share(len(indices), fraction)]
     ]
     return sorted(set(range(len(labels))).difference(held_out)), sorted(held_out)
 
@@ -40,9 +40,3 @@ def _share(count: int, fraction: float) -> int:
     if fraction == 0:
         return 0
     return min(max(int(count * fraction + 0.5), 1), count - 1)
-
-
-def _shuffle(indices: list[int], seed: str) -> list[int]:
-    # Only random() is promised to give the same numbers in every version of Python.
-    draw = random.Random(seed).random
-    return sorted(indices, key=lambda _: draw())

@@ -5,11 +5,11 @@ epoch, on another machine, as if nothing had happened.
 """
 
 import itertools
-import random
 from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
+from momconv.data.shuffling import shuffle
 from momconv.planner.micro_batch import count_steps, split_evenly
 
 
@@ -19,9 +19,7 @@ def split_epoch(count: int, batch_size: int, *, seed: int, epoch: int) -> list[l
     >>> [len(batch) for batch in split_epoch(9, 4, seed=0, epoch=0)]
     [4, 5]
     """
-    # Only random() is promised to give the same numbers in every version of Python.
-    draw = random.Random(f"{seed} {epoch}").random
-    return split_order(sorted(range(count), key=lambda _: draw()), batch_size)
+    return split_order(shuffle(range(count), f"{seed} {epoch}"), batch_size)
 
 
 def split_order(order: Sequence[int], batch_size: int) -> list[list[int]]:
