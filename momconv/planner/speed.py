@@ -8,7 +8,7 @@ from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.planner.cost import Speed, estimate_speed
 from momconv.planner.measurement import time_step
 from momconv.planner.prediction import Predictor, Training
-from momconv.zoo.description import Description
+from momconv.zoo.description import find_description
 from momconv.zoo.networks import check_resolution
 
 _IMAGES = (2, 4)
@@ -36,7 +36,7 @@ def measure_speed(model: nn.Module, training: Training, device: torch.device, li
 
 def _find_side(model: nn.Module, resolution: int) -> int:
     """A smaller resolution, if it is known that the model takes it."""
-    if not isinstance(getattr(model, "description", None), Description):
+    if find_description(model) is None:
         return resolution
     smaller = min(_LARGEST_SIDE, resolution)
     try:

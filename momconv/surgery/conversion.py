@@ -24,7 +24,7 @@ from momconv.momentum.sequential import (
 )
 from momconv.surgery.sequences import Runs, computes_the_same, find_sequences, has_loop, search
 from momconv.surgery.stem import make_stem_recomputable, restore_stem
-from momconv.zoo.description import Description
+from momconv.zoo.description import find_description
 from momconv.zoo.networks import build_described, is_known
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -88,8 +88,8 @@ def revert(model: nn.Module) -> nn.Module:
 
     It computes something else: it has neither momentum nor the gains of the blocks.
     """
-    description = getattr(model, "description", None)
-    if not isinstance(description, Description) or not is_known(description.architecture):
+    description = find_description(model)
+    if description is None or not is_known(description.architecture):
         return _plain(copy.deepcopy(model))
     plain = build_described(description)
     plain.load_state_dict(model.state_dict())
@@ -258,8 +258,8 @@ def _on_top(run: Run, gains: Sequence[float], restoring: Sequence[float]) -> Run
 
 def _two_images(model: nn.Module) -> Tensor:
     """Without memory. Two, because BatchNorm in training mode refuses one value per channel."""
-    description = getattr(model, "description", None)
-    side = description.preprocessing.resolution if isinstance(description, Description) else 224
+    description = find_description(model)
+    side = description.preprocessing.resolution if description else 224
     parameter = next(model.parameters())
     with FakeTensorMode():
         return torch.empty(2, 3, side, side, device=parameter.device, dtype=parameter.dtype)

@@ -77,14 +77,20 @@ def attach(model: nn.Module, description: Description) -> None:
     model.description = description  # type: ignore[assignment]  # a module takes any attribute
 
 
+def find_description(model: nn.Module) -> Description | None:
+    """The description that travels with ``model``; None without one."""
+    description = getattr(model, "description", None)
+    return description if isinstance(description, Description) else None
+
+
 def describe(model: nn.Module) -> Description:
     """The description that travels with ``model``.
 
     Raises:
         UsageError: The model was not made by momconv and has none.
     """
-    description = getattr(model, "description", None)
-    if not isinstance(description, Description):
+    description = find_description(model)
+    if description is None:
         raise UsageError(
             f"this {type(model).__name__} has no description of its architecture and input",
             kind="usage.no_description",

@@ -20,7 +20,13 @@ from torchvision.models import get_model, get_model_weights, list_models
 
 from momconv.errors import UsageError
 from momconv.zoo.cifar import DEPTHS, cifar_resnet
-from momconv.zoo.description import Description, Preprocessing, attach, describe
+from momconv.zoo.description import (
+    Description,
+    Preprocessing,
+    attach,
+    describe,
+    find_description,
+)
 
 _HAVE_NO_SHORTCUTS = "each layer sees only the one before, so nothing is added that could be undone"
 _CONCATENATE = (
@@ -140,8 +146,8 @@ def check_resolution(model: nn.Module, resolution: int) -> None:
     Raises:
         UsageError: It has a position for each patch of images of another size.
     """
-    description = getattr(model, "description", None)
-    if not isinstance(description, Description):
+    description = find_description(model)
+    if description is None:
         return
     own = description.preprocessing.resolution
     if description.architecture.startswith(_OF_ONE_SIZE) and resolution != own:

@@ -6,7 +6,13 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from momconv.errors import UsageError
-from momconv.zoo.description import Description, Preprocessing, attach, describe
+from momconv.zoo.description import (
+    Description,
+    Preprocessing,
+    attach,
+    describe,
+    find_description,
+)
 
 IMAGENET = Preprocessing(
     resolution=224, resize=232, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
@@ -31,6 +37,15 @@ def test_a_description_travels_through_copies() -> None:
 def test_a_network_without_a_description_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="Linear has no description"):
         describe(nn.Linear(1, 1))
+
+
+def test_another_attribute_of_that_name_is_no_description() -> None:
+    model = nn.Linear(1, 1)
+    assert find_description(model) is None
+    model.description = "a layer"  # type: ignore[assignment]  # a module takes any attribute
+    assert find_description(model) is None
+    attach(model, BEES)
+    assert find_description(model) == BEES
 
 
 def test_a_description_survives_json() -> None:
