@@ -1,4 +1,4 @@
-"""The state of networks that others use too: training flags and buffers, put back afterwards."""
+"""State that others use too, put back afterwards: of networks, and of random generators."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,6 +27,11 @@ def _in_mode(models: Sequence[nn.Module], *, training: bool) -> Iterator[None]:
     finally:
         for module, was_training in before.items():
             module.training = was_training
+
+
+def keeping_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """The random generators of the CPU and of ``device`` are afterwards what they were."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def keep_buffers(model: nn.Module) -> Callable[[], None]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from momconv.states import in_eval_mode, keep_buffers
+from momconv.states import in_eval_mode, keep_buffers, keeping_random_state
 
 
 def test_flags_are_restored_after_a_failure() -> None:
@@ -26,3 +26,11 @@ def test_buffers_get_their_values_again() -> None:
     assert norm.running_mean.all()
     restore()
     assert not norm.running_mean.any()
+
+
+def test_random_numbers_go_on_where_they_were() -> None:
+    before = torch.get_rng_state()
+    with keeping_random_state(torch.device("cpu")):
+        torch.rand(1)
+        assert not torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before)

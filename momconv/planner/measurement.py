@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from momconv.heap import keeping_freed_memory
 from momconv.planner.micro_batch import Line, StaticBytes
-from momconv.states import keep_buffers
+from momconv.states import keep_buffers, keeping_random_state
 
 Precision = Literal["fp32", "bf16", "fp16"]
 OptimizerName = Literal["sgd", "adamw"]
@@ -136,7 +136,7 @@ def _keeping_state(model: nn.Module, device: torch.device) -> Iterator[None]:
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with keeping_random_state(device):
             yield
     finally:
         for parameter, gradient in zip(trained, gradients, strict=True):

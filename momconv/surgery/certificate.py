@@ -15,7 +15,7 @@ from momconv.momentum.equations import largest_magnitude, remainder_bounds
 from momconv.momentum.kernels import magnitude
 from momconv.momentum.sequential import MomentumSequential, momentum_stages, set_strategy
 from momconv.momentum.trajectory import narrowest
-from momconv.states import in_eval_mode
+from momconv.states import in_eval_mode, keeping_random_state
 from momconv.surgery.drift import Batch, Drift, measure_drift, require_images, split
 
 REST = ""  # the name of everything outside the momentum stages
@@ -137,7 +137,7 @@ def _record(model: nn.Module, images: Tensor, strategy: Strategy) -> dict[str, l
     images = images.detach().clone().requires_grad_()
     inputs: dict[str, Tensor] = {}
     stages = _inverted(model)
-    with torch.enable_grad(), torch.random.fork_rng([images.device] if images.is_cuda else []):
+    with torch.enable_grad(), keeping_random_state(images.device):
         torch.manual_seed(0)
         for name, stage in stages.items():
             stage.register_forward_pre_hook(_keeping(inputs, name))

@@ -14,6 +14,7 @@ from momconv.data.folder import Splits
 from momconv.errors import ResourceError
 from momconv.planner.outlook import Fixed
 from momconv.recipe import Recipe
+from momconv.states import keeping_random_state
 from momconv.training import network
 from momconv.training.board import require_tensorboard
 from momconv.training.determinism import deterministic
@@ -136,6 +137,6 @@ def task_of(
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """PyTorch's generators start from ``seed`` inside, and are as before afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with keeping_random_state(device):
         torch.manual_seed(seed)
         yield
