@@ -205,7 +205,17 @@ def test_calibrating_takes_no_more_memory_than_the_planned_step(
 ) -> None:
     """With the original beside it, but without gradients of the weights and optimiser state."""
     model, cpu = convert(load_network("cifar_resnet20", trained)), torch.device("cpu")
-    setting = Setting(24, 8, "auto", 32, "auto", "fp32", "sgd", "cpu", None)
+    setting = Setting(
+        images=24,
+        batch_size=8,
+        micro_batch="auto",
+        resolution=32,
+        strategy="auto",
+        precision="fp32",
+        optimizer="sgd",
+        device="cpu",
+        memory=None,
+    )
     plan = plan_batches(model.train(), setting)
 
     def work() -> None:
