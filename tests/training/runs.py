@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from momconv.recipe import Recipe, load_recipe
+from momconv.training.finetuning import Result, finetune
 from momconv.training.progress import EpochRow, Listener
 
 SMALL = [
@@ -29,6 +30,12 @@ CLOCKED = ("images_per_second", "seconds")
 def small(data: Path, *changes: str) -> Recipe:
     """A recipe that trains a CIFAR ResNet-20 on ``data`` in a second."""
     return load_recipe(None, [*SMALL, f'data.path="{data}"', *changes])
+
+
+def resume(folder: Path, *changes: str, listener: Listener | None = None) -> Result:
+    """Go on with the run in ``folder``, with changes of its recipe."""
+    recipe = load_recipe(folder / "config.yaml", changes)
+    return finetune(recipe, folder, resume=True, listener=listener or Log())
 
 
 def read_metrics(folder: Path) -> list[dict[str, str]]:

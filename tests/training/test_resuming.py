@@ -1,0 +1,154 @@
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import Log, Signals, assert_same, read_metrics, resume, small
+
+from momconv.errors import ResourceError, UsageError
+from momconv.recipe import Recipe, load_recipe
+from momconv.training.finetuning import Result, finetune
+from momconv.training.interruption import Interrupted
+from momconv.training.run_folder import RunFolder
+from momconv.training.state import load_state
+
+MICRO_BATCHES = 7  # of an epoch of 18 images: 3 + 2, 3 + 2, 3 + 2, 3
+
+
+@pytest.fixture(scope="module")
+def straight(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A run from start to end."""
+    return finetune(small(colours), tmp_path_factory.mktemp("straight"))
+
+
+def interrupt(recipe: Recipe, folder: Path, n: int) -> None:
+    with pytest.raises(Interrupted):
+        finetune(recipe, folder, listener=Signals(n))
+
+
+@pytest.mark.parametrize(
+    "n",
+    [
+        pytest.param(1, id="in the first step"),
+        pytest.param(2, id="at the end of the first step"),
+        pytest.param(3, id="in the second step"),
+        pytest.param(MICRO_BATCHES, id="in the last step of an epoch"),
+        pytest.param(MICRO_BATCHES + 2, id="while validating"),
+        pytest.param(MICRO_BATCHES + 5, id="in the second epoch"),
+    ],
+)
+def test_a_run_that_was_interrupted_ends_like_one_that_was_not(
+    straight: Result, colours: Path, tmp_path: Path, n: int
+) -> None:
+    interrupt(small(colours), tmp_path / "run", n)
+    resume(tmp_path / "run")
+    assert_same(straight.folder, tmp_path / "run")
+
+
+def test_a_run_may_be_interrupted_again_and_again(
+    straight: Result, colours: Path, tmp_path: Path
+) -> None:
+    """From a step to the next one, since each resumed run gets two micro-batches further."""
+    interrupt(small(colours), tmp_path / "run", 3)
+    for _ in range(3):
+        with pytest.raises(Interrupted):
+            resume(tmp_path / "run", listener=Signals(3))
+    resume(tmp_path / "run")
+    assert_same(straight.folder, tmp_path / "run")
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_epoch(
+    straight: Result, colours: Path, tmp_path: Path
+) -> None:
+    """A second signal raises SystemExit and saves nothing, like SIGKILL."""
+    with pytest.raises(SystemExit):
+        finetune(small(colours), tmp_path / "run", listener=Signals(MICRO_BATCHES + 6, times=2))
+    resume(tmp_path / "run")
+    assert_same(straight.folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("every", "step"), [("2", 2), ("0.000001 s", 3)])
+def test_the_state_is_saved_inside_an_epoch_too(
+    straight: Result, colours: Path, tmp_path: Path, every: str, step: int
+) -> None:
+    recipe = small(colours, f"train.save_every={every}")
+    with pytest.raises(SystemExit):
+        finetune(recipe, tmp_path / "run", listener=Signals(MICRO_BATCHES, times=2))
+    assert load_state(RunFolder(tmp_path / "run").state).progress.step == step
+    resume(tmp_path / "run")
+    assert_same(straight.folder, tmp_path / "run")
+
+
+def test_models_and_numbers_that_a_kill_prevented_are_written_on_resuming(
+    straight: Result, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(straight.folder, tmp_path / "run"))
+    for name in ("best.safetensors", "last.safetensors", "metrics.csv", "events.jsonl"):
+        (folder / name).unlink()
+    assert straight.best_epoch.epoch == 2
+    resume(folder)
+    assert_same(straight.folder, folder)
+
+
+def test_adamw_goes_on_exactly_too(colours: Path, tmp_path: Path) -> None:
+    recipe = small(colours, "train.optimizer=adamw")
+    finetune(recipe, tmp_path / "straight")
+    interrupt(recipe, tmp_path / "run", 5)
+    resume(tmp_path / "run")
+    assert_same(tmp_path / "straight", tmp_path / "run")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(straight: Result, tmp_path: Path) -> None:
+    folder, log = Path(shutil.copytree(straight.folder, tmp_path / "run")), Log()
+    result = resume(folder, listener=log)
+    assert log.told == [
+        f"note: {folder} is complete (2/2). To go on: momconv finetune --resume {folder} --epochs 4"
+    ]
+    assert result.best_epoch == straight.best_epoch
+    assert_same(straight.folder, folder)
+
+
+def test_a_finished_run_goes_on_with_more_epochs(straight: Result, tmp_path: Path) -> None:
+    folder, log = Path(shutil.copytree(straight.folder, tmp_path / "run")), Log()
+    result = resume(folder, "train.epochs=3", listener=log)
+    assert result.epochs == 3
+    assert read_metrics(folder)[:2] == read_metrics(straight.folder)
+    assert any(
+        "3 epochs instead of 2: the schedule (cosine) now ends there" in text for text in log.told
+    )
+    assert load_recipe(folder / "config.yaml").train.epochs == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.name=resnet18",
+        "momentum.gamma=0.5",
+        "momentum.calibrate=false",
+        "momentum.anneal=1.0",
+        "train.batch_size=4",
+        "train.seed=1",
+        "data.val_dir=elsewhere",
+    ],
+)
+def test_what_a_run_is_about_cannot_change(straight: Result, change: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot change {change.split('=')[0]}"):
+        resume(straight.folder, change)
+
+
+def test_a_run_that_goes_on_must_have_something_to_learn(colours: Path, tmp_path: Path) -> None:
+    recipe = small(colours, "train.freeze=[head]", "train.epochs=1")
+    finetune(recipe, tmp_path / "run")
+    with pytest.raises(UsageError, match="head"):
+        resume(tmp_path / "run", "train.freeze_epochs=1")
+
+
+def test_a_run_without_the_memory_to_go_on_is_advised_only_what_it_can_change(
+    straight: Result, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(straight.folder, tmp_path / "run"))
+    with pytest.raises(ResourceError) as refused:
+        resume(folder, "train.epochs=3", "train.memory=4MiB")
+    (memory,) = [fix for fix in (refused.value.fix or "").splitlines() if "--memory" in fix]
+    assert not re.search("--gamma|--resolution|--freeze", refused.value.fix or "")
+    resume(folder, "train.epochs=3", f"train.memory={memory.split()[1]}")
