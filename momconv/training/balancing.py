@@ -69,6 +69,11 @@ def describe_imbalance(images: ImageSet, recipe: DataRecipe) -> str | None:
     ratio = counts[largest] / counts[smallest]
     if recipe.balance == "none" and ratio < _UNEQUAL:
         return None
+    if ratio == 1:
+        return (
+            f"note: all classes have {counts[largest]} images, so --balance {recipe.balance} "
+            "changes nothing"
+        )
     means = {
         "none": "--balance loss or --balance sampler makes up for that",
         "loss": "in the loss, images of small classes weigh more",

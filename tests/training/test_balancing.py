@@ -67,6 +67,9 @@ def test_the_imbalance_is_told_where_there_is_one_or_something_is_done() -> None
         "note: a has 30 images and b 4 (7.5:1); --balance loss or --balance sampler makes up for"
         " that"
     )
+    assert describe_imbalance(images(5, 5), DataRecipe(balance="loss")) == (
+        "note: all classes have 5 images, so --balance loss changes nothing"
+    )
     assert "come up more often" in (
         describe_imbalance(images(5, 4), DataRecipe(balance="sampler")) or ""
     )
