@@ -9,11 +9,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from momconv.data.folder import find_splits
 from momconv.recipe import Recipe, load_recipe
 from momconv.training.finetuning import Result, finetune
-from momconv.training.progress import EpochRow, Listener
+from momconv.training.job import Job
+from momconv.training.optimisation import make_optimizer
+from momconv.training.planning import BatchPlan, Setting
+from momconv.training.progress import SILENT, EpochRow, Listener
+from momconv.training.run_folder import RunFolder
 
 SMALL = [
     "model.name=cifar_resnet20",
@@ -36,6 +42,49 @@ def resume(folder: Path, *changes: str, listener: Listener | None = None) -> Res
     """Go on with the run in ``folder``, with changes of its recipe."""
     recipe = load_recipe(folder / "config.yaml", changes)
     return finetune(recipe, folder, resume=True, listener=listener or Log())
+
+
+SETTING = Setting(
+    images=18,
+    batch_size=5,
+    micro_batch=5,
+    resolution=32,
+    strategy="store",
+    precision="fp32",
+    optimizer="sgd",
+    device="cpu",
+    memory=None,
+)
+PLAN = BatchPlan(
+    setting=SETTING,
+    strategy="store",
+    stages="store",
+    micro_batch=5,
+    predicted_bytes=2**20,
+    limit_bytes=2**30,
+)
+
+
+def make_job(
+    data: Path,
+    model: nn.Module,
+    *changes: str,
+    plan: BatchPlan = PLAN,
+    optimizer: Optimizer | None = None,
+) -> Job:
+    """What a run on ``data`` works with, without a folder."""
+    recipe = small(data, *changes)
+    return Job(
+        recipe=recipe,
+        folder=RunFolder(Path()),
+        splits=find_splits(data),
+        model=model,
+        optimizer=optimizer or make_optimizer(model, recipe.train),
+        plan=plan,
+        device=torch.device("cpu"),
+        workers=0,
+        listener=SILENT,
+    )
 
 
 def read_metrics(folder: Path) -> list[dict[str, str]]:

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Copies, Log, Signals, assert_same, read_tensors, small
+from runs import PLAN, SETTING, Copies, Log, Signals, assert_same, make_job, read_tensors, small
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 from torch.optim import SGD
 
-from momconv.data.folder import find_splits
 from momconv.errors import ResourceError
 from momconv.evaluation import evaluate
 from momconv.training import gradients as work
@@ -24,49 +23,10 @@ from momconv.training import memory, validation
 from momconv.training.finetuning import finetune
 from momconv.training.gradients import add_gradients, take_step
 from momconv.training.interruption import Interrupted
-from momconv.training.job import Job
 from momconv.training.optimisation import make_optimizer
-from momconv.training.planning import BatchPlan, Setting
-from momconv.training.progress import SILENT
-from momconv.training.run_folder import RunFolder
 from momconv.zoo.networks import build
 
 CPU = torch.device("cpu")
-SETTING = Setting(
-    images=18,
-    batch_size=5,
-    micro_batch=5,
-    resolution=32,
-    strategy="store",
-    precision="fp32",
-    optimizer="sgd",
-    device="cpu",
-    memory=None,
-)
-PLAN = BatchPlan(
-    setting=SETTING,
-    strategy="store",
-    stages="store",
-    micro_batch=5,
-    predicted_bytes=2**20,
-    limit_bytes=2**30,
-)
-
-
-def make_job(colours: Path, model: nn.Module) -> Job:
-    recipe, splits = small(colours), find_splits(colours)
-    optimizer = make_optimizer(model, recipe.train)
-    return Job(
-        recipe=recipe,
-        folder=RunFolder(Path()),
-        splits=splits,
-        model=model,
-        optimizer=optimizer,
-        plan=PLAN,
-        device=CPU,
-        workers=0,
-        listener=SILENT,
-    )
 
 
 def gradients(model: nn.Module) -> list[torch.Tensor]:
@@ -288,19 +248,7 @@ def test_measuring_gives_no_gradient_to_what_has_none(
     colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = WithIdlePart()
-    recipe, splits = small(colours), find_splits(colours)
-    optimizer = SGD(model.parameters(), 0.1)
-    job = Job(
-        recipe=recipe,
-        folder=RunFolder(Path()),
-        splits=splits,
-        model=model,
-        optimizer=optimizer,
-        plan=PLAN,
-        device=CPU,
-        workers=0,
-        listener=SILENT,
-    )
+    job = make_job(colours, model, optimizer=SGD(model.parameters(), 0.1))
     monkeypatch.setattr(memory, "write_plan", lambda job: None)
     memory.measure_gradients(job, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), 1.0)
     assert model.used.weight.grad is not None

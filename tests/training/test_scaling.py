@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import small
-from test_loop import PLAN, SETTING, gradients
+from runs import PLAN, SETTING, make_job, small
+from test_loop import gradients
 from torch.amp.grad_scaler import GradScaler
 from torch.nn import functional as F
 
-from momconv.data.folder import find_splits
 from momconv.errors import MomconvError, UsageError
 from momconv.momentum.sequential import set_strategy
 from momconv.surgery.conversion import convert
@@ -18,8 +17,7 @@ from momconv.training.finetuning import finetune
 from momconv.training.gradients import take_step
 from momconv.training.job import Job
 from momconv.training.loop import _add_up, _Report
-from momconv.training.optimisation import make_optimizer
-from momconv.training.progress import SILENT, Progress
+from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import save
 from momconv.training.scaling import make_scaler, read_scaler, restore_scaler
@@ -30,24 +28,12 @@ CPU = torch.device("cpu")
 IMAGES, LABELS = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, 0, 1])
 
 
-def make_job(colours: Path, strategy: str) -> Job:
+def make_fp16_job(colours: Path, strategy: str) -> Job:
     torch.manual_seed(0)
     model = convert(build("cifar_resnet20", 3), 0.9).train()
     set_strategy(model, strategy)  # type: ignore[arg-type]  # it is one
-    recipe, splits = small(colours, "train.label_smoothing=0"), find_splits(colours)
     plan = replace(PLAN, setting=replace(SETTING, precision="fp16"), measured_bytes=1)
-    optimizer = make_optimizer(model, recipe.train)
-    return Job(
-        recipe=recipe,
-        folder=RunFolder(Path()),
-        splits=splits,
-        model=model,
-        optimizer=optimizer,
-        plan=plan,
-        device=CPU,
-        workers=0,
-        listener=SILENT,
-    )
+    return make_job(colours, model, "train.label_smoothing=0", plan=plan)
 
 
 def add_up(job: Job) -> None:
@@ -61,7 +47,7 @@ def add_up(job: Job) -> None:
 def test_under_fp16_gradients_have_their_own_size_and_momentum_stays_exact(colours: Path) -> None:
     found = []
     for strategy in ("store", "momentum"):
-        job = make_job(colours, strategy)
+        job = make_fp16_job(colours, strategy)
         job.scaler = GradScaler("cpu", init_scale=2.0**10)
         add_up(job)
         found.append(gradients(job.model))
@@ -73,7 +59,7 @@ def test_under_fp16_gradients_have_their_own_size_and_momentum_stays_exact(colou
 
 
 def test_a_step_that_overflows_is_left_out_until_the_scale_is_exhausted(colours: Path) -> None:
-    job = make_job(colours, "store")
+    job = make_fp16_job(colours, "store")
     before = [parameter.clone() for parameter in job.model.parameters()]
     job.scaler = GradScaler("cpu", init_scale=2.0**126)
     add_up(job)
@@ -89,7 +75,7 @@ def test_a_step_that_overflows_is_left_out_until_the_scale_is_exhausted(colours:
 def test_after_a_return_to_an_earlier_state_gradients_are_scaled_again(
     colours: Path, tmp_path: Path
 ) -> None:
-    job = replace(make_job(colours, "store"), folder=RunFolder(tmp_path))
+    job = replace(make_fp16_job(colours, "store"), folder=RunFolder(tmp_path))
     job.scaler = GradScaler("cpu", init_scale=1.0)
     progress = Progress()
     save(job, progress)
