@@ -1,4 +1,4 @@
-"""Whether a run has stopped getting better."""
+"""Whether a run has stopped getting better, and whether anything could say so."""
 
 import math
 from collections.abc import Sequence
