@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from momconv.data import dataset
 from momconv.data.dataset import (
     LabelledImages,
+    count_workers,
     count_workers_that_fit,
     make_loader,
     read_batches,
@@ -199,3 +201,14 @@ def test_shared_memory_has_room_for_so_many_workers(
     assert count_workers_that_fit(workers, 100) == fitting
     monkeypatch.setattr(dataset, "_SHARED_MEMORY", tmp_path / "none")
     assert count_workers_that_fit(workers, 100) == workers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="which processors a process may use")
+@pytest.mark.parametrize(
+    ("cores", "images", "workers"), [(1, 999, 0), (4, 999, 3), (64, 999, 8), (4, 63, 1)]
+)
+def test_one_processor_is_left_to_the_network(
+    monkeypatch: pytest.MonkeyPatch, cores: int, images: int, workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cores)})
+    assert count_workers(images) == workers

@@ -118,7 +118,7 @@ def test_stronger_levels_change_colours_and_erase(p: Preprocessing, level: Augme
     assert isinstance(transform.transforms[-1], v2.RandomErasing)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (48, 32), (40, 50)])
+@pytest.mark.parametrize("size", [(32, 32), (48, 32), (40, 50), (20, 32)])
 def test_leaving_out_what_changes_nothing_changes_nothing(size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator)
@@ -132,3 +132,9 @@ def test_leaving_out_what_changes_nothing_changes_nothing(size: tuple[int, int])
         expected = theirs(image)
         torch.manual_seed(1)
         assert torch.equal(ours(CIFAR)(image), expected)
+
+
+@pytest.mark.parametrize(("level", "share"), [("trivial", 0.1), ("randaug", 0.25)])
+def test_so_many_images_lose_a_rectangle(level: Augmentation, share: float) -> None:
+    *_, erasing = training_transform(PLAIN, level=level).transforms
+    assert erasing.p == share
