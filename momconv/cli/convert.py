@@ -152,7 +152,7 @@ def convert(  # noqa: PLR0913 (one for each option)
     }
     _check_combination(given, back, calibrate, distill)
     length = parse_distillation(distill) if distill else None
-    share, number = parse_share(max_drift or "1%", "--max-drift"), _read_gamma(gamma or "0.9")
+    limit, wanted = parse_share(max_drift or "1%", "--max-drift"), _read_gamma(gamma or "0.9")
 
     from momconv.converting import Means, Scheme, convert_network, revert_network
 
@@ -162,8 +162,8 @@ def convert(  # noqa: PLR0913 (one for each option)
         arguments=tuple(arg or []),
         resolution=resolution or 224,
         weights=weights or "DEFAULT",
-        gamma=number,
-        max_drift=share,
+        gamma=wanted,
+        max_drift=limit,
         stages=stages or "auto",
         velocity=velocity or "zero",
         gain=gain is not False,

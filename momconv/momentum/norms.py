@@ -48,10 +48,10 @@ class Norms:
     def finish(self) -> list[nn.Module]:
         """After the first run: the norms that do not know the statistics of all their calls."""
         norms, self._all, self.others = self._all, (), ()
-        calls = [*zip(self._calls[::3], self._calls[1::3], strict=True)]
-        called = {norm for norm, _ in calls}
-        unknown = {norm for norm, mean in calls if mean is None}
-        return [norm for norm in norms if norm not in called or norm in unknown]
+        called, means = self._calls[::3], self._calls[1::3]
+        unknown = {norm for norm, mean in zip(called, means, strict=True) if mean is None}
+        known = {*called} - unknown
+        return [norm for norm in norms if norm not in known]
 
     def own(self, tensor: Tensor) -> bool:
         """Whether autograd saves this for a norm, and need not be given it in the second run."""

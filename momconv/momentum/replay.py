@@ -19,6 +19,7 @@ from momconv.errors import InversionError, NotReproducible, UsageError
 from momconv.momentum.condition import Condition
 from momconv.momentum.norms import Norms
 from momconv.momentum.parts import Cut
+from momconv.states import keeping_random_state
 
 
 class Replay:
@@ -114,9 +115,7 @@ class Replay:
             InversionError: somebody wrote into what the first call used.
             NotReproducible: the block saved more or fewer tensors than the first time.
         """
-        self._require_unchanged()
-        if not _is_graph_kept():
-            self._watched = ()
+        self._stop_watching()
         inputs = self._detach(x)
         self._saved = {}
         with self._keeping(self._middle):
@@ -140,6 +139,12 @@ class Replay:
             tensor.requires_grad_(requires_grad)
         return inputs
 
+    def _stop_watching(self) -> None:
+        """What was watched has not changed, and now may, unless another backward pass can come."""
+        self._require_unchanged()
+        if not _is_graph_kept():
+            self._watched = ()
+
     def _require_unchanged(self) -> None:
         if any(map(int.__ne__, map(version_of, self._watched), self._versions)):
             raise InversionError(
@@ -151,9 +156,7 @@ class Replay:
 
     def _repeat_beginning(self) -> None:
         """The call as far as the middle, keeping what it saves."""
-        self._require_unchanged()  # what :meth:`repeat` has not looked at
-        if not _is_graph_kept():
-            self._watched = ()
+        self._stop_watching()  # if :meth:`repeat` has not, in a stem
         inputs, self._inputs = self._inputs, ()
         with self._keeping(0, self._middle - 1):
             self._call(inputs)
@@ -343,7 +346,7 @@ def _random_numbers(states: Sequence[Tensor], device: torch.device) -> Iterator[
     if not states:
         yield
         return
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with keeping_random_state(device):
         torch.set_rng_state(states[0])
         if device.type == "cuda":
             torch.cuda.set_rng_state(states[1], device)

@@ -88,7 +88,7 @@ class MomentumSequential(nn.Sequential):
         velocity: v[0] is 0 ("zero") or f(x[0]) ("residual").
         strategy: how backward gets its activations; see momconv.momentum.autograd.
         in_parts: whether blocks that are computed again may be so in two parts, one after the
-            other, which takes less memory and more time; see momconv.momentum.replay.
+            other, which takes less memory and more time; see momconv.momentum.parts.
         fraction_bits: the grid is 2^-fraction_bits in single precision, which leaves activations a
             range of ±2^(22 - fraction_bits). Double precision has 29 more.
         runs: found on the first forward pass, unless given.

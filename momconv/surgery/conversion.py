@@ -22,7 +22,7 @@ from momconv.momentum.sequential import (
     momentum_stages,
     set_strategy,
 )
-from momconv.surgery.sequences import Runs, computes_the_same, find_sequences, has_loop, search
+from momconv.surgery.sequences import Runs, find_sequences, has_loop, list_operations, search
 from momconv.surgery.stem import make_stem_recomputable, restore_stem
 from momconv.zoo.description import find_description
 from momconv.zoo.networks import build_described, is_known
@@ -268,14 +268,18 @@ def _two_images(model: nn.Module) -> Tensor:
 def _find_broken_loops(model: nn.Module, found: Runs, inputs: Sequence[Tensor]) -> list[str]:
     """The sequences whose loops do not compute the same if a run is called as one block."""
     loops = [name for name in found if has_loop(model.get_submodule(name))]
-    return [name for name in loops if not _may_replace(model, name, found[name], inputs)]
+    expected = list_operations(model, inputs) if loops else []
+    return [name for name in loops if _try_out(model, name, found[name], inputs) != expected]
 
 
-def _may_replace(model: nn.Module, name: str, runs: list[range], inputs: Sequence[Tensor]) -> bool:
-    """Whether ``model`` calls a stage in the place of a list, and then computes the same."""
+def _try_out(
+    model: nn.Module, name: str, runs: list[range], inputs: Sequence[Tensor]
+) -> list[object] | None:
+    """What ``model`` computes with a stage in the place of a list; None if it is not called."""
     trial, calls = _wrap(copy.deepcopy(model), {name: runs}, 0, "zero"), list[object]()
     trial.get_submodule(name).register_forward_pre_hook(lambda *args: calls.append(args))
-    return computes_the_same(model, trial, inputs) and bool(calls)
+    operations = list_operations(trial, inputs)
+    return operations if calls else None
 
 
 def _check_names(

@@ -68,15 +68,11 @@ def has_loop(sequence: nn.Module) -> bool:
     return isinstance(sequence, nn.ModuleList | nn.ModuleDict)
 
 
-def computes_the_same(model: nn.Module, other: nn.Module, inputs: Sequence[Tensor]) -> bool:
-    """Whether both run the same operations in the same order, on inputs of the same shapes.
+def list_operations(model: nn.Module, inputs: Sequence[Tensor]) -> list[object]:
+    """What ``model`` computes: its operations in their order, and the shapes of their inputs.
 
-    In training as in evaluation: what is between two blocks may depend on that.
+    In evaluation, then in training: what is between two blocks may depend on that.
     """
-    return _list_operations(model, inputs) == _list_operations(other, inputs)
-
-
-def _list_operations(model: nn.Module, inputs: Sequence[Tensor]) -> list[object]:
     passes: list[object] = []
     for mode in (in_eval_mode, in_training_mode):
         with mode(model):

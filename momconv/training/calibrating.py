@@ -24,6 +24,8 @@ from momconv.zoo.networks import find_head
 _IMAGES = 2000
 _BATCH = 100
 _SHARE = 2  # of the images that training sees
+_OF_ORIGINAL = "adapting BatchNorm to these images"
+_TITLES = (_OF_ORIGINAL, "adapting it to momentum", "holding out images")  # of the first passes
 
 
 def needs_calibration(model: nn.Module, recipe: Recipe) -> bool:
@@ -57,7 +59,9 @@ def calibrate_on(  # noqa: PLR0913 (one for each choice)
         KeyboardInterrupt: Ctrl-C came. No part of the run is on disk yet.
     """
     batches = _Batches(images, model, batch_size, workers, listener, leave_out)
-    if not recipe.freeze_bn:
+    if recipe.freeze_bn:
+        batches.titles.remove(_OF_ORIGINAL)
+    else:
         calibrate(original, batches)
     with _borrowed_head(model, original):
         done = calibrate(
@@ -94,14 +98,12 @@ class _Batches:
         self._transform = evaluation_transform(describe(model).preprocessing)
         self._workers, self._leave_out = workers, leave_out
         self._loader = self._make_loader()
-        self._titles = iter(
-            ["adapting BatchNorm to these images", "adapting it to momentum", "holding out images"]
-        )
+        self.titles = [*_TITLES]
         self._listener = listener
 
     def __iter__(self) -> Iterator[Tensor]:
         """The listener hears of the first passes; then it hears of the steps."""
-        title = next(self._titles, None)
+        title = self.titles.pop(0) if self.titles else None
         for done, pictures in enumerate(self._read()):
             if title is not None:
                 self._listener.advance(title, done * self._size, self.images)

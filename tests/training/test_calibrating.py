@@ -3,12 +3,13 @@ import random
 import signal
 import weakref
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import Log, Signals, read_metrics, read_tensors, small
+from runs import SETTING, Log, Signals, read_metrics, read_tensors, small
 from torch import nn
 
 from momconv.data.folder import read_classes_folder
@@ -21,7 +22,7 @@ from momconv.training import network
 from momconv.training.calibrating import calibrate_on, needs_calibration
 from momconv.training.finetuning import finetune
 from momconv.training.interruption import Interrupted
-from momconv.training.planning import Setting, plan_batches
+from momconv.training.planning import plan_batches
 from momconv.training.progress import SILENT
 from momconv.training.state import load_state
 from momconv.zoo.networks import build
@@ -205,17 +206,7 @@ def test_calibrating_takes_no_more_memory_than_the_planned_step(
 ) -> None:
     """With the original beside it, but without gradients of the weights and optimiser state."""
     model, cpu = convert(load_network("cifar_resnet20", trained)), torch.device("cpu")
-    setting = Setting(
-        images=24,
-        batch_size=8,
-        micro_batch="auto",
-        resolution=32,
-        strategy="auto",
-        precision="fp32",
-        optimizer="sgd",
-        device="cpu",
-        memory=None,
-    )
+    setting = replace(SETTING, images=24, batch_size=8, micro_batch="auto", strategy="auto")
     plan = plan_batches(model.train(), setting)
 
     def work() -> None:
@@ -266,14 +257,17 @@ def test_where_batch_norm_is_frozen_the_original_keeps_its_statistics(
     colours: Path, trained: Path, *, frozen: bool
 ) -> None:
     original = load_network("cifar_resnet20", trained)
+    log = Log()
     before = {key: value.clone() for key, value in original.named_buffers()}
     calibrate_on(
         *(read_classes_folder(colours), convert(original), original),
         TrainRecipe(epochs=1, freeze_bn=frozen),
         batch_size=8,
         workers=0,
-        listener=SILENT,
+        listener=log,
         leave_out=lambda error: pytest.fail(str(error)),
     )
     kept = [torch.equal(value, before[key]) for key, value in original.named_buffers()]
     assert all(kept) is frozen
+    of_original = "adapting BatchNorm to these images"
+    assert (of_original in {title for title, *_ in log.shown}) is not frozen

@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import runs
 import torch
 from torch import nn
 
@@ -21,25 +22,8 @@ from momconv.training.planning import (
 )
 from momconv.zoo.networks import build
 
-SETTING = Setting(
-    images=100,
-    batch_size=16,
-    micro_batch="auto",
-    resolution=32,
-    strategy="auto",
-    precision="fp32",
-    optimizer="sgd",
-    device="cpu",
-    memory=None,
-)
-PLAN = BatchPlan(
-    setting=SETTING,
-    strategy="store",
-    stages="store",
-    micro_batch=16,
-    predicted_bytes=2**20,
-    limit_bytes=2**30,
-)
+SETTING = replace(runs.SETTING, images=100, batch_size=16, micro_batch="auto", strategy="auto")
+PLAN = replace(runs.PLAN, setting=SETTING, micro_batch=16)
 
 
 @pytest.fixture
