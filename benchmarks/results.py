@@ -1,22 +1,29 @@
-"""RESULTS.md: the files in results/ as one document. ``python -m benchmarks.results`` writes it."""
+"""RESULTS.md: what the files in results/ say. ``python -m benchmarks.results`` writes it.
+
+Of each file it has what a reader compares: a row for each case and a column for each method, or
+how far figures are spread. All rows are in the file itself, which is named above the table.
+"""
 
 import inspect
+import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from benchmarks import finetuning, fuzz, memory, speed, transfer
-from benchmarks.tables import Log, Row, find_logs, number
+from benchmarks.tables import MISSING, Log, Row, find_logs, number
 
 DOCUMENT = Path(__file__).parent / "RESULTS.md"
 
 INTRODUCTION = """\
 # Results
 
-Written by `python -m benchmarks.results` from the CSV files in results/. Each section begins with
-the command and how it measures; the machine and the version of torch stand above each table, the
-versions of the other packages in it. Networks have random weights. momconv and momentumnet run with
-γ = 0.9 unless a table says otherwise. "failed" stands where a method does not run, with the reason.
+Written by `python -m benchmarks.results` from the CSV files in results/, which have every row. Each
+section begins with the command and how it measures; the machine and the version of torch stand
+above each table, the versions of the other packages in it. Networks have random weights. momconv
+and momentumnet run with γ = 0.9 unless a table says otherwise. "failed" stands where a method does
+not run.
 
 The other packages are optional: `pip install '.[bench]'`. A method appears if its package is there.
 """
@@ -34,23 +41,68 @@ def show_all(rows: Sequence[Row]) -> list[Row]:
     return list(rows)
 
 
-# By the program that made them, in the order of the document.
-SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]]] = {
-    "memory": memory.present,
-    "speed": show_all,
-    "kernels": show_all,
-    "exactness": show_all,
-    "depth": show_all,
-    "ladder": show_all,
-    "zoo": show_all,
-    "batches": show_all,
-    "conversion": show_all,
-    "prediction": show_all,
+def pivot(rows: Sequence[Row], case: Sequence[str], method: str, value: str) -> list[Row]:
+    """The cells of the column ``value``: a row for each case, a column for each method.
+
+    Args:
+        rows: As they were logged.
+        case: The columns that tell cases apart.
+        method: The column whose cells become columns.
+        value: The column to show.
+    """
+    cases: dict[tuple[str, ...], Row] = {}
+    methods = dict.fromkeys(row[method] for row in rows)
+    for row in rows:
+        key = tuple(row[column] for column in case)
+        cells = cases.setdefault(
+            key, dict(zip(case, key, strict=True)) | dict.fromkeys(methods, MISSING)
+        )
+        cells[row[method]] = row[value].partition(":")[0]  # without why a method failed
+    return list(cases.values())
+
+
+def spread(rows: Sequence[Row], by: Sequence[str], values: Sequence[str]) -> list[Row]:
+    """The least, the middle and the greatest number of each column in ``values``, in each group."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[column] for column in by), []).append(row)
+    return [
+        dict(zip(by, key, strict=True))
+        | {"cases": str(len(group))}
+        | {f"{value}: least, median, greatest": _describe_spread(group, value) for value in values}
+        for key, group in groups.items()
+    ]
+
+
+def _describe_spread(rows: Sequence[Row], value: str) -> str:
+    numbers = [found for row in rows if (found := number(row, value)) is not None]
+    three = (min(numbers), statistics.median(numbers), max(numbers))
+    return ", ".join(f"{figure:.2f}" for figure in three)
+
+
+_RATIO = "auto / best checkpointing"
+
+# By the program that made them, in the order of the document. None: the picture says it all.
+SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]] | None] = {
+    "memory": partial(pivot, case=memory.KEY[:-1], method="method", value=memory.VALUE),
+    "speed": partial(pivot, case=("network",), method="method", value=speed.VALUE),
+    "kernels": partial(pivot, case=("elements", "operation"), method="way", value="GB/s"),
+    "exactness": partial(
+        pivot, case=("package", "γ"), method="depth", value="relative gradient error"
+    ),
+    "depth": partial(pivot, case=("depth",), method="method", value="MiB"),
+    "ladder": None,
+    "zoo": partial(spread, by=(), values=(_RATIO,)),
+    "batches": None,
+    "conversion": None,
+    "prediction": partial(spread, by=("precision", "strategy"), values=("% of step", "% of whole")),
     "loading": show_all,
     "fuzz": fuzz.present,
     "budget": show_all,
-    "estimates": show_all,
-    "cost": show_all,
+    "estimates": partial(pivot, case=("network", "images"), method="tool", value="% of measured"),
+    "cost": partial(
+        spread, by=("strategy",), values=("measured ratio", "calibrated ratio", "assumed ratio")
+    ),
     "transfer": transfer.present,
     "finetuning": finetuning.present,
 }
@@ -65,11 +117,14 @@ def render_section(title: str) -> str:
     """How a program measures, and its results on every machine."""
     text = inspect.getdoc(import_module(f"benchmarks.{title}"))
     parts = [f"## {title.capitalize()}", f"`python -m benchmarks.{title}`", f"{text}"]
+    present = SECTIONS[title]
     for log in find_logs(title):
         parts.append(f"### {title.capitalize()} on {log.machine}, {log.torch}")
+        parts.append(f"[all rows](results/{log.path.name})")
         if log.picture.is_file():
             parts.append(f"![{title}](results/{log.picture.name})")
-        parts.append(render_table(SECTIONS[title](log.read())))
+        if present:
+            parts.append(render_table(present(log.read())))
     return "\n\n".join(parts) + "\n"
 
 

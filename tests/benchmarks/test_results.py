@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory import KEY, VALUE, present
-from benchmarks.results import find_losses, render_table
+from benchmarks.results import DOCUMENT, find_losses, pivot, render, render_table, spread
 from benchmarks.tables import Log, Row
 
 
@@ -45,3 +45,27 @@ def test_losses_name_the_methods_with_smaller_numbers_in_the_same_case(
 
 def test_a_table_is_markdown() -> None:
     assert render_table([{"a": "1", "b": "2"}]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_a_pivot_has_a_row_for_each_case_and_a_column_for_each_method(rows: list[Row]) -> None:
+    shown = pivot(rows, ("network", "batch"), "method", VALUE)
+    assert [(cells["batch"], cells["store all"]) for cells in shown] == [
+        ("8", "40.0"),
+        ("16", "1.0"),
+    ]
+    assert shown[0]["theirs 1.0"] == "failed"
+    assert shown[1]["momconv"] == "–"
+
+
+def test_a_spread_leaves_out_what_failed(rows: list[Row]) -> None:
+    (few, many) = spread(rows, ("batch",), (VALUE,))
+    assert few == {
+        "batch": "8",
+        "cases": "6",
+        f"{VALUE}: least, median, greatest": "10.00, 17.50, 40.00",
+    }
+    assert many["cases"] == "1"
+
+
+def test_the_document_is_what_the_files_say() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == render()
