@@ -1,9 +1,11 @@
 """The steps of kernels.py as one operation each, which passes over memory once.
 
 They are operations of PyTorch's, so that the planner sees them too: on fake tensors they give what
-they allocate and compute nothing. A GPU's need Triton, a CPU's Numba. They have no gradients.
+they allocate and compute nothing. A GPU's need Triton and all that Triton needs to build them, a
+CPU's Numba. They have no gradients.
 """
 
+import warnings
 from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 _library = torch.library.Library("momconv", "DEF")
 _state = "Tensor x, Tensor(a!) v, Tensor(b!)? r, Tensor y"
@@ -23,12 +26,52 @@ _library.define(f"undo({_state}, {_constants}) -> ()")
 advance = torch.ops.momconv.advance.default
 undo = torch.ops.momconv.undo.default
 
+NEEDED = "a GPU that Triton knows, gcc and Python's headers (apt-get install gcc python3-dev)"
+
 
 def are_for(x: Tensor, y: Tensor) -> bool:
     """Whether there are such operations for x and y = block(x) on their device."""
     if x.is_cuda:
-        return x.dtype == torch.float32 and _is_installed("triton")
+        return x.dtype == torch.float32 and find_obstacle(x.device) is None
     return x.is_cpu and y.dtype in (x.dtype, torch.bfloat16) and _is_installed("numba")
+
+
+@cache
+def find_obstacle(gpu: torch.device) -> str | None:
+    """Why there are no such operations on ``gpu``, which are tried once; None if they work.
+
+    Warns of a Triton that is installed in vain. Of a GPU that is not there the best is assumed.
+    """
+    if not _is_installed("triton"):
+        return "Triton is not installed"
+    if not torch.cuda.is_available():
+        return None
+    try:
+        with _disable_current_modes():  # who asks may be computing with fakes
+            _try_out(gpu)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # Triton's, of its parts, of the compiler that it calls
+        obstacle = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        warnings.warn(
+            f"momentum steps on {gpu} pass over memory several times instead of once: Triton "
+            f"builds no kernels for it ({obstacle}); fix: {NEEDED}",
+            stacklevel=2,
+        )
+        return obstacle
+    return None
+
+
+def _try_out(gpu: torch.device) -> None:
+    """A step there and back of a few elements.
+
+    Raises:
+        Exception: Any, if it cannot be done.
+    """
+    x, v, y = torch.zeros(3, 8, device=gpu)
+    advance(x, v, None, y, torch.zeros((), device=gpu), 1.0, 1.0, 1.0)
+    undo(x, v, None, y, 1.0, 1.0)
+    torch.cuda.synchronize(gpu)
 
 
 @cache

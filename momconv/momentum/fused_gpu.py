@@ -1,9 +1,12 @@
 """The steps of kernels.py as one Triton kernel each: one pass over memory on a GPU.
 
-Nothing is defined here either: for every input the bits are those of ``step`` and ``unstep``. That
-holds whether or not the compiler fuses a product into a sum, because every product is rounded to an
-integer before it is added, or multiplies by a power of two.
+Nothing is defined here either: for every input the bits are those of ``step`` and ``unstep``. For
+that the compiler must not fuse a product into a sum, as it does by default: the product in front of
+``_round`` and the subtraction in it would become one operation, which sees the exact product, and
+sometimes another integer would be the nearest one.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -26,18 +29,20 @@ def advance(
     """Return x[n+1]; take v and r from n to n+1 and ``largest`` to its largest |x|, in place."""
     x_next, constants = torch.empty_like(x), (scale, gamma, -1 / gamma, ulp)
     bits = largest.view(torch.int32)
-    _advance[_grid(x)](x, v, r, y, x_next, bits, *constants, x.numel(), r is not None, BLOCK)
+    _launch(_advance, x, v, r, y, x_next, bits, *constants, x.numel(), r is not None, BLOCK)
     return x_next
 
 
 def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float) -> None:
     """Take v and r from n+1 to n in place, where x is x[n] and y = block(x[n])."""
     constants = (scale, gamma, -1 / gamma)
-    _undo[_grid(x)](x, v, r, y, *constants, x.numel(), r is not None, BLOCK)
+    _launch(_undo, x, v, r, y, *constants, x.numel(), r is not None, BLOCK)
 
 
-def _grid(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel(), BLOCK),)
+def _launch(kernel: Any, x: Tensor, *args: Any) -> None:
+    """Run ``kernel`` on the device of x, with a program for each block of it."""
+    with torch.cuda.device_of(x):  # Triton launches on the current one
+        kernel[triton.cdiv(x.numel(), BLOCK),](x, *args, enable_fp_fusion=False)
 
 
 @triton.jit

@@ -111,6 +111,80 @@ def test_a_gpu_computes_the_same_bits(on_gpu: ModuleType, gamma: float, dtype: t
     check(on_gpu, (x, v, r, y.to(dtype)), gamma)
 
 
+TRITON_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    float: "fp32",
+    int: "i64",
+}
+
+
+class Launches:
+    """Stands for a kernel: its launches compile it, for GPUs that need not be there."""
+
+    def __init__(self, kernel: Any, generation: int) -> None:
+        self.kernel, self.generation = kernel, generation
+        self.assembly: list[str] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.launch
+
+    def launch(self, *args: Any, **options: Any) -> None:
+        compiler = importlib.import_module("triton.compiler")
+        backends = importlib.import_module("triton.backends.compiler")
+        by_name = dict(zip(self.kernel.arg_names, args, strict=True))
+        fixed = {name: by_name[name] for name in ("has_r", "block")}
+        signature = {
+            name: TRITON_TYPES[value.dtype if isinstance(value, Tensor) else type(value)]
+            for name, value in by_name.items()
+            if name not in fixed and value is not None
+        }
+        missing = {name: None for name, value in by_name.items() if value is None}
+        kinds = signature | dict.fromkeys([*fixed, *missing], "constexpr")
+        source = compiler.ASTSource(
+            self.kernel, {name: kinds[name] for name in by_name}, constexprs=fixed | missing
+        )
+        target = backends.GPUTarget("cuda", self.generation, 32)
+        self.assembly.append(compiler.compile(source, target=target, options=options).asm["ptx"])
+
+
+@pytest.mark.parametrize("generation", [75, 80, 90])
+def test_a_gpu_is_told_to_round_each_product(
+    generation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product and a sum in one instruction would round once, to other bits than two."""
+    pytest.importorskip("triton", reason="Triton is for GPUs")
+    module = importlib.import_module("momconv.momentum.fused_gpu")
+    kernels_ = {name: Launches(getattr(module, name), generation) for name in ("_advance", "_undo")}
+    for name, kernel in kernels_.items():
+        monkeypatch.setattr(module, name, kernel)
+    for gamma, remainder, dtype in (
+        (0.9, torch.int8, torch.bfloat16),
+        (1.0, torch.int8, torch.half),
+    ):
+        x, v, r, y = make_state(gamma, remainder)
+        module.advance(x, v, r, y.to(dtype), x.new_zeros(()), 0.25 / ULP, gamma, ULP)
+        module.undo(x, v, r, y.to(dtype), 0.25 / ULP, gamma)
+    for kernel in kernels_.values():
+        assert len(kernel.assembly) == 2
+        for assembly in kernel.assembly:
+            assert "mul.rn.f32" in assembly
+            assert "fma" not in assembly
+            assert "div" not in assembly
+
+    fusing = kernels_["_undo"]
+    fusing.assembly.clear()
+    with monkeypatch.context() as patch:
+        launch = fusing.launch
+        patch.setattr(fusing, "launch", lambda *args, enable_fp_fusion: launch(*args))
+        module.undo(x, v, torch.zeros(SIZE, dtype=torch.int8), y, 0.25 / ULP, 0.9)
+    assert "fma" in fusing.assembly[0]  # what is looked for does occur
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("remainder", [torch.int8, torch.int16, torch.int32])
@@ -174,3 +248,56 @@ def test_a_step_is_one_operation() -> None:
 
     assert recorder.seen == [fused.advance, fused.undo]
     assert (x_next.shape, x_next.stride()) == (x.shape, x.stride())
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def a_gpu_is_there(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    pytest.importorskip("triton", reason="Triton is for GPUs")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fused.find_obstacle.cache_clear()
+    yield
+    fused.find_obstacle.cache_clear()
+
+
+@pytest.mark.usefixtures("a_gpu_is_there")
+def test_a_gpu_whose_kernels_cannot_be_built_takes_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is missing; it is tried once and told once."""
+    tried = []
+
+    def fail(gpu: torch.device) -> None:
+        tried.append(gpu)
+        raise RuntimeError("Failed to find C compiler.\nPlease specify CC.")
+
+    monkeypatch.setattr(fused, "_try_out", fail)
+    with FakeTensorMode():
+        x = torch.empty(4, device=GPU)
+        with pytest.warns(UserWarning, match=r"Failed to find C compiler.*fix: .*gcc"):
+            assert not fused.are_for(x, x)
+        assert not fused.are_for(x, x)
+    assert tried == [GPU]
+    assert fused.find_obstacle(GPU) == "RuntimeError: Failed to find C compiler. Please specify CC."
+
+
+def test_what_is_tried_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    with Recorder() as recorder:
+        fused._try_out(torch.device("cpu"))
+    assert {fused.advance, fused.undo} <= {*recorder.seen}
+    assert waited == [torch.device("cpu")]
+
+
+@pytest.mark.usefixtures("a_gpu_is_there")
+def test_memory_that_runs_out_says_nothing_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(gpu: torch.device) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(fused, "_try_out", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.find_obstacle(GPU)
+    monkeypatch.setattr(fused, "_try_out", lambda gpu: None)
+    assert fused.find_obstacle(GPU) is None
