@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from momconv._version import __version__
 from momconv.errors import MomconvError
 from momconv.files.atomic import write_text
 from momconv.files.model_file import load, save
+from momconv.momentum import fused
 from momconv.planner.devices import find_device
 from momconv.planner.measurement import available_bytes
 from momconv.surgery.certificate import compare_gradients
@@ -118,11 +120,7 @@ def _look_at_devices() -> Iterator[Finding]:
     yield Finding("processor", ok=True, found=f"{platform.machine()}, {threads}")
     drivers = _ask_driver("--query-gpu=name,driver_version")
     for number in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(number)
-        device = torch.cuda.get_device_properties(number)
-        amount = f"{format_bytes(free)} of {format_bytes(total)} free"
-        named = f"{device.name}, compute {device.major}.{device.minor}, {amount}"
-        yield Finding(f"cuda:{number}", ok=free > _MEMORY, found=named, fix=_FREE_GPU, needed=False)
+        yield from _look_at_gpu(torch.device("cuda", number))
     for line in _ask_driver("--query-compute-apps=pid,used_memory"):
         yield Finding("GPU memory of", ok=True, found=_name_process(line))
     if drivers:
@@ -138,6 +136,27 @@ def _look_at_devices() -> Iterator[Finding]:
         )
     elif not torch.cuda.is_available():
         yield Finding("GPU", ok=True, found="none; everything runs on the CPU")
+
+
+def _look_at_gpu(gpu: torch.device) -> Iterator[Finding]:
+    try:
+        free, total = torch.cuda.mem_get_info(gpu)
+    except RuntimeError as error:  # no memory for a context, or it is another's alone
+        yield Finding(str(gpu), ok=False, found=_first_line(error), fix=_FREE_GPU, needed=False)
+        return
+    device = torch.cuda.get_device_properties(gpu)
+    amount = f"{format_bytes(free)} of {format_bytes(total)} free"
+    named = f"{device.name}, compute {device.major}.{device.minor}, {amount}"
+    yield Finding(str(gpu), ok=free > _MEMORY, found=named, fix=_FREE_GPU, needed=False)
+    with warnings.catch_warnings(action="ignore"):  # they are told here
+        obstacle = fused.find_obstacle(gpu)
+    yield Finding(
+        f"Triton on {gpu}",
+        ok=obstacle is None,
+        found=obstacle or f"{_find_version('triton')} builds kernels",
+        fix=fused.NEEDED,
+        needed=False,
+    )
 
 
 _FREE_GPU = "end what else runs on it, or take another with --device"
@@ -245,17 +264,26 @@ def _try_network() -> Iterator[Finding]:
     for name in dict.fromkeys(("cpu", str(find_device()))):
         began = time.perf_counter()
         try:
-            problem = _run(torch.device(name))
-        except (MomconvError, OSError, RuntimeError) as error:
-            problem = str(error).partition("\n")[0]
-        took = format_duration(time.perf_counter() - began)
-        right = f"gradients exact, saved and loaded the same, in {took}"
-        fix = None if problem is None else "report it with the output of momconv doctor --json"
-        yield Finding(f"test on {name}", problem is None, problem or right, fix)
+            right = _run(torch.device(name))
+        except Exception as error:  # whatever it is, it is what was looked for
+            fix = "report it with the output of momconv doctor --json"
+            yield Finding(f"test on {name}", ok=False, found=_first_line(error), fix=fix)
+        else:
+            took = format_duration(time.perf_counter() - began)
+            yield Finding(f"test on {name}", ok=True, found=f"{right}, in {took}")
 
 
-def _run(device: torch.device) -> str | None:
-    """What is wrong with a small network; None if nothing is."""
+def _first_line(error: Exception) -> str:
+    """What went wrong, in a line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _run(device: torch.device) -> str:
+    """What a small network does right.
+
+    Raises:
+        Exception: Any, if it does something wrong.
+    """
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
         torch.default_generator.manual_seed(_SEED)
         network = convert(build("cifar_resnet20"), 0.9, "all").eval()
@@ -264,10 +292,13 @@ def _run(device: torch.device) -> str | None:
         save(network, path)
         with torch.no_grad():
             same = torch.equal(load(path)(images), network(images))
-        exact = all(compare_gradients(network.to(device), images.to(device)).values())
-    if not exact:
-        return "the gradients are not those of ordinary backpropagation"
-    return None if same else "a saved network does not compute the same"
+        exact = compare_gradients(network.to(device), images.to(device)).values()
+    if False in exact:
+        raise RuntimeError("the gradients are not those of ordinary backpropagation")
+    if not same:
+        raise RuntimeError("a saved network does not compute the same")
+    compared = "differ each time, so are not compared" if None in exact else "exact"
+    return f"gradients {compared}, saved and loaded the same"
 
 
 _PARTS: tuple[Callable[[], Iterator[Finding]], ...] = (

@@ -15,6 +15,7 @@ LAYERS = [
     "words",
     "states",
     "heap",
+    "determinism",
     "recipe",
     "cookbook",
     "momentum",

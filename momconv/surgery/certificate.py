@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from momconv.determinism import deterministic
 from momconv.momentum.autograd import Strategy
 from momconv.momentum.equations import largest_magnitude, remainder_bounds
 from momconv.momentum.kernels import magnitude
@@ -28,7 +30,8 @@ class StageCertificate:
     Attributes:
         name: Its name in the model, such as ``layer3``.
         gradients_exact: Whether "momentum" gives the gradients of "store", bit for bit: of the
-            stage's input and of its parameters, and BatchNorm's statistics after the step.
+            stage's input and of its parameters, and BatchNorm's statistics after the step. None
+            where "store" does not repeat its own, so that nothing can be said.
         largest: The largest |x| in its runs on the images.
         limit: Below which |x| must stay for exact sums.
         headroom_bits: log2(limit / largest): how often x could double.
@@ -36,7 +39,7 @@ class StageCertificate:
     """
 
     name: str
-    gradients_exact: bool
+    gradients_exact: bool | None
     largest: float
     limit: float
     headroom_bits: float
@@ -59,7 +62,8 @@ class Certificate:
         drift: How far its outputs are from the original's.
         accuracy: Of both networks; None without labels.
         gradients_exact: Whether all gradients are bit for bit those of ordinary backpropagation,
-            outside the stages too; None for a network without momentum.
+            outside the stages too; None for a network without momentum, and where that cannot be
+            said.
         stages: The stages with momentum.
     """
 
@@ -105,27 +109,45 @@ def certify(model: nn.Module, original: nn.Module, batches: Iterable[Batch]) -> 
     return Certificate(
         measure_drift(other, z),
         _score(z, other, torch.cat(labels)) if labels else None,
-        all(equal.values()) if equal else None,
+        _conclude(equal),
         tuple(_certify(name, model, float(x), exact=equal[name]) for name, x in largest.items()),
     )
 
 
-def compare_gradients(model: nn.Module, images: Tensor) -> dict[str, bool]:
+def _conclude(equal: dict[str, bool | None]) -> bool | None:
+    """Whether all gradients are exact, if that can be said of all."""
+    if False in equal.values():
+        return False
+    return True if equal and None not in equal.values() else None
+
+
+def compare_gradients(model: nn.Module, images: Tensor) -> dict[str, bool | None]:
     """For each momentum stage and ``REST``: does "momentum" give what "store" gives, bit for bit?
 
     Compared are the input of the stage, the gradients of it and of the parameters, and the buffers
-    after one training step, such as BatchNorm's statistics. The model stays as it is.
+    after one training step, such as BatchNorm's statistics. The model stays as it is. On a GPU,
+    deterministic algorithms compute them; where there are none, and "store" does not give what it
+    gave before, the answer is None.
 
     Raises:
         UsageError: The model has no momentum stages, or none with γ > 0.
         InversionError: Reconstruction noticed by itself that it failed.
     """
-    stored = _record(model, images, "store")
-    reconstructed = _record(model, images, "momentum")
+    with deterministic(wanted=images.is_cuda), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* does not have a deterministic implementation")
+        stored = _record(model, images, "store")
+        equal = _compare(stored, _record(model, images, "momentum"))
+        if all(equal.values()):
+            return {**equal}
+        repeated = _compare(stored, _record(model, images, "store"))
+    return {name: same or (False if repeated[name] else None) for name, same in equal.items()}
+
+
+def _compare(ones: dict[str, list[Tensor]], others: dict[str, list[Tensor]]) -> dict[str, bool]:
+    """In which stages all tensors are the same."""
     return {
-        name: len(tensors) == len(others := reconstructed[name])
-        and all(map(torch.equal, tensors, others))
-        for name, tensors in stored.items()
+        name: len(tensors) == len(others[name]) and all(map(torch.equal, tensors, others[name]))
+        for name, tensors in ones.items()
     }
 
 
@@ -209,7 +231,9 @@ def _measuring(largest: dict[str, Tensor], name: str, *, is_output: bool) -> Cal
     return measure
 
 
-def _certify(name: str, model: nn.Module, largest: float, *, exact: bool) -> StageCertificate:
+def _certify(
+    name: str, model: nn.Module, largest: float, *, exact: bool | None
+) -> StageCertificate:
     stage = _inverted(model)[name]
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     rules = [stage.rule(run, dtype) for run in stage.runs or ()]

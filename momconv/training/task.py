@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 
 from momconv.data.dataset import count_workers, count_workers_that_fit
 from momconv.data.folder import Splits
+from momconv.determinism import deterministic
 from momconv.errors import ResourceError
 from momconv.planner.outlook import Fixed
 from momconv.recipe import Recipe
 from momconv.states import keeping_random_state
 from momconv.training import network
 from momconv.training.board import require_tensorboard
-from momconv.training.determinism import deterministic
 from momconv.training.job import Job
 from momconv.training.optimisation import choose_precision
 from momconv.training.planning import BatchPlan, Setting

@@ -2,14 +2,17 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from momconv import diagnosis
 from momconv.cli import app
 from momconv.diagnosis import Finding
+from momconv.momentum import fused
 
 
 @pytest.fixture
@@ -85,3 +88,65 @@ def test_a_network_that_is_inverted_wrongly_is_found(monkeypatch: pytest.MonkeyP
     (finding, *_) = diagnosis._try_network()
     assert finding.is_broken
     assert "gradients are not those of ordinary backpropagation" in finding.found
+
+
+class BadCompiler(Exception):
+    """Of no kind that Python knows."""
+
+
+@pytest.mark.parametrize("error", [BadCompiler("gcc: no Python.h\nmore"), ImportError("no _C")])
+def test_whatever_stops_the_network_is_told(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(diagnosis, "compare_gradients", fail)
+    (finding,) = diagnosis._try_network()
+    assert (finding.is_broken, finding.found) == (True, str(error).partition("\n")[0])
+
+
+def test_gradients_that_cannot_be_compared_are_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "compare_gradients", lambda *_: {"layer1": None, "": True})
+    (finding,) = diagnosis._try_network()
+    assert finding.ok
+    assert finding.found.startswith("gradients differ each time, so are not compared, saved")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**36, 2**37))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It works all the same."""
+    monkeypatch.setattr(fused, "find_obstacle", lambda _: "RuntimeError: no C compiler")
+    card, triton = diagnosis._look_at_gpu(torch.device("cuda", 1))
+    assert card == Finding(
+        "cuda:1",
+        ok=True,
+        found="NVIDIA H200, compute 9.0, 64.0 GiB of 128.0 GiB free",
+        fix=card.fix,
+        needed=False,
+    )
+    assert (triton.name, triton.ok, triton.needed) == ("Triton on cuda:1", False, False)
+    assert triton.found == "RuntimeError: no C compiler"
+    assert "gcc" in str(triton.fix)
+    monkeypatch.setattr(fused, "find_obstacle", lambda _: None)
+    assert [f.ok for f in diagnosis._look_at_gpu(torch.device("cuda", 1))] == [True, True]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_that_another_holds_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory\nmore")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    (finding,) = diagnosis._look_at_gpu(torch.device("cuda", 0))
+    assert (finding.ok, finding.needed, finding.found) == (
+        *(False, False),
+        "CUDA error: out of memory",
+    )

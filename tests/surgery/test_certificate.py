@@ -1,4 +1,5 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -73,6 +74,41 @@ def test_a_block_that_computes_something_else_the_second_time_fails() -> None:
     stage[1].bn2 = Counting()
     with pytest.raises(InversionError):
         compare_gradients(net, IMAGES)
+
+
+def test_nothing_is_said_where_storing_does_not_repeat_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a GPU's algorithms may not; other stages are judged all the same."""
+    count = iter(range(3))
+
+    def set_strategy(model: nn.Module, _: Strategy) -> None:
+        turn = next(count)
+        bias = model.get_parameter("layer3.1.bn1.bias")
+        bias.register_hook(lambda gradient: gradient + turn)
+
+    monkeypatch.setattr(certificate, "set_strategy", set_strategy)
+    found = compare_gradients(network(), IMAGES)
+    assert found == {REST: True, "layer1": True, "layer2": True, "layer3": None}
+    assert certificate._conclude(found) is None
+    assert certificate._conclude({**found, "layer1": False}) is False
+
+
+def test_a_gpu_is_asked_for_deterministic_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = []
+
+    def deterministic(**asked: bool) -> nullcontext[None]:
+        wanted.append(asked)
+        return nullcontext()
+
+    class OnAGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(certificate, "deterministic", deterministic)
+    monkeypatch.setattr(certificate, "_record", lambda *_: {REST: [IMAGES]})
+    assert compare_gradients(nn.Identity(), IMAGES.as_subclass(OnAGpu)) == {REST: True}
+    assert compare_gradients(nn.Identity(), IMAGES) == {REST: True}
+    assert wanted == [{"wanted": True}, {"wanted": False}]
 
 
 def test_a_plain_network_has_no_gradients_to_compare() -> None:

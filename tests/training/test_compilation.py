@@ -6,11 +6,11 @@ import torch
 from runs import Signals, read_tensors, small
 from torch import nn
 
+from momconv.determinism import deterministic
 from momconv.momentum.sequential import set_strategy
 from momconv.surgery.conversion import convert
 from momconv.training import compilation
 from momconv.training.compilation import compiling, uncompiled
-from momconv.training.determinism import deterministic
 from momconv.training.finetuning import finetune
 from momconv.training.interruption import Interrupted
 from momconv.zoo.networks import build
