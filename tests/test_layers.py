@@ -13,6 +13,7 @@ LAYERS = [
     "errors",
     "units",
     "words",
+    "opening",
     "states",
     "heap",
     "determinism",

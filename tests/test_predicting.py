@@ -1,10 +1,13 @@
 """A network that says the brightest channel is asked about images of known colours."""
 
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from momconv import predict
@@ -73,6 +76,30 @@ def test_unreadable_images_are_left_out_and_named(colours: Path, tmp_path: Path)
     (bad,) = done.unreadable
     assert bad.path == folder / "bad.png"
     assert bad.error.startswith("not an image")
+
+
+def test_a_pipe_is_named_and_not_waited_for(colours: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(colours / "red", tmp_path / "red"))
+    os.mkfifo(folder / "pipe.png")
+
+    done = predict(Brightest(), [folder, Path("/dev/zero")])
+
+    assert len(done.images) == 8
+    named = {bad.path: bad.error for bad in done.unreadable}
+    reason = "not a regular file"
+    assert named == {folder / "pipe.png": reason, Path("/dev/zero"): reason}
+
+
+def test_a_strip_gets_its_answer_beside_the_others(colours: Path, tmp_path: Path) -> None:
+    strip = tmp_path / "strip.png"
+    Image.new("RGB", (1, 40_000), (0, 0, 200)).save(strip)
+    model = Brightest()
+    attach(model, replace(describe(model), preprocessing=describe(model).preprocessing.at(256)))
+
+    done = predict(model, [colours / "red", strip])
+
+    assert [image.guesses[0].name for image in done.images] == [*["red"] * 8, "blue"]
+    assert done.unreadable == ()
 
 
 def test_what_does_not_exist_may_be_a_pattern(colours: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from momconv.data.decoding import UnreadableImage, decode
+from momconv.data.dataset import prepare
+from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import list_images
 from momconv.data.shuffling import shuffle
 from momconv.data.transforms import Transform, evaluation_transform
@@ -114,6 +115,6 @@ class CalibrationImages:
 
 def _load(path: Path, transform: Transform) -> Tensor | UnreadableImage:
     try:
-        return transform(decode(path))
+        return prepare(path, transform)
     except UnreadableImage as error:
         return error

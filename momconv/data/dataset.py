@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from momconv.data.decoding import UnreadableImage, decode
+from momconv.data.decoding import UnreadableImage, blame, decode
 from momconv.data.folder import ImageSet
 from momconv.data.transforms import Transform
 from momconv.errors import ResourceError
@@ -57,28 +56,27 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self._decode(index)
-        if self.seed is None:
-            return self.transform(image), self.labels[index]
-        # Only the CPU's generator: torch.manual_seed and fork_rng would go through the GPUs' too.
-        generator = torch.default_generator
-        before = generator.get_state()
-        generator.manual_seed(_mix(self.seed, int(self._epoch), index))
         try:
-            return self.transform(image), self.labels[index]
-        finally:
-            generator.set_state(before)
-
-    def _decode(self, index: int) -> Image.Image:
-        try:
-            return decode(self.paths[index])
+            return self._prepare(index), self.labels[index]
         except UnreadableImage:
             if get_worker_info():
                 self._failed.fill_(index)
             raise
 
+    def _prepare(self, index: int) -> Tensor:
+        if self.seed is None:
+            return prepare(self.paths[index], self.transform)
+        # Only the CPU's generator: torch.manual_seed and fork_rng would go through the GPUs' too.
+        generator = torch.default_generator
+        before = generator.get_state()
+        generator.manual_seed(_mix(self.seed, int(self._epoch), index))
+        try:
+            return prepare(self.paths[index], self.transform)
+        finally:
+            generator.set_state(before)
+
     def raise_failure(self) -> None:
-        """Raise the error of the file that a worker could not decode, once, if there is one.
+        """Raise the error of the file that a worker could not prepare, once, if there is one.
 
         Raises:
             UnreadableImage: There is.
@@ -86,8 +84,23 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         index = int(self._failed)
         if index != _NONE:
             self._failed.fill_(_NONE)
-            decode(self.paths[index])
+            self._prepare(index)
             raise UnreadableImage(self.paths[index], "could not be read")  # but is back now
+
+
+def prepare(path: Path, transform: Transform) -> Tensor:
+    """The transformed image in ``path``.
+
+    Raises:
+        UnreadableImage: It cannot be decoded, or transformed.
+    """
+    image = decode(path)
+    try:
+        return transform(image)
+    except RuntimeError:  # PyTorch's, which are about the process
+        raise
+    except Exception as error:
+        raise blame(path, error) from error
 
 
 def make_loader(dataset: Dataset[Any], *, workers: int, **options: Any) -> "DataLoader[Any]":

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from momconv.data.folder import FORMATS
 from momconv.errors import DataError
+from momconv.opening import open_regular
 from momconv.words import printable
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ _DAMAGE = (
 
 _SNIFFED = 512  # bytes
 _LARGEST_FILE = 2**30  # bytes; a picture is decoded from memory
+_SOME_MEMORY = 2**25  # bytes, without which nothing goes on
 _LARGE_PICTURE = 2**25  # pixels: such are decoded one at a time, lest many threads fill the memory
 _one_at_a_time = threading.Lock()
 
@@ -87,10 +89,10 @@ def read_bytes(path: Path) -> bytes:
     """The content of ``path``.
 
     Raises:
-        UnreadableImage: it cannot be read, or is too large to be a picture.
+        UnreadableImage: it cannot be read, is no regular file or too large to be a picture.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if os.fstat(file.fileno()).st_size > _LARGEST_FILE:
                 raise UnreadableImage(path, "file too large")
             return file.read()
@@ -114,8 +116,24 @@ def decode_bytes(data: bytes, path: Path) -> Picture:
             raise UnreadableImage(path, _describe_other(data)) from error
         except Image.DecompressionBombError as error:
             raise UnreadableImage(path, "image too large") from error
+        except MemoryError as error:
+            raise blame(path, error) from error
         except _DAMAGE as error:
             raise UnreadableImage(path, _describe_damage(data)) from error
+
+
+def blame(path: Path, error: Exception) -> Exception:
+    """What to raise for an ``error`` that came up while the image in ``path`` was worked on.
+
+    That is the error itself where memory has run out, which is no fault of the image.
+    """
+    try:
+        bytearray(_SOME_MEMORY)
+    except MemoryError:
+        return error
+    large = isinstance(error, MemoryError)
+    what = "needs too much memory" if large else f"cannot be worked on: {error!r}"
+    return UnreadableImage(path, what)
 
 
 def _load(image: Image.Image) -> Picture:

@@ -20,7 +20,8 @@ from PIL import Image
 
 from momconv.data.splits import hold_out
 from momconv.errors import DataError
-from momconv.words import plural, printable
+from momconv.opening import is_special
+from momconv.words import list_some, plural, printable
 
 Image.init()
 # Formats that Pillow names but that hold no pixels it can read by itself. (EPS starts Ghostscript.)
@@ -37,6 +38,7 @@ _VAL = ("val", "valid", "validation", "dev")
 SPLITS = {*_TRAIN, *_VAL, "test"}
 Unknown = Literal["error", "skip"]  # what to do with a class that the other side does not have
 _FEW = 5  # images of a class, below which a warning is due
+_SHOWN = 5  # paths that a message names
 _KINDS = 8  # suffixes that a message lists
 
 
@@ -200,7 +202,8 @@ def list_images(root: Path) -> list[Path]:
 def _walk(root: Path, *above: Path) -> Iterator[Path]:
     """Every visible file below ``root``. Each folder is entered once, the folders ``above`` never.
 
-    Both matter only where links lead back to a folder.
+    Both matter only where links lead back to a folder. Dead links, pipes and devices are files too:
+    who reads them says what they are.
     """
     seen = {os.path.realpath(folder) for folder in above}
     for parent, folders, files in os.walk(root, onerror=_refuse_unreadable, followlinks=True):
@@ -210,9 +213,7 @@ def _walk(root: Path, *above: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = _visible(folders)
-        # A dead link is kept, to be reported as unreadable; a pipe would block its reader.
-        paths = [os.path.join(parent, name) for name in _visible(files)]
-        yield from (Path(p) for p in paths if os.path.isfile(p) or not os.path.exists(p))
+        yield from (Path(parent, name) for name in _visible(files))
 
 
 def _images(root: Path) -> Iterator[Path]:
@@ -253,7 +254,9 @@ def _first(names: Sequence[str], folders: Mapping[str, Path]) -> Path | None:
 def _read_class_folders(root: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
     """The images of every class folder that has any, and notes on what was passed over."""
     _require_folder(root)
-    files = {folder.name: list(_walk(folder, root)) for folder in _subfolders(root)}
+    every = {folder.name: list(_walk(folder, root)) for folder in _subfolders(root)}
+    special = [path for paths in every.values() for path in filter(is_special, paths)]
+    files = {name: [p for p in paths if p not in special] for name, paths in every.items()}
     found = {name: list(filter(_is_image, paths)) for name, paths in files.items()}
     if not any(found.values()):
         _refuse_empty(root)
@@ -262,7 +265,7 @@ def _read_class_folders(root: Path) -> tuple[dict[str, list[Path]], tuple[str, .
         path.suffix.lower() for paths in files.values() for path in paths if not _is_image(path)
     )
     loose = sum(_is_image(root / name) for name in _visible(os.listdir(root)) if name not in files)
-    notes = _notes(root, empty, others, loose)
+    notes = (*_notes(root, empty, others, loose), *_warn_of_special(special))
     deep = sum(path.parent != root / name for name, paths in found.items() for path in paths)
     if deep:
         where = "deeper than the folder of their class, and belong to it"
@@ -289,6 +292,14 @@ def _notes(root: Path, empty: list[str], others: Counter[str], loose: int) -> tu
         count = plural(loose, "image")
         notes.append(f"warning: ignoring {count} directly in {printable(root)}, in no class folder")
     return tuple(notes)
+
+
+def _warn_of_special(paths: Sequence[Path]) -> tuple[str, ...]:
+    if not paths:
+        return ()
+    which = ", ".join(list_some([printable(path) for path in paths], _SHOWN))
+    what = "that is not a regular file" if len(paths) == 1 else "that are not regular files"
+    return (f"warning: ignoring {plural(len(paths), 'path')} {what}: {which}",)
 
 
 def _hold_out(whole: ImageSet, val_frac: float, seed: int) -> Splits:

@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.functional import pil_modes_mapping
 
 from momconv.zoo.description import Preprocessing
 
 _SMALLEST_SCALE = 0.35  # of the image's area in a random crop; 0.08 is for training from scratch
 _TINY = 64  # pixels; images of CIFAR's kind are shifted rather than cropped
 _SHIFT = 4  # pixels
+_STRIP = 16  # how often the longer side of one has the shorter one in it
 _ERASED = {"trivial": 0.1, "randaug": 0.25}  # share of the images from which a rectangle is erased
 
 Transform = Callable[[Image.Image], Tensor]
@@ -50,14 +52,31 @@ def training_transform(
 
 
 class _Resize:
-    """``v2.Resize``, which takes a while to find that there is nothing to do."""
+    """``v2.Resize``, which takes a while to find that there is nothing to do.
+
+    Of a strip only the middle, all that a network sees of it, is computed: with its shorter side
+    made as long as usual, an image of 1 × 40,000 pixels has thousands of millions of them.
+    """
 
     def __init__(self, p: Preprocessing) -> None:
-        self._side = p.resize
-        self._resize = v2.Resize(p.resize, InterpolationMode(p.interpolation), antialias=True)
+        self._side, self._seen = p.resize, p.resolution
+        mode = InterpolationMode(p.interpolation)
+        self._resize = v2.Resize(p.resize, mode, antialias=True)
+        self._filter = pil_modes_mapping[mode]
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        if max(image.size) > _STRIP * min(image.size):
+            return self._resize_middle(image)
         return image if min(image.size) == self._side else self._resize(image)
+
+    def _resize_middle(self, image: Image.Image) -> Image.Image:
+        lengths = [self._side * length // min(image.size) for length in image.size]
+        kept = [length if length == self._side else self._seen for length in lengths]
+        starts = [round((length - part) / 2) for length, part in zip(lengths, kept, strict=True)]
+        stops = [start + part for start, part in zip(starts, kept, strict=True)]
+        x, y = (size / length for size, length in zip(image.size, lengths, strict=True))
+        box = (starts[0] * x, starts[1] * y, stops[0] * x, stops[1] * y)
+        return image.resize((kept[0], kept[1]), self._filter, box)
 
 
 class _CentreCrop:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from momconv.data.dataset import LabelledImages
@@ -127,10 +127,16 @@ def _draw_images(images: Iterable[Image.Image], texts: Sequence[str], path: Path
         axes.axis("off")
         for number, (image, text) in enumerate(zip(images, texts, strict=True)):
             x, y = _CELL * (number % _COLUMNS), _CELL * (number // _COLUMNS)
-            small = ImageOps.contain(image, (_SIDE, _SIDE))
+            small = _shrink(image)
             sheet.paste(small, (x + (_CELL - small.width) // 2, y))
             axes.text(x + _CELL / 2, y + _SIDE + 4, text, fontsize=9, ha="center", va="top")
         axes.imshow(sheet, aspect="auto")
+
+
+def _shrink(image: Image.Image) -> Image.Image:
+    """``image`` with a longer side of ``_SIDE``; a strip keeps one pixel of the other."""
+    width, height = (max(1, round(length * _SIDE / max(image.size))) for length in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def draw_memory(plan: BatchPlan, path: Path) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pictures import fingerprint, save_classes
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -20,6 +21,7 @@ from momconv.data.dataset import (
     make_loader,
     read_batches,
 )
+from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import ImageSet, find_evaluation_set, find_splits, list_images
 from momconv.data.inspection import check_images
 from momconv.data.transforms import evaluation_transform, training_transform
@@ -131,6 +133,23 @@ def test_workers_work_on_after_one_sigterm_but_not_after_two(images: ImageSet) -
     assert read(signals=1) == 1
     with pytest.raises(ResourceError, match="ended by itself, with code -15"):
         read(signals=2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_transform_that_fails_on_an_image_costs_that_image(
+    images: ImageSet, workers: int
+) -> None:
+    def refuse_red(image: Image.Image) -> Tensor:
+        if image.getpixel((0, 0)) == (255, 0, 0):
+            raise ValueError("no red")
+        return torch.zeros(3, 8, 8)
+
+    red = images.samples[7].path
+    Image.new("RGB", (9, 9), "red").save(red)
+    loader = make_loader(LabelledImages(images, refuse_red, seed=0), workers=workers, batch_size=3)
+    with pytest.raises(UnreadableImage, match="no red") as caught:
+        list(read_batches(loader))
+    assert caught.value.path == red
 
 
 def test_other_failures_in_a_worker_are_not_hidden(images: ImageSet) -> None:

@@ -1,4 +1,6 @@
 import io
+import os
+import socket
 import threading
 import warnings
 from pathlib import Path
@@ -7,8 +9,10 @@ import numpy as np
 import pytest
 from pictures import save_picture
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
 
-from momconv.data.decoding import decode, decode_bytes
+from momconv.data import decoding
+from momconv.data.decoding import UnreadableImage, decode, decode_bytes
 from momconv.errors import DataError
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
@@ -223,3 +227,52 @@ def test_all_real_photographs_decode(shared: Path) -> None:
     paths = sorted((shared / "data/hymenoptera/val/ants").iterdir())
     assert len(paths) == 70
     assert {decode(path).mode for path in paths} == {"RGB"}
+
+
+def make_special(path: Path, kind: str) -> Path:
+    """A file that would be waited for, or has no end."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    elif kind == "link to a pipe":
+        os.mkfifo(path.with_name("pipe"))
+        path.symlink_to("pipe")
+    else:
+        path.symlink_to(kind)
+    return path
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize(
+    "kind", ["pipe", "socket", "link to a pipe", "/dev/zero", "/dev/random", "/dev/null"]
+)
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(DataError, match="not a regular file"):
+        decode(make_special(tmp_path / "0.png", kind))
+
+
+def test_an_image_that_takes_too_much_memory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Image.Image) -> None:
+        raise MemoryError
+
+    path = save_picture(tmp_path / "large.png")
+    monkeypatch.setattr(PngImageFile, "load", fail)
+    with pytest.raises(UnreadableImage, match="needs too much memory"):
+        decode(path)
+
+
+def test_memory_that_has_run_out_is_not_blamed_on_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    path = save_picture(tmp_path / "small.png")
+    monkeypatch.setattr(PngImageFile, "load", fail)
+    monkeypatch.setattr(decoding, "bytearray", fail, raising=False)
+    with pytest.raises(MemoryError):
+        decode(path)

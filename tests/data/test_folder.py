@@ -174,11 +174,24 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert len(list_images(root)) == 4
 
 
-def test_a_dead_link_counts_as_an_image_but_a_pipe_does_not(tmp_path: Path) -> None:
+def test_dead_links_and_pipes_are_listed_for_their_reader_to_name(tmp_path: Path) -> None:
     save_classes(tmp_path, ant=1)
     (tmp_path / "ant" / "dead.png").symlink_to("nowhere.png")
     os.mkfifo(tmp_path / "ant" / "pipe.png")
-    assert [path.name for path in list_images(tmp_path)] == ["0.png", "dead.png"]
+    assert [path.name for path in list_images(tmp_path)] == ["0.png", "dead.png", "pipe.png"]
+
+
+def test_what_is_no_regular_file_is_passed_over_and_named(tmp_path: Path) -> None:
+    save_classes(tmp_path, ant=2, bee=2)
+    os.mkfifo(tmp_path / "ant" / "pipe.png")
+    (tmp_path / "bee" / "endless.png").symlink_to("/dev/zero")
+    (tmp_path / "bee" / "dead.png").symlink_to("nowhere.png")
+    found = read_classes_folder(tmp_path)
+    assert found.counts() == {"ant": 2, "bee": 3}
+    assert found.notes == (
+        "warning: ignoring 2 paths that are not regular files: "
+        f"{tmp_path}/ant/pipe.png, {tmp_path}/bee/endless.png",
+    )
 
 
 def test_images_of_any_structure_are_listed_in_order(tmp_path: Path) -> None:

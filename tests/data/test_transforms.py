@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,3 +139,40 @@ def test_leaving_out_what_changes_nothing_changes_nothing(size: tuple[int, int])
 def test_so_many_images_lose_a_rectangle(level: Augmentation, share: float) -> None:
     *_, erasing = training_transform(PLAIN, level=level).transforms
     assert erasing.p == share
+
+
+@pytest.mark.parametrize("p", [IMAGENET, CIFAR, PLAIN.at(128)])
+@pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1), (3, 9_000)])
+@pytest.mark.parametrize("level", [None, "none", "light", "trivial", "randaug"])
+def test_of_a_strip_only_what_the_network_sees_is_computed(
+    p: Preprocessing,
+    size: tuple[int, int],
+    level: Augmentation | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = [0]
+    resize = Image.Image.resize
+
+    def watch(image: Image.Image, size: tuple[int, int], *rest: Any, **named: Any) -> Image.Image:
+        made.append(size[0] * size[1])
+        return resize(image, size, *rest, **named)
+
+    monkeypatch.setattr(Image.Image, "resize", watch)
+    transform = training_transform(p, level=level) if level else evaluation_transform(p)
+    assert transform(Image.new("RGB", size, "white")).shape == (3, p.resolution, p.resolution)
+    assert max(made) <= p.resize**2
+
+
+@pytest.mark.parametrize("p", [IMAGENET, PLAIN, PLAIN.at(128)])
+@pytest.mark.parametrize("size", [(20, 321), (3, 100), (2111, 31), (100, 6)])
+def test_the_middle_of_a_strip_is_what_a_crop_of_all_of_it_shows(
+    p: Preprocessing, size: tuple[int, int]
+) -> None:
+    image = Image.radial_gradient("L").convert("RGB").resize(size)
+    whole = v2.Compose([v2.Resize(p.resize, antialias=True), v2.CenterCrop(p.resolution)])
+    expected = (ToTensor()(whole(image)) - torch.tensor(p.mean).view(3, 1, 1)) / torch.tensor(
+        p.std
+    ).view(3, 1, 1)
+    # Other coordinates may round to the next of 255 grey levels.
+    level = 1.01 / 255 / min(p.std)
+    assert torch.allclose(evaluation_transform(p)(image), expected, rtol=0, atol=level)

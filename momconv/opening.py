@@ -1,0 +1,41 @@
+"""Opening the files that people name, without ever waiting for what comes out of a pipe."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0)  # a named pipe that nobody writes to opens too
+
+
+def is_special(path: Path) -> bool:
+    """Whether ``path`` is a named pipe, a socket or a device, or a link to one."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """The file ``path``, open for reading.
+
+    Raises:
+        OSError: It cannot be opened, or is no regular file.
+    """
+    if is_special(path):  # to open some devices does something
+        raise _special(path)
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 (it is for the caller to close)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it has become something else just now
+        file.close()
+        raise _special(path)
+    return file
+
+
+def _open_at_once(name: str, flags: int) -> int:
+    return os.open(name, flags | _AT_ONCE)
+
+
+def _special(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file", str(path))
