@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from momconv._version import __version__
 
 if TYPE_CHECKING:
+    from momconv.data.unseen import keep_unseen
     from momconv.evaluation import evaluate
     from momconv.files.model_file import load, save
     from momconv.momentum.sequential import MomentumSequential, set_strategy
@@ -32,6 +33,7 @@ __all__ = [
     "distill",
     "evaluate",
     "finetune",
+    "keep_unseen",
     "load",
     "load_network",
     "peak_memory",
@@ -50,6 +52,7 @@ _HOMES = {
     "distill": "surgery.distillation",
     "evaluate": "evaluation",
     "finetune": "training.finetuning",
+    "keep_unseen": "data.unseen",
     "load": "files.model_file",
     "load_network": "zoo.weights",
     "peak_memory": "planner.prediction",

@@ -29,7 +29,7 @@ from momconv.surgery.ladder import LADDER, Choice, find_gamma
 from momconv.training.progress import SILENT, Listener
 from momconv.words import list_some, plural
 from momconv.zoo.checkpoints import is_converted
-from momconv.zoo.description import describe
+from momconv.zoo.description import describe, mark_as_seen
 from momconv.zoo.networks import check_name, is_known
 from momconv.zoo.own import file_stem, is_own, parse_arguments, restate, write_options
 from momconv.zoo.weights import load_network
@@ -133,6 +133,8 @@ def convert_network(
         choice = Choice(scheme.gamma, adaptation)
     workshop.distill(choice.adaptation)
     certificate = workshop.certify(choice.adaptation.model)
+    if workshop.images.adapting:
+        mark_as_seen(choice.adaptation.model, workshop.images.adapting.read_sha256s())
     calibration = _describe_calibration(choice.adaptation, workshop.images)
     record = {
         "calibration": calibration and asdict(calibration),

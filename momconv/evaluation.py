@@ -80,6 +80,11 @@ class Scores:
         present = [score.recall for score in self.classes if score.support]
         return sum(present) / len(present)
 
+    @property
+    def uncovered(self) -> list[str]:
+        """The classes without an image, of which top-1 and macro F1 say nothing."""
+        return [score.name for score in self.classes if not score.support]
+
     def to_json(self) -> dict[str, Any]:
         """The same as values that JSON knows, without what is said of each image."""
         mistakes = [asdict(mistake) | {"path": str(mistake.path)} for mistake in self.mistakes]
@@ -102,6 +107,8 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """The scores of ``model``, in eval mode and fp32, with the preprocessing that it describes.
+
+    All ``images`` count; ``momconv.keep_unseen`` leaves out those that the model was trained on.
 
     The model moves to ``device``; its training flags are afterwards what they were. ``progress`` is
     called with the number of images done and the number of all.

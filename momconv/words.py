@@ -25,6 +25,25 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{ending}"
 
 
+def name_some(names: Sequence[str], most: int = 5) -> str:
+    """The first ``most`` of the names in a line, and how many more there are.
+
+    >>> name_some(["a", "b", "c"]), name_some(["a", "b", "c"], 1)
+    ('a, b, c', 'a and 2 more')
+    """
+    shown, more = ", ".join(map(printable, names[:most])), len(names) - most
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def describe_classes(names: Sequence[str]) -> str:
+    """How many classes, and a few of their names.
+
+    >>> describe_classes(["ant"]), describe_classes(["ant", "bee"])
+    ('1 class: ant', '2 classes: ant, bee')
+    """
+    return f"{plural(len(names), 'class')}: {name_some(names)}"
+
+
 def list_some(lines: Sequence[str], most: int) -> list[str]:
     """The first ``most`` of the lines, and how many more there are.
 

@@ -10,6 +10,7 @@ from momconv.converting import Means, Scheme, convert_network, revert_network
 from momconv.errors import UsageError
 from momconv.momentum.sequential import momentum_stages
 from momconv.training.progress import Listener
+from momconv.zoo.description import describe
 
 SCHEME = Scheme("cifar_resnet20", weights="none", resolution=32, stages="layer2,layer3")
 
@@ -38,6 +39,9 @@ def test_a_network_is_converted_adapted_certified_and_written(
         "layer2",
         "layer3",
     ]
+    seen = describe(model).seen
+    assert seen is not None
+    assert (seen.count, seen.complete) == (20, False)
     assert list(dict.fromkeys(log.titles)) == [
         "converting cifar_resnet20",
         "running the original",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from momconv.cli._console import describe_error, note, out, print_json, progress, tell
+from momconv.cli._console import describe_error, note, out, print_json, progress, tell, warn
 from momconv.cli._options import (
     ArgumentOption,
     DeviceOption,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from momconv.data.folder import ImageSet
+    from momconv.data.unseen import Exposure
     from momconv.evaluation import Scores
     from momconv.zoo.description import Description
 
@@ -69,6 +70,7 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     """Say how good a model is on a folder of images: top-1, each class, the worst mistakes."""
     from momconv.data.dataset import count_workers
     from momconv.data.folder import find_evaluation_set
+    from momconv.data.unseen import leave_out_seen
     from momconv.files.model_file import read_description
     from momconv.planner.devices import find_device
 
@@ -78,20 +80,22 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     load = _Loader(Function(network, arg), description)
     for other in others:
         _require_same_classes(file, description, other, load.describe(other))
-    held_out = _find_held_out(file, data, description) if split == "val" else None
-    found = held_out or find_evaluation_set(
-        data, description.classes, split=split, unknown=unknown_classes
-    )
+    found = find_evaluation_set(data, description.classes, split=split, unknown=unknown_classes)
     _note_classes(file, found, description)
-    images = _check(found, max_bad_fraction)
+    records = [description.seen, *(load.describe(other).seen for other in others)]
+    images, exposure = leave_out_seen(
+        _check(found, max_bad_fraction), records, keep_all=split == "train"
+    )
+    if exposure.counted:
+        warn(exposure.describe(len(images.samples)))
     chosen = count_workers(len(images.samples)) if workers is None else workers
     reading = {"batch_size": batch_size, "workers": chosen}
     scores = {path: _score(load(path), path, images, where, reading) for path in (file, *others)}
     failure = _judge(file, scores[file], least)
     if json_output:
-        _print_json(scores, images, failure)
+        _print_json(scores, images, exposure, failure)
     else:
-        _print(scores)
+        _print(scores, exposure)
         if failure:
             raise failure
     if failure:
@@ -187,16 +191,20 @@ def _judge(file: Path, scores: "Scores", least: float | None) -> ThresholdNotMet
     )
 
 
-def _print(scores: Mapping[Path, "Scores"]) -> None:
+def _print(scores: Mapping[Path, "Scores"], exposure: "Exposure") -> None:
     from momconv.reports.scores import compare_scores, show_scores
 
     compared = compare_scores(scores) if len(scores) > 1 else []
-    for part in (*compared, *show_scores(next(iter(scores.values())))):
+    own = next(iter(scores.values()))
+    for part in (*compared, *show_scores(own, exposure.describe(own.n))):
         out.print(part, soft_wrap=isinstance(part, Text))
 
 
 def _print_json(
-    scores: Mapping[Path, "Scores"], images: "ImageSet", failure: ThresholdNotMet | None
+    scores: Mapping[Path, "Scores"],
+    images: "ImageSet",
+    exposure: "Exposure",
+    failure: ThresholdNotMet | None,
 ) -> None:
     """One document: the scores of the first file, and below ``compared`` those of the others."""
     (file, own), *others = scores.items()
@@ -207,21 +215,8 @@ def _print_json(
     document: dict[str, Any] = {"ok": failure is None}
     document |= {"error": describe_error(failure)} if failure else {}
     document |= {"file": file, "data": images.root, **own.to_json()}
+    document |= {"training_images": exposure.to_json()}
     print_json({**document, "compared": compared})
-
-
-def _find_held_out(file: Path, data: Path, description: "Description") -> "ImageSet | None":
-    """The images of ``data`` that the run of ``file`` held out, if it did."""
-    from momconv.training.images import find_held_out
-    from momconv.training.run_folder import RunFolder
-    from momconv.words import plural, printable
-
-    images = find_held_out(RunFolder(file.parent).split, data)
-    if images is None or images.classes != description.classes:
-        return None
-    count = plural(len(images.samples), "image")
-    note(f"only the {count} that the run held out of {printable(data)}")
-    return images
 
 
 def _note_classes(file: Path, images: "ImageSet", description: "Description") -> None:

@@ -1,8 +1,10 @@
 """The images that a conversion is calibrated on: a random sample of a folder, labels unused."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from momconv.data.dataset import prepare
-from momconv.data.decoding import UnreadableImage
+from momconv.data.decoding import UnreadableImage, read_bytes
 from momconv.data.folder import list_images
 from momconv.data.shuffling import shuffle
 from momconv.data.transforms import Transform, evaluation_transform
@@ -86,6 +88,12 @@ class CalibrationImages:
                 kept.append(batch)
             yield batch
         self._kept = kept if self._fits else None
+
+    def read_sha256s(self) -> Iterator[str]:
+        """The SHA-256 of each file that can be read, in hexadecimal."""
+        for path in self.paths:
+            with suppress(UnreadableImage):
+                yield hashlib.sha256(read_bytes(path)).hexdigest()
 
     def _decode(self) -> Iterator[tuple[Tensor, list[Path]]]:
         self.unreadable = []

@@ -2,14 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from momconv.data.examination import Finding, examine_all
 from momconv.data.folder import ImageSet
 from momconv.errors import DataError
 from momconv.words import list_some, plural, printable
+from momconv.zoo.seen import SeenImages
 
 _SHOWN = 5  # unreadable files that a message names
 
@@ -83,6 +84,32 @@ def warn_of_duplicates(duplicates: Sequence[tuple[Path, Path]], validation: int)
         f"warning: {len(duplicates)} of {plural(validation, 'validation image')} are training "
         f"images too, byte for byte, such as {printable(theirs)} = {printable(ours)}",
     )
+
+
+def leave_out_trained_on(
+    val: Inspection, duplicates: Collection[Path], seen: SeenImages | None
+) -> tuple[Inspection, tuple[str, ...]]:
+    """What is held out without ``duplicates`` of training images and what was ``seen`` before.
+
+    All are kept if nothing else is left. The second part says what was done.
+    """
+    paths = [sample.path for sample in val.images.samples]
+    known = (seen or SeenImages()).find(val.findings[path].sha256 for path in paths)
+    before = [p for p in paths if val.findings[p].sha256 in known and p not in duplicates]
+    left = [n for n, path in enumerate(paths) if path not in {*duplicates, *before}]
+    warnings = []
+    if before:
+        warnings.append(
+            f"warning: the network was trained on {len(before)} of "
+            f"{plural(len(paths), 'validation image')} before, such as {printable(before[0])}"
+        )
+    if len(left) == len(paths):
+        return val, ()
+    if not left:
+        warnings.append("warning: so its scores do not say how it does on new images")
+        return val, tuple(warnings)
+    warnings.append(f"note: validating on the {plural(len(left), 'image')} it is not trained on")
+    return replace(val, images=val.images.select(left)), tuple(warnings)
 
 
 def _find_lost_classes(before: ImageSet, after: ImageSet) -> list[str]:

@@ -62,7 +62,10 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """The same as values that JSON knows."""
         certificate = self.certificate and self.certificate.to_json()
-        return {**asdict(self), "path": str(self.path), "certificate": certificate}
+        document = {**asdict(self), "path": str(self.path), "certificate": certificate}
+        if seen := self.description.seen:
+            document["description"]["seen"] = {"images": seen.count, "complete": seen.complete}
+        return document
 
 
 def inspect_file(path: Path, own: nn.Module | None = None) -> Inspection:
@@ -125,6 +128,8 @@ def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
     yield "input", describe_input(description.preprocessing)
     sha256 = f" (sha256 {description.source_sha256})" if description.source_sha256 else ""
     yield "weights", printable(f"from {description.source}{sha256}")
+    if seen := description.seen:
+        yield "has seen", f"{plural(seen.count, 'image')}, which momconv eval knows"
     if certificate:
         origin = printable(inspection.measured_on)
         yield "agreement", describe_drift(certificate.drift, origin)

@@ -10,21 +10,28 @@ from rich.table import Table
 from rich.text import Text
 
 from momconv.evaluation import ClassScore, Mistake, Scores
-from momconv.words import plural, printable
+from momconv.words import describe_classes, plural, printable
 
 _MOST_ROWS = 30  # above, only the worst classes
 _WORST = 10
 _MOST_COLUMNS = 10  # above, the confusions as a list
 
 
-def show_scores(scores: Scores) -> Iterator[RenderableType]:
-    """The figures for all images, for each class, what is taken for what, the worst mistakes."""
+def show_scores(scores: Scores, remark: str = "") -> Iterator[RenderableType]:
+    """The figures for all images, for each class, what is taken for what, the worst mistakes.
+
+    A ``remark`` on all of it stands below the first ones.
+    """
     low, high = scores.interval
     yield Text(
         f"top-1 {scores.top1:.2%} (95 % interval {low:.1%} to {high:.1%}) "
         f"on {plural(scores.n, 'image')}\nmacro F1 {scores.macro_f1:.3f} · "
         f"calibration error {scores.calibration_error:.3f} · loss {scores.loss:.4f}"
     )
+    if uncovered := scores.uncovered:
+        yield Text(f"not covered, as they have no image here: {describe_classes(uncovered)}")
+    if remark:
+        yield Text(remark)
     shown, title = scores.classes, "each class"
     if len(shown) > _MOST_ROWS:
         present = [score for score in shown if score.support]

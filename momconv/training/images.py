@@ -15,6 +15,7 @@ from momconv.data.inspection import (
     Inspection,
     check_images,
     find_duplicates,
+    leave_out_trained_on,
     warn_of_duplicates,
 )
 from momconv.data.report import DataReport, fingerprint, name_classes, report
@@ -26,6 +27,7 @@ from momconv.training.omission import keep_rest
 from momconv.training.progress import SILENT, Listener, Progress
 from momconv.training.run_folder import RunFolder
 from momconv.words import list_some, plural, printable
+from momconv.zoo.seen import SeenImages
 
 _SHOWN = 5  # files that an error names
 
@@ -124,8 +126,13 @@ def _limit(images: ImageSet, recipe: DataRecipe) -> ImageSet:
     return images.select(kept[n * len(kept) // count] for n in range(count))
 
 
-def keep_readable(splits: Splits, recipe: DataRecipe, listener: Listener) -> CheckedImages:
+def keep_readable(
+    splits: Splits, recipe: DataRecipe, listener: Listener, seen: SeenImages | None = None
+) -> CheckedImages:
     """The images that can be decoded: each is, once, before a long run depends on it.
+
+    Held-out images that the run trains on too, or that the network has ``seen`` before, are left
+    out, unless all are.
 
     Raises:
         DataError: Too many cannot.
@@ -133,9 +140,11 @@ def keep_readable(splits: Splits, recipe: DataRecipe, listener: Listener) -> Che
     train = _check(splits.train, recipe, listener, every_class=True)
     val = _check(splits.val, recipe, listener)
     duplicates = find_duplicates(train, val)
-    warning = warn_of_duplicates(duplicates, len(val.images.samples))
-    _tell(warning, recipe, listener)
-    found = report(train, val, duplicates, (*splits.notes, *train.notes, *val.notes, *warning))
+    warnings = warn_of_duplicates(duplicates, len(val.images.samples))
+    val, more = leave_out_trained_on(val, {path for _, path in duplicates}, seen)
+    warnings += more
+    _tell(warnings, recipe, listener)
+    found = report(train, val, duplicates, (*splits.notes, *train.notes, *val.notes, *warnings))
     readable = Splits(train.images, val.images, splits.notes, found.fingerprint)
     findings = {**train.findings, **val.findings}
     return CheckedImages(readable, found, {path: f.sha256 for path, f in findings.items()})
@@ -182,20 +191,6 @@ def recall_images(
         raise _changed(root, changed)
     digest = fingerprint((name, f.class_name, f.sha256) for name, _, f in files)
     return replace(recalled, fingerprint=digest)
-
-
-def find_held_out(path: Path, root: Path) -> ImageSet | None:
-    """The images that the run of the split file ``path`` held out of the one folder ``root``.
-
-    None where the run trained on another folder, or found a validation folder in it.
-    """
-    if not path.is_file():
-        return None
-    split = _read(path)
-    one_folder = split.train.folder == split.val.folder == Path()
-    if split.data != root.absolute() or not one_folder or not split.val.files:
-        return None
-    return _from_part(split.val, split.classes, root)
 
 
 def _check(

@@ -9,12 +9,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from momconv.errors import UsageError
 from momconv.files import model_file
 from momconv.momentum.sequential import momentum_stages
-from momconv.recipe import ModelRecipe, Recipe, TrainRecipe
+from momconv.recipe import ModelRecipe, Recipe, TrainRecipe, names_code
 from momconv.surgery.conversion import convert
 from momconv.training.annealing import gamma_at
 from momconv.zoo import own
 from momconv.zoo.description import attach, describe
 from momconv.zoo.networks import check_resolution, replace_head
+from momconv.zoo.seen import SeenImages
 from momconv.zoo.stages import freeze
 from momconv.zoo.weights import load_network
 
@@ -33,6 +34,8 @@ def load(recipe: Recipe) -> nn.Module:
         how = recipe.momentum
         gamma = gamma_at(how, epochs=0)
         plain = load_plain(recipe.model, recipe.data.resolution)
+        if recipe.model.weights == "none" and not names_code(recipe.model.name):
+            attach(plain, replace(describe(plain), seen=SeenImages(complete=True)))
         model = convert(plain, gamma, how.stages, how.velocity, gain=how.gain)
     if recipe.data.resolution is not None:
         check_resolution(model, recipe.data.resolution)

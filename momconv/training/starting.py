@@ -32,7 +32,7 @@ from momconv.training.rate_finder import find_rate
 from momconv.training.state import save_state
 from momconv.training.stopping import require_validation
 from momconv.training.task import Task
-from momconv.zoo.description import Preprocessing, describe
+from momconv.zoo.description import Preprocessing, describe, mark_as_seen
 
 _NO_MOMENTUM = (
     "note: no run of blocks is long enough for momentum to save memory, so it stays plain; "
@@ -67,7 +67,7 @@ def prepare(task: Task) -> Ready:
     require_stages(model, recipe.train)
     if recipe.momentum.gamma and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
-    images = keep_readable(found, recipe.data, listener)
+    images = keep_readable(found, recipe.data, listener, describe(model).seen)
     _check_images(recipe, images.splits, listener)
     provenance = find_provenance(recipe, model, images.report.fingerprint, task.device)
     if task.like:
@@ -75,6 +75,8 @@ def prepare(task: Task) -> Ready:
     if recipe.data.resolution is not None:
         listener.tell(f"note: {_describe_resizing(describe(model).preprocessing)}")
     network.fit_head(model, images.splits.train.classes)
+    trained_on = (images.sha256[sample.path] for sample in images.splits.train.samples)
+    mark_as_seen(model, trained_on)
     network.place(model, task.device)
     network.start_training(model, recipe.train)
     if frozen := describe_frozen(model):

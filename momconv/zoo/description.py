@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -9,6 +10,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt
 from torch import nn
 
 from momconv.errors import UsageError
+from momconv.zoo.seen import SeenImages
 
 Pixels = Annotated[int, Field(gt=0, le=2**12)]  # bounds what a stranger's file can ask for
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
@@ -55,6 +57,7 @@ class Description:
         source: Where the weights came from: torchvision's name for them, a file name, or ``none``.
         source_sha256: SHA-256 of the file that the weights came from.
         arguments: Of the function that makes a network of the user's own, each as ``KEY=VALUE``.
+        seen: The images that it was trained on; ``None`` when unknown.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -66,6 +69,7 @@ class Description:
     source: str = "none"
     source_sha256: str | None = None
     arguments: tuple[str, ...] = ()
+    seen: SeenImages | None = None
 
     def __post_init__(self) -> None:
         if self.classes is not None and len(self.classes) != self.num_classes:
@@ -75,6 +79,13 @@ class Description:
 def attach(model: nn.Module, description: Description) -> None:
     """Make ``description`` travel with ``model``, through copies too."""
     model.description = description  # type: ignore[assignment]  # a module takes any attribute
+
+
+def mark_as_seen(model: nn.Module, sha256s: Iterable[str]) -> None:
+    """Write down that ``model`` has seen the images whose content has these SHA-256."""
+    description = describe(model)
+    seen = (description.seen or SeenImages()).add(sha256s)
+    attach(model, replace(description, seen=seen))
 
 
 def find_description(model: nn.Module) -> Description | None:

@@ -67,15 +67,66 @@ def test_the_validation_split_is_taken_where_there_is_one(
     assert "has no images of 2 classes: blue, green" in ran.stderr
 
 
-def test_a_run_s_own_folder_is_evaluated_on_what_was_held_out(
-    colours: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def run_folder(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that held 6 of 24 images out."""
+    folder = tmp_path_factory.mktemp("run")
     args = ["--model", "cifar_resnet20", "--weights", "none", "--epochs", "1", "--device", "cpu"]
-    args += ["--micro-batch", "8", "--set", "data.workers=0", "-o", str(tmp_path / "run")]
+    args += ["--micro-batch", "8", "--set", "data.workers=0", "--no-plots", "-o", str(folder)]
     assert CliRunner().invoke(app, ["finetune", "--data", str(colours), *args]).exit_code == 0
-    ran = run(tmp_path / "run" / "best.safetensors", "--data", colours, "--json")
-    assert json.loads(ran.stdout)["n"] == 6
-    assert ran.stderr == f"note: only the 6 images that the run held out of {colours}\n"
+    return folder
+
+
+def test_images_that_were_trained_on_do_not_count_wherever_they_and_the_model_are(
+    run_folder: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = Path(shutil.copytree(colours, tmp_path / "moved" / "photos"))
+    (tmp_path / "link").symlink_to(colours)
+    copy = shutil.copy(run_folder / "best.safetensors", tmp_path / "copy.safetensors")
+    monkeypatch.chdir(moved / "red")
+    for data in (colours, tmp_path / "moved" / ".." / "link", Path("..")):
+        document = json.loads(run(copy, "--data", data, "--json").stdout)
+        assert document["n"] == 6
+        assert document["training_images"] == {
+            "left_out": 18,
+            "counted": 0,
+            "recorded": True,
+            "complete": True,
+        }
+    shown = run(copy, "--data", moved).stdout
+    assert "on 6 images" in shown
+    assert "none of them was trained on; 18 images left out, which were" in shown
+
+
+def test_training_images_count_where_nothing_else_is_there_or_wanted(
+    run_folder: Path, colours: Path, tmp_path: Path
+) -> None:
+    split = json.loads((run_folder / "split.json").read_text())
+    trained = [path for path, _, _ in split["train"]["files"]]
+    for path in trained:
+        for part in ("only", "data/train"):
+            (tmp_path / part / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(colours / path, tmp_path / part / path)
+    shutil.copytree(colours, tmp_path / "data" / "val")
+    model = run_folder / "best.safetensors"
+    asked = run(model, "--data", tmp_path / "data", "--split", "train", "--json")
+    for ran in (asked, run(model, "--data", tmp_path / "only", "--json")):
+        assert json.loads(ran.stdout)["training_images"]["counted"] == 18
+        assert "warning: 18 of 18 images were trained on" in ran.stderr
+    assert json.loads(run(model, "--data", tmp_path / "data", "--json").stdout)["n"] == 6
+
+
+def test_where_it_is_not_known_what_was_trained_on_the_score_says_so(
+    model: Path, run_folder: Path, colours: Path
+) -> None:
+    assert "which images it was trained on is not recorded" in run(model, "--data", colours).stdout
+    document = json.loads(run(model, "--data", colours, "--json").stdout)
+    assert document["training_images"]["recorded"] is False
+    both: list[str | Path]
+    both = [run_folder / "best.safetensors", "--compare", model, "--data", colours]
+    document = json.loads(run(*both, "--json").stdout)
+    assert (document["n"], document["compared"][0]["n"]) == (6, 6)
+    assert document["training_images"]["recorded"] is False
 
 
 def test_a_file_without_class_names_takes_the_folder_s(colours: Path, tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import pytest
 from PIL import Image
 from runs import Log
 
+from momconv.data.examination import examine
+from momconv.data.folder import find_splits
 from momconv.errors import DataError, ModelFileError, UsageError
 from momconv.recipe import DataRecipe
 from momconv.training.images import (
     CheckedImages,
-    find_held_out,
     find_images,
     keep_readable,
     recall_images,
@@ -19,6 +20,7 @@ from momconv.training.images import (
 )
 from momconv.training.progress import SILENT
 from momconv.training.run_folder import RunFolder
+from momconv.zoo.seen import SeenImages
 
 
 def remember(data: Path, folder: Path, recipe: DataRecipe | None = None) -> CheckedImages:
@@ -139,19 +141,31 @@ def test_a_class_that_the_split_does_not_list_is_damage(colours: Path, tmp_path:
         recall_images(tmp_path / "split.json")
 
 
-def test_the_held_out_part_of_one_folder_is_found_again(colours: Path, tmp_path: Path) -> None:
-    path = tmp_path / "split.json"
-    assert find_held_out(path, colours) is None
-    splits = remember(colours, tmp_path).splits
-    held_out = find_held_out(path, colours)
-    assert held_out is not None
-    assert held_out.samples == splits.val.samples
-    assert find_held_out(path, tmp_path) is None
+def test_images_that_the_network_has_seen_are_not_validated_on(
+    colours: Path, tmp_path: Path
+) -> None:
+    """Whether the run trains on copies of them, or the network was trained on them before."""
+    found = find_splits(colours)
+    copied, seen = found.train.samples[0].path, found.val.samples[1].path
+    data = Path(shutil.copytree(colours, tmp_path / "data"))
+    here = find_splits(data).val.samples
+    shutil.copy(copied, here[0].path)
+    log, before = Log(), SeenImages().add([examine(seen).sha256])
+    checked = keep_readable(find_splits(data), DataRecipe(), log, before)
+    assert [sample.path for sample in checked.splits.val.samples] == [s.path for s in here[2:]]
+    assert [text.split(", such as")[0] for text in log.told] == [
+        "warning: 1 of 6 validation images are training images too, byte for byte",
+        "warning: the network was trained on 1 of 6 validation images before",
+        "note: validating on the 4 images it is not trained on",
+    ]
 
 
-def test_a_validation_folder_needs_no_memory(colours: Path, tmp_path: Path) -> None:
-    for name in ("train", "val"):
-        shutil.copytree(colours, tmp_path / "data" / name)
-    remember(tmp_path / "data", tmp_path)
-    assert find_held_out(tmp_path / "split.json", tmp_path / "data") is None
-    assert recall_images(tmp_path / "split.json").val.root == tmp_path / "data" / "val"
+def test_where_all_held_out_images_were_seen_they_are_validated_on_with_a_warning(
+    colours: Path, tmp_path: Path
+) -> None:
+    for part in ("train", "val"):
+        shutil.copytree(colours, tmp_path / part)
+    log = Log()
+    checked = keep_readable(find_splits(tmp_path), DataRecipe(), log)
+    assert len(checked.splits.val.samples) == 24
+    assert log.told[-1] == "warning: so its scores do not say how it does on new images"
