@@ -8,6 +8,7 @@ import difflib
 from pathlib import Path
 
 from momconv.errors import UsageError
+from momconv.words import quoted
 
 _PACKAGE = Path(__file__).parent
 _FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
@@ -31,7 +32,7 @@ def find_recipe(name: str) -> Path:
     close = difflib.get_close_matches(name, recipes, n=1)
     hint = f" — did you mean {close[0]}?" if close else ""
     raise UsageError(
-        f"no recipe {name!r} comes with momconv{hint}",
+        f"no recipe {quoted(name)} comes with momconv{hint}",
         kind="usage.no_recipe",
         fix=f"one of {', '.join(recipes)}",
     )

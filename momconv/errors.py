@@ -16,6 +16,8 @@ that is wrong, and, where one exists, a ``fix`` that can be pasted.
 
 from typing import ClassVar
 
+from momconv.words import fit_screen
+
 
 class MomconvError(Exception):
     """Base of all errors that are explained to the user instead of shown as a traceback."""
@@ -23,10 +25,10 @@ class MomconvError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, kind: str, fix: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = fit_screen(message)
         self.kind = kind
-        self.fix = fix
+        self.fix = fix and fit_screen(fix)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message if self.fix is None else f"{self.message}\nfix: {self.fix}"

@@ -5,7 +5,9 @@ pydantic, which knows the type of the key it belongs to, reads it: ``lr: 1e-3`` 
 ``name: no`` a name.
 """
 
+import codecs
 import difflib
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,21 +22,22 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
+    TypeAdapter,
     ValidationError,
     WithJsonSchema,
     model_validator,
 )
 
 from momconv.errors import UsageError
-from momconv.units import parse_bytes, parse_duration
+from momconv.units import parse_bytes, parse_duration, parse_path
+from momconv.words import abridge, printable, quoted
 
 
-def _readable_by(parse: Callable[[str], object]) -> AfterValidator:
-    """Texts that ``parse`` can read."""
+def _readable_by(parse: Callable[[Any], object]) -> AfterValidator:
+    """Values that ``parse`` can read."""
 
-    def check(text: str) -> str:
+    def check(text: Any) -> Any:
         try:
             parse(text)
         except UsageError as error:
@@ -44,10 +47,13 @@ def _readable_by(parse: Callable[[str], object]) -> AfterValidator:
     return AfterValidator(check)
 
 
+_MOST = 10**9  # of what is counted: more is a slip, and no longer a number to compute with
+
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+CountFromZero = Annotated[int, Field(ge=0, le=_MOST)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Memory = Annotated[
     str,
@@ -58,6 +64,13 @@ Duration = Annotated[
     str,
     _readable_by(parse_duration),
     WithJsonSchema({"description": "a duration like 10min"}),
+]
+FileOrFolder = Annotated[Path, _readable_by(parse_path), AfterValidator(parse_path)]
+NameOrPath = Annotated[
+    str,
+    _readable_by(parse_path),
+    AfterValidator(os.path.expanduser),
+    WithJsonSchema({"description": "a name or a path"}),
 ]
 
 Monitor = Literal["val/top1", "val/macro_f1", "val/loss"]
@@ -73,10 +86,10 @@ class _Section(BaseModel):
 class ModelRecipe(_Section):
     """The network to start from."""
 
-    name: str = "resnet152"  # or a function that makes it, as model.py:make
+    name: NameOrPath = "resnet152"  # or a function that makes it, as model.py:make
     arguments: list[str] = []  # of that function, each as KEY=VALUE
-    weights: str = "DEFAULT"
-    from_file: Path | None = None
+    weights: NameOrPath = "DEFAULT"
+    from_file: FileOrFolder | None = None
 
 
 class MomentumRecipe(_Section):
@@ -94,18 +107,20 @@ class MomentumRecipe(_Section):
 class DataRecipe(_Section):
     """The images. A relative path starts at the working directory."""
 
-    path: Path | None = None
-    train_dir: Path | None = None  # instead of the one below ``path``
-    val_dir: Path | None = None
+    path: FileOrFolder | None = None
+    train_dir: FileOrFolder | None = None  # instead of the one below ``path``
+    val_dir: FileOrFolder | None = None
     unknown_classes: Literal["error", "skip"] = "error"  # of validation, which training lacks
     strict: bool = False  # whether a warning about the images is an error
-    resolution: Annotated[int, Field(ge=16)] | None = None  # None: what the weights were made for
+    resolution: Annotated[int, Field(ge=16, le=_MOST)] | None = (
+        None  # None: what the weights were made for
+    )
     limit: Fraction = 1  # of the images of each class, for a try
-    max_images: Annotated[int, Field(ge=2)] | None = None  # of each split, for the same
+    max_images: Annotated[int, Field(ge=2, le=_MOST)] | None = None  # of each split, for the same
     val_frac: BelowOne = 0.2
     split_seed: Seed = 0
     max_bad_fraction: UnitInterval = 0.05
-    workers: NonNegativeInt | Literal["auto"] = "auto"
+    workers: CountFromZero | Literal["auto"] = "auto"
     balance: Literal["none", "loss", "sampler"] = "none"  # against classes of unequal size
     augment: Literal["none", "light", "trivial", "randaug"] = "light"
     flip: bool = True  # mirrored half of the time; never with augment: none
@@ -142,7 +157,7 @@ class TrainRecipe(_Section):
     may_change: list[Literal["gamma", "precision"]] = []  # by the plan, to be faster
     device: str = "auto"
     freeze: list[str] = []  # stages that stay as they are: stem, layer1, …, or all-but-head
-    freeze_epochs: NonNegativeInt = 0  # first, in which only the head learns
+    freeze_epochs: CountFromZero = 0  # first, in which only the head learns
     save_every: Count | Duration = "10min"  # steps or time, inside an epoch; its end always
     time_limit: Duration | None = None  # after which a process stops, to be resumed
     freeze_bn: bool = False  # BatchNorm keeps its statistics and weights
@@ -201,7 +216,8 @@ class Recipe(_Section):
             value, allowed = getattr(self.momentum, name), getattr(default, name)
             if value != allowed:
                 raise UsageError(
-                    f"momentum.{name} is {value}, but the network in model.from_file is converted",
+                    f"momentum.{name} is {quoted(value)}, "
+                    "but the network in model.from_file is converted",
                     kind="usage.conflict",
                     fix=f"--set momentum.{name}={str(allowed).lower()}",
                 )
@@ -228,13 +244,15 @@ KEYS = [f"{section}.{name}" for section, cls in SECTIONS.items() for name in cls
 
 
 def load_recipe(
-    path: Path | None,
+    path: FileOrFolder | None,
     overrides: Sequence[str] = (),
     environment: Mapping[str, str] = MappingProxyType({}),
+    options: Mapping[str, object] = MappingProxyType({}),
 ) -> Recipe:
     """The recipe in the YAML file ``path`` (or the defaults), changed by ``overrides``.
 
-    Between the two stand variables of the ``environment`` such as ``MOMCONV_TRAIN__LR``.
+    Between the two stand variables of the ``environment`` such as ``MOMCONV_TRAIN__LR``, and then
+    ``options``, which are values by key that are not YAML.
 
     >>> load_recipe(None, ["train.lr=1e-3", "momentum.stages=[layer3]"]).train.lr
     0.001
@@ -245,10 +263,12 @@ def load_recipe(
     """
     settings = {} if path is None else _read_file(path)
     given = _read_environment(environment)
+    given |= {key: _Setting(key, value, where="") for key, value in options.items()}
     for override in overrides:
         given |= _read_override(override)
+    recipe = _validate(settings | given)
     _refuse_code(settings, given)
-    return _validate(settings | given)
+    return recipe
 
 
 def shorten(recipe: Recipe) -> Recipe:
@@ -278,8 +298,10 @@ def _validate(settings: dict[str, "_Setting"]) -> Recipe:
     try:
         return Recipe.model_validate(sections)
     except ValidationError as error:
-        section, name = map(str, error.errors()[0]["loc"][:2])
-        raise _bad_value(settings[f"{section}.{name}"]) from None
+        first = error.errors(include_url=False)[0]
+        section, name = map(str, first["loc"][:2])
+        most = f" up to {_MOST}" if first.get("ctx") == {"le": _MOST} else ""
+        raise _bad_value(settings[f"{section}.{name}"], most) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -297,19 +319,19 @@ class _Setting:
 
 def _refuse_code(settings: dict[str, _Setting], given: dict[str, _Setting]) -> None:
     """Do nothing if the file's ``settings`` name no function that the user has not ``given``."""
-    name, arguments = (settings.get(f"model.{key}") for key in ("name", "arguments"))
-    if name is None or not names_code(str(name.value)) or (name.key in given):
-        name = None
-    if arguments is None or not arguments.value or arguments.key in given:
-        arguments = None
-    if found := name or arguments:
-        texts = arguments.value if arguments and isinstance(arguments.value, list) else []
-        words = ["--network", str(name.value)] if name else []
+    name, arguments = (
+        None if key in given else settings.get(key) for key in ("model.name", "model.arguments")
+    )
+    options = ["--network", str(name.value)] if name and names_code(str(name.value)) else []
+    if arguments and isinstance(arguments.value, list):
+        options += [word for text in arguments.value for word in ("--arg", text)]
+    found = name if name and options[:1] == ["--network"] else arguments
+    if options and found:
         raise UsageError(
             f"{found.where}{found.key} is of a network of your own\n"
             "momconv runs no code because of what a file says: name the function again",
             kind="usage.own_network",
-            fix=shlex.join([*words, *(word for text in texts for word in ("--arg", str(text)))]),
+            fix=shlex.join(options),
         )
 
 
@@ -318,7 +340,10 @@ def names_code(network: str) -> bool:
     return ":" in network and not network.startswith("timm:")
 
 
-_NULL, _STR, _MAP = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "str", "map"))
+_YAML = "tag:yaml.org,2002:"
+_NULL, _STR, _MAP, _SEQ = (f"{_YAML}{kind}" for kind in ("null", "str", "map", "seq"))
+# Tags that say of a text what it has to be. How it is read is still up to its key.
+_KINDS = {f"{_YAML}{kind.__name__}": TypeAdapter[object](kind) for kind in (bool, float, int)}
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -329,6 +354,32 @@ class _TextLoader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def construct_text(self, node: yaml.ScalarNode) -> str | None:
+        """The text of a scalar, if it is what its tag says, or ``None``."""
+        text: str = self.construct_scalar(node)
+        implicit = self.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        if node.tag == _NULL == implicit:
+            return None
+        try:
+            _KINDS[node.tag].validate_python(text)
+        except (KeyError, ValidationError):
+            raise _wrong(node, f"{quoted(text)} is not {node.tag.replace(_YAML, '!!')}") from None
+        return text
+
+    def refuse(self, node: yaml.Node) -> Any:
+        """Raise an error: neither pydantic nor a person expects such values in a recipe."""
+        raise _wrong(node, f"no key has a value of {abridge(node.tag.replace(_YAML, '!!'), 80)}")
+
+    yaml_constructors = {  # noqa: RUF012
+        **{tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (_STR, _MAP, _SEQ)},
+        **dict.fromkeys([_NULL, *_KINDS], construct_text),
+        None: refuse,
+    }
+
+
+def _wrong(node: yaml.Node, problem: str) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
 
 def _read_file(path: Path) -> dict[str, _Setting]:
     try:
@@ -338,25 +389,29 @@ def _read_file(path: Path) -> dict[str, _Setting]:
     except OSError as error:
         problem = f"cannot read recipe {path}: {error.strerror}"
         raise UsageError(problem, kind="usage.unreadable_recipe") from None
-    settings: dict[str, _Setting] = {}
-    for setting in _parse(text, source=str(path)):
-        if setting.key in settings:
-            raise UsageError(
-                f"{setting.where}{setting.key} is given twice", kind="usage.duplicate_key"
-            )
-        settings[setting.key] = setting
-    return settings
+    return _parse(_decode(text, path), source=str(path))
+
+
+def _decode(data: bytes, path: Path) -> str:
+    """The text in a file, in UTF-8 or, with a mark at its beginning, in UTF-16."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        problem = f"{path}:{line}: not valid YAML: {error.reason}"
+        raise UsageError(problem, kind="usage.bad_yaml") from None
 
 
 def _read_override(override: str) -> dict[str, _Setting]:
     key, equals, text = override.partition("=")
     if not (key and equals):
         raise UsageError(
-            f"{override!r} does not set anything",
+            f"{quoted(override)} does not set anything",
             kind="usage.bad_override",
             fix="--set train.epochs=5",
         )
-    return {setting.key: setting for setting in _parse(text, source="", key=key)}
+    return _parse(text, source="", key=key)
 
 
 def _read_environment(environment: Mapping[str, str]) -> dict[str, _Setting]:
@@ -369,7 +424,7 @@ def _read_environment(environment: Mapping[str, str]) -> dict[str, _Setting]:
         if not mark:
             _require_no_key(name, text)
         else:
-            for setting in _parse(text, source="", key=f"{section}.{key}"):
+            for setting in _parse(text, source="", key=f"{section}.{key}").values():
                 found[setting.key] = replace(setting, where=f"{name}: ")
     return found
 
@@ -385,31 +440,48 @@ def _require_no_key(name: str, text: str) -> None:
         )
 
 
-def _parse(text: bytes | str, source: str, key: str = "") -> Iterator[_Setting]:
+def _parse(text: str, source: str, key: str = "") -> dict[str, _Setting]:
     """The settings in the YAML document ``text``, or in the value that it gives to ``key``."""
+    settings: dict[str, _Setting] = {}
     try:
         loader = _TextLoader(text)
-        root = loader.get_single_node()
-        if key:
-            value = root or yaml.ScalarNode(_NULL, "")
-            root = yaml.MappingNode(_MAP, [(yaml.ScalarNode(_STR, key), value)])
-        if isinstance(root, yaml.MappingNode):
-            yield from _walk(loader, root, source)
-        elif root is not None and root.tag != _NULL:
-            problem = f"{source} is not a recipe: it has none of {', '.join(SECTIONS)}"
-            raise UsageError(problem, kind="usage.bad_recipe")
-    except yaml.YAMLError as error:
-        raise _not_yaml(error, source, key) from None
+        for setting in _walk_document(loader, source, key):
+            if setting.key in settings:
+                problem = f"{setting.where}{setting.key} is given twice"
+                raise UsageError(problem, kind="usage.duplicate_key")
+            settings[setting.key] = setting
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _not_yaml(f"character {quoted(chr(error.character))}", line, source, key) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        problem = error.problem or str(error)
+        raise _not_yaml(problem, mark.line + 1 if mark else 1, source, key) from None
     except RecursionError:
-        problem = f"{source or key}: not a recipe: nested too deeply"
-        raise UsageError(problem, kind="usage.bad_yaml") from None
+        raise _not_yaml("nested too deeply", loader.line + 1, source, key) from None
+    return settings
+
+
+def _walk_document(loader: _TextLoader, source: str, key: str) -> Iterator[_Setting]:
+    root = loader.get_single_node()
+    if key:
+        value = root or yaml.ScalarNode(_NULL, "")
+        root = yaml.MappingNode(_MAP, [(yaml.ScalarNode(_STR, key), value)])
+    if isinstance(root, yaml.MappingNode):
+        yield from _walk(loader, root, source)
+    elif root is not None and loader.construct_object(root, deep=True) is not None:
+        problem = f"{source} is not a recipe: it has none of {', '.join(SECTIONS)}"
+        raise UsageError(problem, kind="usage.bad_recipe")
 
 
 def _walk(
     loader: _TextLoader, mapping: yaml.MappingNode, source: str, section: str = ""
 ) -> Iterator[_Setting]:
+    if mapping.tag != _MAP:
+        loader.construct_object(mapping)  # which refuses it
     for key_node, value in mapping.value:
-        key = f"{section}{loader.construct_object(key_node, deep=True)}"
+        name = loader.construct_object(key_node, deep=True)
+        key = f"{section}{name if isinstance(name, str) else quoted(name)}"
         if isinstance(value, yaml.MappingNode) and "." not in key:
             yield from _walk(loader, value, source, f"{key}.")
         elif not (key in SECTIONS and value.tag == _NULL):  # a section may be empty
@@ -420,11 +492,12 @@ def _walk(
 def _check_key(setting: _Setting) -> None:
     if setting.key in KEYS:
         return
+    key = abridge(printable(setting.key), 80)
     if setting.key in SECTIONS:
-        problem = f"{setting.where}{setting.key} is a section, not a value"
+        problem = f"{setting.where}{key} is a section, not a value"
         hint = f"\nits keys: {', '.join(SECTIONS[setting.key].model_fields)}"
     else:
-        problem = f"{setting.where}unknown key {setting.key}"
+        problem = f"{setting.where}unknown key {key}"
         nearest = _nearest_key(setting.key)
         hint = f" — did you mean {nearest}?" if nearest else f"\nsections: {', '.join(SECTIONS)}"
     raise UsageError(problem + hint, kind="usage.unknown_key")
@@ -440,11 +513,11 @@ def _nearest_key(key: str) -> str | None:
     return by_name[names[0]] if names else None
 
 
-def _bad_value(setting: _Setting) -> UsageError:
+def _bad_value(setting: _Setting, most: str) -> UsageError:
     section, _, name = setting.key.partition(".")
-    value = "null" if setting.value is None else repr(setting.value)
+    value = "null" if setting.value is None else quoted(setting.value)
     field = SECTIONS[section].model_json_schema()["properties"][name]
-    problem = f"{setting.where}{setting.key}: {value} is not {_allowed(field)}"
+    problem = f"{setting.where}{setting.key}: {value} is not {_allowed(field)}{most}"
     return UsageError(problem, kind="usage.bad_value")
 
 
@@ -472,7 +545,11 @@ def _allowed(schema: dict[str, Any]) -> str:
         return " or ".join(schema["enum"])
     noun = schema.get("description") or schema.get("const")
     noun = noun or _NOUNS[schema.get("format", schema["type"])]
-    bounds = [f"{sign} {schema[name]:.10g}" for name, sign in _BOUNDS.items() if name in schema]
+    bounds = [
+        f"{sign} {schema[name]:.10g}"
+        for name, sign in _BOUNDS.items()
+        if schema.get(name, _MOST) != _MOST
+    ]
     return " ".join([noun, " and ".join(bounds)]).rstrip()
 
 
@@ -482,11 +559,8 @@ def _cannot_anneal(reason: str) -> UsageError:
     )
 
 
-def _not_yaml(error: yaml.YAMLError, source: str, key: str) -> UsageError:
-    problem, line = str(error).partition("\n")[0], ""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        problem, line = error.problem or problem, f":{error.problem_mark.line + 1}"
-    where = f"{source}{line}" if source else key
+def _not_yaml(problem: str, line: int, source: str, key: str) -> UsageError:
+    where = f"{source}:{line}" if source else abridge(printable(key), 80)
     return UsageError(f"{where}: not valid YAML: {problem}", kind="usage.bad_yaml")
 
 

@@ -1,13 +1,17 @@
-"""Bytes, durations and shares, as people write and read them."""
+"""Bytes, durations, shares and paths, as people write and read them."""
 
+import os
 import re
+from pathlib import Path
 
 from momconv.errors import UsageError
+from momconv.words import quoted
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}iB": 2 ** (10 * n) for n, p in enumerate("KMGT", 1)}
 _UNITS |= {f"{p}B": 10 ** (3 * n) for n, p in enumerate("KMGT", 1)}
 _UNITS |= {p: 2 ** (10 * n) for n, p in enumerate("KMGT", 1)}
+_MOST = 2.0**60  # bytes or seconds, which is more than anyone has
 _SECONDS = {"s": 1, "min": 60, "m": 60, "h": 3600}
 _BY_LOWER_CASE = {unit.lower(): factor for unit, factor in _UNITS.items()}
 
@@ -23,9 +27,9 @@ def parse_bytes(text: str, option: str = "") -> int:
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
     factor = _BY_LOWER_CASE.get(match[2].lower()) if match else None
-    if not match or factor is None or float(match[1]) <= 0:
+    if not match or factor is None or not 0 < float(match[1]) * factor < _MOST:
         raise UsageError(
-            f"{text!r} is not an amount of memory",
+            f"{quoted(text)} is not an amount of memory",
             kind="usage.bad_value",
             fix=f"{option} 3GiB".lstrip(),
         )
@@ -70,9 +74,9 @@ def parse_duration(text: str, option: str = "") -> float:
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]+)\s*", text)
     unit = _SECONDS.get(match[2]) if match else None
-    if not match or unit is None or float(match[1]) <= 0:
+    if not match or unit is None or not 0 < float(match[1]) * unit < _MOST:
         raise UsageError(
-            f"{text!r} is not a duration",
+            f"{quoted(text)} is not a duration",
             kind="usage.bad_value",
             fix=f"{option} 5min".lstrip(),
         )
@@ -94,8 +98,28 @@ def parse_share(text: str, option: str = "") -> float:
     if not 0 <= share <= 1:
         meant = f"{text.strip()}%" if 1 < number <= 100 else "1%"
         raise UsageError(
-            f"{text!r} is not a share between 0% and 100%",
+            f"{quoted(text)} is not a share between 0% and 100%",
             kind="usage.bad_value",
             fix=f"{option} {meant}".lstrip(),
         )
     return share
+
+
+_LONGEST_PATH, _LONGEST_NAME = 4096, 255  # bytes, on Linux
+
+
+def parse_path(text: str | Path) -> Path:
+    """The path in ``text``, where ``~`` is the home folder.
+
+    Raises:
+        UsageError: No file can have that name.
+    """
+    path = Path(os.path.expanduser(text))
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:
+        name = b"\0"
+    longest = max(map(len, name.split(b"/")))
+    if b"\0" in name or len(name) >= _LONGEST_PATH or longest > _LONGEST_NAME:
+        raise UsageError(f"{quoted(str(text))} is not a path", kind="usage.bad_path")
+    return path

@@ -1,7 +1,49 @@
 """Names and numbers of things in messages."""
 
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
+
+_SCREEN = 1600  # characters
+_ROWS = 20
+
+# Looks at a few items of each list alone, however often the same one is in it.
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxlist, _short.maxdict = 3, 4, 4
+_short.maxstring = _short.maxother = _short.maxlong = 80
+
+
+def quoted(value: object) -> str:
+    """``value`` of the user's as Python writes it, and a long one without its middle.
+
+    >>> quoted("auto"), quoted(["a", ["b"]]), len(quoted("x" * 100_000))
+    ("'auto'", "['a', ['b']]", 80)
+    """
+    return abridge(_short.repr(value), 160)
+
+
+def abridge(text: str, most: int) -> str:
+    """``text``, without its middle if it has more than ``most`` characters.
+
+    >>> abridge("0123456789", 10), abridge("0123456789", 7)
+    ('0123456789', '012…789')
+    """
+    if len(text) <= most:
+        return text
+    head = most // 2
+    return f"{text[:head]}…{text[len(text) - (most - head - 1) :]}"
+
+
+def fit_screen(message: str) -> str:
+    """``message``, with no more lines, nor characters in them, than a person sees at once.
+
+    >>> fit_screen("a short one"), len(fit_screen("x" * 100_000))
+    ('a short one', 1600)
+    """
+    if len(message) <= _SCREEN and message.count("\n") < _ROWS:
+        return message
+    lines = list_some(message.split("\n"), _ROWS)
+    return "\n".join(abridge(line, _SCREEN // len(lines)) for line in lines)
 
 
 def printable(name: str | Path) -> str:

@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "momconv"
 # Each may import itself and what stands before it. "__init__" is the public face, momconv/__init__.
 LAYERS = [
     "_version",
+    "words",
     "errors",
     "units",
-    "words",
     "opening",
     "states",
     "heap",

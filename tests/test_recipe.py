@@ -2,7 +2,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -258,8 +258,12 @@ def test_every_key_can_say_what_it_allows(key: str) -> None:
         ("train:\n  lr: !!python/name:os.getcwd", ":2"),
         ("train: {}\n---\ndata: {}", ":2"),
         ("train: &a\n  lr: [*a]", ":2"),
-        ("train: \x00", ""),
-        (b"train: \xff", ""),
+        ("train: \x00", ":1"),
+        ("# é\ntrain:\n  lr: \x00", ":3"),
+        ("train:\n  lr: \x7f", ":2"),
+        (b"train:\n  \xff", ":2"),
+        ("train:\n  lr: [1]\n  x: " + "[" * 5000, ":3"),
+        ("train:\n  lr: " + "{a: " * 5000, ":2"),
     ],
 )
 def test_what_is_not_yaml_is_placed(write: Write, text: str | bytes, place: str) -> None:
@@ -268,6 +272,129 @@ def test_what_is_not_yaml_is_placed(write: Write, text: str | bytes, place: str)
     assert error.message.startswith(f"{path}{place}: not valid YAML: ")
     assert "\n" not in error.message
     assert error.kind == "usage.bad_yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("!!float quick", "'quick' is not !!float"),
+        ("!!int 1.5", "'1.5' is not !!int"),
+        ("!!int " + "9" * 100_000, " is not !!int"),
+        ("!!bool maybe", "'maybe' is not !!bool"),
+        ("!!null none", "'none' is not !!null"),
+        ("!!timestamp yesterday", "no key has a value of !!timestamp"),
+        ("!!binary '*'", "no key has a value of !!binary"),
+        ("!!set {a, b}", "no key has a value of !!set"),
+        ("!!omap [a: b]", "no key has a value of !!omap"),
+        ("!!merge a", "no key has a value of !!merge"),
+        ("!!python/object/apply:os.getcwd []", "no key has a value of !!python/object/apply:"),
+        ("!mine a", "no key has a value of !mine"),
+        ("!" + "x" * 100_000 + " a", "no key has a value of !xxx"),
+        ("!!int [a]", "expected a scalar node"),
+        ("!!seq a", "expected a sequence node"),
+        ("[stem, !!float quick]", "'quick' is not !!float"),
+    ],
+)
+@pytest.mark.parametrize("key", ["model.name", "train.lr", "train.freeze"])
+def test_a_tag_that_its_value_does_not_fit_is_placed(
+    write: Write, key: str, text: str, message: str
+) -> None:
+    section, name = key.split(".")
+    path = write(f"{section}:\n  {name}: {text}\n")
+    error = refusal(path)
+    assert error.message.startswith(f"{path}:2: not valid YAML: ")
+    assert message in error.message
+    assert len(error.message) < 1000
+    assert message in refusal(None, f"{key}={text}").message
+
+
+@pytest.mark.parametrize("tag", ["!!set", "!!omap", "!!str", "!mine", "!!python/dict"])
+def test_a_section_or_recipe_with_another_tag_is_placed(write: Write, tag: str) -> None:
+    assert ":1: not valid YAML: " in refusal(write(f"train: {tag} {{lr: 0.5}}")).message
+    assert ":1: not valid YAML: " in refusal(write(f"{tag} {{train: {{lr: 0.5}}}}")).message
+
+
+def test_a_tag_that_fits_changes_nothing(write: Write) -> None:
+    text = "train: !!map {lr: !!float 1e-3, epochs: !!int 5, compile: !!bool yes, clip: !!null ~}"
+    path = write(f"{text}\nmodel: {{name: !!str no, arguments: !!seq [a=1]}}")
+    recipe = load_recipe(path, ["model.name=no", "model.arguments=[a=1]"])
+    assert recipe.train == TrainRecipe(lr=0.001, epochs=5, compile=True)
+    assert recipe.model == ModelRecipe(name="no", arguments=["a=1"])
+
+
+def nest(levels: int) -> str:
+    """What would be 8 ** levels texts, written out."""
+    text = '&n0 ["x", "x"]'
+    for level in range(1, levels):
+        text = f"&n{level} [{text}{f', *n{level - 1}' * 7}]"
+    return text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model:\n  name: {}",
+        "model:\n  arguments: {}",
+        "model:\n  ? {}\n  : 1",
+        "train:\n  lr: {}",
+        "train:\n  freeze: {}",
+        "train:\n  {{a: {}}}",
+        "{{\n  ? {}\n  : 1}}",
+        "data:\n  path: {}",
+        "#\n{}: 1",
+    ],
+)
+@pytest.mark.parametrize("value", [nest(6), nest(40), "x" * 100_000, "9" * 100_000])
+def test_a_value_without_end_is_refused_in_a_few_words(write: Write, text: str, value: str) -> None:
+    path = write(text.format(value))
+    error = refusal(path)
+    assert error.message.startswith(f"{path}:2: ")
+    assert len(str(error)) < 500
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_value_makes_a_long_message(key: str) -> None:
+    values = [nest(40), f"[{'[x], ' * 500}]"]
+    if key != "train.device":  # whose names depend on the machine
+        values.append("x" * 100_000)
+    for value in values:
+        assert len(str(refusal(None, f"{key}={value}"))) < 500
+
+
+@pytest.mark.parametrize("key", ["train.epochs", "train.batch_size", "data.workers"])
+def test_a_number_too_large_to_count_with_is_refused(key: str) -> None:
+    assert refusal(None, f"{key}=1000000001").message.endswith(" up to 1000000000")
+    assert load_recipe(None, [f"{key}=1000000000"])
+
+
+HOME = ["model.weights", "model.from_file", "data.path", "data.train_dir", "data.val_dir"]
+
+
+@pytest.mark.parametrize("key", [*HOME, "model.name"])
+def test_a_tilde_is_the_home_folder_wherever_a_path_comes_from(
+    write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    section, name = key.split(".")
+    for text, expected in (("~/a b", tmp_path / "a b"), ("'~'", tmp_path), ("a/~", Path("a/~"))):
+        variable = {f"MOMCONV_{section}__{name}".upper(): text}
+        for recipe in (
+            load_recipe(write(f"{section}:\n  {name}: {text}")),
+            load_recipe(None, [f"{key}={text}"]),
+            load_recipe(None, environment=variable),
+        ):
+            assert Path(str(value(recipe, key))) == expected
+
+
+@pytest.mark.parametrize("text", ['"\\0"', '"\\ud800"', "x" * 256, "aa/" * 2048])
+def test_what_cannot_be_a_path_is_refused(text: str) -> None:
+    for key in HOME:
+        assert " is not a " in refusal(None, f"{key}={text}").message
+
+
+def test_a_recipe_may_be_in_utf_16_or_have_a_mark(write: Write) -> None:
+    for codec in ("utf-8-sig", "utf-16"):
+        assert load_recipe(write("train:\n  lr: 0.5\n".encode(codec))).train.lr == 0.5
 
 
 def test_an_override_that_is_not_yaml_is_named() -> None:
@@ -285,6 +412,10 @@ def test_a_file_that_is_not_a_mapping_is_not_a_recipe(write: Write) -> None:
     path = write("- train\n")
     expected = f"{path} is not a recipe: it has none of model, momentum, data, train, log"
     assert refusal(path).message == expected
+
+
+def test_a_key_given_twice_in_an_override_is_refused() -> None:
+    assert refusal(None, "train={lr: 1, lr: 2}").message == "train.lr is given twice"
 
 
 @pytest.mark.parametrize("text", ["train:\n  lr: 1\n  lr: 2", "train: {lr: 1}\n\ntrain: {lr: 2}"])
@@ -316,13 +447,14 @@ def test_a_folder_is_not_a_recipe(tmp_path: Path) -> None:
 
 # Writing
 
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 unit, below_one = st.floats(0, 1), st.floats(0, 1, exclude_max=True)
 positive = st.floats(0, exclude_min=True, allow_infinity=False)
-paths = st.none() | st.text().map(Path)
-seeds, counts = st.integers(0, 2**32 - 1), st.integers(1)
+paths = st.none() | texts.map(Path)
+seeds, counts = st.integers(0, 2**32 - 1), st.integers(1, 10**9)
 recipes = st.builds(
     Recipe,
-    model=st.builds(ModelRecipe, name=st.text(), weights=st.text()),
+    model=st.builds(ModelRecipe, name=texts, weights=texts),
     momentum=st.builds(
         MomentumRecipe,
         gamma=unit,
@@ -335,11 +467,11 @@ recipes = st.builds(
     data=st.builds(
         DataRecipe,
         path=paths,
-        resolution=st.none() | st.integers(16),
+        resolution=st.none() | st.integers(16, 10**9),
         val_frac=below_one,
         split_seed=seeds,
         max_bad_fraction=unit,
-        workers=st.just("auto") | st.integers(0),
+        workers=st.just("auto") | st.integers(0, 10**9),
         flip=st.booleans(),
     ),
     train=st.builds(
@@ -365,6 +497,7 @@ recipes = st.builds(
 @example(recipe=Recipe(model=ModelRecipe(weights="\x85")))
 @example(recipe=Recipe(momentum=MomentumRecipe(calibrate=False, anneal=2.5)))
 @example(recipe=Recipe(model=ModelRecipe(from_file=Path("mine.safetensors"))))
+@settings(deadline=None)
 @given(recipe=recipes)
 def test_a_written_recipe_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, recipe: Recipe
@@ -422,9 +555,3 @@ def test_the_hymenoptera_recipe_is_the_paper_s_at_3_gib() -> None:
     assert (recipe.model.name, recipe.model.weights) == ("resnet152", "none")
     assert (recipe.data.resolution, recipe.train.memory) == (500, "3GiB")
     assert recipe.momentum.gamma == 0.9
-
-
-def test_endless_nesting_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text("train: " + "[" * 5000)
-    with pytest.raises(UsageError, match=r"r\.yaml: not a recipe: nested too deeply"):
-        load_recipe(tmp_path / "r.yaml")

@@ -30,11 +30,15 @@ from momconv.cli import (
 )
 from momconv.cli import eval as eval_
 from momconv.cli._console import Terminated, configure, guarded, out, show_warning
+from momconv.words import abridge
 
 EXIT_CODES = (
     "Exit codes: 0 done · 1 failed · 2 usage or recipe · 3 images · 4 model file · "
     "5 memory, disk, device or network · 6 threshold not met · 130 interrupted · 143 terminated"
 )
+
+
+_OptionError: Any = typer.BadParameter.__mro__[1]  # of whatever click Typer brings
 
 
 class _Commands(TyperGroup):
@@ -46,6 +50,13 @@ class _Commands(TyperGroup):
             if not argument or option != argument:
                 raise typer.BadParameter(f"what follows {option or before} is empty")
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _OptionError as error:
+            error.message = abridge(error.message, 800)
+            raise
 
 
 app = typer.Typer(

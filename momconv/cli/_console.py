@@ -23,9 +23,12 @@ from rich.text import Text
 
 from momconv.errors import MomconvError, ResourceError
 from momconv.files.cache import cache_folder
-from momconv.units import format_duration, parse_duration
+from momconv.units import format_duration, parse_duration, parse_path
+from momconv.words import abridge, fit_screen, printable
 
 P = ParamSpec("P")
+
+_NAMES_OR_FILES = ("model", "network", "weights")  # options that take either
 
 
 def _console(*, stderr: bool) -> Console:
@@ -145,13 +148,14 @@ class Terminated(SystemExit):
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
     """``command``, ending in one readable error and its exit code instead of a traceback.
 
-    If it was called with ``json_output=True``, the error is a JSON document on stdout instead.
+    If it was called with ``json_output=True``, the error is a JSON document on stdout instead. In
+    all paths that it is given ``~`` is the home folder.
     """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            command(*args, **{name: _expand(name, value) for name, value in kwargs.items()})
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except BrokenPipeError:
@@ -164,6 +168,18 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(failure.code) from None
 
     return run
+
+
+def _expand(name: str, value: Any) -> Any:
+    """The ``value`` of an option or argument, without ``~`` where it is a path."""
+    if isinstance(value, list):
+        return [_expand(name, part) for part in value]
+    if isinstance(value, Path):
+        return parse_path(value)
+    if name in _NAMES_OR_FILES and value is not None:
+        parse_path(value)
+        return os.path.expanduser(value)
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +216,7 @@ def _failure(error: BaseException) -> _Failure:
     if isinstance(error, KeyboardInterrupt):
         return _Failure("error", 130, "interrupted", "interrupted", [])
     summary = " ".join("".join(traceback.format_exception_only(error)).split())
-    message = f"{summary} (momconv --debug COMMAND shows where{_keep_traceback()})"
+    message = f"{abridge(summary, 1000)} (momconv --debug COMMAND shows where{_keep_traceback()})"
     return _Failure("internal error", 1, "internal", message, [])
 
 
@@ -217,7 +233,7 @@ def _keep_traceback() -> str:
 
 def _say(label: str, text: str, style: str) -> None:
     """Print ``label: text`` on stderr: unwrapped, with control characters made visible."""
-    visible = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    visible = "\n".join(map(printable, fit_screen(text).split("\n")))
     show(Text.assemble((f"{label}: ", style), visible), minor=label == "note")
 
 

@@ -14,6 +14,7 @@ from momconv.cli._own import Function
 from momconv.errors import UsageError
 from momconv.files.atomic import require_free
 from momconv.units import parse_duration, parse_share
+from momconv.words import quoted
 
 if TYPE_CHECKING:
     from momconv.reports.conversion import Conversion
@@ -201,7 +202,7 @@ def parse_distillation(text: str) -> int | float:
         return parse_duration(text) / 60
     except UsageError as error:
         raise UsageError(
-            f"--distill {text}: {text!r} is neither a number of epochs nor a duration",
+            f"--distill {text}: {quoted(text)} is neither a number of epochs nor a duration",
             kind=error.kind,
             fix="--distill 6\n--distill 5min",
         ) from error
@@ -245,7 +246,7 @@ def _read_gamma(text: str) -> float | None:
         return float(text)
     except ValueError:
         raise UsageError(
-            f"--gamma {text}: {text!r} is not a number",
+            f"--gamma {text}: {quoted(text)} is not a number",
             kind="usage.bad_value",
             fix="--gamma 0.9\n--gamma auto",
         ) from None

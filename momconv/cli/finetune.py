@@ -153,14 +153,15 @@ def finetune(  # noqa: PLR0913 (one for each option)
     from momconv.training.run_folder import RunFolder, find_last_run, name_folder
 
     _refuse_contradictions(context.params)
-    unwanted = ["momentum.calibrate=false"] if no_calibrate else []
-    changes = [*_read_options(context), *unwanted, *(set_ or [])]
+    given = _read_options(context)
+    if no_calibrate:
+        given["momentum.calibrate"] = False
     if resume == Path("last") and not resume.is_dir():
         resume = find_last_run()
     if resume is not None:
         RunFolder(resume).require_state()
         recipe = RunFolder(resume).config
-    wanted = load_recipe(recipe, changes, os.environ)
+    wanted = load_recipe(recipe, set_ or [], os.environ, given)
     folder = resume or output or name_folder(wanted)
     if auto_name:
         folder = _find_unused(folder)
@@ -321,11 +322,11 @@ def _print_document(result: "Result") -> None:
     print_json({"ok": True, "complete": True, **document, "best_epoch": best, "history": history})
 
 
-def _read_options(context: typer.Context) -> list[str]:
-    """The options that were given, as changes to the recipe; a JSON string is a YAML string."""
-    given = [(key, context.params[name]) for name, key in options.KEYS.items()]
+def _read_options(context: typer.Context) -> dict[str, object]:
+    """The options that were given, by their keys of the recipe."""
+    given = ((key, context.params[name]) for name, key in options.KEYS.items())
     unset: tuple[object, ...] = (None, (), [])
-    return [f"{key}={json.dumps(value)}" for key, value in given if value not in unset]
+    return {key: value for key, value in given if value not in unset}
 
 
 def _refuse_contradictions(given: Mapping[str, object]) -> None:

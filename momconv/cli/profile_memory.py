@@ -10,6 +10,7 @@ from momconv.cli._options import ArgumentOption, DeviceOption, JsonOption, Netwo
 from momconv.cli._own import Function
 from momconv.errors import UsageError
 from momconv.units import parse_bytes
+from momconv.words import quoted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,7 +115,9 @@ def _split(texts: list[str]) -> list[str]:
 def _parse_size(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(
-            f"{text!r} is not a number of images", kind="usage.bad_value", fix="--batch-sizes 8,32"
+            f"{quoted(text)} is not a number of images",
+            kind="usage.bad_value",
+            fix="--batch-sizes 8,32",
         )
     return int(text)
 

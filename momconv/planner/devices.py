@@ -5,7 +5,7 @@ import os
 import torch
 
 from momconv.errors import ResourceError, UsageError
-from momconv.words import plural
+from momconv.words import plural, quoted
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -20,7 +20,7 @@ def find_device(name: str = "auto") -> torch.device:
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise UsageError(
-            f"unknown device {name!r}", kind="usage.unknown_device", fix="--device auto"
+            f"unknown device {quoted(name)}", kind="usage.unknown_device", fix="--device auto"
         )
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise _missing(name)

@@ -28,6 +28,7 @@ from momconv.planner.fakes import Imitator
 from momconv.planner.measurement import OptimizerName, Precision, run_step, static_bytes
 from momconv.planner.scratch import peak_within
 from momconv.planner.stages import assign_modules, marking
+from momconv.words import quoted
 
 # What a GPU needs besides tensors. No GPU has been measured for these: they are the sizes that
 # NVIDIA's and PyTorch's documents name, rounded up.
@@ -410,7 +411,9 @@ def _draws(func: OpOverload, args: Any, kwargs: Any) -> bool:
 def _device_type(device: str) -> str:
     kind = device.partition(":")[0]
     if kind not in ("cpu", "cuda"):
-        raise UsageError(f"unknown device {device!r}", kind="usage.unknown_device", fix="cpu, cuda")
+        raise UsageError(
+            f"unknown device {quoted(device)}", kind="usage.unknown_device", fix="cpu, cuda"
+        )
     return kind
 
 

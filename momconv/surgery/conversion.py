@@ -24,6 +24,7 @@ from momconv.momentum.sequential import (
 )
 from momconv.surgery.sequences import Runs, find_sequences, has_loop, list_operations, search
 from momconv.surgery.stem import make_stem_recomputable, restore_stem
+from momconv.words import quoted
 from momconv.zoo.description import find_description
 from momconv.zoo.networks import build_described, is_known
 
@@ -188,7 +189,7 @@ def apply_schemes(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]]) ->
     """
     for name, values in schemes.items():
         if name not in find_sequences(model):
-            raise _unfitting(f"it has no stage {name!r}")
+            raise _unfitting(f"it has no stage {quoted(name)}")
         try:
             scheme = _Scheme.model_validate(values)
         except ValidationError as error:
@@ -292,7 +293,7 @@ def _check_names(
     reasons = [(name, why) for name, why in refused.items() if not unknown or name == unknown[0]]
     raise UsageError(
         f"this {type(model).__name__} has no two consecutive residual blocks of one shape"
-        + (f" in {unknown[0]!r}" if unknown else "")
+        + (f" in {quoted(unknown[0])}" if unknown else "")
         + "".join(f"\n{name or 'it'}: {why}" for name, why in reasons[:_REASONS]),
         kind="usage.unknown_stage",
         fix=f"--stages with some of {', '.join(named)}" if named else None,

@@ -6,6 +6,7 @@ from torch import nn
 
 from momconv.errors import UsageError
 from momconv.recipe import TrainRecipe
+from momconv.words import quoted
 from momconv.zoo.stages import ALL_BUT_HEAD, assign_parameters, find_stages, name_stages
 
 
@@ -19,7 +20,9 @@ def require_stages(model: nn.Module, recipe: TrainRecipe) -> None:
     wanted = name_stages(known, recipe.freeze)
     some = f"its stages: {', '.join(known)}"
     if unknown := sorted(wanted.difference(known)):
-        problem = f"train.freeze: this {type(model).__name__} has no stage {unknown[0]!r}\n{some}"
+        problem = (
+            f"train.freeze: this {type(model).__name__} has no stage {quoted(unknown[0])}\n{some}"
+        )
         raise UsageError(problem, kind="usage.unknown_stage", fix=f"--freeze {known[0]}")
     if wanted == set(known):
         problem = "train.freeze: all stages are frozen, which leaves nothing to train"

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models import get_model, get_model_weights, list_models
 
 from momconv.errors import UsageError
+from momconv.words import quoted
 from momconv.zoo.cifar import DEPTHS, cifar_resnet
 from momconv.zoo.description import (
     Description,
@@ -136,7 +137,7 @@ def check_name(name: str) -> None:
     close = difflib.get_close_matches(name.lower(), names(), n=1)
     hint = f" — did you mean {close[0]}?" if close else ""
     raise UsageError(
-        f"unknown model {name!r}{hint}", kind="usage.unknown_model", fix="momconv models"
+        f"unknown model {quoted(name)}{hint}", kind="usage.unknown_model", fix="momconv models"
     )
 
 

@@ -22,6 +22,7 @@ import yaml
 from torch import nn
 
 from momconv.errors import ResourceError, UsageError
+from momconv.words import quoted
 from momconv.zoo.description import Description, Interpolation, Preprocessing, attach
 from momconv.zoo.networks import build_described, count_classes, replace_head
 from momconv.zoo.offline import is_offline
@@ -173,7 +174,7 @@ def _find(name: str) -> Callable[..., Any]:
     if function is None or not callable(function):
         known = [n for n, value in vars(module).items() if inspect.isfunction(value)]
         raise UsageError(
-            f"{place} has no function {attribute!r}",
+            f"{place} has no function {quoted(attribute)}",
             kind="usage.factory",
             fix=f"{place}:{known[0]}" if known else f"def {attribute}(): return your network",
         )
@@ -196,7 +197,9 @@ def _run_file(path: Path) -> ModuleType:
 def _import(name: str) -> ModuleType:
     if not name or importlib.util.find_spec(name.partition(".")[0]) is None:
         raise UsageError(
-            f"there is no module {name!r}", kind="usage.factory", fix="path/to/model.py:function"
+            f"there is no module {quoted(name)}",
+            kind="usage.factory",
+            fix="path/to/model.py:function",
         )
     return importlib.import_module(name)
 
@@ -225,7 +228,9 @@ def _make_timm(name: str, arguments: dict[str, Any], *, pretrained: bool) -> nn.
     plain = name.removeprefix(_TIMM)
     if not timm.is_model(plain):  # which excludes addresses of the Hugging Face hub
         raise UsageError(
-            f"timm has no network {plain!r}", kind="usage.unknown_model", fix="timm.list_models()"
+            f"timm has no network {quoted(plain)}",
+            kind="usage.unknown_model",
+            fix="timm.list_models()",
         )
     try:
         model: nn.Module = timm.create_model(plain, pretrained=pretrained, **arguments)

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models import get_model_weights
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
+from momconv.words import quoted
 from momconv.zoo import checkpoints, own
 from momconv.zoo.cifar import DEPTHS
 from momconv.zoo.description import attach, describe
@@ -136,7 +137,8 @@ def _find_published(name: str, weights: str) -> Any:
     """The member of torchvision's enum for ``name`` that is called ``weights``."""
     if name in DEPTHS:
         raise UsageError(
-            f"there are no published weights {weights!r} for {name}: weights are a file or none",
+            f"there are no published weights {quoted(weights)} for {name}: "
+            "weights are a file or none",
             kind="usage.unknown_weights",
             fix="--weights FILE\n--weights none",
         )
@@ -145,7 +147,7 @@ def _find_published(name: str, weights: str) -> Any:
     if short not in members.__members__:
         offers = [f"{m.name} ({_top1(m):.1f} % top-1)" for m in members]
         raise UsageError(
-            f"unknown weights {weights!r} for {name}\n"
+            f"unknown weights {quoted(weights)} for {name}\n"
             f"valid: DEFAULT (= {members.DEFAULT.name}), {', '.join(offers)}, a file, or none",
             kind="usage.unknown_weights",
         )

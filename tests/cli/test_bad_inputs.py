@@ -146,6 +146,69 @@ def test_a_mistake_is_explained_on_stderr(
     assert hashes(inputs) == before
 
 
+ENDLESS = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [ENDLESS],
+        ["convert", ENDLESS],
+        ["convert", "resnet50", "--weights", ENDLESS],
+        ["convert", "resnet50", "--gamma", ENDLESS],
+        ["eval", ENDLESS, "--data", "photos"],
+        ["eval", "model.safetensors", "--data", "photos", "--split", ENDLESS],
+        ["export", "model.safetensors", "--format", "torchvision", "-o", ENDLESS],
+        ["models", ENDLESS],
+        ["predict", "model.safetensors", "photos", ENDLESS],
+        ["profile-memory", "resnet50", "--budget", ENDLESS],
+        ["recipes", "show", ENDLESS],
+        ["--log-file", ENDLESS, "models"],
+        [*FINETUNE, f"--{ENDLESS}", "1"],
+        [*FINETUNE, "--device", ENDLESS],
+        [*FINETUNE, "--freeze", ENDLESS],
+        [*FINETUNE, "--lr", ENDLESS],
+        [*FINETUNE, "--model", ENDLESS],
+        [*FINETUNE, "--network", f"{ENDLESS}:make"],
+        [*FINETUNE, "--set", ENDLESS],
+        [*FINETUNE, "--set", f"{ENDLESS}=1"],
+        [*FINETUNE, "-o", ENDLESS],
+        finetune(ENDLESS),
+    ],
+)
+def test_a_message_fits_a_screen(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, args: list[str]
+) -> None:
+    monkeypatch.chdir(inputs)
+    ran = run(*args)
+    assert (ran.exit_code, ran.stdout) == (2, "")
+    assert len(ran.stderr) < 24 * 80
+    assert ran.stderr.count("\n") < 24
+
+
+def test_a_tilde_is_the_home_folder_in_every_command(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(inputs))
+    monkeypatch.chdir(tmp_path)
+    home = hashes(inputs)
+    for args in (
+        ["eval", "~/model.safetensors", "--data=~/photos", "--compare=~/plain.pth"],
+        ["predict", "~/model.safetensors", "~/photos/red", "~/loose/0.png"],
+        ["inspect", "~/model.safetensors"],
+        ["export", "~/model.safetensors", "--format=torchvision", f"-o{tmp_path}/a.pth"],
+        ["convert", "cifar_resnet20", "--weights=~/plain.pth", "--gamma=0", "-ob.safetensors"],
+        ["finetune", "--data=~/photos", "--from=~/model.safetensors", *TINY[4:], "--dry-run"],
+    ):
+        ran = run(*args)
+        assert ran.exit_code == 0, (args, ran.stderr)
+    assert hashes(inputs) == home
+    ran = run("recipes", "cp", "three-gib", "~/mine.yaml")
+    assert (inputs / "mine.yaml").is_file(), ran.stderr
+    (inputs / "mine.yaml").unlink()
+    assert not (tmp_path / "~").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "code", "kind"),
     [
