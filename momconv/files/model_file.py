@@ -25,6 +25,7 @@ from momconv.files.atomic import write_atomically
 from momconv.surgery.conversion import apply_schemes, read_schemes
 from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, describe
+from momconv.zoo.matching import recognise
 from momconv.zoo.networks import find_head, head_name, is_known, without_memory
 from momconv.zoo.own import remake, require_made, restate
 
@@ -106,6 +107,7 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     model = _build(metadata, path, network)
     if difference := checkpoints.difference(model, state):
         raise _unfitting(path, metadata, network, f"tensors {difference}")
+    checkpoints.require_finite(path, model, state)
     checkpoints.fill(model, state)
     return model.eval()
 
@@ -203,7 +205,7 @@ def _unfitting(
 
 
 def _unconverted(path: Path) -> ModelFileError:
-    guess = checkpoints.recognise(checkpoints.read_state(path))
+    guess = recognise(checkpoints.read_state(path))
     return ModelFileError(
         f"{path} is an unconverted {guess or 'checkpoint'}; run momconv convert first",
         kind="model_file.unconverted",

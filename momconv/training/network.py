@@ -1,5 +1,6 @@
 """The network of a run: loaded, converted, with a head for its classes, and in training mode."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,8 +21,10 @@ from momconv.zoo.stages import freeze
 from momconv.zoo.weights import load_network
 
 
-def load(recipe: Recipe) -> nn.Module:
+def load(recipe: Recipe, tell: Callable[[str], None] = lambda _text: None) -> nn.Module:
     """The recipe's network with momentum stages, for its resolution.
+
+    ``tell`` hears what of a file was taken.
 
     Raises:
         UsageError: There is no such network, or nothing in it to convert as asked.
@@ -33,7 +36,7 @@ def load(recipe: Recipe) -> nn.Module:
     else:
         how = recipe.momentum
         gamma = gamma_at(how, epochs=0)
-        plain = load_plain(recipe.model, recipe.data.resolution)
+        plain = load_plain(recipe.model, recipe.data.resolution, tell)
         if recipe.model.weights == "none" and not names_code(recipe.model.name):
             attach(plain, replace(describe(plain), seen=SeenImages(complete=True)))
         model = convert(plain, gamma, how.stages, how.velocity, gain=how.gain)
@@ -45,11 +48,17 @@ def load(recipe: Recipe) -> nn.Module:
     return model
 
 
-def load_plain(recipe: ModelRecipe, resolution: int | None) -> nn.Module:
-    """The network as it was before its conversion."""
+def load_plain(
+    recipe: ModelRecipe,
+    resolution: int | None,
+    tell: Callable[[str], None] = lambda _text: None,
+) -> nn.Module:
+    """The network as it was before its conversion; its head may be a new one."""
     arguments = own.parse_arguments(recipe.arguments)
     side = resolution or own.RESOLUTION
-    return load_network(recipe.name, recipe.weights, arguments, resolution=side)
+    return load_network(
+        recipe.name, recipe.weights, arguments, resolution=side, new_head=True, tell=tell
+    )
 
 
 def make_own(recipe: ModelRecipe) -> nn.Module | None:

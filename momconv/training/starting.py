@@ -63,7 +63,7 @@ def prepare(task: Task) -> Ready:
     run.require_unused(overwrite=task.overwrite)
     run.require_room(0)
     found = find_images(folder, recipe.data, listener)
-    model = network.load(recipe)
+    model = network.load(recipe, listener.tell)
     require_stages(model, recipe.train)
     if recipe.momentum.gamma and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)

@@ -1,19 +1,17 @@
 """Reading the tensors of a file without running anything that is in it.
 
 A safetensors file is eight bytes with the length of a JSON header, that header, and the tensors.
-Everything else is taken for a PyTorch checkpoint and read with ``weights_only=True``.
+What is no other kind of file either is taken for a PyTorch checkpoint.
 """
 
 import difflib
 import hashlib
 import os
 import pickle
-import re
 import shlex
-import struct
-import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import TypeGuard
@@ -23,35 +21,16 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
 
 from momconv.errors import ModelFileError
-from momconv.zoo.cifar import DEPTHS
-from momconv.zoo.networks import head_name, names, outline
+from momconv.words import plural
+from momconv.zoo import unpickling
+from momconv.zoo.file_kinds import describe_folder, refuse_other_kinds
+from momconv.zoo.networks import head_name
 
 State = dict[str, Tensor]
 
 _LARGEST_HEADER = 100_000_000  # bytes, as for the safetensors library itself
-_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
-
-_MATRIX = 2  # dimensions
-_BUFFERS = 0.05  # of a network's numbers, at most: statistics, and indices of positions
-
-# What torch.load raises on damaged bytes, beside UnpicklingError.
-_DAMAGE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
 
 
 class _Entry(BaseModel):
@@ -66,23 +45,28 @@ class _Header(BaseModel):
 
 
 def read_state(path: Path) -> State:
-    """The tensors in ``path`` by name, without the wrappers that training scripts put around.
+    """The tensors in ``path`` by name; those in dictionaries have ``key/`` before their own names.
 
     Raises:
         ModelFileError: The file is missing or damaged, or holds something else.
     """
+    _open(path).close()
+    refuse_other_kinds(path)
     if is_safetensors(path):
         read_metadata(path)  # explains a truncated file
         return _read_safetensors(path)
-    content = _unwrap(_read_checkpoint(path))
-    state = {str(key): value for key, value in content.items() if _is_dense(value)}
-    if not state or len(state) < len(content):
+    content = _read_checkpoint(path)
+    if isinstance(content, Tensor):
+        raise ModelFileError(f"{path} holds one tensor", kind="model_file.no_state_dict")
+    state, modules = _flatten(content)
+    if modules and all(name.startswith("optim") for name in state):
+        raise _holds_code(path, f"a whole pickled network ({modules[0]})", "whole_module")
+    if not state:
         raise ModelFileError(
-            f"{path} holds no state dict\nexpected a dictionary of tensors, or one under "
-            "'state_dict' or 'model'",
+            f"{path} holds no state dict\nexpected a dictionary of tensors, or one inside another",
             kind="model_file.no_state_dict",
         )
-    return {_WRAPPERS.sub("", key): value for key, value in state.items()}
+    return state
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -119,7 +103,9 @@ def is_safetensors(path: Path) -> bool:
         ModelFileError: There is no such file, or it cannot be read.
     """
     with _open(path) as file:
-        return file.read(9)[8:] == b"{"
+        head = file.read(9)
+    is_text = head.isascii() and b"\0" not in head
+    return head[8:] == b"{" and not is_text
 
 
 def is_converted(path: Path) -> bool:
@@ -164,6 +150,32 @@ def difference(network: nn.Module, state: State) -> str | None:
     return "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in found if keys) or None
 
 
+def require_finite(path: Path, network: nn.Module, state: State) -> None:
+    """Do nothing if all numbers in ``state``, which fits, are finite, as those of ``network`` are.
+
+    Raises:
+        ModelFileError: Some are infinite or not a number, with which nothing can be computed.
+    """
+    made = find_spoilt(network.state_dict())  # a mask of attention, say
+    if spoilt := [name for name in find_spoilt(state) if name not in made]:
+        shown = [f"{name} ({_count_spoilt(state[name])})" for name in spoilt]
+        raise ModelFileError(
+            f"{path} has values that are not finite (NaN or infinite), as after a training that "
+            f"diverged\nin {plural(len(spoilt), 'tensor')}: {_first(shown)}",
+            kind="model_file.not_finite",
+            fix="take a checkpoint from before, or train again with a lower rate",
+        )
+
+
+def find_spoilt(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors with values that are infinite or not a number."""
+    return [name for name, value in state.items() if not value.isfinite().all()]
+
+
+def _count_spoilt(value: Tensor) -> str:
+    return f"{int((~value.isfinite()).sum()):,} of {value.numel():,}"
+
+
 def fill(network: nn.Module, state: State) -> None:
     """Give ``network`` the values in ``state``, which fits it."""
     network.load_state_dict(with_version(network, state))
@@ -177,27 +189,6 @@ def with_version(network: nn.Module, state: State) -> State:
     values = OrderedDict(state)
     values._metadata = {"": {"version": network._version}}  # type: ignore[attr-defined]
     return values
-
-
-def recognise(state: State) -> str | None:
-    """The network in ``names()`` that ``state`` fits, if any."""
-    for name in names():
-        num_classes = classes_in(state, name) if _has_the_size_of(name, state) else None
-        if num_classes and difference(outline(name, num_classes), state) is None:
-            return name
-    return None
-
-
-def _has_the_size_of(name: str, state: State) -> bool:
-    """Whether as much is learnt as in ``name``, about: cheaper to see than what has which shape."""
-    matrices = [value for value in state.values() if value.dim() == _MATRIX]
-    if name in DEPTHS or not matrices:
-        return name in DEPTHS and f"{head_name(name)}.weight" in state
-    classes, features = matrices[-1].shape
-    published = get_model_weights(name).DEFAULT.meta
-    expected = published["num_params"] - features * len(published["categories"])
-    body = sum(map(Tensor.numel, state.values())) - features * classes
-    return bool(abs(body / expected - 1) < _BUFFERS)
 
 
 def classes_in(state: State, architecture: str) -> int | None:
@@ -235,21 +226,23 @@ def _read_safetensors(path: Path) -> State:
 
 
 def _read_checkpoint(path: Path) -> object:
-    # Warnings are about pickle protocols, just before it fails. An open file instead of its path
-    # keeps torch.load from going by the suffix.
+    # An open file instead of its path keeps torch.load from going by the suffix.
     try:
-        with _open(path) as file, warnings.catch_warnings(action="ignore"):
+        with _open(path) as file:
             _refuse_compressed(file, path)
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+            return unpickling.load(file)
+    except unpickling.RunsCode as error:
         raise ModelFileError(
-            f"{path} is no plain checkpoint: it is damaged, or holds Python objects beside tensors"
-            "\nmomconv runs no code from a file, so it does not open this one; where it was made, "
-            "this writes a plain one",
+            f"{path} asks to run {error} when it is read; nothing of it was run",
             kind="model_file.unsafe",
-            fix="torch.save(model.state_dict(), 'weights.pth')",
+            fix="get the weights from someone you trust, as a .safetensors file",
         ) from error
-    except _DAMAGE as error:
+    except pickle.UnpicklingError as error:
+        if "persistent_load of storage" in str(error):  # the older format keeps a class's source
+            raise _holds_code(path, "a whole pickled network", "whole_module") from error
+        what = "no plain checkpoint, or is damaged, or has another pickle protocol than 2"
+        raise _holds_code(path, what, "unsafe") from error
+    except unpickling.DAMAGE as error:
         explains = isinstance(error, OSError | RuntimeError)  # the others come from wrong bytes
         reason = str(error).partition("\n")[0] if explains else "its bytes are no checkpoint"
         raise _damaged(path, reason) from error
@@ -260,7 +253,7 @@ def _refuse_compressed(file: BufferedReader, path: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-    except (zipfile.BadZipFile, *_DAMAGE):
+    except unpickling.DAMAGE:
         unpacked = 0  # of PyTorch's older format, or damaged, which torch.load finds out
     if unpacked > os.fstat(file.fileno()).st_size:
         raise _damaged(path, f"it unpacks to {unpacked:,} bytes, more than it has")
@@ -278,11 +271,32 @@ def _is_dense(value: object) -> TypeGuard[Tensor]:
     return value.device.type == "cpu" and value.untyped_storage().nbytes() >= needed
 
 
-def _unwrap(content: object) -> dict[object, object]:
-    for key in ("state_dict", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    return content if isinstance(content, dict) else {}
+def _flatten(content: object) -> tuple[State, list[str]]:
+    """The tensors in nested containers, and the classes of whole networks among these."""
+    state, modules = State(), list[str]()
+    todo, seen = [("", content)], set[int]()
+    while todo:
+        place, value = todo.pop()
+        if _is_dense(value):
+            state[place.removesuffix("/")] = value
+            continue
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        inside = _look_into(value)
+        if "_parameters" in inside:
+            modules.append(type(value).__qualname__)
+            continue
+        todo += [(f"{place}{key}/", entry) for key, entry in reversed(inside.items())]
+    return state, modules
+
+
+def _look_into(value: object) -> dict[object, object]:
+    if isinstance(value, unpickling.StandIn):
+        return value.contents
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    return value if isinstance(value, dict) else {}
 
 
 def _parse_header(text: bytes, path: Path) -> _Header:
@@ -300,12 +314,18 @@ def _damaged(path: Path, reason: str) -> ModelFileError:
     )
 
 
+def _holds_code(path: Path, what: str, kind: str) -> ModelFileError:
+    return ModelFileError(
+        f"{path} is {what}\nmomconv runs no code from a file, so it does not open this one; where "
+        "it was made, this writes a plain one",
+        kind=f"model_file.{kind}",
+        fix="torch.save(model.state_dict(), 'weights.pth')",
+    )
+
+
 def _missing(path: Path) -> ModelFileError:
     if path.is_dir():
-        return ModelFileError(
-            f"{path} is a folder, and not a file in it",
-            kind="model_file.is_folder",
-        )
+        return describe_folder(path)
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
     return ModelFileError(

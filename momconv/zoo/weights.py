@@ -4,8 +4,8 @@ import http.client
 import shlex
 import sys
 import urllib.error
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,11 +18,20 @@ from momconv.words import quoted
 from momconv.zoo import checkpoints, own
 from momconv.zoo.cifar import DEPTHS
 from momconv.zoo.description import attach, describe
-from momconv.zoo.networks import build, check_name, find_head, preprocessing_of
+from momconv.zoo.file_kinds import explain_part
+from momconv.zoo.matching import find_network, is_in, recognise
+from momconv.zoo.networks import (
+    build,
+    check_name,
+    find_head,
+    head_name,
+    outline,
+    preprocessing_of,
+)
 from momconv.zoo.offline import is_offline
 from momconv.zoo.own import is_own
 
-_SUFFIXES = (".pth", ".th", ".pt", ".safetensors")
+_SUFFIXES = (".pth", ".th", ".pt", ".ckpt", ".bin", ".tar", ".pt2", ".onnx", ".safetensors")
 
 
 def load_network(
@@ -31,17 +40,21 @@ def load_network(
     arguments: Mapping[str, Any] | None = None,
     *,
     resolution: int = 224,
+    new_head: bool = False,
+    tell: Callable[[str], None] = lambda _text: None,
 ) -> nn.Module:
     """The network ``name`` with trained weights, as many classes as they have, and a description.
 
     Args:
         name: One of ``zoo.networks.names()``, or as in momconv.zoo.own: ``model.py:make``.
         weights: A torchvision name (``DEFAULT``, ``IMAGENET1K_V1``,
-            ``ResNet50_Weights.IMAGENET1K_V2``), a ``.pth``, ``.th``, ``.pt`` or ``.safetensors``
-            file, or ``none`` for random weights. With a function of yours, all but a file leave
-            the weights as it makes them.
+            ``ResNet50_Weights.IMAGENET1K_V2``), a file of PyTorch or safetensors, or ``none`` for
+            random weights. With a function of yours, all but a file leave the weights as it makes
+            them.
         arguments: Of that function.
         resolution: Of the images of the network that it makes, in pixels.
+        new_head: Whether the head will be replaced, so that a file need not have one.
+        tell: Hears what of a file was taken, and under which names, where that is not plain.
 
     Raises:
         UsageError: No such network, or no such weights for it.
@@ -49,19 +62,91 @@ def load_network(
         ResourceError: The weights cannot be downloaded.
     """
     if is_own(name):
-        return _load_own(name, weights, arguments, resolution)
+        return _load_own(name, weights, arguments, resolution, _Reading(new_head, tell))
     check_name(name)
     if weights == "none":
         return build(name)
     if _is_file_name(weights):
         path = Path(weights)
-        return _load(name, path, _recognise(name, path))
+        return _load(name, path, _recognise(name, path), _Reading(new_head, tell))
     published = _find_published(name, str(weights))
-    return _load(name, _fetch(published), published)
+    return _load(name, _fetch(published), published, _Reading(new_head, tell))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How a file is read into a network."""
+
+    new_head: bool
+    tell: Callable[[str], None]
+
+    def find(
+        self, name: str, path: Path, network: nn.Module, head: str
+    ) -> tuple[checkpoints.State, int | None]:
+        """What ``network`` needs of the file ``path``, and how many classes its head has.
+
+        Without a head there are no classes, and no tensors of a head.
+
+        Raises:
+            ModelFileError: The file is damaged, or another network's, or has no head and needs one.
+        """
+        _refuse_converted(path)
+        tensors = checkpoints.read_state(path)
+        head = _widen(head, tensors)
+        match = find_network(tensors, network, head, path)
+        if text := match.describe(path):
+            self.tell(text)
+        state, classes = match.state, checkpoints.outputs_in(match.state, head)
+        own, _ = _split(network.state_dict(), head)
+        found, body = _split(state, head)
+        if self.new_head and not _is_usable(found, own):
+            self.tell(f"note: {path} has no head that fits; the new one begins at random")
+            return body, None
+        if found.keys() != own.keys() and checkpoints.difference(network, body | own) is None:
+            raise _has_no_head(name, path, own)
+        return state, classes
+
+    def fill(self, name: str, path: Path, network: nn.Module, state: checkpoints.State) -> None:
+        """Give ``network`` what was found, and its own head where none was.
+
+        Raises:
+            ModelFileError: It does not fit, or is not finite.
+        """
+        head = find_head(network)
+        if self.new_head and not any(is_in(key, head) for key in state):
+            state = _split(network.state_dict(), _widen(head, state))[0] | state
+        if difference := checkpoints.difference(network, state):
+            raise _does_not_fit(name, path, state, difference)
+        checkpoints.require_finite(path, network, state)
+        checkpoints.fill(network, state)
+
+
+def _widen(head: str, tensors: checkpoints.State) -> str:
+    """The module that ends with the ``head``, where nothing of it is among ``tensors``."""
+    around = head.rpartition(".")[0]
+    return head if not around or any(f"{around}." in name for name in tensors) else around
+
+
+def _split(state: checkpoints.State, head: str) -> tuple[checkpoints.State, checkpoints.State]:
+    """The tensors of the ``head``, and the others."""
+    found = {key: value for key, value in state.items() if is_in(key, head)}
+    return found, {key: value for key, value in state.items() if key not in found}
+
+
+def _is_usable(found: checkpoints.State, own: checkpoints.State) -> bool:
+    """Whether the head ``found`` is a layer as the ``own`` one, but for the number of classes."""
+    return found.keys() == own.keys() and all(
+        value.isfinite().all() and value.shape[1:] == own[key].shape[1:]
+        for key, value in found.items()
+    )
 
 
 def _load_own(
-    name: str, weights: str | Path, arguments: Mapping[str, Any] | None, resolution: int
+    name: str,
+    weights: str | Path,
+    arguments: Mapping[str, Any] | None,
+    resolution: int,
+    reading: _Reading,
 ) -> nn.Module:
     """The network that a function of the user's makes, or one of timm's."""
     from_file = _is_file_name(weights)
@@ -70,30 +155,21 @@ def _load_own(
     if not from_file:
         return model
     path = Path(weights)
-    _refuse_converted(path)
-    state = checkpoints.read_state(path)
-    if classes := checkpoints.outputs_in(state, find_head(model)):
+    state, classes = reading.find(name, path, model, find_head(model))
+    if classes:
         model = own.remake(replace(describe(model), num_classes=classes), model)
-    if difference := checkpoints.difference(model, state):
-        raise ModelFileError(
-            f"{path} does not fit {name}\ntensors {difference}",
-            kind="model_file.wrong_architecture",
-        )
-    checkpoints.fill(model, state)
+    reading.fill(name, path, model, state)
     digest = checkpoints.sha256(path)
     attach(model, replace(describe(model), source=path.name, source_sha256=digest))
     return model
 
 
-def _load(name: str, path: Path, published: Any | None) -> nn.Module:
+def _load(name: str, path: Path, published: Any | None, reading: _Reading) -> nn.Module:
     """The network ``name`` with the tensors in ``path``, known as ``published`` where it is."""
-    _refuse_converted(path)
-    state = checkpoints.read_state(path)
     resolution = preprocessing_of(published).resolution if published is not None else None
-    model = build(name, checkpoints.classes_in(state, name), resolution)
-    if difference := checkpoints.difference(model, state):
-        raise _does_not_fit(name, path, state, difference)
-    checkpoints.fill(model, state)
+    state, classes = reading.find(name, path, outline(name), head_name(name))
+    model = build(name, classes, resolution)
+    reading.fill(name, path, model, state)
     description = replace(describe(model), source=path.name, source_sha256=checkpoints.sha256(path))
     if published is not None:
         description = replace(
@@ -123,13 +199,26 @@ def _refuse_converted(path: Path) -> None:
 def _does_not_fit(
     name: str, path: Path, state: checkpoints.State, difference: str
 ) -> ModelFileError:
-    guess = checkpoints.recognise(state)
+    guess, part = recognise(state), explain_part(path)
+    looks = f"looks like {guess}" if guess else ""
+    reason, fix = part or (looks, checkpoints.convert_command(guess, path) if guess else None)
     return ModelFileError(
         f"{path} does not fit {name}"
-        + (f": it looks like {guess}" if guess else "")
+        + (f": it {reason}" if reason else "")
         + f"\ntensors {difference}",
         kind="model_file.wrong_architecture",
-        fix=checkpoints.convert_command(guess, path) if guess else None,
+        fix=fix,
+    )
+
+
+def _has_no_head(name: str, path: Path, head: Iterable[str]) -> ModelFileError:
+    option = "--network" if is_own(name) else "--model"
+    words = ["momconv", "finetune", option, name, "--weights", str(path), "--data", "FOLDER"]
+    return ModelFileError(
+        f"{path} has no head of {name}: {', '.join(head)} missing\n"
+        "without one it names no classes; fine-tuning gives it a new one for yours",
+        kind="model_file.no_head",
+        fix=shlex.join(words),
     )
 
 

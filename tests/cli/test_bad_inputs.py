@@ -115,7 +115,7 @@ def finetune(data: str) -> list[str]:
         ([*FINETUNE, "--memory", "1MiB"], 5, ["limit is 1.0 MiB", "activations ", "fix: --mem"]),
         (["finetune", "--resume", "runs/x"], 4, ["run folder does not exist: runs/x (looked for"]),
         (["eval", "cut.safetensors", "--data", "photos"], 4, ["is truncated: header promises "]),
-        (["eval", "text.safetensors", "--data", "photos"], 4, ["or no model file at all"]),
+        (["eval", "text.safetensors", "--data", "photos"], 4, ["is a text, which begins with "]),
         (["eval", "plain.pth", "--data", "photos"], 4, ["is an unconverted cifar_resnet20",
                                                         "fix: momconv convert cifar_resnet20"]),
         (["eval", "model.safetensors", "--data", "wolves/train"], 3, ["model does not have: cat"]),

@@ -9,28 +9,24 @@ from safetensors.torch import save_file
 from torch import nn
 
 from momconv.errors import ModelFileError
-from momconv.zoo.checkpoints import difference, read_metadata, read_state, recognise
-from momconv.zoo.networks import build
+from momconv.zoo.checkpoints import difference, read_metadata, read_state
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        TENSORS,
-        {"state_dict": TENSORS, "epoch": 3},
-        {"model": TENSORS, "args": None},
-        {"state_dict": {f"module.{key}": value for key, value in TENSORS.items()}},
-        {f"_orig_mod.module.{key}": value for key, value in TENSORS.items()},
-    ],
-    ids=["plain", "state_dict", "model", "parallel", "compiled"],
-)
-def test_wrappings_of_training_scripts_are_taken_off(tmp_path: Path, content: object) -> None:
+def test_tensors_in_containers_have_the_keys_before_their_names(tmp_path: Path) -> None:
+    content = {"epoch": 3, "nets": [{"ema": TENSORS}], "x": torch.ones(1)}
     torch.save(content, tmp_path / "file.pth")
     state = read_state(tmp_path / "file.pth")
-    assert list(state) == list(TENSORS)
-    assert all(torch.equal(state[key], TENSORS[key]) for key in TENSORS)
+    assert list(state) == ["nets/0/ema/a.weight", "nets/0/ema/a.bias", "x"]
+    assert torch.equal(state["nets/0/ema/a.weight"], TENSORS["a.weight"])
+
+
+def test_a_container_that_contains_itself_is_read_once(tmp_path: Path) -> None:
+    content: dict[str, object] = {"model": TENSORS}
+    content["self"] = content
+    torch.save(content, tmp_path / "file.pth")
+    assert list(read_state(tmp_path / "file.pth")) == ["model/a.weight", "model/a.bias"]
 
 
 def test_safetensors_are_recognised_by_their_content(tmp_path: Path) -> None:
@@ -39,9 +35,9 @@ def test_safetensors_are_recognised_by_their_content(tmp_path: Path) -> None:
     assert read_metadata(tmp_path / "file.pth") == {"format": "pt"}
 
 
-def _saved(content: object) -> bytes:
+def _saved(content: object, *, zipped: bool = True) -> bytes:
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(content, buffer, _use_new_zipfile_serialization=zipped)
     return buffer.getvalue()
 
 
@@ -53,21 +49,25 @@ class _Evil:
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (b"", "damaged"),
-        (b"12345678{not a header}", "truncated"),
+        (b"", "empty"),
+        (b"1234567\0{not a header}", "truncated"),
         ((4).to_bytes(8, "little") + b"{no}", "damaged"),
         ((9).to_bytes(8, "little") + b'{"a": 12}', "damaged"),
-        (_saved(TENSORS)[:700], "damaged"),
-        (pickle.dumps(_Evil()), "unsafe"),
+        (_saved(TENSORS)[:700], "truncated"),
+        (pickle.dumps(_Evil()), "pickle"),
         (_saved(_Evil()), "unsafe"),
-        (_saved(nn.Linear(1, 1)), "unsafe"),
+        (_saved(nn.Linear(1, 1)), "whole_module"),
+        (_saved(nn.Linear(1, 1), zipped=False), "whole_module"),
+        (_saved({"model": nn.Linear(1, 1), "optimizer": {"m": torch.ones(1)}}), "whole_module"),
+        (_saved(torch.ones(1)), "no_state_dict"),
         (_saved({"epoch": 3}), "no_state_dict"),
         (_saved({}), "no_state_dict"),
         (_saved([1, 2]), "no_state_dict"),
     ],
     ids=[
         "empty", "not-a-header", "not-json", "not-tensors", "cut", "pickled-code", "saved-code",
-        "whole-module", "no-tensors", "nothing", "a-list",
+        "whole-module", "old-module", "module-inside", "one-tensor", "no-tensors", "nothing",
+        "a-list",
     ],
 )  # fmt: skip
 def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes, kind: str) -> None:
@@ -141,8 +141,10 @@ def test_a_missing_file_is_answered_with_the_closest_one(tmp_path: Path) -> None
 def test_a_missing_folder_and_a_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="does not exist"):
         read_state(tmp_path / "nowhere" / "file.pth")
-    with pytest.raises(ModelFileError, match="is a folder"):
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(ModelFileError, match="is a folder") as caught:
         read_state(tmp_path)
+    assert caught.value.fix == f"--weights {tmp_path}/weights.pth"
 
 
 def test_the_difference_names_the_tensors() -> None:
@@ -165,14 +167,3 @@ def test_old_files_without_batch_counters_fit() -> None:
     network = nn.BatchNorm1d(2)
     state = {k: v for k, v in network.state_dict().items() if k != "num_batches_tracked"}
     assert difference(network, state) is None
-
-
-@pytest.mark.parametrize("name", ["resnet18", "cifar_resnet44", "wide_resnet50_2"])
-def test_a_network_is_recognised_whatever_its_classes(name: str) -> None:
-    with torch.device("meta"):
-        assert recognise(build(name, 3).state_dict()) == name
-
-
-def test_unknown_tensors_are_not_recognised() -> None:
-    assert recognise(TENSORS) is None
-    assert recognise({"fc.weight": torch.zeros(3, 512)}) is None
