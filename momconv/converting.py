@@ -121,7 +121,13 @@ def convert_network(
     _check_names(scheme.model, path)
     means.check()
     arguments = parse_arguments(scheme.arguments)
-    original = load_network(scheme.model, scheme.weights, arguments, resolution=scheme.resolution)
+    original = load_network(
+        scheme.model,
+        scheme.weights,
+        arguments,
+        resolution=scheme.resolution,
+        tell=listener.tell,
+    )
     apply = cache(partial(scheme.apply, original))
     listener.advance(f"converting {scheme.model}", 0, 1)
     apply(LADDER[0] if scheme.gamma is None else scheme.gamma)  # refuse now what is wrong
@@ -236,6 +242,7 @@ def _open_workshop(original: nn.Module, means: Means, listener: Listener) -> _Wo
         listener.tell(f"note: {images.note}")
     listener.advance("running the original", 0, 1)
     reference = Reference(original.to(find_device(means.device)), images.measuring)
+    reference.require_answers()
     return _Workshop(original, images, means, reference, listener)
 
 

@@ -29,6 +29,7 @@ from momconv.data.folder import SPLITS, ImageSet
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError
 from momconv.states import in_eval_mode
+from momconv.surgery.drift import NONE, answers
 from momconv.words import plural
 from momconv.zoo.description import describe
 
@@ -72,7 +73,12 @@ class Scores:
     classes: tuple[ClassScore, ...]
     confusion: tuple[tuple[int, ...], ...]  # images of the row's class predicted as the column's
     mistakes: tuple[Mistake, ...]  # the most confident ones, the worst first
-    said: tuple[int, ...]  # the class of each image, in the order of the images
+    said: tuple[int, ...]  # the class of each image, in their order; NONE without an answer
+
+    @property
+    def unanswered(self) -> int:
+        """The images for which the network's output is not finite, which count as mistakes."""
+        return self.said.count(NONE)
 
     @property
     def macro_recall(self) -> float:
@@ -88,13 +94,14 @@ class Scores:
     def to_json(self) -> dict[str, Any]:
         """The same as values that JSON knows, without what is said of each image."""
         mistakes = [asdict(mistake) | {"path": str(mistake.path)} for mistake in self.mistakes]
-        document = asdict(self) | {"mistakes": mistakes}
+        document = asdict(self) | {"mistakes": mistakes, "unanswered": self.unanswered}
         del document["said"]
         return document
 
     def agreement(self, other: "Scores") -> float:
         """The fraction of the images of which both networks say the same."""
-        return sum(map(int.__eq__, self.said, other.said)) / self.n
+        pairs = zip(self.said, other.said, strict=True)
+        return sum(a == b != NONE for a, b in pairs) / self.n
 
 
 def evaluate(
@@ -137,12 +144,13 @@ def evaluate(
     with in_eval_mode(model.to(device)), torch.no_grad():
         for pictures, labels in _read_together(loader, count):
             outputs, targets = model(pictures.to(device)), labels.to(device)
-            metrics.update(outputs, targets)
+            named = answers(outputs)
+            metrics.update(named.where(named != NONE, len(images.classes)), targets)
             loss.update(F.cross_entropy(outputs, targets, reduction="none"))
             probabilities = outputs.softmax(1)
-            calibration.update(probabilities, targets)
+            calibration.update(probabilities.nan_to_num(0), targets)
             confidences += probabilities.amax(1).tolist()
-            said += outputs.argmax(1).tolist()
+            said += named.tolist()
             if progress:
                 progress(len(said), len(dataset))
     found = metrics.compute() | {"loss": loss.compute(), "calibration": calibration.compute()}
@@ -205,7 +213,11 @@ def _read_together(loader: "DataLoader[Any]", count: int) -> Iterator[Any]:
 
 
 def _make_metrics(classes: int, *, sync: bool) -> MetricCollection:
-    """Metrics of outputs and labels, which add up those of all processes if ``sync``."""
+    """Metrics of classes and labels, which add up those of all processes if ``sync``.
+
+    There is one more class, for no answer: where it is said, the label's own has a miss.
+    """
+    classes += 1
     return MetricCollection(
         {
             "top1": MulticlassAccuracy(classes, average="micro", sync_on_compute=sync),
@@ -220,7 +232,8 @@ def _make_metrics(classes: int, *, sync: bool) -> MetricCollection:
 def _summarise(
     found: Mapping[str, Tensor], images: ImageSet, said: Sequence[int], confidences: Sequence[float]
 ) -> Scores:
-    columns = (found[name].tolist() for name in ("precision", "recall", "f1"))
+    kinds = len(images.classes)
+    columns = (found[name].tolist()[:kinds] for name in ("precision", "recall", "f1"))
     support = images.counts().values()
     classes = tuple(map(ClassScore, images.classes, *columns, support))
     present = [score.f1 for score in classes if score.support]
@@ -233,7 +246,7 @@ def _summarise(
         macro_f1=sum(present) / len(present),
         calibration_error=float(found["calibration"]),
         classes=classes,
-        confusion=tuple(map(tuple, found["confusion"].tolist())),
+        confusion=tuple(map(tuple, found["confusion"][:kinds, :kinds].tolist())),
         mistakes=_find_mistakes(images, said, confidences),
         said=tuple(said),
     )
@@ -242,7 +255,7 @@ def _summarise(
 def _find_mistakes(
     images: ImageSet, said: Sequence[int], confidences: Sequence[float]
 ) -> tuple[Mistake, ...]:
-    """The mistakes that the network is surest of; a diverged one is sure of nothing."""
+    """The mistakes that the network is surest of; without an answer it is sure of nothing."""
     every = zip(images.samples, said, confidences, strict=True)
     wrong = [entry for entry in every if entry[0].label != entry[1] and math.isfinite(entry[2])]
     wrong.sort(key=lambda entry: -entry[2])

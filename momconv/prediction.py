@@ -12,10 +12,13 @@ from torch import nn
 
 from momconv.data.calibration_images import CalibrationImages
 from momconv.data.folder import list_images
-from momconv.errors import DataError
+from momconv.errors import DataError, ModelFileError
 from momconv.states import in_eval_mode
-from momconv.words import printable
+from momconv.surgery.drift import NONE, answers
+from momconv.words import plural, printable
 from momconv.zoo.description import Description, describe
+
+_SILENT = "the network's output is not finite (NaN or infinite)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,7 @@ def predict(
     Raises:
         UsageError: The model has no description.
         DataError: A path does not exist, there is none, or no image can be read.
+        ModelFileError: The network's output is not finite for any image.
     """
     description = describe(model)
     files = list_files(map(Path, paths))
@@ -89,16 +93,26 @@ def predict(
         (lambda done: progress(done, len(files))) if progress else None,
     )
     names = name_outputs(description)
-    predictions = []
+    predictions, silent = list[Prediction](), list[Unreadable]()
     with in_eval_mode(model.to(device)), torch.no_grad():
         for pictures, read in images.read():
-            probabilities = model(pictures.to(device)).softmax(1)
-            values, labels = probabilities.topk(min(top, len(names)))
-            for path, row, numbers in zip(read, values.tolist(), labels.tolist(), strict=True):
+            outputs = model(pictures.to(device))
+            values, labels = outputs.softmax(1).topk(min(top, len(names)))
+            entries = zip(read, answers(outputs), values.tolist(), labels.tolist(), strict=True)
+            for path, said, row, numbers in entries:
+                if said == NONE:
+                    silent.append(Unreadable(path, _SILENT))
+                    continue
                 guesses = (Guess(names[n], p) for n, p in zip(numbers, row, strict=True))
                 predictions.append(Prediction(path, tuple(guesses)))
     unreadable = (Unreadable(error.path, error.reason) for error in images.unreadable)
-    return Predictions(tuple(predictions), tuple(unreadable))
+    if not predictions and silent:
+        raise ModelFileError(
+            f"{_SILENT}, for any of {plural(len(silent), 'image')}",
+            kind="model_file.no_answers",
+            fix="take a model from before its training diverged",
+        )
+    return Predictions(tuple(predictions), (*unreadable, *silent))
 
 
 def list_files(paths: Iterable[Path]) -> list[Path]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,4 +177,21 @@ def test_a_network_that_has_diverged_still_gets_its_scores(images: ImageSet) -> 
     nn.init.constant_(model.linear.weight, math.nan)  # type: ignore[union-attr, arg-type]
     scores = evaluate(model, images)
     assert math.isnan(scores.loss)
-    assert Counter(label for row in scores.confusion for label in row).total() == 9
+    assert (scores.top1, scores.macro_f1, scores.unanswered) == (0, 0, 24)
+    assert scores.agreement(scores) == 0
+    assert scores.mistakes == ()
+
+
+class _SilentOnRed(Brightest):
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = super().forward(images)
+        return outputs / (outputs.argmax(1, keepdim=True) != 2)
+
+
+def test_no_answer_is_a_mistake_of_the_image_s_class_alone(images: ImageSet) -> None:
+    scores = evaluate(_SilentOnRed(), images, batch_size=4)
+    assert scores.confusion == ((4, 4, 0), (0, 8, 0), (0, 0, 0))
+    assert (scores.top1, scores.unanswered) == (12 / 24, 8)
+    red = scores.classes[2]
+    assert (red.precision, red.recall, red.f1, red.support) == (0, 0, 0, 8)
+    assert scores.agreement(evaluate(Brightest(), images, batch_size=4)) == 16 / 24

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from momconv import predict
 from momconv.data.decoding import decode
 from momconv.data.transforms import evaluation_transform
-from momconv.errors import DataError
+from momconv.errors import DataError, ModelFileError
 from momconv.zoo.description import Description, Preprocessing, attach, describe
 from momconv.zoo.networks import build
 
@@ -59,6 +59,23 @@ def test_the_numbers_are_those_of_the_network_on_the_preprocessed_image(colours:
     assert model.training
     assert [guess.name for guess in said.guesses] == [str(n) for n in expected.indices.tolist()]
     assert [guess.probability for guess in said.guesses] == pytest.approx(expected.values.tolist())
+
+
+class _SilentOnRed(Brightest):
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = super().forward(images)
+        return outputs / (outputs.argmax(1, keepdim=True) != 0)
+
+
+def test_numbers_that_are_not_finite_are_no_answer(colours: Path) -> None:
+    done = predict(_SilentOnRed(), [colours])
+    assert {image.path.parent.name for image in done.images} == {"blue", "green"}
+    assert [bad.path for bad in done.unreadable] == sorted(colours.glob("red/*.png"))
+    assert {bad.error for bad in done.unreadable} == {
+        "the network's output is not finite (NaN or infinite)"
+    }
+    with pytest.raises(ModelFileError, match=r"not finite .*, for any of 8 images"):
+        predict(_SilentOnRed(), [colours / "red"])
 
 
 def test_a_file_that_is_named_twice_is_asked_about_once(colours: Path) -> None:

@@ -110,11 +110,22 @@ def _score(
     reading: Mapping[str, int],
 ) -> "Scores":
     from momconv.evaluation import evaluate as score
+    from momconv.words import plural
 
     with progress(f"evaluating {file.name}", len(images.samples)) as report:
-        return score(
+        scores = score(
             model, images, device=device, progress=lambda done, _: report(done, ""), **reading
         )
+    if scores.unanswered == scores.n:
+        raise ModelFileError(
+            f"{file} gives no answer: its outputs are not finite for any of the images",
+            kind="model_file.no_answers",
+            fix="take a model from before its training diverged",
+        )
+    if scores.unanswered:
+        silent = plural(scores.unanswered, "image")
+        warn(f"the output of {file} is not finite for {silent} of {scores.n}: no answer, so wrong")
+    return scores
 
 
 @dataclass(frozen=True, slots=True)

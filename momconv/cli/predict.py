@@ -50,7 +50,7 @@ def predict(  # noqa: PLR0913 (one for each option)
     arg: ArgumentOption = None,
     device: DeviceOption = "auto",
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 3 if an image cannot be read.")
+        bool, typer.Option("--strict", help="Exit with 3 if an image has no answer.")
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -105,7 +105,7 @@ def _read_list(paths: Iterable[Path]) -> list[Path]:
 
 def _refuse_unreadable(done: "Predictions", files: int) -> DataError:
     return DataError(
-        f"{len(done.unreadable)} of {files} images cannot be read (--strict)",
+        f"{len(done.unreadable)} of {files} images have no answer (--strict)",
         kind="data.unreadable_image",
     )
 

@@ -1,4 +1,4 @@
-"""What a model file says about its network, without reading a tensor."""
+"""What a model file says about its network, without making it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +17,8 @@ from momconv.reports.stages import tabulate_stages
 from momconv.surgery.certificate import Certificate
 from momconv.surgery.conversion import Stage, summarise
 from momconv.units import format_bytes
-from momconv.words import plural, printable
+from momconv.words import list_some, plural, printable
+from momconv.zoo.checkpoints import find_spoilt, read_state
 from momconv.zoo.description import Description, Preprocessing, describe
 
 _SHOWN = 10  # classes; --json has them all
@@ -39,6 +40,7 @@ class Inspection:
         certificate: What the conversion was worth; None where none is stored.
         measured_on: The images of the certificate.
         training: What fine-tuning recorded; None where there was none.
+        not_finite: The names of tensors with values that are infinite or not a number.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class Inspection:
     certificate: Certificate | None
     measured_on: str
     training: Mapping[str, Any] | None
+    not_finite: tuple[str, ...]
 
     def show(self) -> Iterator[RenderableType]:
         """A table of the stages, and what else is known."""
@@ -93,6 +96,7 @@ def inspect_file(path: Path, own: nn.Module | None = None) -> Inspection:
         certificate=_check(path, "certificate", Certificate, certificate) if certificate else None,
         measured_on=str(metadata.get("measured_on", "")),
         training=_check(path, "training", dict[str, Any] | None, metadata.get("training")),
+        not_finite=tuple(find_spoilt(read_state(path))),
     )
 
 
@@ -141,6 +145,9 @@ def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
         yield "converted", f"top-1 {before:.1%} before, {after:.1%} after"
     if inspection.training:
         yield "training", printable(_describe(inspection.training))
+    if inspection.not_finite:
+        listed = list_some([*map(printable, inspection.not_finite)], _SHOWN)
+        yield "not finite", f"{', '.join(listed)}: nothing can be computed with these"
     versions = f"momconv {inspection.written_by}, torch {inspection.torch}"
     written = f"{inspection.created} by {versions} ({format_bytes(inspection.bytes)})"
     yield "written", printable(written)

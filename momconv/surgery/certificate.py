@@ -18,7 +18,7 @@ from momconv.momentum.kernels import magnitude
 from momconv.momentum.sequential import MomentumSequential, momentum_stages, set_strategy
 from momconv.momentum.trajectory import narrowest
 from momconv.states import in_eval_mode, keeping_random_state
-from momconv.surgery.drift import Batch, Drift, measure_drift, require_images, split
+from momconv.surgery.drift import Batch, Drift, answers, measure_drift, require_images, split
 
 REST = ""  # the name of everything outside the momentum stages
 
@@ -260,5 +260,5 @@ def remainder_bits(gamma: float, steps: int) -> int:
 
 
 def _score(reference: Tensor, logits: Tensor, labels: Tensor) -> Accuracy:
-    original, converted = (int((z.argmax(1) == labels).sum()) for z in (reference, logits))
+    original, converted = (int((answers(z) == labels).sum()) for z in (reference, logits))
     return Accuracy(original / len(labels), converted / len(labels))

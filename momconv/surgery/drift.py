@@ -9,10 +9,22 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from momconv.errors import DataError
+from momconv.errors import DataError, ModelFileError
 from momconv.states import in_eval_mode
 
 Batch = Tensor | tuple[Tensor, Tensor]  # images (B, 3, H, W), which may come with labels (B,)
+
+
+NONE = -1  # in place of a class
+
+
+def answers(logits: Tensor) -> Tensor:
+    """The class of each row (images,), ``NONE`` where no probabilities come of it.
+
+    >>> answers(torch.tensor([[0.0, 1.0], [torch.nan, 1.0], [torch.inf, 1.0], [-torch.inf, 1.0]]))
+    tensor([ 1, -1, -1,  1])
+    """
+    return logits.argmax(1).where(logits.softmax(1).isfinite().all(1), NONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +33,7 @@ class Drift:
 
     Attributes:
         images: How many were compared.
-        disagreements: On how many of them the two name different classes first.
+        disagreements: On how many of them the two name different classes first, or one none.
         divergence: Mean KL(softmax z ‖ softmax z'), in nats.
         distance: ‖z' − z‖ / ‖z‖, over all images.
     """
@@ -48,10 +60,11 @@ class Drift:
 def measure_drift(logits: Tensor, reference: Tensor) -> Drift:
     """How far ``logits`` are from ``reference``; both (images, classes)."""
     z, other = reference.double(), logits.double()
+    said, original = answers(other), answers(z)
     p, q = F.log_softmax(z, 1), F.log_softmax(other, 1)
     return Drift(
         images=len(z),
-        disagreements=int((z.argmax(1) != other.argmax(1)).sum()),
+        disagreements=int(((said != original) | (original == NONE)).sum()),
         divergence=float(F.kl_div(q, p, log_target=True, reduction="batchmean")),
         distance=float((other - z).norm() / z.norm()),
     )
@@ -73,6 +86,20 @@ class Reference:
         self.network = network
         self._batches = batches
         self._logits = _predict(network, batches)
+
+    def require_answers(self) -> None:
+        """Do nothing if the network says something of every image.
+
+        Raises:
+            ModelFileError: Its outputs are infinite or not a number.
+        """
+        if silent := int((answers(self._logits) == NONE).sum()):
+            raise ModelFileError(
+                f"the network's outputs are not finite for {silent} of {len(self._logits)} images, "
+                "so there is nothing to keep",
+                kind="model_file.no_answers",
+                fix="take a checkpoint from before, or train again with a lower rate",
+            )
 
     def compare(self, model: nn.Module) -> Drift:
         """How far the outputs of ``model`` are from the network's."""

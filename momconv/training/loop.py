@@ -49,6 +49,7 @@ from momconv.training.stopping import has_stalled
 from momconv.training.validation import validate
 from momconv.units import format_bytes
 from momconv.words import list_some, printable
+from momconv.zoo.checkpoints import find_spoilt
 from momconv.zoo.stages import ALL_BUT_HEAD, freeze
 
 _SHOWN = 5  # files that an error names
@@ -63,8 +64,8 @@ def train(job: Job, progress: Progress) -> None:
     Raises:
         Interrupted: SIGINT or SIGTERM came.
         TimeUp: The time limit is reached.
-        MomconvError: The loss or a gradient is not finite, again after a return to the last saved
-            state, which is then the one that the folder holds.
+        MomconvError: A loss, a gradient or a weight is not finite, again after a return to the last
+            saved state, which is then the one that the folder holds.
         DataError: Too many images cannot be decoded any more.
         ResourceError: Memory or disk is exhausted.
     """
@@ -92,6 +93,9 @@ def train(job: Job, progress: Progress) -> None:
                 began = time.perf_counter()
             else:
                 scores = validate(job, progress, report, check)
+                if _has_diverged(job, progress, scores):
+                    report.start_over()
+                    continue
                 _finish_epoch(job, progress, scores, time.perf_counter() - began)
                 if not _is_done(job, progress):
                     _stop_if_asked(job, check)
@@ -287,6 +291,29 @@ def _require_finite(job: Job, progress: Progress, loss: Tensor, step: Step) -> N
         kind="train.not_finite",
         fix=f"{job.folder.resume_command} --lr {lower:g}",
     )
+
+
+def _has_diverged(job: Job, progress: Progress, scores: Scores | None) -> bool:
+    """Whether an epoch came to what is not finite. Then the run goes on from an earlier state.
+
+    Raises:
+        NotFinite: It happened before.
+    """
+    loss = scores.loss if scores else 0.0
+    spoilt = find_spoilt(dict(job.networks[-1].named_parameters()))
+    if math.isfinite(loss) and not spoilt:
+        return False
+    what = f"the weight {spoilt[0]}" if spoilt else f"the validation loss ({loss})"
+    lower = job.recipe.train.resolved_lr / 10
+    best = progress.find_best(job.recipe.train.monitor)
+    kept = f"\nthe best so far, of epoch {best.epoch}, is in {job.folder.best}" if best else ""
+    error = NotFinite(
+        f"{what} is not finite after epoch {progress.epoch + 1}: the training diverged{kept}",
+        kind="train.not_finite",
+        fix=f"{job.folder.resume_command} --lr {lower:g}",
+    )
+    go_back_and_slow_down(job, progress, error)
+    return True
 
 
 def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: float) -> None:

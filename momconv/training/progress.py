@@ -26,11 +26,16 @@ class EpochRow:
     val_macro_recall: float | None = None  # the same; also called balanced accuracy
 
     def judge(self, monitor: Monitor) -> float:
-        """How good the epoch is, the higher the better; −∞ where nothing says so."""
+        """How good the epoch is, the higher the better; −∞ where nothing says so.
+
+        That is also so where the loss is not finite, whatever else is measured.
+        """
         loss = None if self.val_loss is None else -self.val_loss
         figures = {"val/top1": self.val_top1, "val/macro_f1": self.val_macro_f1, "val/loss": loss}
         figure = figures[monitor]
-        return -math.inf if figure is None or math.isnan(figure) else figure
+        if figure is None or not math.isfinite(figure + (self.val_loss or 0)):
+            return -math.inf
+        return figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +49,7 @@ class Halving:
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """The loss or a gradient was not finite, and the run went back to its last saved state."""
+    """Something was not finite, and the run went back to its last saved state."""
 
     epoch: int  # from 1, as the step
     step: int

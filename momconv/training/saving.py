@@ -90,7 +90,7 @@ def anneal_networks(job: Job, progress: Progress) -> None:
 
 
 class NotFinite(MomconvError):
-    """The loss or a gradient is infinite or not a number."""
+    """A loss, a gradient or a weight is infinite or not a number."""
 
 
 class HalfDone(ResourceError):

@@ -83,9 +83,14 @@ def test_a_file_without_certificate_or_training_has_neither(tmp_path: Path) -> N
     assert (found["certificate"], found["training"]) == (None, None)
 
 
-def test_no_tensor_is_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "read_state", None)
-    assert run(model).exit_code == 0
+def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    network = build("cifar_resnet20", 3)
+    network.get_buffer("bn1.running_var")[2] = torch.inf
+    network.get_parameter("linear.weight").data[0, 0] = torch.nan
+    model_file.save(network, tmp_path / "spoilt.safetensors")
+    ran = run(tmp_path / "spoilt.safetensors")
+    assert ran.exit_code == 0
+    assert "not finite bn1.running_var, linear.weight: nothing can be" in ran.stdout
 
 
 @pytest.mark.parametrize(
@@ -125,7 +130,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("no model")
     for name, message in {
         "plain.pth": "is an unconverted cifar_resnet20; run momconv convert first",
-        "text.safetensors": "is no plain checkpoint",
+        "text.safetensors": "is a text, which begins with 'no model'",
         "nope.safetensors": "file does not exist",
     }.items():
         ran = run(tmp_path / name)

@@ -68,7 +68,7 @@ def test_each_unreadable_image_has_a_record(model: Path, colours: Path, tmp_path
 
     strict = run(model, folder, "--format", "csv", "--strict")
     assert (strict.exit_code, strict.stdout) == (3, ran.stdout)
-    assert "error: 1 of 9 images cannot be read (--strict)\n" in strict.stderr
+    assert "error: 1 of 9 images have no answer (--strict)\n" in strict.stderr
     failed = run(model, folder, "--json", "--strict")
     document = json.loads(failed.stdout)
     assert (failed.exit_code, document["ok"], document["error"]["code"]) == (3, False, 3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from momconv.errors import DataError
+from momconv.errors import DataError, ModelFileError
 from momconv.surgery.drift import Drift, Reference, measure_drift
 
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
@@ -30,6 +30,23 @@ def test_logits_shifted_by_a_constant_are_the_same_prediction_but_have_moved() -
     drift = measure_drift(LOGITS + 1, LOGITS)
     assert drift.divergence == pytest.approx(0)
     assert drift.distance == pytest.approx(1)
+
+
+def test_what_is_not_a_number_agrees_with_nothing() -> None:
+    spoilt = LOGITS.clone()
+    spoilt[0, 1] = torch.nan
+    assert measure_drift(spoilt, spoilt).disagreements == 1
+    assert measure_drift(LOGITS, spoilt).disagreements == 1
+    assert measure_drift(spoilt, LOGITS).disagreements == 1
+    assert math.isnan(measure_drift(spoilt, spoilt).divergence)
+
+
+def test_a_reference_that_says_nothing_is_none() -> None:
+    network = nn.Linear(2, 2)
+    images = torch.tensor([[1.0, 1.0], [torch.nan, 1.0]])
+    Reference(network, [images[:1]]).require_answers()
+    with pytest.raises(ModelFileError, match="not finite for 1 of 2 images"):
+        Reference(network, [images]).require_answers()
 
 
 @pytest.mark.parametrize(

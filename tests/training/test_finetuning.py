@@ -1,7 +1,10 @@
 import hashlib
+import itertools
 import json
+import math
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from momconv.errors import DataError, MomconvError, ResourceError, UsageError
-from momconv.evaluation import evaluate
+from momconv.evaluation import Scores, evaluate
 from momconv.files import model_file
 from momconv.momentum.sequential import momentum_stages
 from momconv.planner.prediction import peak_memory
@@ -22,8 +25,10 @@ from momconv.recipe import load_recipe
 from momconv.surgery.conversion import convert
 from momconv.training import network, task
 from momconv.training.finetuning import Result, finetune
+from momconv.training.gradients import take_step
 from momconv.training.images import recall_images
 from momconv.training.interruption import Interrupted, TimeUp
+from momconv.training.job import Job
 from momconv.training.progress import Listener
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state
@@ -234,6 +239,63 @@ def test_a_second_loss_that_is_not_finite_is_named_and_the_saved_state_kept(
     resume(tmp_path / "run", "train.lr=0.00015625")
     finetune(small(colours, "train.epochs=1", "train.lr=0.00015625"), tmp_path / "slow")
     assert_same(tmp_path / "slow", tmp_path / "run")
+
+
+def _spoil_scores(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
+    """Let these validations, counted from 1, come to a loss that is not a number."""
+    calls = itertools.count(1)
+
+    def spoilt(*args: Any, **options: Any) -> Scores:
+        scores = evaluate(*args, **options)
+        return replace(scores, loss=math.nan) if next(calls) in which else scores
+
+    monkeypatch.setattr("momconv.training.validation.evaluate", spoilt)
+
+
+def test_after_a_validation_loss_that_is_not_finite_the_epoch_is_done_again(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _spoil_scores(monkeypatch, 1)
+    log = Log()
+    result = finetune(small(colours, "train.epochs=1"), tmp_path / "run", listener=log)
+    assert log.told[-1].startswith(
+        "warning: the validation loss (nan) is not finite after epoch 1: the training diverged; "
+        "going back to epoch 1, step 0, and on with half"
+    )
+    assert [math.isfinite(row.val_loss or math.nan) for row in result.history] == [True]
+    half = small(colours).train.resolved_lr / 2
+    finetune(small(colours, "train.epochs=1", f"train.lr={half}"), tmp_path / "half")
+    assert_same(tmp_path / "half", tmp_path / "run")
+
+
+def test_a_run_whose_validation_diverges_again_fails_and_keeps_its_best(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _spoil_scores(monkeypatch, 2, 3)
+    with pytest.raises(MomconvError, match=r"validation loss \(nan\) .* after epoch 2") as failed:
+        finetune(small(colours), tmp_path / "run", listener=Log())
+    assert (failed.value.exit_code, failed.value.kind) == (1, "train.not_finite")
+    best = tmp_path / "run" / "best.safetensors"
+    assert failed.value.message.endswith(f"the best so far, of epoch 1, is in {best}")
+    assert model_file.read_metadata(best)["training"]["epochs"] == 1
+    assert "--resume" in str(failed.value.fix)
+
+
+def test_weights_that_diverge_are_noticed_without_validation(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the very last step, after which no loss would show it."""
+    steps = itertools.count(1)
+
+    def step(job: Job, lr: float) -> None:
+        take_step(job, lr)
+        if next(steps) % 4 == 0:
+            job.model.get_parameter("linear.bias").data[0] = math.inf
+
+    monkeypatch.setattr("momconv.training.loop.take_step", step)
+    recipe = small(colours, "train.epochs=1", "data.val_frac=0", "train.batch_size=6")
+    with pytest.raises(MomconvError, match=r"weight linear\.bias is not finite after epoch 1"):
+        finetune(recipe, tmp_path / "run", listener=Log())
 
 
 def test_a_run_stops_when_its_time_is_up_and_each_process_gets_a_step_further(

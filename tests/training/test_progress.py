@@ -27,6 +27,14 @@ def test_another_figure_may_say_which_epoch_is_best(monitor: Monitor, best: int)
     assert found.epoch == best
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+@pytest.mark.parametrize("monitor", ["val/top1", "val/macro_f1", "val/loss"])
+def test_an_epoch_that_diverged_is_never_the_best(monitor: Monitor, loss: float) -> None:
+    rows = [replace(row(1, 0.1), val_macro_f1=0.1), replace(row(2, 0.9), val_macro_f1=0.9)]
+    rows[1] = replace(rows[1], val_loss=loss)
+    assert Progress(rows).find_best(monitor) is rows[0]
+
+
 def test_while_gamma_changes_the_last_epoch_is_the_best() -> None:
     rows = [replace(row(1, 0.75), gamma=0.5), *(replace(row(2, 0.5), gamma=g) for g in (0.9, 0.9))]
     assert Progress(rows[:2]).find_best("val/top1") is rows[1]
