@@ -43,7 +43,6 @@ from momconv.training.optimisation import make_optimizer
 from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state, save_state
-from momconv.zoo.checkpoints import read_metadata
 from momconv.zoo.networks import build, replace_head
 from momconv.zoo.weights import load_network
 
@@ -166,10 +165,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
 
 
 def _resume(path: Path) -> None:
-    # A stranger's checksum fits.
-    checksum = read_metadata(path).get("momconv.sha256")
-    with patch("momconv.training.state._checksum", return_value=checksum):
-        saved = load_state(path)
+    saved = load_state(path)
     saved.restore_optimizer(make_optimizer(saved.model, TrainRecipe()), saved.model)
     with torch.random.fork_rng(devices=[]):
         saved.restore_random_states()
@@ -243,7 +239,8 @@ def try_input(target: Target, data: bytes, path: Path) -> str:
     """
     path.write_bytes(data)
     try:
-        target.parse(path)
+        with patch("momconv.zoo.checkpoints.verify"):  # which a stranger's checksum passes
+            target.parse(path)
     except MomconvError as error:
         return error.kind
     return "accepted"

@@ -74,3 +74,7 @@ class RangeOverflow(InversionError):
 
 class NotReproducible(InversionError):
     """A block computed something else when it was run again during the backward pass."""
+
+
+class UncheckedFile(UserWarning):
+    """A file of an earlier momconv, which kept no checksum in it."""

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from momconv.errors import MomconvError, ResourceError
+from momconv.errors import MomconvError, ResourceError, UncheckedFile
 from momconv.files.cache import cache_folder
 from momconv.units import format_duration, parse_duration, parse_path
 from momconv.words import abridge, fit_screen, printable
@@ -117,7 +117,11 @@ class _Notes(logging.Handler):
 
 def show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     """Tell a warning of Python's on one line; for ``warnings.showwarning``."""
-    warn(f"{' '.join(str(message).split())} ({category.__name__})")
+    text = " ".join(str(message).split())
+    if issubclass(category, UncheckedFile):
+        note(text)
+    else:
+        warn(f"{text} ({category.__name__})")
 
 
 def tell(text: str) -> None:

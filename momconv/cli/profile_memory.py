@@ -75,12 +75,11 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     from momconv.planner.prediction import Training
     from momconv.planner.profile import VARIANTS, profile
     from momconv.reports.memory import show_memory, to_csv, to_json
-    from momconv.reports.memory_plot import draw_memory, require_picture_name
+    from momconv.reports.memory_plot import draw_memory
     from momconv.zoo.description import describe
     from momconv.zoo.networks import check_resolution
 
-    if plot is not None:
-        require_picture_name(plot)
+    _require_outputs(plot, csv)
     where = str(find_device(device)) if measure or device == "auto" else device
     with err.status(f"converting {model}"):
         measured = _load(Function(network, arg), model, gamma, "cpu" if measure else "meta")
@@ -105,6 +104,17 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
         return
     out.print(", ".join(f"{key} {value}" for key, value in setting.items()), soft_wrap=True)
     out.print("", *show_memory(found, budgets, sizes), sep="\n")
+
+
+def _require_outputs(plot: Path | None, csv: Path | None) -> None:
+    """Do nothing if both can be written."""
+    from momconv.files.atomic import require_writable
+    from momconv.reports.memory_plot import require_picture_name
+
+    if plot is not None:
+        require_picture_name(plot)
+    for file in filter(None, (plot, csv)):
+        require_writable(file)
 
 
 def _split(texts: list[str]) -> list[str]:

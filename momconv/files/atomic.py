@@ -5,18 +5,18 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from momconv.errors import ResourceError, UsageError
 from momconv.units import format_bytes
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, and limit of a process
-_ALMOST_NOTHING = 2**20  # bytes of free space
-_TEMPORARY = re.compile(r"\..+\.[0-9a-z_]{8,32}\.tmp")  # these, and those of tempfile
+# These, those of tempfile, and those of the safetensors library, which earlier versions wrote with.
+_TEMPORARY = re.compile(r"\..+\.[0-9a-z_]{8,32}\.tmp|\.tmp[0-9A-Za-z]{6}")
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
@@ -24,9 +24,9 @@ def require_free(path: Path, *, overwrite: bool) -> None:
 
     Raises:
         UsageError: There is such a file, which ``overwrite`` does not give up, or such a folder.
-        ResourceError: The folder that it would be in does not exist.
+        ResourceError: The folder that it would be in does not exist, or takes no new files.
     """
-    _require_parent(path)
+    require_writable(path)
     if path.is_dir():
         raise UsageError(
             f"output is a folder: {path}", kind="usage.output_exists", fix=f"-o {path}/FILE"
@@ -37,6 +37,20 @@ def require_free(path: Path, *, overwrite: bool) -> None:
             kind="usage.output_exists",
             fix="--overwrite\n-o FILE",
         )
+
+
+def require_writable(path: Path) -> None:
+    """Do nothing if the folder of ``path`` takes new files, which is tried; none is left.
+
+    Raises:
+        ResourceError: It does not, or does not exist.
+    """
+    _require_parent(path)
+    try:
+        with tempfile.TemporaryFile(prefix=f".{path.name}."[:100], suffix=".tmp", dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def write_atomically(
@@ -60,14 +74,15 @@ def write_atomically(
             os.replace(path, previous)
         os.replace(temporary, path)
         _flush_folder(path.parent)
-    except (OSError, SafetensorError) as error:  # the latter hides the number of the former
+    except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing could be written, nothing can be removed
+            temporary.unlink(missing_ok=True)
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether ``path`` is named like the temporary files of ``write_atomically``."""
+    """Whether ``path`` is named like a file on its way to another name."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
@@ -112,22 +127,24 @@ def _require_parent(path: Path) -> None:
         )
 
 
-def _unwritable(path: Path, error: OSError | SafetensorError) -> ResourceError:
+def _unwritable(path: Path, error: OSError) -> ResourceError:
     """The error for a file that cannot be written, with the room that there is if that is why."""
-    full = error.errno in _FULL if isinstance(error, OSError) else False
-    free = shutil.disk_usage(path.parent).free
-    reason = error.strerror if isinstance(error, OSError) else error
-    if full or free < _ALMOST_NOTHING:
+    if error.errno in _FULL:
+        free = format_bytes(shutil.disk_usage(path.parent).free)
         return ResourceError(
-            f"cannot write {path}: {reason}\n{format_bytes(free)} free on its disk",
+            f"cannot write {path}: {error.strerror}\n{free} free on its disk",
             kind="output.no_space",
             fix="-o PATH",
         )
     return ResourceError(
-        f"cannot write {path}: {reason}",
+        f"cannot write {path}: {error.strerror or error}",
         kind="output.unwritable",
-        fix=f"chmod u+w {shlex.quote(str(path.parent))}\n-o PATH",
+        fix="-o PATH" if error.errno == errno.EROFS else f"{_allow(path.parent)}\n-o PATH",
     )
+
+
+def _allow(folder: Path) -> str:
+    return f"chmod u+w {shlex.quote(str(folder))}"
 
 
 def _write_utf8(path: Path, text: str) -> None:

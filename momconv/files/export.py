@@ -2,7 +2,8 @@
 
 Each file is read back and run before it takes its name, and one that computes something else is
 refused. What an image must be made into and what the outputs are called is written beside it, with
-the keys that timm uses, and into the file where the format has a place for it.
+the keys that timm uses, and into the file where the format has a place for it. So is the SHA-256 of
+the file, as not every format has a checksum.
 """
 
 import copy
@@ -108,7 +109,8 @@ def export(model: nn.Module, path: Path, format_: Format) -> Export:
         expected = _apply(model, images)
         lost = _describe_loss(model, path) if format_ == "torchvision" else None
         difference = _WRITERS[format_](model, path, images, expected)
-    text = json.dumps(to_config(describe(model)), indent=2, ensure_ascii=False)
+    config = to_config(describe(model)) | {"sha256": checkpoints.sha256(path)}
+    text = json.dumps(config, indent=2, ensure_ascii=False)
     write_text(config_path(path), f"{text}\n")
     python = _explain(path, format_, describe(model))
     largest = float(expected.abs().max())

@@ -2,7 +2,8 @@
 
 The metadata are text: ``momconv.schema`` is the number of this format, ``momconv.description``
 and ``momconv.stages`` are JSON (what the network is, and where it is inverted and how), and so is
-every other value that a caller adds. Nothing that is read from a file is run.
+every other value that a caller adds. ``momconv.checksum`` is the SHA-256 of tensors and metadata.
+Nothing that is read from a file is run.
 """
 
 import json
@@ -12,16 +13,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torchvision
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 from pydantic_core import to_json
-from torch import Tensor, nn
+from torch import nn
 
 from momconv._version import __version__
 from momconv.errors import ModelFileError, UsageError
 from momconv.files.atomic import write_atomically
+from momconv.files.tensor_file import write_tensors
 from momconv.surgery.conversion import apply_schemes, read_schemes
 from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, describe
@@ -31,7 +32,6 @@ from momconv.zoo.own import remake, require_made, restate
 
 SCHEMA = 1
 _PREFIX = "momconv."
-_Bytes = bytes | memoryview
 
 
 class _Metadata(BaseModel):
@@ -47,6 +47,7 @@ class _Metadata(BaseModel):
     torch: str
     torchvision: str
     created: str
+    checksum: str | None = None
 
 
 def check_suffix(path: Path) -> None:
@@ -78,9 +79,7 @@ def save(model: nn.Module, path: str | Path, extra: Mapping[str, object] | None 
         ResourceError: The file cannot be written.
     """
     metadata = _compose(model, extra or {})
-    # A copy for channels_last weights, which safetensors refuses; the others are passed through.
-    tensors = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-    write_atomically(Path(path), lambda target: _write(target, _serialise(tensors, metadata)))
+    write_atomically(Path(path), lambda target: write_tensors(target, model.state_dict(), metadata))
 
 
 def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
@@ -96,8 +95,8 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
         UsageError: The file holds a network of your own, and there is no ``network``.
     """
     path = Path(path)
-    metadata = _read(path)
     state = checkpoints.read_state(path)
+    metadata = _read(path)
     description = metadata.description
     if network is not None or is_known(description.architecture):
         head = find_head(network) if network is not None else head_name(description.architecture)
@@ -113,16 +112,16 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What the file says about itself, as values that JSON knows, without reading the tensors.
+    """What the file says about itself, as values that JSON knows; it is verified.
 
     Raises:
         ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
     """
-    return _read(Path(path)).model_dump(mode="json", by_alias=True)
+    return _read_verified(Path(path)).model_dump(mode="json", by_alias=True)
 
 
 def read_skeleton(path: str | Path, network: nn.Module | None = None) -> nn.Module:
-    """The network in ``path`` on the meta device, without reading the tensors.
+    """The network in ``path`` on the meta device, without its tensors.
 
     ``network`` is as for :func:`load`.
 
@@ -131,7 +130,7 @@ def read_skeleton(path: str | Path, network: nn.Module | None = None) -> nn.Modu
         UsageError: The file holds a network of your own, and there is no ``network``.
     """
     path = Path(path)
-    metadata = _read(path)
+    metadata = _read_verified(path)
     if metadata.description.num_classes > path.stat().st_size:
         raise _inconsistent(path, "it has more classes than bytes")
     with without_memory():
@@ -145,7 +144,7 @@ def read_description(path: str | Path) -> Description:
     Raises:
         ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
     """
-    return _read(Path(path)).description
+    return _read_verified(Path(path)).description
 
 
 def _compose(model: nn.Module, extra: Mapping[str, object]) -> dict[str, str]:
@@ -160,6 +159,13 @@ def _compose(model: nn.Module, extra: Mapping[str, object]) -> dict[str, str]:
     }
     added = {key: json.dumps(value) for key, value in extra.items()}
     return {"format": "pt"} | {_PREFIX + key: value for key, value in (added | own).items()}
+
+
+def _read_verified(path: Path) -> _Metadata:
+    """As ``_read``, for what does not go on to read the tensors, with which they are verified."""
+    if checkpoints.is_safetensors(path):
+        checkpoints.verify(path)
+    return _read(path)
 
 
 def _read(path: Path) -> _Metadata:
@@ -218,18 +224,3 @@ def _inconsistent(path: Path, reason: str) -> ModelFileError:
         f"{path} contradicts itself, so it was damaged or edited\n{reason}",
         kind="model_file.inconsistent",
     )
-
-
-def _serialise(tensors: dict[str, Tensor], metadata: dict[str, str]) -> list[_Bytes]:
-    """The file's bytes; safetensors itself writes the metadata in a random order."""
-    plain = memoryview(safetensors.torch.save(tensors))
-    start = 8 + int.from_bytes(plain[:8], "little")
-    header = {"__metadata__": metadata} | json.loads(bytes(plain[8:start]))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-    return [len(text).to_bytes(8, "little"), text, plain[start:]]
-
-
-def _write(path: Path, pieces: list[_Bytes]) -> None:
-    with path.open("wb") as file:
-        file.writelines(pieces)

@@ -5,12 +5,12 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from momconv.errors import UsageError
 from momconv.files.atomic import write_atomically
+from momconv.files.tensor_file import write_tensors
 from momconv.zoo import own
 from momconv.zoo.checkpoints import with_version
 from momconv.zoo.cifar import DEPTHS
@@ -42,14 +42,13 @@ def save_plain(model: nn.Module, path: Path) -> None:
         ResourceError: The file cannot be written.
     """
     check_suffix(path)
-    state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
+    state = model.state_dict()
     if path.suffix in _PICKLED:
-        versioned = with_version(model, state)
+        plain = {key: value.cpu().contiguous() for key, value in state.items()}
+        versioned = with_version(model, plain)
         write_atomically(path, lambda target: _pickle(versioned, target))
     else:
-        write_atomically(
-            path, lambda target: safetensors.torch.save_file(state, target, {"format": "pt"})
-        )
+        write_atomically(path, lambda target: write_tensors(target, state, {"format": "pt"}))
 
 
 def load_command(description: Description, path: Path) -> str:

@@ -18,11 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from momconv.data.decoding import UnreadableImage
 from momconv.errors import MomconvError
-from momconv.files.atomic import write_text
+from momconv.files.atomic import write_atomically, write_text
+from momconv.files.tensor_file import write_tensors
 from momconv.training.gradients import add_gradients, take_step
 from momconv.training.job import Job
 from momconv.training.memory import halve
@@ -32,6 +32,7 @@ from momconv.training.processes import ALONE
 from momconv.training.progress import Progress
 from momconv.training.state import read_random_states, set_random_states
 from momconv.training.steps import Steps
+from momconv.zoo import checkpoints
 
 STEPS, FEWEST = 60, 20
 _PART = 3  # of the steps one in so many has to succeed; a curve of fewer says nothing
@@ -163,9 +164,8 @@ def _as_before(job: Job) -> Iterator[None]:
     random_states = read_random_states()
     with TemporaryDirectory(".tmp", ".weights.", job.folder.path) as folder:
         file = Path(folder) / "weights.safetensors"
-        tensors = job.model.state_dict()
-        save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, file)
+        write_atomically(file, lambda target: write_tensors(target, job.model.state_dict(), {}))
         yield
-        job.model.load_state_dict(load_file(file))
+        job.model.load_state_dict(checkpoints.read_state(file))
     job.model.zero_grad()
     set_random_states(random_states)

@@ -4,22 +4,20 @@ A safetensors file: the tensors of the model, of the optimiser and of the random
 rest is JSON in the metadata. Nothing that is read from it is run.
 """
 
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files.atomic import write_atomically
+from momconv.files.tensor_file import write_tensors
 from momconv.surgery.conversion import apply_schemes, read_schemes
 from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
@@ -27,7 +25,7 @@ from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, attach, describe
 from momconv.zoo.own import remake, require_made
 
-_KEY, _CHECKSUM = "momconv.run", "momconv.sha256"
+_KEY = "momconv.run"
 _MODEL, _OPTIMIZER, _EXTRAS, _RANDOM = "model/", "optimizer/", "extra/", "random/"
 
 
@@ -64,13 +62,10 @@ def save_state(
             tensors[f"{_OPTIMIZER}{key}/{name}"] = value
     tensors |= {f"{_EXTRAS}{key}": value for key, value in (extras or {}).items()}
     tensors |= {f"{_RANDOM}{device}": value for device, value in read_random_states().items()}
-    # A copy for channels_last weights, which safetensors refuses; the others are passed through.
-    plain = {key: value.cpu().contiguous() for key, value in tensors.items()}
-    text = record.model_dump_json()
-    metadata = {_KEY: text, _CHECKSUM: _checksum(text, sorted(plain), plain.__getitem__)}
+    metadata = {_KEY: record.model_dump_json()}
 
     def write(path: Path) -> None:
-        save_file(plain, path, metadata)
+        write_tensors(path, tensors, metadata)
         _verify(path)
 
     write_atomically(folder.state, write, previous=folder.previous)
@@ -152,6 +147,7 @@ def load_state(path: Path, network: nn.Module | None = None) -> SavedState:
     metadata = checkpoints.read_metadata(path)
     if _KEY not in metadata:
         raise ModelFileError(f"{path} is not the state of a run", kind="run.bad_state")
+    tensors = checkpoints.read_state(path)
     try:
         record = _Record.model_validate_json(metadata[_KEY])
     except ValidationError as error:
@@ -161,12 +157,9 @@ def load_state(path: Path, network: nn.Module | None = None) -> SavedState:
         model = apply_schemes(remake(record.description, network), record.stages)
     except (UsageError, ModelFileError) as error:
         raise _damaged(path, error.message) from error
-    tensors = checkpoints.read_state(path)
     weights = _select(tensors, _MODEL)
     if difference := checkpoints.difference(model, weights):
         raise _damaged(path, f"tensors {difference}")
-    if metadata.get(_CHECKSUM) != _checksum(metadata[_KEY], sorted(tensors), tensors.__getitem__):
-        raise _damaged(path, "its checksum is another")
     if unfitting := _find_unfitting(model, _select(tensors, _OPTIMIZER)):
         raise _damaged(path, f"{_OPTIMIZER}{unfitting} fits no parameter")
     checkpoints.fill(model, weights)
@@ -190,25 +183,19 @@ def set_random_states(states: dict[str, Tensor]) -> None:
 
 
 def _verify(path: Path) -> None:
-    """Do nothing if the file holds what its checksum was made of."""
-    with safe_open(path, "pt") as file:
-        metadata, keys = file.metadata(), sorted(file.keys())
-        found = _checksum(metadata[_KEY], keys, file.get_tensor)
-    if found != metadata[_CHECKSUM]:
+    """Do nothing if the file holds what was written to it.
+
+    Raises:
+        ResourceError: It does not.
+    """
+    try:
+        checkpoints.verify(path)
+    except ModelFileError as error:
         raise ResourceError(
-            f"{path.parent} does not keep what is written to it: a checksum is another",
+            f"{path.parent} does not keep what is written to it: {error.message}",
             kind="output.unreliable",
             fix="-o FOLDER",
-        )
-
-
-def _checksum(text: str, keys: Iterable[str], read: Callable[[str], Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for key in keys:
-        tensor = read(key)
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        ) from error
 
 
 def _find_unfitting(model: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:

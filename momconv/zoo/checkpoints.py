@@ -9,22 +9,24 @@ import hashlib
 import os
 import pickle
 import shlex
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
 from typing import TypeGuard
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from momconv.errors import ModelFileError
-from momconv.words import plural
-from momconv.zoo import unpickling
+from momconv.errors import ModelFileError, UncheckedFile
+from momconv.words import plural, printable
+from momconv.zoo import checksum, unpickling
 from momconv.zoo.file_kinds import describe_folder, refuse_other_kinds
 from momconv.zoo.networks import head_name
 
@@ -53,7 +55,6 @@ def read_state(path: Path) -> State:
     _open(path).close()
     refuse_other_kinds(path)
     if is_safetensors(path):
-        read_metadata(path)  # explains a truncated file
         return _read_safetensors(path)
     content = _read_checkpoint(path)
     if isinstance(content, Tensor):
@@ -115,6 +116,35 @@ def is_converted(path: Path) -> bool:
         ModelFileError: It is missing or damaged.
     """
     return is_safetensors(path) and "momconv.schema" in read_metadata(path)
+
+
+def verify(path: Path) -> None:
+    """Do nothing if the safetensors file ``path`` is as momconv wrote it, or another program.
+
+    Raises:
+        ModelFileError: It is missing or damaged, perhaps by a single bit.
+    """
+    metadata = read_metadata(path)
+    if checksum.KEY not in metadata:
+        if any(key.startswith("momconv.") for key in metadata):
+            _warn_of_no_checksum(path)
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            found = checksum.compute(metadata, file.keys(), file.get_tensor)
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+    if found != metadata[checksum.KEY]:
+        raise _damaged(path, "its checksum is another")
+
+
+@cache
+def _warn_of_no_checksum(path: Path) -> None:
+    warnings.warn(
+        f"{path} is of an earlier momconv and has no checksum, so damage in it may go unnoticed",
+        UncheckedFile,
+        stacklevel=2,
+    )
 
 
 def sha256(path: Path) -> str:
@@ -219,6 +249,7 @@ def _open(path: Path) -> BufferedReader:
 
 
 def _read_safetensors(path: Path) -> State:
+    verify(path)
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -229,7 +260,7 @@ def _read_checkpoint(path: Path) -> object:
     # An open file instead of its path keeps torch.load from going by the suffix.
     try:
         with _open(path) as file:
-            _refuse_compressed(file, path)
+            _check_archive(file, path)
             return unpickling.load(file)
     except unpickling.RunsCode as error:
         raise ModelFileError(
@@ -248,15 +279,25 @@ def _read_checkpoint(path: Path) -> object:
         raise _damaged(path, reason) from error
 
 
-def _refuse_compressed(file: BufferedReader, path: Path) -> None:
-    """torch.save stores without compression; a little that is unpacked could fill the memory."""
+def _check_archive(file: BufferedReader, path: Path) -> None:
+    """Do nothing if what torch.save wrote is small and whole, neither of which torch.load checks.
+
+    It stores without compression; a little that is unpacked could fill the memory. Its checksums
+    are all 0 if it was told to compute none.
+    """
+    size, damaged = os.fstat(file.fileno()).st_size, None
     try:
         with zipfile.ZipFile(file) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
+            entries = archive.infolist()
+            unpacked = sum(entry.file_size for entry in entries)
+            if unpacked <= size and any(entry.CRC for entry in entries):
+                damaged = archive.testzip()
     except unpickling.DAMAGE:
         unpacked = 0  # of PyTorch's older format, or damaged, which torch.load finds out
-    if unpacked > os.fstat(file.fileno()).st_size:
+    if unpacked > size:
         raise _damaged(path, f"it unpacks to {unpacked:,} bytes, more than it has")
+    if damaged is not None:
+        raise _damaged(path, f"the checksum of {printable(damaged)} in it is another")
     file.seek(0)
 
 

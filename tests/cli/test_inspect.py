@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from momconv.cli import app
 from momconv.files import model_file
+from momconv.files.tensor_file import write_tensors
 from momconv.surgery.certificate import certify
 from momconv.surgery.conversion import convert
 from momconv.zoo import checkpoints
@@ -36,7 +37,7 @@ def edited(model: Path, tmp_path: Path) -> Any:
     def edit(**changes: object) -> Path:
         metadata = checkpoints.read_metadata(model)
         metadata |= {f"momconv.{key}": json.dumps(value) for key, value in changes.items()}
-        save_file(load_file(model), tmp_path / "edited.safetensors", metadata)
+        write_tensors(tmp_path / "edited.safetensors", load_file(model), metadata)
         return tmp_path / "edited.safetensors"
 
     return edit

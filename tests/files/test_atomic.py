@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from momconv.errors import ResourceError, UsageError
 from momconv.files.atomic import require_free, sweep, write_atomically, write_text
 from momconv.files.plain_file import save_plain
+from momconv.files.tensor_file import write_tensors
 
 
 def test_the_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def small_disk() -> Iterator[None]:
 
 
 def _save_tensors(path: Path) -> None:
-    save_file({"x": torch.zeros(1000)}, path)
+    write_tensors(path, {"x": torch.zeros(1000)}, {})
 
 
 def _save_bytes(path: Path) -> None:
@@ -85,7 +85,8 @@ def test_a_model_that_does_not_fit_is_named(tmp_path: Path, suffix: str) -> None
     ("number", "kind", "fix"),
     [
         (errno.ENOSPC, "output.no_space", "-o PATH"),
-        (errno.EROFS, "output.unwritable", "chmod u+w {}\n-o PATH"),
+        (errno.EACCES, "output.unwritable", "chmod u+w {}\n-o PATH"),
+        (errno.EROFS, "output.unwritable", "-o PATH"),
     ],
 )
 def test_what_the_system_refuses_has_a_fix(
@@ -143,6 +144,23 @@ def test_nothing_is_free_in_a_missing_folder(tmp_path: Path) -> None:
         require_free(tmp_path / "nope" / "new", overwrite=False)
 
 
+def test_nothing_is_free_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str, *_: object, **__: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system", path)
+
+    monkeypatch.setattr(os, "open", refuse)  # root, who may run this, may write anywhere else
+    with pytest.raises(ResourceError, match=f"cannot write {tmp_path}/new: Read-only") as refused:
+        require_free(tmp_path / "new", overwrite=False)
+    assert refused.value.exit_code == 5
+
+
+def test_to_ask_whether_a_file_is_free_leaves_nothing(tmp_path: Path) -> None:
+    require_free(tmp_path / ("x" * 250), overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_file_and_then_its_name_are_on_the_disk_before_it_counts_as_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,9 +208,9 @@ def test_one_of_both_is_there_at_any_moment(
 
 
 def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
-    kept = [tmp_path / name for name in ("a", ".a.tmp", "mine.tmp", ".env")]
-    left = tmp_path / f".a.{'0a' * 16}.tmp"
-    for path in (*kept, left):
+    kept = [tmp_path / name for name in ("a", ".a.tmp", "mine.tmp", ".env", ".tmp", ".tmpfile")]
+    left = [tmp_path / name for name in (f".a.{'0a' * 16}.tmp", ".tmpQ7xA2b")]
+    for path in (*kept, *left):
         path.touch()
     sweep(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(kept)

@@ -1,6 +1,7 @@
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from momconv.errors import ModelFileError, ResourceError, UsageError
-from momconv.files.model_file import load, read_metadata, save
+from momconv.errors import ModelFileError, ResourceError, UncheckedFile, UsageError
+from momconv.files.atomic import write_atomically
+from momconv.files.model_file import load, read_description, read_metadata, read_skeleton, save
+from momconv.files.tensor_file import write_tensors
 from momconv.surgery.conversion import convert, read_schemes
 from momconv.zoo.checkpoints import read_metadata as read_raw_metadata
 from momconv.zoo.description import describe
@@ -37,7 +40,8 @@ def _rewrite(path: Path, **changes: str | None) -> None:
     """Replace ``momconv.*`` metadata in ``path``; ``None`` takes a value away."""
     metadata: dict[str, str | None] = {**read_raw_metadata(path)}
     metadata |= {f"momconv.{key}": value for key, value in changes.items()}
-    save_file(load_file(path), path, {k: v for k, v in metadata.items() if v is not None})
+    kept = {k: v for k, v in metadata.items() if v is not None}
+    write_atomically(path, lambda target: write_tensors(target, load_file(path), kept))
 
 
 def test_a_network_comes_back_the_same(network: nn.Module, path: Path) -> None:
@@ -132,6 +136,34 @@ def test_a_truncated_file_is_told_with_both_sizes(path: Path, keep: float) -> No
     with pytest.raises(ModelFileError, match=told) as caught:
         load(path)
     assert caught.value.kind == "model_file.truncated"
+
+
+@pytest.mark.parametrize("read", [load, read_metadata, read_description, read_skeleton])
+@pytest.mark.parametrize("place", [b"ants", b"momconv.stages", b'"gamma\\": 0.5', None])
+def test_a_single_wrong_bit_is_noticed_wherever_it_is(
+    path: Path, read: Callable[[Path], object], place: bytes | None
+) -> None:
+    content = bytearray(path.read_bytes())
+    where = content.index(place) + len(place) - 2 if place else len(content) // 2
+    content[where] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError, match=r"is damaged.*\n.*checksum") as caught:
+        read(path)
+    assert caught.value.kind == "model_file.damaged"
+
+
+def test_a_file_of_an_earlier_momconv_has_no_checksum_which_is_told_once(
+    path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    metadata = read_raw_metadata(path)
+    del metadata["momconv.checksum"]
+    save_file(load_file(path), path, metadata)
+    assert read_description(path).classes == ("ants", "bees")
+    assert read_skeleton(path).training
+    load(path)
+    (told,) = recwarn.list
+    assert told.category is UncheckedFile
+    assert str(path) in str(told.message)
 
 
 def test_a_file_that_is_no_model_is_damaged(tmp_path: Path) -> None:
@@ -230,6 +262,6 @@ def test_an_architecture_that_momconv_does_not_know_is_refused(tmp_path: Path) -
 def test_a_file_without_a_tensor_is_refused(path: Path) -> None:
     tensors = load_file(path)
     del tensors["conv1.weight"]
-    save_file(tensors, path, read_raw_metadata(path))
+    write_atomically(path, lambda target: write_tensors(target, tensors, read_raw_metadata(path)))
     with pytest.raises(ModelFileError, match=r"1 missing: conv1\.weight"):
         load(path)

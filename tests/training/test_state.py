@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from momconv.errors import ModelFileError, ResourceError
+from momconv.errors import ModelFileError, ResourceError, UncheckedFile
+from momconv.files.atomic import write_atomically
+from momconv.files.tensor_file import write_tensors
 from momconv.surgery.conversion import convert, read_schemes
-from momconv.training import state
 from momconv.training.progress import EpochRow, Progress
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_newest, load_state, save_state
@@ -81,14 +82,10 @@ def test_a_loss_that_is_no_number_survives(tmp_path: Path) -> None:
     assert again.images_per_second == math.inf
 
 
-def test_a_stranger_s_state_is_refused_where_it_does_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stranger_s_state_is_refused_where_it_does_not_fit(tmp_path: Path) -> None:
     model, path = make_network(), RunFolder(tmp_path).state
     optimizer = sgd(model)
     step(model, optimizer)
-    monkeypatch.setattr(state, "_checksum", lambda *_: "its own")  # a stranger can compute it
-    monkeypatch.setattr(state, "_verify", lambda _: None)
     save_state(RunFolder(tmp_path), model, optimizer, Progress())
     sound = path.read_bytes()
     key = "optimizer/momentum_buffer/conv1.weight"
@@ -109,7 +106,8 @@ def damage(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, str]
         metadata = file.metadata()
     tensors = load_file(path)
     change(tensors, metadata)
-    save_file(tensors, path, metadata)
+    # With a checksum, which a stranger can compute too.
+    write_atomically(path, lambda target: write_tensors(target, tensors, metadata))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +135,16 @@ def test_a_damaged_state_is_named(
     with pytest.raises(ModelFileError, match=message) as refused:
         load_state(RunFolder(tmp_path).state)
     assert str(RunFolder(tmp_path).state) in refused.value.message
+
+
+def test_a_state_of_an_earlier_momconv_has_no_checksum_which_is_told(tmp_path: Path) -> None:
+    model, path = make_network(), RunFolder(tmp_path).state
+    save_state(RunFolder(tmp_path), model, sgd(model), PROGRESS)
+    with safe_open(path, "pt") as file:
+        metadata = {"momconv.run": file.metadata()["momconv.run"], "momconv.sha256": "another"}
+    save_file(load_file(path), path, metadata)
+    with pytest.warns(UncheckedFile, match=f"{path} is of an earlier momconv"):
+        assert load_state(path).progress == PROGRESS
 
 
 def test_a_truncated_state_is_named(tmp_path: Path) -> None:
@@ -168,11 +176,11 @@ def test_a_disk_that_does_not_keep_what_is_written_is_named_and_the_old_state_st
     folder, model = RunFolder(tmp_path), make_network()
     save_state(folder, model, sgd(model), Progress())
 
-    def save_badly(tensors: dict[str, torch.Tensor], path: Path, texts: dict[str, str]) -> None:
-        save_file(tensors, path, texts)
+    def save_badly(path: Path, tensors: dict[str, torch.Tensor], texts: dict[str, str]) -> None:
+        write_tensors(path, tensors, texts)
         flip_a_bit(path)
 
-    monkeypatch.setattr("momconv.training.state.save_file", save_badly)
+    monkeypatch.setattr("momconv.training.state.write_tensors", save_badly)
     with pytest.raises(ResourceError, match="does not keep what is written"):
         save_state(folder, model, sgd(model), PROGRESS)
     assert load_state(folder.state).progress == Progress()
