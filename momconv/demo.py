@@ -18,6 +18,7 @@ from momconv.data.folder import read_classes_folder
 from momconv.data.splits import hold_out
 from momconv.errors import ResourceError, UsageError
 from momconv.evaluation import Scores, evaluate
+from momconv.files import claim
 from momconv.files.atomic import remove
 from momconv.files.model_file import load, save
 from momconv.planner.devices import find_device
@@ -28,6 +29,7 @@ from momconv.surgery.calibration import calibrate
 from momconv.surgery.conversion import convert
 from momconv.training.finetuning import finetune
 from momconv.training.progress import SILENT, Listener
+from momconv.training.run_folder import RunFolder
 from momconv.zoo.description import describe
 
 if TYPE_CHECKING:
@@ -73,10 +75,22 @@ def demonstrate(
         ResourceError: scikit-learn is not installed, or the folder cannot be written.
     """
     pictures, labels = _load_digits()
-    _claim(folder)
+    _require_own(folder)
+    with RunFolder(folder).claimed(listener.tell):
+        return _demonstrate(folder, pictures[:images], labels[:images], epochs, listener)
+
+
+def _demonstrate(
+    folder: Path,
+    pictures: "NDArray[np.uint8]",
+    labels: list[int],
+    epochs: tuple[int, int],
+    listener: Listener,
+) -> Demo:
+    _clear(folder)
     digits = folder / "digits"
     listener.tell(f"note: writing handwritten digits to {digits}")
-    _write_images(digits, pictures[:images], labels[:images])
+    _write_images(digits, pictures, labels)
     listener.tell(f"note: pretraining a {ARCHITECTURE}")
     original = finetune(
         _pretraining(digits / "pretrain", epochs[0]), folder / "pretraining", listener=listener
@@ -109,18 +123,22 @@ def _load_digits() -> tuple["NDArray[np.uint8]", list[int]]:
     return (digits.images * (255 / 16)).round().astype(np.uint8), digits.target.tolist()
 
 
-def _claim(folder: Path) -> None:
-    """Make ``folder`` and mark it, or take away what an earlier demo wrote there."""
-    marker = folder / _MARKER
-    if folder.is_dir() and any(folder.iterdir()) and not marker.is_file():
+def _require_own(folder: Path) -> None:
+    """Do nothing if ``folder`` is new, empty, or of an earlier demo."""
+    if not folder.is_dir() or (folder / _MARKER).is_file():
+        return
+    if any(path.name != claim.NAME for path in folder.iterdir()):
         raise UsageError(
             f"folder is not empty, and no demo made it: {folder}",
             kind="usage.output_exists",
             fix="-o FOLDER",
         )
+
+
+def _clear(folder: Path) -> None:
+    """Mark ``folder``, and take away what an earlier demo wrote there."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        marker.touch()
+        (folder / _MARKER).touch()
         for name in _WRITTEN:
             remove(folder / name)
     except OSError as error:

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,14 +15,15 @@ import typer
 from rich.text import Text
 
 from momconv.cli import _recipe_options as options
-from momconv.cli._console import Terminated, note, out, print_json, progress, warn
+from momconv.cli._console import Terminated, note, out, print_json, progress, tell, warn
 from momconv.cli._display import Display
 from momconv.cli._options import ArgumentOption, NetworkOption
-from momconv.errors import MomconvError, UsageError
+from momconv.errors import MomconvError, ResourceError, UsageError
 from momconv.recipe import Recipe, dump_recipe, load_recipe, shorten
 
 if TYPE_CHECKING:
     from momconv.training.finetuning import Result
+    from momconv.training.run_folder import RunFolder
 
 
 def finetune(  # noqa: PLR0913 (one for each option)
@@ -159,8 +160,7 @@ def finetune(  # noqa: PLR0913 (one for each option)
     if resume == Path("last") and not resume.is_dir():
         resume = find_last_run()
     if resume is not None:
-        RunFolder(resume).require_state()
-        recipe = RunFolder(resume).config
+        recipe = _mend(RunFolder(resume))
     wanted = load_recipe(recipe, set_ or [], os.environ, given)
     folder = resume or output or name_folder(wanted)
     if auto_name:
@@ -168,13 +168,15 @@ def finetune(  # noqa: PLR0913 (one for each option)
     choices = _Choices(
         resume=resume is not None,
         overwrite=overwrite,
-        like=_find_like(recipe) if check_env else None,
+        like=_find_like(recipe) if check_env and resume is None else None,
         as_json=json_output,
     )
     if dry_run:
         _rehearse(wanted, folder, choices)
     elif fast_dev_run:
         _try_out(wanted, folder, choices)
+    elif auto_name:
+        _run_beside(wanted, folder, choices)
     else:
         _run(wanted, folder, choices)
 
@@ -187,6 +189,18 @@ class _Choices:
     overwrite: bool
     like: Path | None
     as_json: bool
+
+
+def _mend(run: "RunFolder") -> Path:
+    """The recipe of the run, as it is in its state; whoever goes on with it is told the rest."""
+    from momconv.training.mending import mend
+    from momconv.training.processes import is_leader
+
+    run.require_state()
+    if is_leader():
+        with run.claimed(tell):
+            mend(run, tell)
+    return run.config
 
 
 def _find_unused(folder: Path) -> Path:
@@ -260,12 +274,24 @@ def _try_out(recipe: Recipe, folder: Path, choices: _Choices) -> None:
         raise
     finally:
         if is_leader():
-            shutil.rmtree(place, ignore_errors=True)
+            with suppress(MomconvError), RunFolder(place).claimed():  # it may be another's
+                shutil.rmtree(place, ignore_errors=True)
     if is_leader() and choices.as_json:
         rows = [asdict(row) for row in result.history]
         print_json({"ok": True, "complete": False, "folder": folder, "history": rows})
     elif is_leader():
         note(f"all went well, and nothing was kept; the results of a run go to {folder}")
+
+
+def _run_beside(recipe: Recipe, folder: Path, choices: _Choices) -> None:
+    """As ``_run``, in the next unused folder, should another process be quicker to take this."""
+    while True:
+        try:
+            return _run(recipe, folder, choices)
+        except ResourceError as error:
+            if error.kind != "output.in_use":
+                raise
+        folder = _find_unused(folder)
 
 
 def _run(recipe: Recipe, folder: Path, choices: _Choices) -> None:

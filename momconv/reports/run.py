@@ -37,8 +37,13 @@ def report_run(result: Result, progress: Callable[[int, int], None] | None = Non
     Raises:
         DataError: An image cannot be decoded any more.
         ModelFileError: The best model is gone.
-        ResourceError: The folder cannot be written.
+        ResourceError: The folder cannot be written, or another run has it by now.
     """
+    with RunFolder(result.folder).claimed():
+        _report(result, progress)
+
+
+def _report(result: Result, progress: Callable[[int, int], None] | None) -> None:
     recipe = result.recipe
     model = load(result.best, make_own(recipe.model))
     description = describe(model)

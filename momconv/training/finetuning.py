@@ -1,18 +1,22 @@
 """Fine-tuning from a recipe: from a folder of images to a folder with the best model."""
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from momconv.data.folder import Splits
 from momconv.data.report import DataReport
-from momconv.errors import ResourceError
+from momconv.errors import ModelFileError, ResourceError
 from momconv.recipe import Recipe, recall_recipe
 from momconv.training import network, resuming, starting
+from momconv.training.images import require_folder
 from momconv.training.job import Job
 from momconv.training.loop import train
 from momconv.training.omission import keep_rest
 from momconv.training.planning import BatchPlan, plan_together
+from momconv.training.processes import Processes
 from momconv.training.progress import SILENT, EpochRow, Listener, Progress
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import write_plan
@@ -58,13 +62,16 @@ def finetune(
         UsageError: The recipe asks for something impossible, or the folder is in use.
         DataError: The images cannot be used.
         ModelFileError: The network's file, or the state to resume, is missing or damaged.
-        ResourceError: Memory, disk, device or network is not there.
+        ResourceError: Memory, disk, device or network is not there; another run has the folder.
         MomconvError: The loss is not finite.
         Interrupted: SIGINT or SIGTERM came; the run can be resumed.
         TimeUp: The recipe's time limit is reached; the run can be resumed.
     """
     began, run = time.monotonic(), RunFolder(Path(folder))
-    with task_of(recipe, run, like, listener, overwrite=overwrite) as task:
+    with (
+        task_of(recipe, run, like, listener, overwrite=overwrite) as task,
+        _claiming(task, resume=resume),
+    ):
         job, progress = _begin(task, resume=resume)
         job.plan = plan_together(job.plan, job.model, task.processes)
         write_plan(job)
@@ -74,7 +81,12 @@ def finetune(
             job.ends = began + parse_duration(recipe.train.time_limit)
         train(job, progress)
     best = progress.find_best(recipe.train.monitor)
-    assert best is not None
+    if best is None:
+        raise ModelFileError(
+            f"the best model of {run.path} is lost, and no epoch is left that could give another",
+            kind="run.no_best",
+            fix=f"{run.resume_command} --epochs {progress.epoch + 1}",
+        )
     return Result(
         recipe=job.recipe,
         folder=run.path,
@@ -114,6 +126,33 @@ def rehearse(
     return Rehearsal(ready.images.report, ready.plan)
 
 
+@contextmanager
+def _claiming(task: Task, *, resume: bool) -> Iterator[None]:
+    """The folder belongs to this run inside, if nothing about it is wrong at first sight."""
+    run = task.run
+    with ExitStack() as held:
+        if task.processes.leads:
+            if resume:
+                run.require_state()
+            else:
+                run.require_outside(require_folder(task.recipe.data))
+                run.require_unused(overwrite=task.overwrite)
+            held.enter_context(run.claimed(task.listener.tell))
+        _follow(task.processes)
+        yield
+
+
+def _follow(processes: Processes) -> None:
+    """Wait for the others; one that loses the leader ends, as that one has said why."""
+    if processes.leads:
+        processes.wait()
+        return
+    try:
+        processes.wait()
+    except ResourceError:
+        raise SystemExit(1) from None
+
+
 def _begin(task: Task, *, resume: bool) -> tuple[Job, Progress]:
     """A new run, or the one in the folder. It is the folder that tells all processes the same."""
     if resume:
@@ -121,10 +160,7 @@ def _begin(task: Task, *, resume: bool) -> tuple[Job, Progress]:
             return resuming.resume(task)
     if task.processes.leads:
         begun = starting.start(task)
-        task.processes.wait()
+        _follow(task.processes)
         return begun
-    try:
-        task.processes.wait()
-    except ResourceError:
-        raise SystemExit(1) from None  # the leader has said why
+    _follow(task.processes)
     return resuming.resume(replace(task, recipe=recall_recipe(task.run.config)))

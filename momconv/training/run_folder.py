@@ -1,20 +1,25 @@
 """The folder of a run: what is in it, and what may be done with it."""
 
 import itertools
-import os
 import shlex
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
-from momconv.files.atomic import is_temporary, remove, sweep
+from momconv.files import claim
+from momconv.files.atomic import is_temporary, remove, require_writable, sweep
 from momconv.recipe import Recipe
 from momconv.units import format_bytes
 from momconv.zoo import own
 
 _RUNS = Path("runs")  # below the working directory
+
+
+def _ignore(_: str) -> None:
+    """Hears what nobody wants to."""
 
 
 def name_folder(recipe: Recipe) -> Path:
@@ -166,9 +171,12 @@ class RunFolder:
         Raises:
             UsageError: It holds something; with ``overwrite``, something that no run wrote.
         """
+        if claim.is_claimed(self.path):
+            with self.claimed(fix=self._offer()):  # which says by whom
+                pass
         if self.is_unused:
             return
-        offers = [f"-o {shlex.quote(str(self.find_unused()))}"]
+        offers = [self._offer()]
         others = self._others(self._files) if self.path.is_dir() else [self.path]
         if others and overwrite:
             raise UsageError(
@@ -189,6 +197,23 @@ class RunFolder:
             fix="\n".join(offers),
         )
 
+    @contextmanager
+    def claimed(
+        self, tell: Callable[[str], None] = _ignore, *, fix: str | None = None
+    ) -> Iterator[None]:
+        """Keep other runs out of the folder inside. It is made, and gone again if nothing is in it.
+
+        Raises:
+            ResourceError: Another run has it, which has this ``fix``, or it cannot be made or
+                written to.
+        """
+        with ExitStack() as held:
+            try:
+                held.enter_context(claim.claim(self.path, tell, fix=fix))
+            except OSError as error:
+                raise self._unwritable(error.strerror) from error
+            yield
+
     def require_outside(self, images: Path) -> None:
         """Do nothing unless the folder would be among the images, where its plots were a class.
 
@@ -205,10 +230,14 @@ class RunFolder:
         )
 
     def find_unused(self) -> Path:
-        """This folder if it is unused, or else the first with a number behind its name that is."""
+        """This folder if it is unused, or else the first with a number behind its name that is.
+
+        What another run has claimed is not.
+        """
         named = self.path if self.path.name else self.path.absolute()
         numbered = (named.with_name(f"{named.name}-{n}") for n in range(2, 10**6))
-        return next(p for p in itertools.chain([self.path], numbered) if RunFolder(p).is_unused)
+        paths = itertools.chain([self.path], numbered)
+        return next(p for p in paths if RunFolder(p).is_unused and not claim.is_claimed(p))
 
     def clear(self) -> None:
         """Remove what runs write.
@@ -232,13 +261,13 @@ class RunFolder:
         Raises:
             ModelFileError: There is none; the message names others that there are.
         """
-        if self._has_state and self.config.is_file():
+        if self._has_state:
             return
         others = sorted({state.parent for state in _find_states(self.path.parent)})
         listed = ", ".join(map(str, others))
         problem = "no run to resume in" if self.path.is_dir() else "run folder does not exist:"
         raise ModelFileError(
-            f"{problem} {self.path} (looked for {self.state.name} and {self.config.name})"
+            f"{problem} {self.path} (looked for {self.state.name})"
             + (f"\nruns that can be resumed: {listed}" if listed else ""),
             kind="run.no_state",
             fix=RunFolder(others[-1]).resume_command if others else None,
@@ -247,6 +276,8 @@ class RunFolder:
     def make(self) -> None:
         """Make the folder and those above it; temporary files of a killed process are removed.
 
+        For use by a process that has claimed it.
+
         Raises:
             ResourceError: That is not allowed.
         """
@@ -254,7 +285,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error.strerror) from error
-        sweep(self.path)
+        for folder in (self.path, self.plots):
+            if folder.is_dir():
+                sweep(folder)
 
     def require_room(self, needed_bytes: int) -> None:
         """Do nothing if the folder can be made, or written to, and has room for so much.
@@ -267,8 +300,10 @@ class RunFolder:
         above = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not above.is_dir():
             raise self._unwritable(f"{above} is a file")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise self._unwritable(f"{above} cannot be written to")
+        try:
+            require_writable(above / self.path.name)
+        except ResourceError as error:
+            raise self._unwritable(f"{above} cannot be written to") from error
         free = shutil.disk_usage(above).free
         if free < needed_bytes:
             raise ResourceError(
@@ -276,6 +311,9 @@ class RunFolder:
                 kind="output.no_space",
                 fix="-o FOLDER",
             )
+
+    def _offer(self) -> str:
+        return f"-o {shlex.quote(str(self.find_unused()))}"
 
     @property
     def _has_state(self) -> bool:
@@ -300,4 +338,5 @@ class RunFolder:
 
     def _others(self, known: Collection[Path]) -> list[Path]:
         """What the folder holds besides."""
+        known = {*known, self.path / claim.NAME}
         return [p for p in sorted(self.path.iterdir()) if p not in known and not is_temporary(p)]

@@ -1,9 +1,12 @@
+import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
+from momconv.files import claim
 from momconv.recipe import load_recipe
 from momconv.training.run_folder import RunFolder, find_last_run, name_folder
 
@@ -99,6 +102,26 @@ def test_what_a_killed_start_left_counts_as_nothing(tmp_path: Path) -> None:
         run.require_unused()
 
 
+def test_the_lock_of_a_killed_run_is_no_part_of_the_folder(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.path.joinpath(claim.NAME).write_text("{}")
+    run.path.joinpath(".tmpQ7xA2b").touch()  # of an earlier momconv
+    run.require_unused(overwrite=True)
+    run.require_unused()
+    assert run.find_unused() == tmp_path
+    with run.claimed():
+        run.make()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_temporary_files_of_pictures_are_swept_too(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.plots.mkdir()
+    (run.plots / f".curves.png.{'0' * 32}.tmp").touch()
+    run.make()
+    assert list(run.plots.iterdir()) == []
+
+
 def test_a_run_can_be_resumed_between_two_names_of_its_state(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     for path in (run.config, run.previous):
@@ -130,11 +153,16 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_written_to_is_named_and_nothing_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rights are asked for, as a test of root may write anywhere."""
-    monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path)
-    with pytest.raises(ResourceError, match=f"{tmp_path} cannot be written to"):
-        RunFolder(tmp_path / "above" / "run").require_room(0)
-    RunFolder(tmp_path.parent / "run").require_room(2**10)
+    """It is tried, by a call that is replaced here, as a test of root may write anywhere."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "TemporaryFile", refuse)
+        with pytest.raises(ResourceError, match=f"{tmp_path} cannot be written to"):
+            RunFolder(tmp_path / "above" / "run").require_room(0)
+    RunFolder(tmp_path / "above" / "run").require_room(2**10)
     assert not [*tmp_path.iterdir()]
 
 
