@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -29,13 +30,16 @@ from momconv.words import abridge, fit_screen, printable
 P = ParamSpec("P")
 
 _NAMES_OR_FILES = ("model", "network", "weights")  # options that take either
+_UNBOUNDED = 10**6  # characters of a line, where no terminal has to wrap it
 
 
 def _console(*, stderr: bool) -> Console:
     # Without force_terminal=False, rich still writes bold and dim where it takes CI for a terminal.
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    stream = sys.stderr if stderr else sys.stdout
     return Console(
         stderr=stderr,
+        width=None if stream.isatty() else _UNBOUNDED,
         emoji=False,
         highlight=False,
         no_color=plain or None,

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from typing import Annotated
 import pytest
 import typer
 from rich.console import Console
+from rich.table import Table
 from typer.testing import CliRunner
 
 from momconv import cli
@@ -44,6 +46,24 @@ def fail(error: BaseException, *, json_output: bool = False) -> int:
     with pytest.raises(typer.Exit) as exit_:
         command(json_output=json_output)
     return exit_.value.exit_code
+
+
+def test_nothing_is_wrapped_or_cut_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words, stream = [" ".join("x" * 300), "y" * 3000], io.StringIO()
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys, "stdout", stream)
+    table = Table("long", "longer", box=None)
+    table.add_row(*words)
+    console = _console._console(stderr=False)
+    console.print(table)
+    console.print(words[0])
+    assert [line.split() for line in stream.getvalue().splitlines()] == [
+        ["long", "longer"],
+        [*words[0].split(), words[1]],
+        words[0].split(),
+    ]
 
 
 # The program
