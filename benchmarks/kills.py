@@ -1,8 +1,9 @@
 """Whether a run survives kill -9 at any moment.
 
 Real `momconv finetune` processes, with a process that reads images, are killed: half of them after
-a random time, the others just after the n-th temporary file has appeared in the run folder, so
-while files are being written and renamed. After each kill the same command is given again, or
+a random time, a quarter just after the n-th temporary file has appeared in the run folder, so
+while files are being written and renamed, and a quarter just after the n-th one of the state, the
+largest and the one that matters. After each kill the same command is given again, or
 `--resume` once there is a state. Checked are
 
 * after each kill: whatever file has its final name is whole, and once a state was written there is
@@ -39,8 +40,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from momconv.errors import ModelFileError
-from momconv.files import model_file
-from momconv.files.atomic import is_temporary
+from momconv.files import claim, model_file
 from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state
@@ -52,25 +52,35 @@ CLOCKED = ("images_per_second", "seconds")
 _LONGEST = 20.0  # seconds after which a process is killed at the latest
 _POLL = 0.0005  # seconds between two looks at the folder
 _MOST_FILES = 25  # a run writes about twice as many
+_MOST_STATES = 10
+_STATE = ".state."  # what its temporary files begin with
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """When a process is killed: so long after ``files`` temporary files, or after its start."""
+    """When a process is killed: so long after ``files`` temporary files, or after its start.
+
+    Only files whose names begin with ``prefix`` count.
+    """
 
     seconds: float
     files: int = 0
+    prefix: str = ""
 
     @classmethod
     def draw(cls, random: Random) -> "Kill":
-        """Any moment, or one at which something is being written."""
-        if random.random() < 0.5:
+        """Any moment, or one at which something, or the state, is being written."""
+        kind = random.random()
+        if kind < 0.5:
             return cls(random.uniform(0, _LONGEST / 2))
-        return cls(random.uniform(0, 0.02), random.randint(1, _MOST_FILES))
+        if kind < 0.75:
+            return cls(random.uniform(0, 0.02), random.randint(1, _MOST_FILES))
+        return cls(random.uniform(0, 0.01), random.randint(1, _MOST_STATES), _STATE)
 
     def __str__(self) -> str:
         if self.files:
-            return f"{1000 * self.seconds:.0f} ms after temporary file {self.files}"
+            of = " of the state" if self.prefix else ""
+            return f"{1000 * self.seconds:.0f} ms after temporary file {self.files}{of}"
         return f"after {self.seconds:.1f} s"
 
 
@@ -92,7 +102,7 @@ def make_images(root: Path, images: int = 8) -> None:
 def command(data: Path, folder: Path, epochs: int) -> list[str]:
     """What a person would type: the run from its beginning, or from its state."""
     run = RunFolder(folder)
-    if run.config.is_file() and (run.state.is_file() or run.previous.is_file()):
+    if run.state.is_file() or run.previous.is_file():
         options = ["--resume", str(folder)]
     else:
         options = ["--data", str(data), "-o", str(folder), "--epochs", str(epochs), *OPTIONS]
@@ -122,7 +132,8 @@ def _wait(process: "subprocess.Popen[bytes]", folder: Path, kill: Kill) -> None:
     """Until the moment of the kill, or until the process has ended by itself."""
     seen, deadline = set[str](), time.monotonic() + (_LONGEST if kill.files else kill.seconds)
     while process.poll() is None and time.monotonic() < deadline:
-        seen |= {path.name for path in temporary_files(folder)}
+        names = {path.name for path in temporary_files(folder)}
+        seen |= {name for name in names if name.startswith(kill.prefix)}
         if kill.files and len(seen) >= kill.files:
             time.sleep(kill.seconds)
             return
@@ -130,8 +141,14 @@ def _wait(process: "subprocess.Popen[bytes]", folder: Path, kill: Kill) -> None:
 
 
 def temporary_files(folder: Path) -> list[Path]:
-    """The files in ``folder`` that are not, or not yet, what their names will say."""
-    return [path for path in folder.iterdir() if is_temporary(path)] if folder.is_dir() else []
+    """All files in ``folder`` that are on their way to another name, whatever they are called.
+
+    All that a run leaves for people has a name that is shown.
+    """
+    if not folder.is_dir():
+        return []
+    hidden = (path for path in folder.iterdir() if path.name.startswith("."))
+    return [path for path in hidden if path.name != claim.NAME]
 
 
 def check_files(folder: Path) -> Progress | None:
@@ -162,7 +179,9 @@ def read_result(folder: Path) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
     with run.metrics.open() as file:
         rows = [{k: v for k, v in row.items() if k not in CLOCKED} for row in csv.DictReader(file)]
     files = {path.stem: load_file(path) for path in (run.state, run.best, run.last)}
-    return rows, {f"{name}/{k}": v for name, file in files.items() for k, v in file.items()}
+    tensors = {f"{name}/{k}": v for name, file in files.items() for k, v in file.items()}
+    documents = "state/document/"  # which say when, where and how fast
+    return rows, {k: v for k, v in tensors.items() if not k.startswith(documents)}
 
 
 def compare(folder: Path, reference: Path) -> None:
@@ -209,7 +228,8 @@ def main(
     epochs: Annotated[int, typer.Option(help="Of each run.")] = 6,
 ) -> None:
     """Kill runs, and compare them with one that was not."""
-    console, random, done, runs = Console(soft_wrap=True), Random(seed), 0, 0
+    console, random = Console(soft_wrap=True), Random(seed)
+    done = aimed = runs = 0
     moments = (Kill.draw(random) for _ in count())
     with tempfile.TemporaryDirectory() as temporary:
         data, reference = Path(temporary) / "data", Path(temporary) / "reference"
@@ -219,11 +239,12 @@ def main(
             folder = Path(temporary) / f"run{runs}"
             for line in torture(data, folder, epochs, moments):
                 done += 1
+                aimed += "of the state" in line
                 console.print(f"{done}/{kills} {line}")
             compare(folder, reference)
             runs += 1
             console.print(f"run {runs} is complete, and the same as the one that was not killed")
-    console.print(f"{done} kills in {runs} runs: nothing was lost")
+    console.print(f"{done} kills in {runs} runs, {aimed} of them at a state: nothing was lost")
 
 
 if __name__ == "__main__":
