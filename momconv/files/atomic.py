@@ -115,7 +115,16 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ResourceError: The folder does not exist, or the file cannot be written.
     """
-    write_atomically(path, lambda temporary: _write_utf8(temporary, text))
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path``, all or nothing.
+
+    Raises:
+        ResourceError: The folder does not exist, or the file cannot be written.
+    """
+    write_atomically(path, lambda temporary: _write(temporary, content))
 
 
 def _require_parent(path: Path) -> None:
@@ -147,8 +156,8 @@ def _allow(folder: Path) -> str:
     return f"chmod u+w {shlex.quote(str(folder))}"
 
 
-def _write_utf8(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def _flush(path: Path) -> None:

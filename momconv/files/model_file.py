@@ -67,7 +67,7 @@ def check_suffix(path: Path) -> None:
 def save(model: nn.Module, path: str | Path, extra: Mapping[str, object] | None = None) -> None:
     """Write ``model`` to ``path``, all or nothing.
 
-    Two calls write the same bytes, but for the time.
+    Two calls write the same bytes, but for the time and the checksum, which covers it.
 
     Args:
         model: A network with a description, converted or not, on any device.

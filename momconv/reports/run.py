@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from momconv.data.dataset import count_workers
@@ -83,6 +84,6 @@ def _draw(result: Result, description: Description, scores: Scores | None) -> li
         draw_mistakes(scores.mistakes, mistakes)
     draw_memory(result.plan, memory)
     draw_training_images(result.splits.train, description.preprocessing, result.recipe, images)
-    if run.rates.is_file():
+    with suppress(OSError, ValueError, LookupError):  # there is no such table, or a damaged one
         draw_rates(run.rates, result.recipe.train.resolved_lr, rates)
     return [path for path in paths if path.is_file()]

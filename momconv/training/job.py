@@ -38,7 +38,9 @@ class Job:
     processes: Processes = ALONE
     ends: float = math.inf  # by time.monotonic
     evaluation_batch: int = 32  # images, at most
+    is_whole: bool = True  # whether weights and counters are of the same moment, so can be saved
     head_only: bool = False  # whether the rest waits, in this epoch, for train.freeze_epochs
+    documents: dict[str, bytes] = field(default_factory=dict)  # what the run began with, by file
     measured_sizes: set[int] = field(default_factory=set)  # of the epoch's micro-batches, on a CPU
     average: Average | None = field(init=False)
     scaler: GradScaler = field(init=False)

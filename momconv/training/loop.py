@@ -33,11 +33,11 @@ from momconv.training.omission import find_number, leave_out
 from momconv.training.progress import EpochRow, Progress
 from momconv.training.saving import (
     Autosave,
-    HalfDone,
     NotFinite,
     anneal_networks,
     go_back,
     go_back_and_slow_down,
+    indivisible,
     save,
     save_event,
     saving_on_failure,
@@ -82,12 +82,10 @@ def train(job: Job, progress: Progress) -> None:
             left_out = progress.left_out("train")
             for step in steps.read(progress.epoch, first=progress.step, left_out=left_out):
                 loss = _add_up(job, progress, step, report, check)
-                if loss is None or not _step(job, progress):
+                if loss is None or not _step(job, progress, step, loss, began):
                     report.start_over()
                     break
-                progress.count_step(step.images, float(loss), time.perf_counter() - began)
                 note_peak(job)
-                anneal_networks(job, progress)
                 autosave()
                 _stop_if_asked(job, check)
                 began = time.perf_counter()
@@ -216,27 +214,32 @@ def _refuse_to_redo(job: Job, *, exhausted: bool, unreadable: int) -> None:
         )
 
 
-def _step(job: Job, progress: Progress) -> bool:
-    """Change the weights. False if memory ran out: some may have changed, so the run went back.
+def _step(job: Job, progress: Progress, step: Step, loss: Tensor, began: float) -> bool:
+    """Change the weights, and count the step, which ``began`` then.
+
+    False if memory ran out: some weights may have changed, so the run went back.
 
     Raises:
-        HalfDone: Memory ran out in one of several processes, which cannot go back by itself.
+        ResourceError: Memory ran out in one of several processes, which cannot go back by itself.
     """
     lr = progress.lr_factor * job.rate_at(progress.epoch, progress.step)
-    try:
-        take_step(job, lr)
-    except torch.OutOfMemoryError:
-        if job.processes.count > 1:
-            raise HalfDone(
-                f"{job.device} ran out of memory while changing the weights; the state that was "
-                "saved last is kept",
-                kind="memory.exhausted",
-                fix=f"{job.folder.resume_command} --micro-batch {halved(job)}",
-            ) from None
-        go_back(job, progress)
-        halve(job, progress)
-        save_event(job, progress)
-        return False
+    with indivisible(job):
+        try:
+            take_step(job, lr)
+        except torch.OutOfMemoryError:
+            if job.processes.count > 1:
+                raise ResourceError(
+                    f"{job.device} ran out of memory while changing the weights; the state that "
+                    "was saved last is kept",
+                    kind="memory.exhausted",
+                    fix=f"{job.folder.resume_command} --micro-batch {halved(job)}",
+                ) from None
+            go_back(job, progress)
+            halve(job, progress)
+            save_event(job, progress)
+            return False
+        progress.count_step(step.images, float(loss), time.perf_counter() - began)
+        anneal_networks(job, progress)
     return True
 
 

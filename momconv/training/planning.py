@@ -123,7 +123,7 @@ class BatchPlan:
         return json.dumps(asdict(self) | {"sizes": self.sizes}, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str | bytes) -> Self:
         """The inverse of ``to_json``.
 
         Raises:

@@ -78,6 +78,7 @@ class Progress:
     halvings: list[Halving] = field(default_factory=list)
     rollbacks: list[Rollback] = field(default_factory=list)
     omissions: list[Omission] = field(default_factory=list)
+    lost: int = 0  # the last epoch whose model can no longer be had, should it be the best
     lr_factor: float = 1.0  # of the recipe's learning rate: a rollback halves it
 
     @property
@@ -88,13 +89,13 @@ class Progress:
     def find_best(self, monitor: Monitor) -> EpochRow | None:
         """The first epoch that ``monitor`` finds best; without validation, the last one.
 
-        While γ changes this is the last one too: the others scored another network.
+        While γ changes this is the last one too: the others scored another network. An epoch whose
+        model is lost is none of them.
         """
-        if not self.history:
-            return None
-        if self.history[-1].val_top1 is None:
-            return self.history[-1]
-        same = [row for row in self.history if row.gamma == self.history[-1].gamma]
+        rows = self.history[self.lost :]
+        if not rows or rows[-1].val_top1 is None:
+            return rows[-1] if rows else None
+        same = [row for row in rows if row.gamma == rows[-1].gamma]
         return max(same, key=lambda row: row.judge(monitor))
 
     def left_out(self, split: SplitName) -> set[int]:

@@ -1,17 +1,19 @@
 """A run that goes on where its state was saved, but for what its recipe changes."""
 
 import shlex
-from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
-from momconv.errors import UsageError
+from momconv.errors import ModelFileError, UsageError
+from momconv.files import model_file
 from momconv.files.atomic import write_text
 from momconv.recipe import KEYS, Recipe, dump_recipe, recall_recipe
 from momconv.training import network
 from momconv.training.images import recall_images
 from momconv.training.job import Job
+from momconv.training.mending import list_changes, mend
 from momconv.training.optimisation import make_optimizer
 from momconv.training.parameters import require_stages
 from momconv.training.planning import (
@@ -24,7 +26,7 @@ from momconv.training.planning import (
 from momconv.training.progress import Progress
 from momconv.training.provenance import describe_machine, read_provenance, tell_of_differences
 from momconv.training.run_folder import RunFolder
-from momconv.training.saving import publish, save, write_plan
+from momconv.training.saving import publish, remember_documents, save, write_plan
 from momconv.training.state import load_newest
 from momconv.training.stopping import require_validation
 from momconv.training.task import Task
@@ -54,6 +56,7 @@ def resume(task: Task) -> tuple[Job, Progress]:
     run.require_state()
     if task.processes.leads:
         run.make()
+        mend(run, task.listener.tell)
     before = recall_recipe(run.config)
     _refuse_changes(before, recipe, run)
     saved = load_newest(run, task.listener.tell, partial(network.make_own, recipe.model))
@@ -71,15 +74,23 @@ def resume(task: Task) -> tuple[Job, Progress]:
     saved.restore_random_states()
     job = task.make_job(splits, model, optimizer, plan)
     job.restore_extras(saved.extras)
-    if recipe.train.resolved_lr != before.train.resolved_lr:
-        progress.lr_factor = 1.0
-        save(job, progress)
-    if task.processes.leads:
-        write_text(run.config, dump_recipe(recipe.with_absolute_paths()))
-    write_plan(job)
-    publish(job, progress)
+    remember_documents(job)
+    _write_down(job, progress, before)
     _tell_of_resuming(job, progress, before)
     return job, progress
+
+
+def _write_down(job: Job, progress: Progress, before: Recipe) -> None:
+    """Let the state have what has changed, and the folder the files that follow from the state."""
+    recipe = job.recipe.with_absolute_paths()
+    if recipe.train.resolved_lr != before.train.resolved_lr:
+        progress.lr_factor = 1.0
+    if _give_up_lost_model(job, progress) or recipe != before:
+        save(job, progress)
+    if job.processes.leads:
+        write_text(job.folder.config, dump_recipe(recipe))
+    write_plan(job)
+    publish(job, progress)
 
 
 def _tell_of_another_machine(task: Task) -> None:
@@ -93,11 +104,41 @@ def _tell_of_another_machine(task: Task) -> None:
 def _recall_plan(run: RunFolder, setting: Setting, model: nn.Module) -> BatchPlan:
     if not run.plan.is_file():
         return plan_batches(model, setting)
-    return plan_again(BatchPlan.from_json(run.plan.read_text()), setting, model)
+    return plan_again(BatchPlan.from_json(run.plan.read_bytes()), setting, model)
+
+
+def _give_up_lost_model(job: Job, progress: Progress) -> bool:
+    """Whether ``best`` is not the model of the best epoch, which then counts no more; it is told.
+
+    That of the last epoch is in the state, as long as the next one has not begun.
+    """
+    best, path = progress.find_best(job.recipe.train.monitor), job.folder.best
+    if best is None or (best is progress.history[-1] and not progress.step):
+        return False
+    problem = _find_problem(path, best.epoch)
+    if problem is None:
+        return False
+    progress.lost = progress.epoch if progress.step else progress.epoch - 1
+    job.listener.tell(
+        f"warning: the best model, of epoch {best.epoch}, is lost: {problem}\n"
+        f"from now on the best of epoch {progress.lost + 1} and later ones counts"
+    )
+    return True
+
+
+def _find_problem(path: Path, epoch: int) -> str | None:
+    """Why ``path`` is not the model of that ``epoch``."""
+    try:
+        record = model_file.read_metadata(path).get("training")
+    except ModelFileError as error:
+        return error.message
+    if record is None or (record["epochs"], record.get("steps_into_next")) != (epoch, None):
+        return f"{path} is another one"
+    return None
 
 
 def _refuse_changes(before: Recipe, now: Recipe, run: RunFolder) -> None:
-    changes = _list_changes(before, now.with_absolute_paths(), _FIXED)
+    changes = list_changes(before, now.with_absolute_paths(), _FIXED)
     if now.train.lr == "auto":
         changes.append(f"train.lr from {before.train.resolved_lr:g} to auto")
     if changes:
@@ -108,16 +149,6 @@ def _refuse_changes(before: Recipe, now: Recipe, run: RunFolder) -> None:
         )
 
 
-def _list_changes(before: Recipe, now: Recipe, keys: Iterable[str]) -> list[str]:
-    """Which of the ``keys`` have other values now, in words."""
-    return [
-        f"{key} from {getattr(old, name)} to {getattr(new, name)}"
-        for key, (section, name) in {k: k.split(".") for k in keys}.items()
-        for old, new in [(getattr(before, section), getattr(now, section))]
-        if getattr(old, name) != getattr(new, name)
-    ]
-
-
 def _tell_of_resuming(job: Job, progress: Progress, before: Recipe) -> None:
     epochs = job.recipe.train.epochs
     if progress.epoch >= epochs:
@@ -126,7 +157,7 @@ def _tell_of_resuming(job: Job, progress: Progress, before: Recipe) -> None:
             f"note: {job.folder.path} is complete ({progress.epoch}/{epochs}). {more}"
         )
         return
-    if changes := _list_changes(before, job.recipe, KEYS):
+    if changes := list_changes(before, job.recipe, KEYS):
         job.listener.tell(f"note: changed since: {', '.join(changes)}")
     where = f"epoch {progress.epoch + 1}/{epochs}, step {progress.step}/{job.steps_per_epoch}"
     job.listener.tell(f"note: going on in {where}")

@@ -6,14 +6,15 @@ when it is resumed.
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from momconv.errors import MomconvError, ResourceError
+from momconv.errors import MomconvError
 from momconv.files import model_file
 from momconv.files.atomic import write_text
+from momconv.recipe import dump_recipe
 from momconv.training.annealing import anneal
 from momconv.training.board import write_board
 from momconv.training.history import write_history
@@ -31,6 +32,18 @@ def save(job: Job, progress: Progress) -> None:
     publish(job, progress)
 
 
+def begin(job: Job, progress: Progress) -> None:
+    """Write the first state, once the folder has what the run begins with."""
+    remember_documents(job)
+    _save_state(job, progress)
+
+
+def remember_documents(job: Job) -> None:
+    """Let all states have what the run began with, as it is in the folder now."""
+    kept = [path for path in (job.folder.provenance, job.folder.split) if path.is_file()]
+    job.documents = {path.name: path.read_bytes() for path in kept}
+
+
 def save_event(job: Job, progress: Progress) -> None:
     """Write the state after what went wrong in a step, then the plan and the numbers.
 
@@ -44,7 +57,15 @@ def save_event(job: Job, progress: Progress) -> None:
 
 def _save_state(job: Job, progress: Progress) -> None:
     if job.processes.leads:
-        save_state(job.folder, job.model, job.optimizer, progress, job.read_extras())
+        extras, documents = job.read_extras(), _collect_documents(job)
+        save_state(job.folder, job.model, job.optimizer, progress, extras, documents)
+
+
+def _collect_documents(job: Job) -> dict[str, bytes]:
+    """What the run needs to go on besides tensors and counters, as the files for people say it."""
+    recipe = dump_recipe(job.recipe.with_absolute_paths())
+    texts = {job.folder.config.name: recipe, job.folder.plan.name: job.plan.to_json()}
+    return job.documents | {name: text.encode() for name, text in texts.items()}
 
 
 def publish(job: Job, progress: Progress) -> None:
@@ -69,17 +90,40 @@ def write_plan(job: Job) -> None:
 
 @contextmanager
 def saving_on_failure(job: Job, progress: Progress) -> Iterator[None]:
-    """Save if what happens inside is interrupted, or fails for a reason that is known.
+    """Save if what happens inside is interrupted, or fails for whatever reason.
 
-    Not if the numbers are spoilt: then the last saved state is the one to keep.
+    Not if the numbers are spoilt, or a step is half done: then the last saved state is the one to
+    keep.
     """
     try:
         yield
-    except (NotFinite, HalfDone):
+    except NotFinite:
         raise
     except (Interrupted, TimeUp, MomconvError):
-        save(job, progress)
+        if job.is_whole:
+            save(job, progress)
         raise
+    except Exception:
+        _save_if_possible(job, progress)
+        raise
+
+
+def _save_if_possible(job: Job, progress: Progress) -> None:
+    """Save, and tell how to go on, after what nobody expected, which may be in the way of that."""
+    saved = job.is_whole
+    with suppress(Exception):
+        if saved:
+            save(job, progress)
+    where = "this step" if saved else "the last time that the run was saved"
+    job.listener.tell(f"note: the state of {where} is kept. To go on: {job.folder.resume_command}")
+
+
+@contextmanager
+def indivisible(job: Job) -> Iterator[None]:
+    """What is inside is done as a whole, or else the job is not whole any more."""
+    job.is_whole = False
+    yield
+    job.is_whole = True
 
 
 def anneal_networks(job: Job, progress: Progress) -> None:
@@ -91,10 +135,6 @@ def anneal_networks(job: Job, progress: Progress) -> None:
 
 class NotFinite(MomconvError):
     """A loss, a gradient or a weight is infinite or not a number."""
-
-
-class HalfDone(ResourceError):
-    """Memory ran out in one of several processes after it may have changed some weights."""
 
 
 def go_back(job: Job, progress: Progress) -> None:

@@ -29,7 +29,7 @@ from momconv.training.planning import BatchPlan, Setting, plan_batches, tell_of_
 from momconv.training.progress import Listener, Progress
 from momconv.training.provenance import Provenance, find_provenance, tell_of_differences
 from momconv.training.rate_finder import find_rate
-from momconv.training.state import save_state
+from momconv.training.saving import begin
 from momconv.training.stopping import require_validation
 from momconv.training.task import Task
 from momconv.zoo.description import Preprocessing, describe, mark_as_seen
@@ -108,7 +108,7 @@ def start(task: Task) -> tuple[Job, Progress]:
     write_text(run.provenance, ready.provenance.model_dump_json(indent=1) + "\n")
     write_text(run.plan, job.plan.to_json())
     remember_images(ready.images, require_folder(recipe.data), run, listener)
-    save_state(run, model, job.optimizer, progress, job.read_extras())
+    begin(job, progress)
     return job, progress
 
 

@@ -5,9 +5,11 @@ rest is JSON in the metadata. Nothing that is read from it is run.
 """
 
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from momconv.zoo.own import remake, require_made
 
 _KEY = "momconv.run"
 _MODEL, _OPTIMIZER, _EXTRAS, _RANDOM = "model/", "optimizer/", "extra/", "random/"
+_DOCUMENTS = "document/"  # compressed: the list of the images may be long
 
 
 class _Record(BaseModel):
@@ -45,12 +48,14 @@ def save_state(
     optimizer: Optimizer,
     progress: Progress,
     extras: Mapping[str, Tensor] | None = None,
+    documents: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Write the state of a run, all or nothing, and keep the one before.
 
     What was written is read again before the state before the last is given up.
 
-    ``extras`` are further tensors, such as the average of the weights.
+    ``extras`` are further tensors, such as the average of the weights. ``documents`` are files, by
+    their names, without which the run could not go on.
 
     Raises:
         ResourceError: The file cannot be written, or does not hold what was written.
@@ -62,6 +67,9 @@ def save_state(
             tensors[f"{_OPTIMIZER}{key}/{name}"] = value
     tensors |= {f"{_EXTRAS}{key}": value for key, value in (extras or {}).items()}
     tensors |= {f"{_RANDOM}{device}": value for device, value in read_random_states().items()}
+    for name, content in documents.items():
+        packed = bytearray(zlib.compress(content, level=1))
+        tensors[f"{_DOCUMENTS}{name}"] = torch.frombuffer(packed, dtype=torch.uint8)
     metadata = {_KEY: record.model_dump_json()}
 
     def write(path: Path) -> None:
@@ -135,6 +143,24 @@ def load_newest(
         os.replace(folder.previous, folder.state)
         tell(f"warning: going on from the state before, of {folder.previous.name}")
         return saved
+
+
+def read_documents(folder: RunFolder) -> dict[str, bytes]:
+    """The documents in the newest whole state of a run, which nothing is done to.
+
+    An earlier momconv wrote none.
+
+    Raises:
+        ModelFileError: There is no whole state.
+    """
+    try:
+        tensors = checkpoints.read_state(folder.state)
+    except ModelFileError:
+        if not folder.previous.is_file():
+            raise
+        tensors = checkpoints.read_state(folder.previous)
+    packed = _select(tensors, _DOCUMENTS)
+    return {name: zlib.decompress(value.numpy().tobytes()) for name, value in packed.items()}
 
 
 def load_state(path: Path, network: nn.Module | None = None) -> SavedState:

@@ -329,6 +329,61 @@ def test_images_that_vanish_during_a_run_end_it_by_name(
     assert_same(straight.folder, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("momconv.training.loop.note_peak", id="after the second step"),
+        pytest.param("momconv.training.loop.add_gradients", id="within the third step"),
+    ],
+)
+def test_what_nobody_expected_does_not_cost_a_whole_step(
+    straight: Result,
+    colours: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    log, run = Fails(monkeypatch, where, after_steps=2), RunFolder(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError):
+        finetune(small(colours), run.path, listener=log)
+    monkeypatch.undo()
+    assert load_state(run.state).progress.step == 2
+    assert f"the state of this step is kept. To go on: {run.resume_command}" in log.told[-1]
+    resume(run.path)
+    assert_same(straight.folder, run.path)
+
+
+def test_half_a_step_is_not_saved(
+    straight: Result, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights have changed, and the step is not counted yet."""
+    where, run = "momconv.training.loop.anneal_networks", RunFolder(tmp_path / "run")
+    log = Fails(monkeypatch, where, after_steps=2)
+    with pytest.raises(ZeroDivisionError):
+        finetune(small(colours), run.path, listener=log)
+    monkeypatch.undo()
+    assert load_state(run.state).progress.step == 0
+    assert "the last time that the run was saved is kept" in log.told[-1]
+    resume(run.path)
+    assert_same(straight.folder, run.path)
+
+
+class Fails(Log):
+    """Lets a function fail once the listener has heard of the images of so many steps."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, where: str, after_steps: int) -> None:
+        super().__init__()
+        self.patch, self.where, self.left = patch, where, after_steps * 5
+
+    def advance(self, title: str, done: int, total: int, text: str = "") -> None:
+        super().advance(title, done, total, text)
+        if title == "training" and done == self.left:
+            self.patch.setattr(self.where, self.fail_later)
+
+    def fail_later(self, *_: object) -> None:
+        raise ZeroDivisionError
+
+
 def test_sigterm_is_told_apart(colours: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as interrupted:
         finetune(small(colours), tmp_path / "run", listener=Signals(1, signal.SIGTERM))

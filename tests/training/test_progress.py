@@ -54,3 +54,10 @@ def test_an_epoch_that_ends_leaves_counters_at_zero() -> None:
     progress.finish_epoch(row(1, 0.5))
     assert progress == Progress([row(1, 0.5)])
     assert progress.epoch == 1
+
+
+def test_an_epoch_whose_model_is_lost_is_not_the_best() -> None:
+    rows = [row(1, 0.9), row(2, 0.5), row(3, 0.7)]
+    assert Progress(rows, lost=1).find_best("val/top1") is rows[2]
+    assert Progress(rows, lost=3).find_best("val/top1") is None
+    assert Progress([row(1, None)], lost=1).find_best("val/top1") is None

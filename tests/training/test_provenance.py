@@ -10,9 +10,10 @@ from PIL import Image
 from runs import Log, Signals, small
 
 from momconv.errors import ModelFileError
+from momconv.training import resuming
 from momconv.training.finetuning import finetune, rehearse
 from momconv.training.interruption import Interrupted
-from momconv.training.provenance import read_provenance
+from momconv.training.provenance import describe_machine, read_provenance
 from momconv.zoo.checkpoints import sha256
 from momconv.zoo.networks import build
 
@@ -54,14 +55,16 @@ def test_a_run_says_what_it_began_with_and_another_what_is_different(
     assert found == ["torch", "sha256 of the weights", "fingerprint of the images"]
 
 
-def test_a_run_that_goes_on_elsewhere_says_so(colours: Path, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_elsewhere_says_so(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(Interrupted):
         finetune(small(colours, "train.epochs=1"), tmp_path / "run", listener=Signals(3))
-    log = Log()
-    change(tmp_path / "run" / "run.json", Python="3.0")
+    log, here = Log(), describe_machine(torch.device("cpu"))
+    monkeypatch.setattr(resuming, "describe_machine", lambda _: here | {"Python": "5.0"})
     finetune(small(colours, "train.epochs=1"), tmp_path / "run", resume=True, listener=log)
     (told,) = differences(log)
-    assert told.split(": ")[2] == f"Python is {platform.python_version()}, and was 3.0"
+    assert told.split(": ")[2] == f"Python is 5.0, and was {platform.python_version()}"
 
 
 @pytest.mark.parametrize(("text", "kind"), [(None, "no"), ("{}", "bad"), ("{", "bad")])

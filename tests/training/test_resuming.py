@@ -1,11 +1,15 @@
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import Log, Signals, assert_same, read_metrics, resume, small
+import torch
+from runs import Log, Signals, assert_same, flip_a_bit, read_metrics, resume, small
+from safetensors.torch import load_file
 
-from momconv.errors import ResourceError, UsageError
+from momconv.errors import ModelFileError, ResourceError, UsageError
+from momconv.files.model_file import read_metadata
 from momconv.recipe import Recipe, load_recipe
 from momconv.training.finetuning import Result, finetune
 from momconv.training.interruption import Interrupted
@@ -152,3 +156,39 @@ def test_a_run_without_the_memory_to_go_on_is_advised_only_what_it_can_change(
     (memory,) = [fix for fix in (refused.value.fix or "").splitlines() if "--memory" in fix]
     assert not re.search("--gamma|--resolution|--freeze", refused.value.fix or "")
     resume(folder, "train.epochs=3", f"train.memory={memory.split()[1]}")
+
+
+def steady(data: Path, *changes: str) -> Recipe:
+    """A recipe by which nothing is learnt, so that the first epoch stays the best."""
+    return small(data, "train.lr=1e-12", "train.freeze_bn=true", *changes)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, flip_a_bit, lambda path: path.write_bytes(b"")])
+def test_a_best_model_that_is_lost_is_told_and_never_reported(
+    colours: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    assert finetune(steady(colours), run.path).best_epoch.epoch == 1
+    resume(run.path)
+    assert read_metadata(run.best)["training"]["epochs"] == 1
+    damage(run.best)
+    for told in (1, 0):
+        log = Log()
+        result = resume(run.path, listener=log)
+        lost = [text for text in log.told if "the best model, of epoch 1, is lost" in text]
+        assert len(lost) == told
+        assert result.best_epoch.epoch == read_metadata(run.best)["training"]["epochs"] == 2
+    assert torch.equal(load_file(run.best)["conv1.weight"], load_file(run.last)["conv1.weight"])
+
+
+def test_within_an_epoch_the_next_ones_take_the_place_of_a_lost_best_model(
+    colours: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    interrupt(steady(colours), run.path, MICRO_BATCHES + 8)  # after a step of the second epoch
+    run.best.unlink()
+    with pytest.raises(ModelFileError, match="no epoch is left") as refused:
+        resume(run.path, "train.epochs=1")
+    assert refused.value.fix == f"{run.resume_command} --epochs 2"
+    result = resume(run.path, "train.epochs=3")
+    assert result.best_epoch.epoch == read_metadata(run.best)["training"]["epochs"] == 2

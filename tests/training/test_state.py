@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import flip_a_bit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -154,12 +155,6 @@ def test_a_truncated_state_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ModelFileError, match="is truncated"):
         load_state(path)
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-100] ^= 1
-    path.write_bytes(content)
 
 
 def test_a_single_wrong_bit_is_noticed(tmp_path: Path) -> None:

@@ -167,3 +167,23 @@ def test_old_files_without_batch_counters_fit() -> None:
     network = nn.BatchNorm1d(2)
     state = {k: v for k, v in network.state_dict().items() if k != "num_batches_tracked"}
     assert difference(network, state) is None
+
+
+def test_a_single_wrong_bit_of_a_pickled_tensor_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"x": torch.arange(1000.0)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError, match=r"the checksum of .*data/0 in it is another"):
+        read_state(path)
+
+
+def test_a_checkpoint_that_was_saved_without_checksums_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        torch.save({"x": torch.arange(1000.0)}, path)
+    finally:
+        torch.serialization.set_crc32_options(compute_crc32=True)
+    assert torch.equal(read_state(path)["x"], torch.arange(1000.0))
