@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from benchmarks.tables import Log, Row, show
 from momconv.data.decoding import decode_bytes
+from momconv.data.examination import Finding
 from momconv.data.folder import ImageSet, Sample, Splits
 from momconv.data.inspection import Inspection
 from momconv.data.report import report
@@ -206,7 +207,7 @@ def _write_split(folder: Path) -> bytes:
     images = ImageSet(folder, ("a", "b"), tuple(Sample(path, 0) for path in paths))
     empty = ImageSet(folder, ("a", "b"), ())
     found = report(Inspection(empty, {}), Inspection(empty, {}), [], [])
-    checked = CheckedImages(Splits(images, empty, ()), found, dict.fromkeys(paths, ""))
+    checked = CheckedImages(Splits(images, empty, ()), found, dict.fromkeys(paths, Finding("")))
     remember_images(checked, folder, RunFolder(folder))
     return (folder / "split.json").read_bytes()
 

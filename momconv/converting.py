@@ -13,7 +13,9 @@ from pathlib import Path
 from torch import nn
 
 from momconv.data.adaptation_images import AdaptationImages, gather_images
+from momconv.data.calibration_images import choose_images, find_ranges_of
 from momconv.data.folder import list_images
+from momconv.data.values import settle_ranges, warn_of_values
 from momconv.errors import InversionError, UsageError
 from momconv.files import model_file, plain_file
 from momconv.momentum.equations import Velocity
@@ -103,6 +105,13 @@ class Means:
             if folder:
                 list_images(folder)
 
+    def settle_ranges(self, network: nn.Module, listener: Listener) -> None:
+        """Let ``network`` know what is black and white in images to adapt on that are not 8-bit."""
+        if self.calibrate:
+            files = choose_images(self.calibrate, self.count, self.seed)
+            for line in settle_ranges(network, find_ranges_of(files)):
+                listener.tell(line)
+
 
 def convert_network(
     scheme: Scheme, means: Means, path: Path, listener: Listener = SILENT
@@ -129,6 +138,7 @@ def convert_network(
         tell=listener.tell,
     )
     apply = cache(partial(scheme.apply, original))
+    means.settle_ranges(original, listener)
     listener.advance(f"converting {scheme.model}", 0, 1)
     apply(LADDER[0] if scheme.gamma is None else scheme.gamma)  # refuse now what is wrong
     workshop = _open_workshop(original, means, listener)
@@ -171,6 +181,7 @@ def revert_network(
     plain_file.check_suffix(path)
     means.check()
     network = load(file)
+    means.settle_ranges(network, listener)
     description = describe(network)
     workshop = _open_workshop(network, means, listener)
     adaptation = workshop.calibrate(revert(network))
@@ -329,6 +340,8 @@ def _warn_of_images(images: AdaptationImages, listener: Listener) -> None:
             f"\n  {line}" for line in list_some([error.message for error in bad], _SHOWN)
         )
         listener.tell(f"warning: {plural(len(bad), 'image')} left out for being unreadable{listed}")
+    for line in warn_of_values(images.adapting.outside, images.adapting.guessed):
+        listener.tell(line)
     readable = len(images.adapting.paths) - len(bad)
     if readable < _FEW:
         listener.tell(f"warning: only {readable} images to calibrate on; {_FEW} or more are better")

@@ -130,10 +130,11 @@ def evaluate(
     """
     description = describe(model)
     _check(images, description.num_classes)
-    transform = evaluation_transform(description.preprocessing)
+    preprocessing = description.preprocessing
+    transform = evaluation_transform(preprocessing)
     rank, count = _find_share(images)
     own = images.select(range(rank, len(images.samples), count))
-    dataset = LabelledImages(own, transform, seed=None)
+    dataset = LabelledImages(own, transform, seed=None, ranges=preprocessing.ranges)
     loader = make_loader(dataset, workers=workers, batch_size=batch_size)
     metrics = _make_metrics(len(images.classes), sync=count > 1).to(device)
     loss = MeanMetric("disable", sync_on_compute=count > 1).to(device)

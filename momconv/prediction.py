@@ -2,8 +2,8 @@
 
 import difflib
 import glob
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,20 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """What is said about some images, and which of them cannot be read."""
+    """What is said about some images.
+
+    Attributes:
+        images: What is said about each.
+        unreadable: Those that cannot be read.
+        outside: How many values of an image that is not 8-bit are black or white for being outside
+            of the range that the network was trained with, where any are.
+        guessed: Images that are not 8-bit and for which the network knows no such range.
+    """
 
     images: tuple[Prediction, ...]
     unreadable: tuple[Unreadable, ...]
+    outside: Mapping[Path, int] = field(default_factory=dict)
+    guessed: frozenset[Path] = frozenset()
 
 
 def predict(
@@ -112,7 +122,9 @@ def predict(
             kind="model_file.no_answers",
             fix="take a model from before its training diverged",
         )
-    return Predictions(tuple(predictions), (*unreadable, *silent))
+    return Predictions(
+        tuple(predictions), (*unreadable, *silent), images.outside, frozenset(images.guessed)
+    )
 
 
 def list_files(paths: Iterable[Path]) -> list[Path]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from momconv.data.folder import ImageSet
     from momconv.data.unseen import Exposure
     from momconv.evaluation import Scores
-    from momconv.zoo.description import Description
+    from momconv.zoo.description import Description, Preprocessing
 
 
 def evaluate(  # noqa: PLR0913 (one for each option)
@@ -84,7 +84,9 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     _note_classes(file, found, description)
     records = [description.seen, *(load.describe(other).seen for other in others)]
     images, exposure = leave_out_seen(
-        _check(found, max_bad_fraction), records, keep_all=split == "train"
+        _check(found, max_bad_fraction, description.preprocessing),
+        records,
+        keep_all=split == "train",
     )
     if exposure.counted:
         warn(exposure.describe(len(images.samples)))
@@ -235,9 +237,10 @@ def _note_classes(file: Path, images: "ImageSet", description: "Description") ->
         note(f"{file} names no classes; taking those of the folder, in their order")
 
 
-def _check(images: "ImageSet", max_bad_fraction: float) -> "ImageSet":
+def _check(images: "ImageSet", max_bad_fraction: float, p: "Preprocessing") -> "ImageSet":
     """Those of ``images`` that can be read."""
-    from momconv.data.inspection import check_images
+    from momconv.data.inspection import check_images, find_guessed, find_outside
+    from momconv.data.values import warn_of_values
 
     with progress("checking images", len(images.samples)) as report:
         inspection = check_images(
@@ -245,6 +248,9 @@ def _check(images: "ImageSet", max_bad_fraction: float) -> "ImageSet":
             max_bad_fraction=max_bad_fraction,
             progress=lambda done, _: report(done, ""),
         )
-    for text in (*images.notes, *inspection.notes):
+    findings = inspection.findings
+    outside, guessed = find_outside(findings, p.ranges), find_guessed(findings, p.ranges)
+    values = warn_of_values(outside, guessed, approximate=True)
+    for text in (*images.notes, *inspection.notes, *values):
         tell(text)
     return inspection.images

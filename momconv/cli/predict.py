@@ -15,6 +15,7 @@ from momconv.cli._console import (
     print_json,
     print_json_lines,
     progress,
+    tell,
     warn,
 )
 from momconv.cli._options import (
@@ -60,6 +61,7 @@ def predict(  # noqa: PLR0913 (one for each option)
             f"--json and --format {format_} exclude each other",
             kind="usage.exclusive_options",
         )
+    from momconv.data.values import warn_of_values
     from momconv.planner.devices import find_device
     from momconv.prediction import list_files
     from momconv.prediction import predict as say
@@ -81,6 +83,8 @@ def predict(  # noqa: PLR0913 (one for each option)
         )
     for bad in done.unreadable:
         warn(f"left out: {printable(bad.path)}: {bad.error}")
+    for text in warn_of_values(done.outside, done.guessed):
+        tell(text)
     failure = _refuse_unreadable(done, len(files)) if strict and done.unreadable else None
     if json_output:
         failed = {"error": describe_error(failure)} if failure else {}

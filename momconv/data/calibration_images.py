@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor
 
 from momconv.data.dataset import prepare
-from momconv.data.decoding import UnreadableImage, read_bytes
+from momconv.data.decoding import UnreadableImage, read_bytes, read_values
 from momconv.data.folder import list_images
 from momconv.data.shuffling import shuffle
-from momconv.data.transforms import Transform, evaluation_transform
+from momconv.data.transforms import evaluation_transform
+from momconv.data.values import find_ranges
 from momconv.errors import DataError
-from momconv.zoo.description import Preprocessing
+from momconv.zoo.description import Preprocessing, ValueRanges
 
 _BATCH = 250  # images
 _PIXELS = 64 * 224**2  # of a batch, which bounds its memory: 1.3 GB of activations in a ResNet-152
@@ -39,6 +39,12 @@ def choose(paths: Sequence[Path], count: int, seed: int) -> list[Path]:
     return shuffle(paths, seed)[:count]
 
 
+def find_ranges_of(paths: Sequence[Path]) -> ValueRanges:
+    """What is black and white in all images of ``paths`` together that are not 8-bit."""
+    with ThreadPoolExecutor() as pool:
+        return find_ranges(values for values in pool.map(read_values, paths) if values)
+
+
 class CalibrationImages:
     """Files as batches of one size, preprocessed as for evaluation.
 
@@ -48,6 +54,8 @@ class CalibrationImages:
     Attributes:
         paths: The files.
         unreadable: Those that had to be left out, known after the iteration.
+        outside: How many values of an image are outside of the network's range, where any are.
+        guessed: Images for whose values the network knows no range.
     """
 
     def __init__(
@@ -58,7 +66,10 @@ class CalibrationImages:
     ) -> None:
         self.paths = paths
         self.unreadable: list[UnreadableImage] = []
+        self.outside: dict[Path, int] = {}
+        self.guessed: set[Path] = set()
         self._transform = evaluation_transform(preprocessing)
+        self._ranges = preprocessing.ranges
         largest = max(1, min(_BATCH, _PIXELS // preprocessing.resolution**2))
         self._batches = math.ceil(len(paths) / largest)
         self._progress = progress
@@ -97,10 +108,9 @@ class CalibrationImages:
 
     def _decode(self) -> Iterator[tuple[Tensor, list[Path]]]:
         self.unreadable = []
-        load = partial(_load, transform=self._transform)
         with ThreadPoolExecutor() as pool:
             for start, stop in self._bounds():
-                results = list(pool.map(load, self.paths[start:stop]))
+                results = list(pool.map(self._load, self.paths[start:stop]))
                 self.unreadable += [r for r in results if isinstance(r, UnreadableImage)]
                 paths = self.paths[start:stop]
                 if images := [r for r in results if isinstance(r, Tensor)]:
@@ -120,9 +130,13 @@ class CalibrationImages:
         ends = [len(self.paths) * n // self._batches for n in range(self._batches + 1)]
         return list(pairwise(ends))
 
-
-def _load(path: Path, transform: Transform) -> Tensor | UnreadableImage:
-    try:
-        return prepare(path, transform)
-    except UnreadableImage as error:
-        return error
+    def _load(self, path: Path) -> Tensor | UnreadableImage:
+        try:
+            tensor, picture = prepare(path, self._transform, self._ranges)
+        except UnreadableImage as error:
+            return error
+        if picture.values:
+            self.guessed.add(path)
+        elif picture.outside:
+            self.outside[path] = picture.outside
+        return tensor

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from momconv.data.decoding import UnreadableImage, blame, decode
+from momconv.data.decoding import Picture, UnreadableImage, blame, read_picture
 from momconv.data.folder import ImageSet
 from momconv.data.transforms import Transform
 from momconv.errors import ResourceError
+from momconv.zoo.description import ValueRanges
 
 _NONE = -1
+_NO_RANGES = ValueRanges()
 _SHARED_MEMORY = Path("/dev/shm")  # where processes hand over tensors, on Linux
 _ALMOST_NOTHING = 2**20  # bytes of free space
 _BATCHES_ON_THE_WAY = 2  # of a process, as DataLoader has it
@@ -37,14 +39,23 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     With a ``seed``, a random transform of an image depends only on (seed, epoch, index): neither on
     the number of workers nor on the order, and the global random state stays as it was. Without,
-    transforms draw from the global random state.
+    transforms draw from the global random state. ``ranges`` are those of the network for values
+    that are not 8-bit.
     """
 
-    def __init__(self, image_set: ImageSet, transform: Transform, *, seed: int | None) -> None:
+    def __init__(
+        self,
+        image_set: ImageSet,
+        transform: Transform,
+        *,
+        seed: int | None,
+        ranges: ValueRanges = _NO_RANGES,
+    ) -> None:
         self.paths = [sample.path for sample in image_set.samples]
         self.labels = image_set.labels
         self.transform = transform
         self.seed = seed
+        self.ranges = ranges
         self._epoch = _shared(0)  # so that persistent workers see it change
         self._failed = _shared(_NONE)
 
@@ -65,13 +76,13 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     def _prepare(self, index: int) -> Tensor:
         if self.seed is None:
-            return prepare(self.paths[index], self.transform)
+            return prepare(self.paths[index], self.transform, self.ranges)[0]
         # Only the CPU's generator: torch.manual_seed and fork_rng would go through the GPUs' too.
         generator = torch.default_generator
         before = generator.get_state()
         generator.manual_seed(_mix(self.seed, int(self._epoch), index))
         try:
-            return prepare(self.paths[index], self.transform)
+            return prepare(self.paths[index], self.transform, self.ranges)[0]
         finally:
             generator.set_state(before)
 
@@ -88,15 +99,15 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             raise UnreadableImage(self.paths[index], "could not be read")  # but is back now
 
 
-def prepare(path: Path, transform: Transform) -> Tensor:
-    """The transformed image in ``path``.
+def prepare(path: Path, transform: Transform, ranges: ValueRanges) -> tuple[Tensor, Picture]:
+    """The transformed image in ``path``, and what it was before; ``ranges`` is as for ``decode``.
 
     Raises:
         UnreadableImage: It cannot be decoded, or transformed.
     """
-    image = decode(path)
+    picture = read_picture(path, ranges)
     try:
-        return transform(image)
+        return transform(picture.image), picture
     except RuntimeError:  # PyTorch's, which are about the process
         raise
     except Exception as error:

@@ -1,27 +1,33 @@
 """One way from an image file to pixels, for training, evaluation and prediction alike.
 
 Pillow's plain ``convert("RGB")`` turns 16-bit pictures white, transparent ones arbitrary and leaves
-photographs lying on their side; ``decode`` does not.
+photographs lying on their side; ``decode`` does not. Of 16-bit colours it keeps the upper 8 bits,
+which may be all zero.
 """
 
 import io
 import os
 import struct
+import sys
 import threading
 import warnings
 import zlib
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from momconv.data.folder import FORMATS
+from momconv.data.values import Values, guess_range, summarise, to_eight_bits
 from momconv.errors import DataError
 from momconv.opening import open_regular
 from momconv.words import printable
+from momconv.zoo.description import ValueRange, ValueRanges
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,6 +54,10 @@ _SOME_MEMORY = 2**25  # bytes, without which nothing goes on
 _LARGE_PICTURE = 2**25  # pixels: such are decoded one at a time, lest many threads fill the memory
 _one_at_a_time = threading.Lock()
 
+_BITS, _SAMPLE_FORMAT, _GDAL_NO_DATA = 258, 339, 42113  # tags of a TIFF
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how one begins
+_NONE = ValueRanges()
+
 
 class UnreadableImage(DataError):
     """A file that is no picture, with its ``path`` and the ``reason`` alone."""
@@ -69,20 +79,35 @@ class Picture:
         image: 8-bit RGB.
         stored: The format and mode in the file, such as ``JPEG CMYK``.
         converted: What had to be converted on the way.
+        values: What values it has, if not 8-bit ones and no range was given for them.
+        outside: How many of them were outside of their range.
     """
 
     image: Image.Image
     stored: str
     converted: tuple[str, ...]
+    values: Values | None = None
+    outside: int = 0
 
 
-def decode(path: Path) -> Image.Image:
-    """The picture in ``path`` as 8-bit RGB, upright, on white, the first frame if it moves.
+def decode(path: Path, ranges: ValueRanges = _NONE) -> Image.Image:
+    """The image in ``path`` as 8-bit RGB, upright, on white, the first frame if it moves.
+
+    Values that are not 8-bit are black to white in ``ranges``, or else in the range that is usual.
 
     Raises:
         UnreadableImage: the file cannot be read, is empty, truncated, too large or not an image.
     """
-    return decode_bytes(read_bytes(path), path).image
+    return read_picture(path, ranges).image
+
+
+def read_picture(path: Path, ranges: ValueRanges = _NONE) -> Picture:
+    """The same, and what was found on the way.
+
+    Raises:
+        UnreadableImage: as ``decode``.
+    """
+    return decode_bytes(read_bytes(path), path, ranges)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -100,7 +125,7 @@ def read_bytes(path: Path) -> bytes:
         raise UnreadableImage(path, error.strerror or "cannot be read") from error
 
 
-def decode_bytes(data: bytes, path: Path) -> Picture:
+def decode_bytes(data: bytes, path: Path, ranges: ValueRanges = _NONE) -> Picture:
     """The picture in ``data``, which are those of ``path``; see ``decode``.
 
     Raises:
@@ -111,7 +136,7 @@ def decode_bytes(data: bytes, path: Path) -> Picture:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             large = image.width * image.height > _LARGE_PICTURE
             with _one_at_a_time if large else nullcontext():
-                return _load(image)
+                return _load(image, _open_lower_bytes(image, data), ranges)
         except UnidentifiedImageError as error:
             raise UnreadableImage(path, _describe_other(data)) from error
         except Image.DecompressionBombError as error:
@@ -136,11 +161,62 @@ def blame(path: Path, error: Exception) -> Exception:
     return UnreadableImage(path, what)
 
 
-def _load(image: Image.Image) -> Picture:
-    stored = f"{image.format} {image.mode}"
+def read_values(path: Path) -> Values | None:
+    """What values the image in ``path`` has, if not 8-bit ones and if it can be read."""
+    try:
+        data = read_bytes(path)
+        with _quiet:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return decode_bytes(data, path).values if _is_deep(image) else None
+    except (UnreadableImage, Image.DecompressionBombError, *_DAMAGE):
+        return None
+
+
+def _is_deep(image: ImageFile) -> bool:
+    grey = image.mode.startswith("I") or image.mode == "F"
+    return grey or any(_swap_bytes(tile.args) != tile.args for tile in image.tile)
+
+
+def _load(image: ImageFile, lower: Image.Image | None, ranges: ValueRanges) -> Picture:
+    stored, deep = f"{image.format} {image.mode}", _is_deep(image)
     image.load()
-    rgb, converted = _to_rgb(image)
-    return Picture(rgb, stored, converted)
+    converted = ["turned upright by EXIF"] if _turn_upright(image) else []
+    upright: Image.Image = image
+    values, outside = None, 0
+    if deep:
+        array, no_data = _read_values(image, lower), _read_no_data(image)
+        bounds = ranges.floats if array.dtype.kind == "f" else ranges.integers
+        if bounds is None:
+            values = summarise(array, no_data)
+            bounds = guess_range(values)
+        converted.append(f"{_name_values(image, lower)}, rescaled to 0-255")
+        upright, outside = _to_eight_bits(image, array, bounds, no_data)
+    rgb, more = _to_rgb(upright)
+    return Picture(rgb, stored, (*converted, *more), values, outside)
+
+
+def _open_lower_bytes(image: ImageFile, data: bytes) -> Image.Image | None:
+    """The lower bytes of 16-bit colours, of which Pillow keeps the upper ones; None of others.
+
+    It takes those that it gets in the other order of bytes for the upper ones.
+    """
+    if all(_swap_bytes(tile.args) == tile.args for tile in image.tile):
+        return None
+    lower = Image.open(io.BytesIO(data), formats=FORMATS)
+    lower.tile = [tile._replace(args=_swap_bytes(tile.args)) for tile in lower.tile]
+    lower.load()
+    _turn_upright(lower)
+    return lower
+
+
+def _swap_bytes(arguments: Any) -> Any:
+    """The arguments of one of Pillow's decoders, for the other order of bytes."""
+    if isinstance(arguments, tuple):
+        return tuple(map(_swap_bytes, arguments))
+    if not isinstance(arguments, str) or not arguments.startswith(("RGB;16", "RGBA;16")):
+        return arguments
+    other = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+    return arguments[:-1] + other[arguments[-1]]
 
 
 def _describe_damage(data: bytes) -> str:
@@ -155,6 +231,8 @@ def _describe_other(data: bytes) -> str:
     """What a file is that no reader of pictures knows."""
     if not data:
         return "empty file"
+    if data[:4] in _TIFF:
+        return "unsupported kind of TIFF, such as one of 64-bit or of many channels"
     # The last character may be cut.
     text = data[:_SNIFFED].decode(errors="ignore")
     looks_like_text = all(char.isprintable() or char.isspace() for char in text)
@@ -204,12 +282,6 @@ _quiet = _Quiet()
 
 def _to_rgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     converted = []
-    if _turn_upright(image):
-        converted.append("turned upright by EXIF")
-    if image.mode.startswith("I") or image.mode == "F":
-        depth = "16-bit" if image.mode.startswith("I;16") else "32-bit"
-        converted.append(f"{depth} grey, rescaled to 0-255")
-        image = _to_eight_bits(image)
     if image.mode == "CMYK":
         converted.append("CMYK")
     if image.mode in {"RGBA", "RGBa", "LA", "PA"} or "transparency" in image.info:
@@ -230,22 +302,48 @@ def _turn_upright(image: Image.Image) -> bool:
     return turned
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """The grey values on 0…255, from the range that they were recorded in."""
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        values = np.asarray(image, dtype=np.float64)
-    low, high = _recorded_range(values[np.isfinite(values)], image.mode)
-    scaled = (values.clip(low, high) - low) / ((high - low) or 1) * 255
-    return Image.fromarray(np.nan_to_num(scaled).round().astype(np.uint8))
+def _read_values(image: Image.Image, lower: Image.Image | None) -> "NDArray[Any]":
+    """The values of a grey image, or those of 16-bit colours."""
+    values: NDArray[Any] = np.asarray(image)
+    if lower is not None:
+        upper = values[..., :3].astype(np.uint16)
+        return np.bitwise_or(upper << 8, np.asarray(lower)[..., :3])
+    tags = _read_tags(image)
+    unsigned = tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (1,)) == (1,)
+    # Pillow takes those without a sign for such with one.
+    return values.view(np.uint32) if image.mode == "I" and unsigned else values
 
 
-def _recorded_range(values: "NDArray[np.float64]", mode: str) -> tuple[float, float]:
-    """The usual range that holds all ``values``; where none does, the values' own."""
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    # Pillow gives 16-bit values as "I" too, depending on the format and on its version.
-    usual = (1.0, 255.0) if mode == "F" else (65535.0,)
-    top = next((top for top in usual if low >= 0 and high <= top), None)
-    return (low, high) if top is None else (0.0, top)
+def _read_no_data(image: Image.Image) -> float | None:
+    """The value that stands for no data by what the file says, as GDAL writes it."""
+    try:
+        value = float(str(_read_tags(image).get(_GDAL_NO_DATA)).strip(" \0"))
+    except ValueError:
+        return None
+    # As it is in the file's precision.
+    return float(np.float32(value)) if image.mode == "F" else value
+
+
+def _read_tags(image: Image.Image) -> Mapping[int, Any]:
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+    return tags
+
+
+def _name_values(image: Image.Image, lower: Image.Image | None) -> str:
+    if lower is not None:
+        return "16-bit colours"
+    return "16-bit grey" if image.mode.startswith("I;16") else "32-bit grey"
+
+
+def _to_eight_bits(
+    image: Image.Image, values: "NDArray[Any]", bounds: ValueRange, no_data: float | None
+) -> tuple[Image.Image, int]:
+    """The image with its ``values`` on 0…255 from ``bounds``, and how many were outside."""
+    levels, outside = to_eight_bits(values, bounds, no_data)
+    scaled = Image.fromarray(levels)
+    if image.mode == "RGBA":
+        scaled.putalpha(image.getchannel("A"))
+    return scaled, outside
 
 
 def _on_white(image: Image.Image) -> Image.Image:

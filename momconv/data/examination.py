@@ -17,11 +17,12 @@ import PIL
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from momconv.data.decoding import UnreadableImage, decode_bytes, read_bytes
+from momconv.data.values import Values
 from momconv.errors import ResourceError
 from momconv.files.atomic import write_text
 from momconv.files.cache import cache_folder
 
-_DECODER = f"1 Pillow {PIL.__version__}"  # the first number is to be raised when decoding changes
+_DECODER = f"2 Pillow {PIL.__version__}"  # the first number is to be raised when decoding changes
 _RECENT = 2 * 10**9  # nanoseconds, in which a file may change again without its times changing
 
 Progress = Callable[[int, int], None]
@@ -38,6 +39,7 @@ class Finding:
         stored: The format and mode in the file, such as ``JPEG CMYK``.
         size: Width and height in pixels, upright.
         converted: What had to be converted to get 8-bit RGB.
+        values: What values it has, if not 8-bit ones.
     """
 
     sha256: str
@@ -45,6 +47,7 @@ class Finding:
     stored: str = ""
     size: tuple[int, int] = (0, 0)
     converted: tuple[str, ...] = ()
+    values: Values | None = None
 
 
 class _Cache(BaseModel):
@@ -96,7 +99,8 @@ def examine(path: Path) -> Finding:
         picture = decode_bytes(data, path)
     except UnreadableImage as error:
         return Finding(sha256, error.reason)
-    return Finding(sha256, None, picture.stored, picture.image.size, picture.converted)
+    size, converted = picture.image.size, picture.converted
+    return Finding(sha256, None, picture.stored, size, converted, picture.values)
 
 
 def _examine_new(paths: Sequence[Path]) -> Iterator[tuple[Path, Finding]]:

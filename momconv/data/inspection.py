@@ -8,8 +8,10 @@ from pathlib import Path
 
 from momconv.data.examination import Finding, examine_all
 from momconv.data.folder import ImageSet
+from momconv.data.values import count_outside
 from momconv.errors import DataError
 from momconv.words import list_some, plural, printable
+from momconv.zoo.description import ValueRanges
 from momconv.zoo.seen import SeenImages
 
 _SHOWN = 5  # unreadable files that a message names
@@ -61,6 +63,25 @@ def check_images(
             raise _lost(problem, lost[0], bad)
         warnings += (f"warning: {problem}",)
     return Inspection(readable, findings, (*warnings, *_note_converted(findings)))
+
+
+def find_outside(findings: Mapping[Path, Finding], ranges: ValueRanges) -> dict[Path, int]:
+    """About how many values of each image are outside of the ``ranges``, where any are."""
+    found = {
+        path: count_outside(finding.values, bounds)
+        for path, finding in findings.items()
+        if finding.values and (bounds := getattr(ranges, finding.values.kind))
+    }
+    return {path: count for path, count in found.items() if count}
+
+
+def find_guessed(findings: Mapping[Path, Finding], ranges: ValueRanges) -> set[Path]:
+    """Images for whose values there is no range."""
+    return {
+        path
+        for path, finding in findings.items()
+        if finding.values and getattr(ranges, finding.values.kind) is None
+    }
 
 
 def find_duplicates(train: Inspection, val: Inspection) -> list[tuple[Path, Path]]:

@@ -10,7 +10,7 @@ import copy
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,7 @@ def to_config(description: Description) -> dict[str, Any]:
         "architecture": description.architecture,
         "num_classes": description.num_classes,
         "label_names": description.classes,
+        "value_ranges": asdict(p.ranges),  # of images that are not 8-bit
         "pretrained_cfg": {
             "input_size": [3, p.resolution, p.resolution],
             "mean": p.mean,

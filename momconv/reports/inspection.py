@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 
+from momconv.data.values import describe_ranges
 from momconv.errors import ModelFileError
 from momconv.files.model_file import read_metadata, read_skeleton
 from momconv.reports.drift import describe_drift, show_facts
@@ -103,9 +104,10 @@ def inspect_file(path: Path, own: nn.Module | None = None) -> Inspection:
 def describe_input(p: Preprocessing) -> str:
     """How an image becomes the input, in the order in which it is done."""
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (p.mean, p.std))
+    values = f"{ranges}, " if (ranges := describe_ranges(p.ranges)) else ""
     return (
-        f"shorter side to {p.resize} ({p.interpolation}), centre {p.resolution} × {p.resolution}, "
-        f"minus ({mean}), over ({std})"
+        f"{values}shorter side to {p.resize} ({p.interpolation}), centre {p.resolution} × "
+        f"{p.resolution}, minus ({mean}), over ({std})"
     )
 
 

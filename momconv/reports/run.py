@@ -81,7 +81,7 @@ def _draw(result: Result, description: Description, scores: Scores | None) -> li
     if scores:
         draw_confusion(scores, confusion)
     if scores and scores.mistakes:
-        draw_mistakes(scores.mistakes, mistakes)
+        draw_mistakes(scores.mistakes, description.preprocessing, mistakes)
     draw_memory(result.plan, memory)
     draw_training_images(result.splits.train, description.preprocessing, result.recipe, images)
     with suppress(OSError, ValueError, LookupError):  # there is no such table, or a damaged one

@@ -82,12 +82,12 @@ def draw_confusion(scores: Scores, path: Path) -> None:
             axes.text(column, row, number, ha="center", va="center", color=colour)
 
 
-def draw_mistakes(mistakes: Sequence[Mistake], path: Path) -> None:
+def draw_mistakes(mistakes: Sequence[Mistake], p: Preprocessing, path: Path) -> None:
     """The images themselves, with what was said and what is right."""
     texts = [
         f"said {_shorten(m.said)} ({m.probability:.0%})\nis {_shorten(m.truth)}" for m in mistakes
     ]
-    _draw_images((decode(mistake.path) for mistake in mistakes), texts, path)
+    _draw_images((decode(mistake.path, p.ranges) for mistake in mistakes), texts, path)
 
 
 def draw_training_images(images: ImageSet, p: Preprocessing, recipe: Recipe, path: Path) -> None:
@@ -95,7 +95,7 @@ def draw_training_images(images: ImageSet, p: Preprocessing, recipe: Recipe, pat
     data, total = recipe.data, len(images.samples)
     count = min(_EXAMPLES, total)
     transform = training_transform(p, level=data.augment, flip=data.flip)
-    dataset = LabelledImages(images, transform, seed=recipe.train.seed)
+    dataset = LabelledImages(images, transform, seed=recipe.train.seed, ranges=p.ranges)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (p.mean, p.std))
     numbers = [number * total // count for number in range(count)]
     pictures = (to_pil_image((dataset[n][0] * std + mean).clamp(0, 1)) for n in numbers)

@@ -95,7 +95,7 @@ class _Batches:
         self._size = min(batch_size, _BATCH, len(chosen))
         self.images = len(chosen) // self._size * self._size  # every batch counts the same
         self._chosen = images.select(chosen[: self.images])
-        self._transform = evaluation_transform(describe(model).preprocessing)
+        self._preprocessing = describe(model).preprocessing
         self._workers, self._leave_out = workers, leave_out
         self._loader = self._make_loader()
         self.titles = [*_TITLES]
@@ -128,7 +128,9 @@ class _Batches:
         self._loader = self._make_loader()
 
     def _make_loader(self) -> "DataLoader[tuple[Tensor, Tensor]]":
-        dataset = LabelledImages(self._chosen, self._transform, seed=None)
+        transform = evaluation_transform(self._preprocessing)
+        ranges = self._preprocessing.ranges
+        dataset = LabelledImages(self._chosen, transform, seed=None, ranges=ranges)
         workers = self._workers
         return make_loader(
             dataset, workers=workers, batch_size=self._size, persistent_workers=workers > 0

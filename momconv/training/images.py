@@ -74,7 +74,7 @@ class CheckedImages:
 
     splits: Splits
     report: DataReport
-    sha256: Mapping[Path, str]  # of each file
+    findings: Mapping[Path, Finding]
 
 
 def require_folder(recipe: DataRecipe) -> Path:
@@ -146,8 +146,7 @@ def keep_readable(
     _tell(warnings, recipe, listener)
     found = report(train, val, duplicates, (*splits.notes, *train.notes, *val.notes, *warnings))
     readable = Splits(train.images, val.images, splits.notes, found.fingerprint)
-    findings = {**train.findings, **val.findings}
-    return CheckedImages(readable, found, {path: f.sha256 for path, f in findings.items()})
+    return CheckedImages(readable, found, {**train.findings, **val.findings})
 
 
 def remember_images(
@@ -238,7 +237,7 @@ def _changed(root: Path, changed: Sequence[Path]) -> DataError:
 def _to_part(images: ImageSet, root: Path, checked: CheckedImages) -> _Part:
     folder, above = images.root.absolute(), root.absolute()
     files = (
-        _File(path.relative_to(images.root), name, checked.sha256[path])
+        _File(path.relative_to(images.root), name, checked.findings[path].sha256)
         for path, name in name_classes(images)
     )
     return _Part(

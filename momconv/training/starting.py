@@ -6,6 +6,8 @@ from functools import partial
 from torch import nn
 
 from momconv.data.folder import Splits
+from momconv.data.inspection import find_guessed, find_outside
+from momconv.data.values import find_ranges, settle_ranges, warn_of_values
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
 from momconv.planner.outlook import Fixed
@@ -69,6 +71,7 @@ def prepare(task: Task) -> Ready:
         listener.tell(_NO_MOMENTUM)
     images = keep_readable(found, recipe.data, listener, describe(model).seen)
     _check_images(recipe, images.splits, listener)
+    _settle_ranges(model, images, listener)
     provenance = find_provenance(recipe, model, images.report.fingerprint, task.device)
     if task.like:
         tell_of_differences(task.like, provenance, listener)
@@ -146,6 +149,19 @@ def _describe_changes(recipe: Recipe) -> str:
         f"note: as that is faster, or more of the batch fits (train.may_change): γ is "
         f"{recipe.momentum.gamma:g}, precision {recipe.train.precision}"
     )
+
+
+def _settle_ranges(model: nn.Module, images: CheckedImages, listener: Listener) -> None:
+    """Let ``model`` know what is black and white in the training images, if these are not 8-bit."""
+    findings = images.findings
+    paths = [sample.path for sample in images.splits.train.samples]
+    told = settle_ranges(
+        model, find_ranges(values for path in paths if (values := findings[path].values))
+    )
+    ranges = describe(model).preprocessing.ranges
+    outside, guessed = find_outside(findings, ranges), find_guessed(findings, ranges)
+    for line in (*told, *warn_of_values(outside, guessed, approximate=True)):
+        listener.tell(line)
 
 
 def _describe_resizing(p: Preprocessing) -> str:

@@ -47,7 +47,9 @@ class Steps:
         preprocessing = describe(job.model).preprocessing
         data = job.recipe.data
         transform = training_transform(preprocessing, level=data.augment, flip=data.flip)
-        self._dataset = LabelledImages(images, transform, seed=job.recipe.train.seed)
+        self._dataset = LabelledImages(
+            images, transform, seed=job.recipe.train.seed, ranges=preprocessing.ranges
+        )
         self._micro_batches = MicroBatches()
         self._mixer = Mixer(job.recipe.train, len(images.classes))
         self._loader = make_loader(

@@ -19,6 +19,31 @@ Interpolation = Literal[
 ]
 
 
+ValueRange = tuple[FiniteFloat, FiniteFloat]
+
+
+@dataclass(frozen=True, slots=True)
+class ValueRanges:
+    """Which values are black and which are white in images whose values are not 8-bit.
+
+    Each is None where the network was trained on no such images.
+
+    Attributes:
+        integers: Of 16 and 32 bits.
+        floats: Floating-point values.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    integers: ValueRange | None = None
+    floats: ValueRange | None = None
+
+    def __post_init__(self) -> None:
+        for bounds in (self.integers, self.floats):
+            if bounds is not None and bounds[0] >= bounds[1]:
+                raise ValueError(f"no range of values: {bounds[0]} to {bounds[1]}")
+
+
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
     """How an image becomes the network's input.
@@ -29,6 +54,7 @@ class Preprocessing:
         mean: Subtracted from each of red, green and blue in [0, 1].
         std: What each channel is divided by afterwards.
         interpolation: A value of torchvision's ``InterpolationMode``.
+        ranges: What is black and white before all that, where values are not 8-bit.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -38,6 +64,7 @@ class Preprocessing:
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     interpolation: Interpolation = "bilinear"
+    ranges: ValueRanges = ValueRanges()
 
     def at(self, resolution: int) -> Preprocessing:
         """The same for another ``resolution``, with ``resize`` scaled in proportion."""

@@ -1,19 +1,25 @@
 import io
 import os
 import socket
+import struct
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
+from zlib import compress, crc32
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from pictures import save_picture
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
 
 from momconv.data import decoding
 from momconv.data.decoding import UnreadableImage, decode, decode_bytes
+from momconv.data.values import summarise
 from momconv.errors import DataError
+from momconv.zoo.description import ValueRanges
 
 WHITE, RED = (255, 255, 255), (255, 0, 0)
 
@@ -103,6 +109,99 @@ def test_a_16_bit_png_keeps_its_mean(tmp_path: Path) -> None:
     values = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     image = decode(save(tmp_path / "grey.png", Image.fromarray(values)))
     assert np.asarray(image).mean() == pytest.approx(127.5, abs=0.5)
+
+
+def deep_png(values: NDArray[np.uint16]) -> bytes:
+    """A PNG of 16 bits a channel, which Pillow does not write."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc32(kind + body))
+
+    height, width, channels = values.shape
+    colours = {3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", width, height, 16, colours, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+def deep_tiff(values: NDArray[Any], order: str, no_data: str = "") -> bytes:
+    """An uncompressed TIFF of one or three channels, in little ("<") or big (">") endian."""
+    height, width, channels = values.shape
+    tags: list[tuple[int, str, list[int]]] = [
+        *((256, "H", [width]), (257, "H", [height])),
+        *((258, "H", [8 * values.itemsize] * channels), (259, "H", [1])),
+        *((262, "H", [2 if channels == 3 else 1]), (273, "I", [0]), (277, "H", [channels])),
+        *((278, "H", [height]), (279, "I", [values.nbytes]), (284, "H", [1])),
+        (339, "H", [{"u": 1, "i": 2, "f": 3}[values.dtype.kind]] * channels),
+        *([(42113, "B", [*no_data.encode(), 0])] if no_data else []),
+    ]
+    entries, extra, start = b"", b"", 8 + 2 + 12 * len(tags) + 4
+    size = sum(len(v) * struct.calcsize(k) for _, k, v in tags if len(v) * struct.calcsize(k) > 4)
+    for tag, kind, numbers in tags:
+        numbers = [start + size] if tag == 273 else numbers
+        body = struct.pack(f"{order}{len(numbers)}{kind}", *numbers)
+        if len(body) > 4:
+            body, extra = struct.pack(f"{order}I", start + len(extra)), extra + body
+        code = {"B": 2, "H": 3, "I": 4}[kind]
+        entries += struct.pack(f"{order}HHI", tag, code, len(numbers)) + body.ljust(4, b"\0")
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    head = mark + struct.pack(f"{order}IH", 8, len(tags)) + entries + bytes(4)
+    return head + extra + values.astype(values.dtype.newbyteorder(order)).tobytes()
+
+
+DEEP = np.arange(0, 4096, 16, dtype=np.uint16).reshape(8, 8, 4)
+TWELVE_BIT = ValueRanges(integers=(0, 4095))
+
+
+@pytest.mark.parametrize("kind", ["png", "<", ">"])
+def test_of_deep_colours_all_bits_are_used(tmp_path: Path, kind: str) -> None:
+    colours = DEEP[..., :3]
+    path = tmp_path / "deep"
+    path.write_bytes(deep_png(colours) if kind == "png" else deep_tiff(colours, kind))
+    expected = (colours / 4095 * 255).round().astype(np.uint8)
+    assert np.array_equal(np.asarray(decode(path, TWELVE_BIT)), expected)
+    picture = decode_bytes(path.read_bytes(), path)
+    assert picture.converted == ("16-bit colours, rescaled to 0-255",)
+    assert picture.values == summarise(colours)
+
+
+def test_deep_colours_may_be_transparent(tmp_path: Path) -> None:
+    pixels = np.array([[[4095, 0, 0, 65535], [4095, 0, 0, 0]]], dtype=np.uint16)
+    path = tmp_path / "deep.png"
+    path.write_bytes(deep_png(pixels))
+    image = decode(path, TWELVE_BIT)
+    assert [image.getpixel((n, 0)) for n in range(2)] == [RED, WHITE]
+
+
+def test_values_are_scaled_by_the_range_of_the_network(tmp_path: Path) -> None:
+    path = grey(tmp_path / "grey.tif", [0.0, 400.0, 2000.0, 2500.0, -9999.0], np.float32)
+    picture = decode_bytes(path.read_bytes(), path, ValueRanges(floats=(0, 2000)))
+    assert reds(picture.image) == [0, 51, 255, 255, 0]
+    assert (picture.values, picture.outside) == (None, 2)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_what_a_tiff_says_is_no_data_is_black_and_not_counted(tmp_path: Path, order: str) -> None:
+    values = np.array([[[100.0], [3e38], [150.0]]], dtype=np.float32)
+    path = tmp_path / "grey.tif"
+    path.write_bytes(deep_tiff(values, order, no_data="3e+38"))
+    picture = decode_bytes(path.read_bytes(), path, ValueRanges(floats=(0, 200)))
+    assert reds(picture.image) == [128, 0, 191]
+    assert picture.outside == 0
+
+
+def test_integers_without_a_sign_are_not_negative(tmp_path: Path) -> None:
+    path = tmp_path / "grey.tif"
+    path.write_bytes(deep_tiff(np.array([[[0], [2**31], [2**32 - 1]]], dtype=np.uint32), "<"))
+    assert reds(decode(path, ValueRanges(integers=(0, 2**32 - 1)))) == [0, 128, 255]
+
+
+def test_an_unsupported_tiff_is_called_one(tmp_path: Path) -> None:
+    path = tmp_path / "grey.tif"
+    path.write_bytes(deep_tiff(np.ones((2, 2, 1)), "<"))
+    with pytest.raises(UnreadableImage, match="unsupported kind of TIFF"):
+        decode(path)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])

@@ -15,6 +15,9 @@ from momconv.reports import run_plots
 from momconv.reports.run import report_run
 from momconv.reports.run_plots import draw_confusion, draw_mistakes
 from momconv.training.finetuning import Result, finetune
+from momconv.zoo.description import Preprocessing
+
+PLAIN = Preprocessing(32, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +161,11 @@ def test_names_are_not_obeyed_and_may_be_of_any_script(colours: Path, tmp_path: 
     names = ("$x$ \\frac{", "六", "a\x1b[31m", "x" * 99)
     draw_confusion(make_scores(*names), tmp_path / "confusion.png")
     mistakes = [Mistake(colours / "red" / "0.png", name, "$", 0.5) for name in names]
-    draw_mistakes(mistakes, tmp_path / "mistakes.png")
-    assert len(list(tmp_path.iterdir())) == 2
+    strip = tmp_path / "strip.png"
+    Image.new("RGB", (1, 40_000)).save(strip)
+    mistakes.append(Mistake(strip, "a", "b", 0.5))
+    draw_mistakes(mistakes, PLAIN, tmp_path / "mistakes.png")
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_of_many_classes_the_most_confused_are_shown() -> None:
