@@ -1,16 +1,19 @@
 """What ``momconv convert`` does, from Python; what people type is in tests/cli/test_convert.py."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import momconv
 from momconv.converting import Means, Scheme, convert_network, revert_network
 from momconv.errors import UsageError
 from momconv.momentum.sequential import momentum_stages
 from momconv.training.progress import Listener
-from momconv.zoo.description import describe
+from momconv.zoo.description import ValueRanges, describe
 
 SCHEME = Scheme("cifar_resnet20", weights="none", resolution=32, stages="layer2,layer3")
 
@@ -49,6 +52,17 @@ def test_a_network_is_converted_adapted_certified_and_written(
         "refining",
     ]
     assert any("images to calibrate on; 100 or more are better" in text for text in log.told)
+
+
+def test_what_is_black_and_white_is_found_in_the_images_to_calibrate_on(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 3000, (12, 32, 32), dtype=np.uint16)
+    for number, image in enumerate(values):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    path, log = tmp_path / "converted.safetensors", Log()
+    convert_network(replace(SCHEME, gamma=0.0), Means(calibrate=tmp_path), path, log)
+    ranges = describe(momconv.load(path)).preprocessing.ranges
+    assert ranges == ValueRanges(integers=(0, 4095))
+    assert any("integers from 0 (black) to 4095 (white)" in text for text in log.told)
 
 
 def test_and_back_to_a_plain_network(tmp_path: Path) -> None:

@@ -306,8 +306,10 @@ def _read_values(image: Image.Image, lower: Image.Image | None) -> "NDArray[Any]
     """The values of a grey image, or those of 16-bit colours."""
     values: NDArray[Any] = np.asarray(image)
     if lower is not None:
-        upper = values[..., :3].astype(np.uint16)
-        return np.bitwise_or(upper << 8, np.asarray(lower)[..., :3])
+        upper: NDArray[Any] = values[..., :3].astype(np.uint16)
+        upper <<= 8
+        upper |= np.asarray(lower)[..., :3]
+        return upper
     tags = _read_tags(image)
     unsigned = tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (1,)) == (1,)
     # Pillow takes those without a sign for such with one.

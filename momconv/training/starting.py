@@ -78,7 +78,7 @@ def prepare(task: Task) -> Ready:
     if recipe.data.resolution is not None:
         listener.tell(f"note: {_describe_resizing(describe(model).preprocessing)}")
     network.fit_head(model, images.splits.train.classes)
-    trained_on = (images.sha256[sample.path] for sample in images.splits.train.samples)
+    trained_on = (images.findings[sample.path].sha256 for sample in images.splits.train.samples)
     mark_as_seen(model, trained_on)
     network.place(model, task.device)
     network.start_training(model, recipe.train)

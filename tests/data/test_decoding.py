@@ -5,7 +5,7 @@ import struct
 import threading
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from zlib import compress, crc32
 
 import numpy as np
@@ -111,6 +111,9 @@ def test_a_16_bit_png_keeps_its_mean(tmp_path: Path) -> None:
     assert np.asarray(image).mean() == pytest.approx(127.5, abs=0.5)
 
 
+Order = Literal["<", ">"]
+
+
 def deep_png(values: NDArray[np.uint16]) -> bytes:
     """A PNG of 16 bits a channel, which Pillow does not write."""
 
@@ -125,7 +128,7 @@ def deep_png(values: NDArray[np.uint16]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + data
 
 
-def deep_tiff(values: NDArray[Any], order: str, no_data: str = "") -> bytes:
+def deep_tiff(values: NDArray[Any], order: Order, no_data: str = "") -> bytes:
     """An uncompressed TIFF of one or three channels, in little ("<") or big (">") endian."""
     height, width, channels = values.shape
     tags: list[tuple[int, str, list[int]]] = [
@@ -154,11 +157,11 @@ DEEP = np.arange(0, 4096, 16, dtype=np.uint16).reshape(8, 8, 4)
 TWELVE_BIT = ValueRanges(integers=(0, 4095))
 
 
-@pytest.mark.parametrize("kind", ["png", "<", ">"])
-def test_of_deep_colours_all_bits_are_used(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("order", [None, "<", ">"])
+def test_of_deep_colours_all_bits_are_used(tmp_path: Path, order: Order | None) -> None:
     colours = DEEP[..., :3]
     path = tmp_path / "deep"
-    path.write_bytes(deep_png(colours) if kind == "png" else deep_tiff(colours, kind))
+    path.write_bytes(deep_tiff(colours, order) if order else deep_png(colours))
     expected = (colours / 4095 * 255).round().astype(np.uint8)
     assert np.array_equal(np.asarray(decode(path, TWELVE_BIT)), expected)
     picture = decode_bytes(path.read_bytes(), path)
@@ -182,7 +185,7 @@ def test_values_are_scaled_by_the_range_of_the_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_what_a_tiff_says_is_no_data_is_black_and_not_counted(tmp_path: Path, order: str) -> None:
+def test_what_a_tiff_says_is_no_data_is_black_and_not_counted(tmp_path: Path, order: Order) -> None:
     values = np.array([[[100.0], [3e38], [150.0]]], dtype=np.float32)
     path = tmp_path / "grey.tif"
     path.write_bytes(deep_tiff(values, order, no_data="3e+38"))

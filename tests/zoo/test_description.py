@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from momconv.errors import UsageError
 from momconv.zoo.description import (
     Description,
     Preprocessing,
+    ValueRanges,
     attach,
     describe,
     find_description,
@@ -46,6 +48,26 @@ def test_another_attribute_of_that_name_is_no_description() -> None:
     assert find_description(model) is None
     attach(model, BEES)
     assert find_description(model) == BEES
+
+
+def test_a_description_without_ranges_of_values_is_read_as_before() -> None:
+    values = ADAPTER.dump_python(BEES, mode="json")
+    del values["preprocessing"]["ranges"]
+    text = TypeAdapter(dict[str, Any]).dump_json(values)
+    assert ADAPTER.validate_json(text) == BEES
+
+
+def test_ranges_of_values_survive_json() -> None:
+    ranges = ValueRanges(integers=(0, 4095), floats=(-0.5, 1))
+    bees = replace(BEES, preprocessing=replace(IMAGENET, ranges=ranges))
+    assert ADAPTER.validate_json(ADAPTER.dump_json(bees)) == bees
+    assert bees.preprocessing.at(64).ranges == ranges
+
+
+@pytest.mark.parametrize("bounds", [(1, 1), (2, 1), (0, float("inf"))])
+def test_what_is_no_range_of_values_is_refused(bounds: tuple[float, float]) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(ValueRanges).validate_python({"floats": bounds})
 
 
 def test_a_description_survives_json() -> None:
