@@ -2,10 +2,10 @@
 
 A step has to read and write each of its tensors once: x, v and y with 4 bytes an element, the
 remainder with 1. Those bytes over the time are its speed, and "of a copy" is that over the speed
-of ``Tensor.copy_``. "fused" is one pass (momconv/momentum/fused.py), "pieces" are PyTorch's own
+of ``Tensor.copy_``. "fused" is one pass (momentum/faster/fused.py), "pieces" are PyTorch's own
 operations, which take its place where Triton or Numba are missing. On a CPU a fused step runs on
-half of PyTorch's threads (momconv/momentum/fused_cpu.py), a copy on all of them, and what returns
-a large tensor (advance, retreat) also waits for fresh pages of memory. Median times.
+half of PyTorch's threads (momentum/faster/fused_cpu.py), a copy on all of them, and what returns a
+large tensor (advance, retreat) also waits for fresh pages of memory. Median times.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from rich.console import Console
 from torch.utils.benchmark import Timer
 
 from benchmarks.tables import Log, Row, choose_device, show
-from momconv.momentum import fused, kernels
 from momconv.momentum.equations import Rule
+from momconv.momentum.faster import fused, kernels
 
 TITLE = "kernels"
 KEY = ("elements", "operation", "way")
@@ -36,7 +36,7 @@ def make_calls(size: int, device: torch.device) -> dict[str, Callable[[], object
     return {
         "copy": lambda: out.copy_(x),
         "advance": lambda: kernels.advance(x, v, r, y, largest, RULE, 0),
-        "retreat": lambda: kernels.retreat(x, v, RULE),
+        "retreat": lambda: torch.sub(x, v, alpha=RULE.ulp),
         "undo": lambda: kernels.undo(x, v, r, y, RULE, 0),
     }
 

@@ -13,7 +13,7 @@ fine-tuning (momconv.heap).
 
 "Forward twice" is what the storing steps of the same network would take if the forward pass cost
 its time twice, which is what it takes to compute every block again just as it was computed.
-momconv may stay below: on a CPU it takes BatchNorm's statistics once (momconv.momentum.norms).
+momconv may stay below: on a CPU it takes BatchNorm's statistics once (momentum/faster/norms.py).
 
 The couplings of memcnn and revtorch do half of the work, see benchmarks/couplings.py: their ratio
 to the plain network is no comparison.

@@ -22,7 +22,7 @@ from momconv._version import __version__
 from momconv.errors import MomconvError
 from momconv.files.atomic import write_text
 from momconv.files.model_file import load, save
-from momconv.momentum import fused
+from momconv.momentum import seam
 from momconv.planner.devices import find_device
 from momconv.planner.measurement import available_bytes
 from momconv.surgery.certificate import compare_gradients
@@ -149,12 +149,12 @@ def _look_at_gpu(gpu: torch.device) -> Iterator[Finding]:
     named = f"{device.name}, compute {device.major}.{device.minor}, {amount}"
     yield Finding(str(gpu), ok=free > _MEMORY, found=named, fix=_FREE_GPU, needed=False)
     with warnings.catch_warnings(action="ignore"):  # they are told here
-        obstacle = fused.find_obstacle(gpu)
+        obstacle = seam.find_obstacle(gpu)
     yield Finding(
         f"Triton on {gpu}",
         ok=obstacle is None,
         found=obstacle or f"{_find_version('triton')} builds kernels",
-        fix=fused.NEEDED,
+        fix=seam.NEEDED,
         needed=False,
     )
 

@@ -19,6 +19,7 @@ LAYERS = [
     "determinism",
     "recipe",
     "cookbook",
+    "tracing",
     "momentum",
     "zoo",
     "surgery",

@@ -1,8 +1,16 @@
 """Running a block twice: once forgetting what backward needs, once, during backward, keeping it.
 
+So does ``torch.utils.checkpoint``, which keeps the block's input to run it again. This takes the
+input from whoever has it, so that a run can reconstruct it, and beyond that
+
+* updates BatchNorm's running statistics, and any other buffer, once and not twice;
+* notices what was written to in between, and a block that saves other tensors the second time;
+* frees each saved tensor as soon as backward is done with it, and can repeat a block in two parts;
+* looks at random generators that were used, not at all that there are.
+
 Whatever must be the same both times is arranged here: which modules are training, parameters,
 buffers (the second run works on copies, so BatchNorm's statistics are updated once; or it knows
-them, see momconv.momentum.norms), random numbers, autocast, and which inputs require gradients.
+them, see faster/norms.py), random numbers, autocast, and which inputs require gradients.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,10 +24,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 
 from momconv.errors import InversionError, NotReproducible, UsageError
-from momconv.momentum.condition import Condition
-from momconv.momentum.norms import Norms
-from momconv.momentum.parts import Cut
-from momconv.states import keeping_random_state
+from momconv.momentum.seam import Cut, Norms, PlainCut
+from momconv.states import Condition, autocast_settings, keeping_random_state
 
 
 class Replay:
@@ -29,13 +35,13 @@ class Replay:
     numbers. Backward finds the tensors under these numbers once :meth:`repeat` has been called.
 
     ``in_parts``, it is repeated twice: for the tensors from the middle on, and then for those
-    before it; see momconv.momentum.parts.
+    before it; see faster/parts.py.
     """
 
     def __init__(self, block: nn.Module, *, in_parts: bool = False) -> None:
         self._block = block
         self._in_parts = in_parts
-        self._cut: Cut | None = None  # during the first call
+        self._cut: PlainCut | None = None  # during the first call
         modules = [*block.modules()]
         self._norms = Norms(modules)
         self._condition = Condition(modules, self._norms.others)
@@ -314,16 +320,6 @@ def without_autocast_cache(device_type: str) -> AbstractContextManager[Any]:
     can be part of.
     """
     return _autocast(autocast_settings(device_type) | {"cache_enabled": False})
-
-
-def autocast_settings(device_type: str) -> dict[str, Any]:
-    """Arguments with which torch.autocast does what it is doing now."""
-    return {
-        "device_type": device_type,
-        "enabled": torch.is_autocast_enabled(device_type),
-        "dtype": torch.get_autocast_dtype(device_type),
-        "cache_enabled": torch.is_autocast_cache_enabled(),
-    }
 
 
 def _autocast(settings: dict[str, Any]) -> AbstractContextManager[Any]:

@@ -16,8 +16,8 @@ from momconv.momentum.arguments import bind
 from momconv.momentum.autograd import Strategy, run
 from momconv.momentum.equations import Rule, Velocity, coefficients, weights
 from momconv.momentum.replay import checkpoint, evaluate, without_autocast_cache
-from momconv.momentum.runs import find_runs
 from momconv.momentum.segment import Call, Segment
+from momconv.tracing.runs import find_runs
 
 SMALLEST_GAMMA = 1e-6  # below it one step's remainder would not fit an exact float
 
@@ -88,7 +88,7 @@ class MomentumSequential(nn.Sequential):
         velocity: v[0] is 0 ("zero") or f(x[0]) ("residual").
         strategy: how backward gets its activations; see momconv.momentum.autograd.
         in_parts: whether blocks that are computed again may be so in two parts, one after the
-            other, which takes less memory and more time; see momconv.momentum.parts.
+            other, which takes less memory and more time; see faster/parts.py.
         fraction_bits: the grid is 2^-fraction_bits in single precision, which leaves activations a
             range of ±2^(22 - fraction_bits). Double precision has 29 more.
         runs: found on the first forward pass, unless given.

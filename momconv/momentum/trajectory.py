@@ -7,8 +7,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from momconv.errors import InversionError, NotReproducible, RangeOverflow, UsageError
-from momconv.momentum import kernels
+from momconv.momentum import seam
 from momconv.momentum.equations import Rule, largest_magnitude, remainder_bounds
+from momconv.momentum.measures import checksum, magnitude
 from momconv.momentum.replay import version_of
 
 
@@ -41,7 +42,7 @@ class Trajectory:
         """Remember this point as the one where the way back will end."""
         self._origin = self.n
         self._checksums = self._checksum()
-        self._largest = kernels.magnitude(self.x)
+        self._largest = magnitude(self.x)
 
     @property
     def has_origin(self) -> bool:
@@ -53,7 +54,7 @@ class Trajectory:
         self._make_room()
         y = _laid_out_like(self.x, y)
         r = self._remainders[-1]
-        x = kernels.advance(self.x, self.v, r, y, self._largest, self.rule, self.n)
+        x = seam.advance(self.x, self.v, r, y, self._largest, self.rule, self.n)
         # An alias: the caller gets a tensor of its own to hang a graph on.
         self.x, self._version = x.detach(), version_of(x)
         self.n += 1
@@ -82,14 +83,14 @@ class Trajectory:
         if n == len(self._bounds) - 1 and not isinstance(self.x, FakeTensor):  # which has no values
             torch.autograd.Variable._execution_engine.queue_callback(self.verify)
         self.n = n
-        self.x = kernels.retreat(self.x, self.v, self.rule)
+        self.x = torch.sub(self.x, self.v, alpha=self.rule.ulp)
         self._version = version_of(self.x)
         return self.x
 
     def undo(self, y: Tensor) -> None:
         """Bring v and r to step n as well, given y = block(x[n])."""
         y = _laid_out_like(self.x, y)
-        kernels.undo(self.x, self.v, self._remainders[-1], y, self.rule, self.n)
+        seam.undo(self.x, self.v, self._remainders[-1], y, self.rule, self.n)
         self._restore_room()
         if self.n == self._origin:
             self._mismatch = self._checksum().ne(self._checksums).any()
@@ -150,7 +151,7 @@ class Trajectory:
         """Of x, v and r; r as int32, because its width may differ."""
         r = self._remainders[-1]
         parts = [self.x, self.v] if r is None else [self.x, self.v, r.to(torch.int32)]
-        return torch.stack([kernels.checksum(part) for part in parts])
+        return torch.stack([checksum(part) for part in parts])
 
 
 def narrowest(bound: float) -> torch.dtype:

@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from momconv.errors import UsageError
 from momconv.momentum.autograd import Strategy
-from momconv.momentum.runs import DEPENDS_ON_VALUES
 from momconv.momentum.sequential import set_strategy
 from momconv.planner.cost import Work, count_work
 from momconv.planner.fakes import Imitator
 from momconv.planner.measurement import OptimizerName, Precision, run_step, static_bytes
 from momconv.planner.scratch import peak_within
 from momconv.planner.stages import assign_modules, marking
+from momconv.tracing.runs import DEPENDS_ON_VALUES
 from momconv.words import quoted
 
 # What a GPU needs besides tensors. No GPU has been measured for these: they are the sizes that

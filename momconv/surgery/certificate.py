@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from momconv.determinism import deterministic
 from momconv.momentum.autograd import Strategy
 from momconv.momentum.equations import largest_magnitude, remainder_bounds
-from momconv.momentum.kernels import magnitude
+from momconv.momentum.measures import magnitude
 from momconv.momentum.sequential import MomentumSequential, momentum_stages, set_strategy
 from momconv.momentum.trajectory import narrowest
 from momconv.states import in_eval_mode, keeping_random_state

@@ -22,8 +22,14 @@ from momconv.momentum.sequential import (
     momentum_stages,
     set_strategy,
 )
-from momconv.surgery.sequences import Runs, find_sequences, has_loop, list_operations, search
 from momconv.surgery.stem import make_stem_recomputable, restore_stem
+from momconv.tracing.sequences import (
+    Runs,
+    find_sequences,
+    has_loop,
+    list_operations,
+    search,
+)
 from momconv.words import quoted
 from momconv.zoo.description import find_description
 from momconv.zoo.networks import build_described, is_known

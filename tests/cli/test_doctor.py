@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from momconv import diagnosis
 from momconv.cli import app
 from momconv.diagnosis import Finding
-from momconv.momentum import fused
+from momconv.momentum import seam
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gpu")
 def test_a_gpu_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """It works all the same."""
-    monkeypatch.setattr(fused, "find_obstacle", lambda _: "RuntimeError: no C compiler")
+    monkeypatch.setattr(seam, "find_obstacle", lambda _: "RuntimeError: no C compiler")
     card, triton = diagnosis._look_at_gpu(torch.device("cuda", 1))
     assert card == Finding(
         "cuda:1",
@@ -135,7 +135,7 @@ def test_a_gpu_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert (triton.name, triton.ok, triton.needed) == ("Triton on cuda:1", False, False)
     assert triton.found == "RuntimeError: no C compiler"
     assert "gcc" in str(triton.fix)
-    monkeypatch.setattr(fused, "find_obstacle", lambda _: None)
+    monkeypatch.setattr(seam, "find_obstacle", lambda _: None)
     assert [f.ok for f in diagnosis._look_at_gpu(torch.device("cuda", 1))] == [True, True]
 
 

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from momconv.momentum import fused, kernels
 from momconv.momentum.equations import (
     FULL,
     Block,
@@ -22,6 +21,7 @@ from momconv.momentum.equations import (
     step,
     weights,
 )
+from momconv.momentum.faster import fused, kernels
 
 GAMMAS = [0.001, 0.1, 0.5, 0.9, 0.99, 1.0]
 ULP = 2.0**-14
@@ -174,18 +174,6 @@ def test_the_in_place_kernels_compute_the_equations(
     x_after = kernels.advance(x, v_after, r_or_none, y, largest, rule, 0)
     assert all(map(torch.equal, (x_after, v_after, r_after.to(dtype)), expected))
 
-    x_back = kernels.retreat(x_after, v_after, rule)
+    x_back = x_after - v_after * ULP
     kernels.undo(x_back, v_after, None if gamma == 1 else r_after, y, rule, 0)
     assert all(map(torch.equal, (x_back, v_after, r_after), (x, v, r)))
-
-
-@pytest.mark.parametrize("size", [1, 7, 8, 29])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.int8])
-def test_a_checksum_sees_a_single_changed_value(dtype: torch.dtype, size: int) -> None:
-    x = torch.arange(size).reshape(1, size).to(dtype)
-
-    assert kernels.checksum(x) == kernels.checksum(x.clone())
-    for n in range(size):
-        changed = x.clone()
-        changed[0, n] += 1
-        assert kernels.checksum(x) != kernels.checksum(changed)

@@ -21,9 +21,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from momconv import MomentumSequential, set_strategy
 from momconv.errors import InversionError
-from momconv.momentum import norms
 from momconv.momentum.autograd import Strategy
-from momconv.momentum.norms import Norms
+from momconv.momentum.faster import norms
+from momconv.momentum.faster.norms import Norms
 from momconv.momentum.trajectory import Trajectory
 
 GAMMAS = [0.1, 0.5, 0.9, 0.99, 1.0]

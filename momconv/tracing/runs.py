@@ -27,8 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from momconv.errors import UsageError
-from momconv.momentum.condition import Condition
-from momconv.momentum.replay import autocast_settings
+from momconv.states import Condition, autocast_settings
 
 Operation = tuple[str, list[torch.Size]]  # its name, and the shapes of the tensors that it gets
 

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from momconv.momentum import fused
 from momconv.momentum.equations import Rule
+from momconv.momentum.faster import fused
+from momconv.momentum.measures import magnitude
 
 # Elements. Large enough that an operation outweighs its call, or runs at full speed on a GPU, and
 # small enough that the scratch weighs nothing, and stays in cache on a CPU.
 PIECE = 2**17
 GPU_PIECE = 2**22
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def advance(  # noqa: PLR0913 (the state, what changes it, and by which rule)
@@ -42,11 +41,6 @@ def advance(  # noqa: PLR0913 (the state, what changes it, and by which rule)
     return x_next
 
 
-def retreat(x: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    """x[n] from x[n+1] and v[n+1]."""
-    return torch.sub(x, v, alpha=rule.ulp)
-
-
 def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) -> None:
     """Take v and r from n+1 to n in place, where x is x[n] and y = block(x[n])."""
     scale = rule.coefficients[n] / rule.ulp
@@ -57,25 +51,6 @@ def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) 
         v_.sub_((y_ - x_).mul_(scale).round_())
         if r_ is not None:
             _divide(v_, r_, rule.gamma)
-
-
-def magnitude(x: Tensor) -> Tensor:
-    """The largest |x|, a scalar on x's device; not finite if anything in x is not, 0 of nothing."""
-    if x.numel() == 0:
-        return x.new_zeros(())
-    extremes = [torch.stack(torch.aminmax(piece)) for (piece,) in _pieces(x)]
-    return torch.stack(extremes).abs().max()
-
-
-def checksum(x: Tensor) -> Tensor:
-    """The sum of x's bit patterns, an int64 scalar on x's device.
-
-    They are read eight bytes at a time: sum() would make a copy in int64 of anything narrower.
-    """
-    flat = x.as_strided((x.numel(),), (1,))
-    whole = x.numel() - x.numel() % (8 // x.element_size())
-    rest = flat[whole:].view(_BITS[x.element_size()]).sum()
-    return rest + flat[:whole].view(torch.int64).sum()
 
 
 def _multiply(v: Tensor, r: Tensor, gamma: float) -> Tensor:

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from momconv.momentum.runs import Observation, explain_no_run, group_runs, observe
 from momconv.states import in_eval_mode, in_training_mode
+from momconv.tracing.runs import Observation, explain_no_run, group_runs, observe
 
 Runs = dict[str, list[range]]  # by the name of the sequence
 

@@ -82,7 +82,7 @@ def _is_installed(package: str) -> bool:
 @cache
 def _find(module: str, name: str) -> Any:
     """A function of ``module``, which is imported when it is first used."""
-    return getattr(import_module(f"momconv.momentum.{module}"), name)
+    return getattr(import_module(f"momconv.momentum.faster.{module}"), name)
 
 
 def _call(module: str, name: str, *args: Any) -> Any:

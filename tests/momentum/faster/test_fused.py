@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from momconv.momentum import fused, kernels
 from momconv.momentum.equations import Rule
+from momconv.momentum.faster import fused, kernels
 
 ULP = 2.0**-14
 SIZE = 2500  # two programs of a GPU and a part of one
@@ -23,14 +23,14 @@ State = tuple[Tensor, Tensor, Tensor | None, Tensor]
 @pytest.fixture
 def on_cpu() -> ModuleType:
     pytest.importorskip("numba")
-    return importlib.import_module("momconv.momentum.fused_cpu")
+    return importlib.import_module("momconv.momentum.faster.fused_cpu")
 
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Run by Triton's interpreter."""
     pytest.importorskip("triton", reason="Triton is for GPUs")
-    module = importlib.import_module("momconv.momentum.fused_gpu")
+    module = importlib.import_module("momconv.momentum.faster.fused_gpu")
     with monkeypatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # read by @triton.jit
         yield importlib.reload(module)
@@ -158,7 +158,7 @@ def test_a_gpu_is_told_to_round_each_product(
 ) -> None:
     """A product and a sum in one instruction would round once, to other bits than two."""
     pytest.importorskip("triton", reason="Triton is for GPUs")
-    module = importlib.import_module("momconv.momentum.fused_gpu")
+    module = importlib.import_module("momconv.momentum.faster.fused_gpu")
     kernels_ = {name: Launches(getattr(module, name), generation) for name in ("_advance", "_undo")}
     for name, kernel in kernels_.items():
         monkeypatch.setattr(module, name, kernel)
@@ -192,7 +192,7 @@ def test_a_gpu_is_told_to_round_each_product(
 def test_a_gpu_that_is_here_computes_the_same_bits(
     gamma: float, remainder: torch.dtype, dtype: torch.dtype
 ) -> None:
-    module = importlib.import_module("momconv.momentum.fused_gpu")
+    module = importlib.import_module("momconv.momentum.faster.fused_gpu")
     x, v, r, y = make_state(gamma, remainder)
     state = x.cuda(), v.cuda(), None if r is None else r.cuda(), y.to("cuda", dtype)
     check(module, state, gamma)
