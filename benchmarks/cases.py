@@ -9,7 +9,7 @@ import typer
 from torch import nn
 
 from benchmarks.methods import BASES, METHODS, make_network
-from momconv.planner.measurement import Precision
+from momconv.vocabulary import Precision
 
 Trained = Literal["all", "all but BatchNorm", "head"]
 

@@ -20,9 +20,9 @@ from benchmarks.tables import Log, Row, choose_device, show
 from momconv import convert, set_strategy
 from momconv.planner.cost import estimate_speed
 from momconv.planner.measurement import available_bytes, time_step
-from momconv.planner.outlook import STRATEGIES
-from momconv.planner.prediction import Choice, Predictor, Training
+from momconv.planner.prediction import Predictor, Training
 from momconv.planner.speed import measure_speed
+from momconv.vocabulary import STRATEGIES, StrategyChoice
 
 TITLE = "cost"
 KEY = ("network", "images", "strategy")
@@ -47,7 +47,7 @@ def measure(case: Case, device: torch.device) -> Iterator[Row]:
         "calibrated": measure_speed(model, training, device, available_bytes(device)),
         "assumed": estimate_speed(device.type, case.precision),
     }
-    predictor, strategies = Predictor(model, training), (*STRATEGIES, "momentum")
+    predictor, strategies = Predictor(model, training), tuple(STRATEGIES)
     measured = time_all(model, case, strategies, device)
     first: dict[str, float] = {}
     for strategy in strategies:
@@ -65,8 +65,8 @@ def measure(case: Case, device: torch.device) -> Iterator[Row]:
 
 
 def time_all(
-    model: nn.Module, case: Case, strategies: Sequence[Choice], device: torch.device
-) -> dict[Choice, float]:
+    model: nn.Module, case: Case, strategies: Sequence[StrategyChoice], device: torch.device
+) -> dict[StrategyChoice, float]:
     """The fastest step under each strategy."""
     fastest = dict.fromkeys(strategies, math.inf)
     for strategy in (*strategies,) * TURNS:

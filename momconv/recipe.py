@@ -31,6 +31,14 @@ from pydantic import (
 
 from momconv.errors import UsageError
 from momconv.units import parse_bytes, parse_duration, parse_path
+from momconv.vocabulary import (
+    OPTIMIZERS,
+    Monitor,
+    OptimizerName,
+    Precision,
+    StrategyChoice,
+    Velocity,
+)
 from momconv.words import abridge, printable, quoted
 
 
@@ -73,8 +81,6 @@ NameOrPath = Annotated[
     WithJsonSchema({"description": "a name or a path"}),
 ]
 
-Monitor = Literal["val/top1", "val/macro_f1", "val/loss"]
-
 _VARIABLE = "MOMCONV_"  # then section, two underscores and name, in capitals
 ANNEAL_FROM = 0.1  # γ where annealing begins: the rule is still close to that of the ResNet
 
@@ -97,11 +103,11 @@ class MomentumRecipe(_Section):
 
     gamma: UnitInterval = 0.9
     stages: Literal["auto", "all"] | list[str] = "auto"
-    velocity: Literal["zero", "residual"] = "zero"
+    velocity: Velocity = "zero"
     gain: bool = True
     calibrate: bool = True  # towards the original network, on the training images
     anneal: NonNegativeFloat = 0  # epochs in which γ rises to ``gamma``
-    strategy: Literal["auto", "store", "checkpoint", "segment", "momentum"] = "auto"
+    strategy: StrategyChoice = "auto"
 
 
 class DataRecipe(_Section):
@@ -132,7 +138,7 @@ class TrainRecipe(_Section):
     epochs: Count = 10
     batch_size: Count = 32
     micro_batch: Count | Literal["auto"] = "auto"
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: OptimizerName = "sgd"
     lr: PositiveFloat | Literal["auto"] | None = None  # auto: looked for; None: see resolved_lr
     head_lr: PositiveFloat | None = None  # of the head; None: the same
     layer_decay: Fraction = 1  # factor of the rate from each stage to the one below it
@@ -148,7 +154,7 @@ class TrainRecipe(_Section):
     monitor: Monitor = "val/top1"  # which figure of the held-out images says what is best
     patience: Count | None = None  # epochs without a better one after which to stop
     min_delta: NonNegativeFloat = 0  # what counts as better; of top-1 and F1, a fraction
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", Precision] = "auto"
     compile: bool = False  # the residual blocks, by torch.compile
     deterministic: bool = False  # algorithms that repeat their results on a GPU
     seed: Seed = 0
@@ -165,13 +171,13 @@ class TrainRecipe(_Section):
 
     @property
     def resolved_lr(self) -> float:
-        """``lr``, or its default: in proportion to the batch for SGD, constant for AdamW.
+        """``lr``, or the default of the optimiser for the batch.
 
         The default also stands for "auto" until a rate is found.
         """
         if isinstance(self.lr, float):
             return self.lr
-        return 0.01 * self.batch_size / 32 if self.optimizer == "sgd" else 1e-4
+        return OPTIMIZERS[self.optimizer].default_rate(self.batch_size)
 
 
 class LogRecipe(_Section):

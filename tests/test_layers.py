@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "momconv"
 # Each may import itself and what stands before it. "__init__" is the public face, momconv/__init__.
 LAYERS = [
     "_version",
+    "vocabulary",
     "words",
     "errors",
     "units",
@@ -40,6 +41,7 @@ LAYERS = [
 NO_TORCH = [
     "momconv.errors",
     "momconv.units",
+    "momconv.vocabulary",
     "momconv.words",
     "momconv.recipe",
     "momconv.data.splits",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from momconv.cli._own import Function
 from momconv.errors import UsageError
 from momconv.files.atomic import require_free
 from momconv.units import parse_duration, parse_share
+from momconv.vocabulary import Velocity
 from momconv.words import quoted
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def convert(  # noqa: PLR0913 (one for each option)
         ),
     ] = None,
     velocity: Annotated[
-        Literal["zero", "residual"] | None,
+        Velocity | None,
         typer.Option(help="v starts at 0, or at the first residual.", show_default="zero"),
     ] = None,
     gain: Annotated[

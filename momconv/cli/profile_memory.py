@@ -10,6 +10,7 @@ from momconv.cli._options import ArgumentOption, DeviceOption, JsonOption, Netwo
 from momconv.cli._own import Function
 from momconv.errors import UsageError
 from momconv.units import parse_bytes
+from momconv.vocabulary import OptimizerName
 from momconv.words import quoted
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
         typer.Option(metavar="NUMBERS", help="Images of a step whose peak to show, as 8,32,64."),
     ] = None,
     optimizer: Annotated[
-        Literal["sgd", "adamw"], typer.Option(help="What holds a state for each parameter.")
+        OptimizerName, typer.Option(help="What holds a state for each parameter.")
     ] = "sgd",
     device: DeviceOption = "auto",
     measure: Annotated[

@@ -21,7 +21,7 @@ grid counts as the identity.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,7 @@ from momconv.momentum.equations import Rule, integrate, to_grid, widen
 from momconv.momentum.replay import Replay, before_backward
 from momconv.momentum.segment import Call
 from momconv.momentum.trajectory import Trajectory
-
-Strategy = Literal["store", "checkpoint", "segment", "momentum"]
+from momconv.vocabulary import Strategy as Strategy
 
 
 def run(

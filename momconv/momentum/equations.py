@@ -21,14 +21,14 @@ kernels.py computes the same numbers in place.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from momconv.vocabulary import Velocity as Velocity
+
 Block = Callable[[Tensor], Tensor]
 State = tuple[Tensor, Tensor, Tensor]
-Velocity = Literal["zero", "residual"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from momconv.planner.measurement import Precision
+from momconv.vocabulary import Precision
 
 aten = torch.ops.aten
 _ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty)

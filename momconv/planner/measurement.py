@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
 
 import psutil
 import torch
@@ -28,12 +27,9 @@ from torch.nn import functional as F
 from momconv.heap import keeping_freed_memory
 from momconv.planner.micro_batch import Line, StaticBytes
 from momconv.states import keep_buffers, keeping_random_state
-
-Precision = Literal["fp32", "bf16", "fp16"]
-OptimizerName = Literal["sgd", "adamw"]
+from momconv.vocabulary import OPTIMIZERS, OptimizerName, Precision
 
 _HEADROOM = 0.1  # of the free memory: fragmentation, and what no allocator reports
-_STATES: dict[OptimizerName, int] = {"sgd": 1, "adamw": 2}  # per trainable parameter
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_NAMES = (  # limit, use, and the part of the use that is cache, in versions 2 and 1
     ("memory.max", "memory.current", "inactive_file"),
@@ -107,7 +103,7 @@ def static_bytes(model: nn.Module, optimizer: OptimizerName, *, ema: bool = Fals
     parameters = list(model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
-    state = _STATES[optimizer] * trained
+    state = OPTIMIZERS[optimizer].states * trained
     return StaticBytes(weights, gradients=trained, optimizer=state, ema=weights if ema else 0)
 
 

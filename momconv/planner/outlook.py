@@ -12,11 +12,10 @@ from momconv.errors import UsageError
 from momconv.momentum.sequential import MomentumSequential, momentum_stages
 from momconv.planner.cost import Speed, estimate_speed
 from momconv.planner.micro_batch import largest_part, split_evenly
-from momconv.planner.prediction import Choice, PeakMemory, Prediction, Predictor, Training
+from momconv.planner.prediction import PeakMemory, Prediction, Predictor, Training
+from momconv.vocabulary import STRATEGIES, StrategyChoice
 
-STRATEGIES: tuple[Choice, ...] = ("store", "checkpoint", "auto", "segment")
 GAMMAS = (0.95, 0.99)  # with less side information than the default
-WITH_GAMMA: tuple[Choice, ...] = ("auto", "momentum")  # strategies whose memory depends on it
 Change = Literal["gamma", "precision"]
 Fixed = Literal["gamma", "resolution", "freeze"]
 FEW = 8  # images; the statistics of fewer are noise
@@ -47,7 +46,7 @@ class Request:
     batch_size: int
     limit_bytes: int
     micro_batch: int | Literal["auto"] = "auto"
-    strategy: Choice = "auto"
+    strategy: StrategyChoice = "auto"
     images: int | None = None
     find_speed: Callable[[Training], Speed] | None = None
     may_change: Collection[Change] = ()
@@ -98,18 +97,20 @@ class Outlook:
         self.strategies = list_strategies(model, request.strategy)
         if gamma is not None:
             raise_gamma(self.model, gamma)
-            self.strategies = [name for name in self.strategies if name in WITH_GAMMA]
+            self.strategies = [
+                name for name in self.strategies if STRATEGIES[name].depends_on_gamma
+            ]
         if not model.training:  # else its frozen parts are in the mode that they are to be in
             self.model.train()
-        self.latest: dict[Choice, tuple[int, Prediction]] = {}  # by strategy, with its images
+        self.latest: dict[StrategyChoice, tuple[int, Prediction]] = {}  # with the images
 
-    def fits(self, strategy: Choice, micro_batch: int) -> bool:
+    def fits(self, strategy: StrategyChoice, micro_batch: int) -> bool:
         """Whether a step with such micro-batches is within the limit."""
         if not self._may_fit(strategy, micro_batch):
             return False
         return self.predict(strategy, micro_batch).peak.total <= self.request.usable_bytes
 
-    def _may_fit(self, strategy: Choice, micro_batch: int) -> bool:
+    def _may_fit(self, strategy: StrategyChoice, micro_batch: int) -> bool:
         """Whether a prediction is worth its time: what a step allocates is almost linear."""
         if strategy not in self.latest:
             return True
@@ -118,23 +119,23 @@ class Outlook:
         estimate = peak.total - peak.step - peak.batch + linear
         return estimate <= _WORTH_TRYING * self.request.usable_bytes
 
-    def predict(self, strategy: Choice, micro_batch: int) -> Prediction:
+    def predict(self, strategy: StrategyChoice, micro_batch: int) -> Prediction:
         """A step with micro-batches of at most so many images."""
         images = self.request.largest_part(micro_batch)
         if self.latest.get(strategy, (0,))[0] != images:
             self.latest[strategy] = images, self._predict(strategy, images)
         return self.latest[strategy][1]
 
-    def try_out(self, strategy: Choice, micro_batch: int, **changes: Any) -> PeakMemory:
+    def try_out(self, strategy: StrategyChoice, micro_batch: int, **changes: Any) -> PeakMemory:
         """The same under ``changes``, or of a model that was changed; not to be remembered."""
         return self._predict(strategy, self.request.largest_part(micro_batch), **changes).peak
 
-    def find_fastest(self, micro_batch: int) -> Choice:
+    def find_fastest(self, micro_batch: int) -> StrategyChoice:
         """Of the strategies that fit, of which there must be one."""
         fitting = [name for name in self.strategies if self.fits(name, micro_batch)]
         return min(fitting, key=lambda name: self.rank(name, micro_batch, self.speed))
 
-    def rank(self, strategy: Choice, micro_batch: int, speed: Speed) -> Rank:
+    def rank(self, strategy: StrategyChoice, micro_batch: int, speed: Speed) -> Rank:
         """How good a choice is, if it fits."""
         if strategy not in self.latest:
             self.predict(strategy, micro_batch)
@@ -164,7 +165,7 @@ class Outlook:
             return request.find_speed(request.training)
         return self.estimated_speed
 
-    def _predict(self, strategy: Choice, images: int, **changes: Any) -> Prediction:
+    def _predict(self, strategy: StrategyChoice, images: int, **changes: Any) -> Prediction:
         chosen = strategy if momentum_stages(self.model) else None
         try:
             return self._predictor.predict(images, chosen, **changes)
@@ -185,11 +186,12 @@ def _cannot_take_one(training: Training, batch_size: int, error: ValueError) -> 
     )
 
 
-def list_strategies(model: nn.Module, asked: Choice) -> list[Choice]:
+def list_strategies(model: nn.Module, asked: StrategyChoice) -> list[StrategyChoice]:
     """Those to choose from; the first of them does the least."""
     if not momentum_stages(model):
         return ["store"]
-    return [asked] if asked != "auto" else list(STRATEGIES)
+    turns = {row.turn: name for name, row in STRATEGIES.items() if row.turn is not None}
+    return [asked] if asked != "auto" else [turns[turn] for turn in sorted(turns)]
 
 
 def raise_gamma(model: nn.Module, gamma: float) -> dict[MomentumSequential, float]:

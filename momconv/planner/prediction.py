@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,14 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from momconv.errors import UsageError
-from momconv.momentum.autograd import Strategy
 from momconv.momentum.sequential import set_strategy
 from momconv.planner.cost import Work, count_work
 from momconv.planner.fakes import Imitator
-from momconv.planner.measurement import OptimizerName, Precision, run_step, static_bytes
+from momconv.planner.measurement import run_step, static_bytes
 from momconv.planner.scratch import peak_within
 from momconv.planner.stages import assign_modules, marking
 from momconv.tracing.runs import DEPENDS_ON_VALUES
+from momconv.vocabulary import OptimizerName, Precision, StrategyChoice
 from momconv.words import quoted
 
 # What a GPU needs besides tensors. No GPU has been measured for these: they are the sizes that
@@ -36,8 +36,6 @@ CONTEXT_BYTES = 512 * 2**20  # kernels and tables of the CUDA context
 WORKSPACE_BYTES = 64 * 2**20  # cuBLAS's (32 MiB on Hopper) and the usual ones of cuDNN
 SEGMENT_BYTES = (2 + 20) * 2**20  # one partly filled segment each for small and for large blocks
 _CUDA_BLOCK = 512  # bytes to which PyTorch's CUDA allocator rounds up
-
-Choice = Strategy | Literal["auto"]
 
 _ACCUMULATION = "torch::autograd::AccumulateGrad"
 
@@ -137,7 +135,7 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
     precision: Precision = "fp32",
     optimizer: OptimizerName = "sgd",
     *,
-    strategy: Choice | None = None,
+    strategy: StrategyChoice | None = None,
     ema: bool = False,
     device: str = "cpu",
 ) -> PeakMemory:
@@ -191,7 +189,9 @@ class Predictor:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)
 
-    def predict(self, batch: int, strategy: Choice | None = None, **changes: Any) -> Prediction:
+    def predict(
+        self, batch: int, strategy: StrategyChoice | None = None, **changes: Any
+    ) -> Prediction:
         """A step with ``batch`` images, under ``changes`` of what a step is.
 
         Raises:

@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,10 +16,11 @@ from momconv.planner.micro_batch import Curve, Line, StaticBytes
 from momconv.planner.prediction import PeakMemory, Prediction, Predictor, Training
 from momconv.planner.speed import measure_speed
 from momconv.planner.stages import assign_modules
+from momconv.vocabulary import STRATEGIES, StrategyChoice
 
 # "plain" is the network before its conversion; the others are strategies of the converted one.
-Variant = Literal["plain", "checkpoint", "segment", "momentum", "auto"]
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
+Variant = Literal["plain", StrategyChoice]
+VARIANTS: tuple[Variant, ...] = ("plain", *(name for name in STRATEGIES if name != "store"))
 EXAMPLE = 32  # images of the step that is broken down
 
 _FEW = 2  # images; BatchNorm may refuse one

@@ -7,8 +7,9 @@ from typing import Any
 
 from momconv.errors import ResourceError, UsageError
 from momconv.planner.outlook import GAMMAS, SLACK, Outlook, list_strategies, raise_gamma
-from momconv.planner.prediction import Choice, PeakMemory
+from momconv.planner.prediction import PeakMemory
 from momconv.units import format_bytes
+from momconv.vocabulary import StrategyChoice
 from momconv.words import plural
 from momconv.zoo.stages import find_stages, freeze
 
@@ -57,12 +58,12 @@ class _Attempt:
     """What did not fit."""
 
     outlook: Outlook
-    strategy: Choice
+    strategy: StrategyChoice
     size: int  # of the micro-batch
     peak: PeakMemory
 
     def would_fit(
-        self, strategy: Choice | None = None, size: int | None = None, **changes: Any
+        self, strategy: StrategyChoice | None = None, size: int | None = None, **changes: Any
     ) -> bool:
         """Whether it would under ``changes``, or does now that the network is changed."""
         outlook = self.outlook

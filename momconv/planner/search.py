@@ -20,12 +20,13 @@ from torch import nn
 
 from momconv.errors import ResourceError
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.measurement import OptimizerName, Precision, available_bytes, static_bytes
+from momconv.planner.measurement import available_bytes, static_bytes
 from momconv.planner.micro_batch import split_evenly
-from momconv.planner.outlook import GAMMAS, WITH_GAMMA, Change, Outlook, Rank, Request
-from momconv.planner.prediction import Choice, PeakMemory, Training
+from momconv.planner.outlook import GAMMAS, Change, Outlook, Rank, Request
+from momconv.planner.prediction import PeakMemory, Training
 from momconv.planner.refusal import does_not_fit
 from momconv.units import parse_bytes
+from momconv.vocabulary import STRATEGIES, OptimizerName, Precision, StrategyChoice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class Plan:
         is_calibrated: Whether that comes from steps that were measured on the device.
     """
 
-    strategy: Choice
+    strategy: StrategyChoice
     batch_size: int
     micro_batch: int
     peak: PeakMemory
@@ -67,7 +68,7 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
     batch_size: int = 32,
     *,
     micro_batch: int | Literal["auto"] = "auto",
-    strategy: Choice = "auto",
+    strategy: StrategyChoice = "auto",
     precision: Precision = "fp32",
     optimizer: OptimizerName = "sgd",
     device: str = "cpu",
@@ -159,18 +160,22 @@ def _search(model: nn.Module, request: Request) -> tuple[Rank, Plan]:
 def _list_gammas(model: nn.Module, request: Request) -> list[float]:
     """Larger γ to consider."""
     own = max((stage.gamma for stage in momentum_stages(model).values()), default=0.0)
-    if "gamma" not in request.may_change or not own or request.strategy not in WITH_GAMMA:
+    if (
+        "gamma" not in request.may_change
+        or not own
+        or not STRATEGIES[request.strategy].depends_on_gamma
+    ):
         return []
     return [gamma for gamma in GAMMAS if gamma > own]
 
 
-def _rank(option: tuple[Outlook, Choice, int]) -> Rank:
+def _rank(option: tuple[Outlook, StrategyChoice, int]) -> Rank:
     outlook, strategy, size = option
     rank = outlook.rank(strategy, size, outlook.estimated_speed)
     return rank.at_cost(is_changed=outlook.gamma is not None)
 
 
-def _choose(outlook: Outlook, strategy: Choice, micro_batch: int) -> tuple[Rank, Plan]:
+def _choose(outlook: Outlook, strategy: StrategyChoice, micro_batch: int) -> tuple[Rank, Plan]:
     rank, request = outlook.rank(strategy, micro_batch, outlook.speed), outlook.request
     peak = outlook.predict(strategy, micro_batch).peak
     return rank, Plan(

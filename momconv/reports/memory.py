@@ -15,19 +15,13 @@ from rich.text import Text
 from momconv.planner.prediction import PeakMemory
 from momconv.planner.profile import EXAMPLE, VARIANTS, MemoryProfile, Profile, Variant
 from momconv.units import format_bytes
+from momconv.vocabulary import STRATEGIES
 
 _BAR = 24  # characters
 _SHOWN = 3  # kinds of tensors alive at a peak
 _LONGEST = 12  # characters of a stage
+_PLAIN = "the network before its conversion, all activations stored"
 _COLOURS = ("cyan", "blue", "green", "yellow", "magenta", "red")
-# What backward gets its activations from.
-_EXPLANATIONS: dict[Variant, str] = {
-    "plain": "the network before its conversion, all activations stored",
-    "checkpoint": "converted, each block recomputed from its stored input",
-    "segment": "converted, each stage recomputed from its input, then block by block",
-    "momentum": "converted, inputs reconstructed backwards, each block recomputed",
-    "auto": "momentum in long runs of blocks, checkpointing elsewhere",
-}
 
 
 def show_memory(
@@ -51,7 +45,8 @@ def show_memory(
         f"\nin the budgets for all: weights {format_bytes(static.weights)}, gradients "
         f"{format_bytes(static.gradients)}, optimiser {format_bytes(static.optimizer)}"
     )
-    for variant, explanation in _EXPLANATIONS.items():
+    for variant in VARIANTS:
+        explanation = _PLAIN if variant == "plain" else STRATEGIES[variant].explanation
         yield Text(f"{variant:<11}{explanation}")
     yield Text(f"\nalive at the peak of {EXAMPLE} images, predicted, the largest first")
     yield _tabulate_alive(profile)
@@ -105,17 +100,21 @@ def _explain_side_information(profile: MemoryProfile) -> str:
     )
 
 
+def _inverts(variant: Variant) -> bool:
+    return variant != "plain" and STRATEGIES[variant].depends_on_gamma
+
+
 def judge(profile: MemoryProfile) -> str:
     """In words: what needs least, and whether momentum is worth it."""
     needs = {p.variant: p.peak.bytes_per_image for p in profile.profiles}
     amounts = {variant: f"{format_bytes(need)} an image" for variant, need in needs.items()}
     least = min(needs, key=lambda variant: needs[variant])
-    checkpointing: tuple[Variant, ...] = ("checkpoint", "segment")
+    checkpointing = [name for name in needs if name != "plain" and not _inverts(name)]
     recomputed = min(checkpointing, key=lambda variant: needs[variant])
     verdict = f"{least} needs least: {amounts[least]}"
     if least != "plain":
         verdict += f", {_ratio(needs['plain'], needs[least])} the plain network"
-    if least in ("momentum", "auto"):
+    if _inverts(least):
         verdict += f" and {_ratio(needs[recomputed], needs[least])} checkpointing ({recomputed})"
     if min(needs["momentum"], needs["auto"]) < needs[recomputed]:
         return f"{verdict}."

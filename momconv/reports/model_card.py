@@ -12,6 +12,7 @@ from momconv.recipe import Recipe
 from momconv.reports.inspection import describe_input
 from momconv.training.finetuning import Result
 from momconv.units import format_bytes
+from momconv.vocabulary import OPTIMIZERS
 from momconv.words import plural, printable
 from momconv.zoo import own
 from momconv.zoo.description import Description
@@ -119,7 +120,8 @@ def _describe_training(result: Result, recipe: Recipe) -> Iterator[str]:
     settings = {
         "epochs": f"{result.epochs}, of which number {result.best_epoch.epoch} is the best",
         "batch": f"{plan.setting.batch} in micro-batches of {plan.micro_batch}",
-        "optimiser": f"{train.optimizer}, learning rate up to {train.resolved_lr:g}, "
+        "optimiser": f"{OPTIMIZERS[train.optimizer].class_name}, "
+        f"learning rate up to {train.resolved_lr:g}, "
         f"weight decay {train.weight_decay:g}",
         "label smoothing": f"{train.label_smoothing:g}",
         "precision": plan.setting.precision,

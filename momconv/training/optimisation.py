@@ -3,25 +3,24 @@
 import math
 
 import torch
-from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch import nn, optim
+from torch.optim import Optimizer
 
 from momconv.errors import UsageError
-from momconv.planner.measurement import Precision
 from momconv.recipe import TrainRecipe
 from momconv.training.parameters import group
+from momconv.vocabulary import OPTIMIZERS, Precision
 
 _CYCLE_START = 1 / 25  # of the highest rate
 
 
 def make_optimizer(model: nn.Module, recipe: TrainRecipe) -> Optimizer:
-    """SGD or AdamW, with the rate and the weight decay of each group of parameters."""
-    groups = group(model, recipe)
+    """The recipe's, with the rate and the weight decay of each group of parameters."""
+    groups, row = group(model, recipe), OPTIMIZERS[recipe.optimizer]
     # The fused kernels need no temporary copy of all gradients, which nobody has planned for.
-    fused, lr = groups[0]["params"][0].is_cuda, recipe.resolved_lr
-    if recipe.optimizer == "adamw":
-        return AdamW(groups, lr, fused=fused)
-    return SGD(groups, lr, recipe.momentum, nesterov=recipe.momentum > 0, fused=fused)
+    arguments = {"fused": groups[0]["params"][0].is_cuda, **row.arguments(recipe.momentum)}
+    optimizer: Optimizer = getattr(optim, row.class_name)(groups, recipe.resolved_lr, **arguments)
+    return optimizer
 
 
 def set_rate(optimizer: Optimizer, lr: float) -> None:

@@ -11,15 +11,16 @@ from torch import nn
 
 from momconv.errors import ModelFileError, ResourceError
 from momconv.momentum.sequential import momentum_stages, set_strategy
-from momconv.planner.measurement import OptimizerName, Precision, available_bytes, static_bytes
+from momconv.planner.measurement import available_bytes, static_bytes
 from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
 from momconv.planner.outlook import FEW, Change, Fixed, Request, has_batch_norm
-from momconv.planner.prediction import Choice, Training
+from momconv.planner.prediction import Training
 from momconv.planner.search import search
 from momconv.planner.speed import measure_speed
 from momconv.training.processes import Processes
 from momconv.training.progress import Listener
 from momconv.units import format_bytes, parse_bytes
+from momconv.vocabulary import OptimizerName, Precision, StrategyChoice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,7 @@ class Setting:
     batch_size: int
     micro_batch: int | Literal["auto"]
     resolution: int  # pixels
-    strategy: Choice  # "auto": the fastest that fits
+    strategy: StrategyChoice  # "auto": the fastest that fits
     precision: Precision
     optimizer: OptimizerName
     device: str
@@ -77,7 +78,7 @@ class BatchPlan:
     """
 
     setting: Setting
-    strategy: Choice  # the chosen one
+    strategy: StrategyChoice  # the chosen one
     stages: str  # what that means for each stage
     micro_batch: int
     predicted_bytes: int  # at the peak of a step with the largest micro-batch of an epoch

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from momconv.recipe import Monitor
+from momconv.vocabulary import Monitor
 
 SplitName = Literal["train", "val"]
 

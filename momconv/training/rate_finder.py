@@ -32,12 +32,12 @@ from momconv.training.processes import ALONE
 from momconv.training.progress import Progress
 from momconv.training.state import read_random_states, set_random_states
 from momconv.training.steps import Steps
+from momconv.vocabulary import OPTIMIZERS
 from momconv.zoo import checkpoints
 
 STEPS, FEWEST = 60, 20
 _PART = 3  # of the steps one in so many has to succeed; a curve of fewer says nothing
 _SHARE = 4  # of the run's steps one in so many, at most
-_RANGES = {"sgd": (1e-5, 1.0), "adamw": (1e-7, 1e-1)}
 _SMOOTHING = 0.9  # fastai's 0.98 is for its 100 steps
 _EXPLODED = 4.0  # times the lowest loss
 
@@ -103,7 +103,7 @@ def choose_rate(points: Sequence[Point]) -> float | None:
 
 
 def _exploded(job: Job, points: Sequence[Point]) -> MomconvError:
-    low, _ = _RANGES[job.recipe.train.optimizer]
+    low, _ = OPTIMIZERS[job.recipe.train.optimizer].rates
     return MomconvError(
         f"--lr auto: the loss explodes within {len(points) + 1} steps, at rates from {low:g} on",
         kind="train.no_rate",
@@ -112,7 +112,7 @@ def _exploded(job: Job, points: Sequence[Point]) -> MomconvError:
 
 
 def _list_rates(job: Job) -> list[float]:
-    low, high = _RANGES[job.recipe.train.optimizer]
+    low, high = OPTIMIZERS[job.recipe.train.optimizer].rates
     count = count_trials(job.recipe.train.epochs * job.steps_per_epoch)
     return [low * (high / low) ** (n / (count - 1)) for n in range(count)]
 

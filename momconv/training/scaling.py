@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from momconv.planner.measurement import Precision
+from momconv.vocabulary import Precision
 
 _STATE = ("scale", "_growth_tracker")
 

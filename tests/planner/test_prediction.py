@@ -13,8 +13,9 @@ import momconv
 from momconv.errors import UsageError
 from momconv.momentum.sequential import momentum_stages
 from momconv.planner import prediction
-from momconv.planner.measurement import Precision, measure, measure_step
+from momconv.planner.measurement import measure, measure_step
 from momconv.planner.prediction import PeakMemory, peak_memory
+from momconv.vocabulary import Precision
 from momconv.zoo.networks import build
 
 CPU = torch.device("cpu")

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from momconv.training.finetuning import Result, finetune
 from momconv.training.images import find_images, require_folder
 from momconv.training.interruption import Interrupted
 from momconv.training.progress import SILENT
+from momconv.vocabulary import OPTIMIZERS
 from momconv.zoo.networks import build
 
 LENIENT = "data.max_bad_fraction=0.2"
@@ -145,7 +147,8 @@ def test_an_image_that_goes_while_a_rate_is_looked_for_is_left_out(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rate_finder, "STEPS", rate_finder.FEWEST)
-    monkeypatch.setattr(rate_finder, "_RANGES", {"sgd": (1e-5, 1e-3)})  # nothing explodes
+    row = replace(OPTIMIZERS["sgd"], rates=(1e-5, 1e-3))
+    monkeypatch.setattr(rate_finder, "OPTIMIZERS", {"sgd": row})  # nothing explodes
     train, _ = choose(data)
     log = DamageAt("looking for a learning rate", [train])
     recipe = small(data, LENIENT, "train.lr=auto", "train.epochs=1")

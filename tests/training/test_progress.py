@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import pytest
 
-from momconv.recipe import Monitor
 from momconv.training.progress import EpochRow, Progress
+from momconv.vocabulary import Monitor
 
 
 def row(epoch: int, top1: float | None) -> EpochRow:
