@@ -63,6 +63,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=_MOST)]
 CountFromZero = Annotated[int, Field(ge=0, le=_MOST)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Pixels = Annotated[int, Field(ge=16, le=_MOST)]
 Memory = Annotated[
     str,
     _readable_by(parse_bytes),
@@ -85,6 +86,35 @@ _VARIABLE = "MOMCONV_"  # then section, two underscores and name, in capitals
 ANNEAL_FROM = 0.1  # γ where annealing begins: the rule is still close to that of the ResNet
 
 
+PANELS = (  # of the help of finetune, in their order
+    "",
+    "Optimisation",
+    "What is learnt, and from what",
+    "Images",
+    "Memory",
+    "Momentum",
+    "Recipe and run",
+)
+_OPTIMISATION, _LEARNING, _IMAGES, _MEMORY, _MOMENTUM, _RUN = PANELS[1:]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option of ``momconv finetune`` that sets a key; it stands on the key's field.
+
+    Attributes:
+        flags: As they are typed: ``--workers -j``, or ``--plots/--no-plots``.
+        metavar: What stands for the value; nothing for a switch.
+        help: With ``{}`` in place of the default.
+        panel: One of the ``PANELS``.
+    """
+
+    flags: str
+    metavar: str
+    help: str
+    panel: str = ""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -92,82 +122,188 @@ class _Section(BaseModel):
 class ModelRecipe(_Section):
     """The network to start from."""
 
-    name: NameOrPath = "resnet152"  # or a function that makes it, as model.py:make
+    name: Annotated[
+        NameOrPath, Option("--model", "NAME", "The network to start from. (default: {})")
+    ] = "resnet152"  # or a function that makes it, as model.py:make
     arguments: list[str] = []  # of that function, each as KEY=VALUE
-    weights: NameOrPath = "DEFAULT"
-    from_file: FileOrFolder | None = None
+    weights: Annotated[
+        NameOrPath,
+        Option("--weights", "NAME", "Its weights: a name, a file, or none for random ones."),
+    ] = "DEFAULT"
+    from_file: Annotated[
+        FileOrFolder | None, Option("--from", "FILE", "A converted network to start from instead.")
+    ] = None
 
 
 class MomentumRecipe(_Section):
     """How its blocks become momentum blocks, and where the backward pass gets its activations."""
 
-    gamma: UnitInterval = 0.9
+    gamma: Annotated[
+        UnitInterval,
+        Option("--gamma", "G", "0 … 1; 0 is the plain network. (default: {})", _MOMENTUM),
+    ] = 0.9
     stages: Literal["auto", "all"] | list[str] = "auto"
     velocity: Velocity = "zero"
     gain: bool = True
     calibrate: bool = True  # towards the original network, on the training images
     anneal: NonNegativeFloat = 0  # epochs in which γ rises to ``gamma``
-    strategy: StrategyChoice = "auto"
+    strategy: Annotated[
+        StrategyChoice,
+        Option("--strategy", "NAME", "auto (the fastest that fits), store, …", _MEMORY),
+    ] = "auto"
 
 
 class DataRecipe(_Section):
     """The images. A relative path starts at the working directory."""
 
-    path: FileOrFolder | None = None
-    train_dir: FileOrFolder | None = None  # instead of the one below ``path``
-    val_dir: FileOrFolder | None = None
-    unknown_classes: Literal["error", "skip"] = "error"  # of validation, which training lacks
-    strict: bool = False  # whether a warning about the images is an error
-    resolution: Annotated[int, Field(ge=16, le=_MOST)] | None = (
-        None  # None: what the weights were made for
-    )
-    limit: Fraction = 1  # of the images of each class, for a try
+    path: Annotated[
+        FileOrFolder | None,
+        Option("--data", "FOLDER", "Images: train/ and val/, or one folder a class."),
+    ] = None
+    train_dir: Annotated[
+        FileOrFolder | None, Option("--train-dir", "FOLDER", "Train on this one instead.", _IMAGES)
+    ] = None  # instead of the one below ``path``
+    val_dir: Annotated[
+        FileOrFolder | None, Option("--val-dir", "FOLDER", "Validate on this one instead.", _IMAGES)
+    ] = None
+    unknown_classes: Annotated[
+        Literal["error", "skip"],
+        Option(
+            "--unknown-classes", "WHAT", "Classes only in val/: {} (default), or skip.", _IMAGES
+        ),
+    ] = "error"  # of validation, which training lacks
+    strict: Annotated[
+        bool, Option("--strict", "", "Take any warning about the images for an error.", _IMAGES)
+    ] = False  # whether a warning about the images is an error
+    resolution: Annotated[
+        Pixels | None,
+        Option("--resolution", "PIXELS", "Side of the images in the network.", _OPTIMISATION),
+    ] = None  # None: what the weights were made for
+    limit: Annotated[
+        Fraction, Option("--limit", "F", "Only that part of each class, for a try.", _IMAGES)
+    ] = 1  # of the images of each class, for a try
     max_images: Annotated[int, Field(ge=2, le=_MOST)] | None = None  # of each split, for the same
-    val_frac: BelowOne = 0.2
+    val_frac: Annotated[
+        BelowOne,
+        Option("--val-frac", "F", "Held out where there is no val/. (default: {})", _IMAGES),
+    ] = 0.2
     split_seed: Seed = 0
-    max_bad_fraction: UnitInterval = 0.05
-    workers: CountFromZero | Literal["auto"] = "auto"
-    balance: Literal["none", "loss", "sampler"] = "none"  # against classes of unequal size
-    augment: Literal["none", "light", "trivial", "randaug"] = "light"
-    flip: bool = True  # mirrored half of the time; never with augment: none
+    max_bad_fraction: Annotated[
+        UnitInterval,
+        Option("--max-bad-fraction", "F", "Of unreadable images, left out. (default: {})", _IMAGES),
+    ] = 0.05
+    workers: Annotated[
+        CountFromZero | Literal["auto"],
+        Option("--workers -j", "N", "Processes that read images. (default: {})", _IMAGES),
+    ] = "auto"
+    balance: Annotated[
+        Literal["none", "loss", "sampler"],
+        Option(
+            "--balance", "HOW", "none, loss or sampler, for classes of unequal size.", _LEARNING
+        ),
+    ] = "none"  # against classes of unequal size
+    augment: Annotated[
+        Literal["none", "light", "trivial", "randaug"],
+        Option("--augment", "LEVEL", "none, {} (default), trivial or randaug.", _LEARNING),
+    ] = "light"
+    flip: Annotated[
+        bool,
+        Option(
+            "--hflip/--no-hflip",
+            "",
+            "Mirror images, but not digits or text. (default: {})",
+            _LEARNING,
+        ),
+    ] = True  # mirrored half of the time; never with augment: none
 
 
 class TrainRecipe(_Section):
     """The optimisation. Memory decides the micro-batch, never the batch."""
 
-    epochs: Count = 10
-    batch_size: Count = 32
-    micro_batch: Count | Literal["auto"] = "auto"
+    epochs: Annotated[
+        Count, Option("--epochs", "N", "Passes over the images. (default: {})", _OPTIMISATION)
+    ] = 10
+    batch_size: Annotated[
+        Count,
+        Option("--batch-size", "N", "Images of an optimisation step. (default: {})", _OPTIMISATION),
+    ] = 32
+    micro_batch: Annotated[
+        Count | Literal["auto"],
+        Option("--micro-batch", "N", "Images in the network at once. (default: {})", _MEMORY),
+    ] = "auto"
     optimizer: OptimizerName = "sgd"
-    lr: PositiveFloat | Literal["auto"] | None = None  # auto: looked for; None: see resolved_lr
+    lr: Annotated[
+        PositiveFloat | Literal["auto"] | None,
+        Option("--lr", "RATE", "Highest learning rate, or auto to look for one.", _OPTIMISATION),
+    ] = None  # auto: looked for; None: see resolved_lr
     head_lr: PositiveFloat | None = None  # of the head; None: the same
-    layer_decay: Fraction = 1  # factor of the rate from each stage to the one below it
+    layer_decay: Annotated[
+        Fraction,
+        Option("--layer-decay", "F", "Of the rate from stage to stage. (default: {})", _LEARNING),
+    ] = 1  # factor of the rate from each stage to the one below it
     schedule: Literal["cosine", "constant", "onecycle"] = "cosine"  # after the warm-up
     momentum: BelowOne = 0.9
     weight_decay: NonNegativeFloat = 1e-4
-    ema: BelowOne = 0  # decay of an average of the weights, which is then the result; 0: none
+    ema: Annotated[
+        BelowOne, Option("--ema", "DECAY", "Average the weights, such as with 0.999.", _LEARNING)
+    ] = 0  # decay of an average of the weights, which is then the result; 0: none
     warmup_epochs: NonNegativeFloat = 1
     label_smoothing: BelowOne = 0.1
-    mixup: NonNegativeFloat = 0  # α of the Beta distribution; 0.2 is usual
+    mixup: Annotated[
+        NonNegativeFloat,
+        Option("--mixup", "ALPHA", "Blend pairs of images, such as with 0.2.", _LEARNING),
+    ] = 0  # α of the Beta distribution; 0.2 is usual
     cutmix: NonNegativeFloat = 0  # the same; 1 is usual
     clip: PositiveFloat | None = None  # the largest norm of the gradient
-    monitor: Monitor = "val/top1"  # which figure of the held-out images says what is best
-    patience: Count | None = None  # epochs without a better one after which to stop
+    monitor: Annotated[
+        Monitor, Option("--monitor", "FIGURE", "{} (default), val/macro_f1 or val/loss.", _LEARNING)
+    ] = "val/top1"  # which figure of the held-out images says what is best
+    patience: Annotated[
+        Count | None,
+        Option("--patience", "N", "Stop after N epochs without a better figure.", _LEARNING),
+    ] = None  # epochs without a better one after which to stop
     min_delta: NonNegativeFloat = 0  # what counts as better; of top-1 and F1, a fraction
-    precision: Literal["auto", Precision] = "auto"
+    precision: Annotated[
+        Literal["auto", Precision],
+        Option("--precision", "NAME", "auto, fp32, bf16 or fp16 (on GPUs).", _MEMORY),
+    ] = "auto"
     compile: bool = False  # the residual blocks, by torch.compile
     deterministic: bool = False  # algorithms that repeat their results on a GPU
-    seed: Seed = 0
-    memory: Memory | None = None
+    seed: Annotated[
+        Seed, Option("--seed", "N", "Of the order, augmentation and head.", _OPTIMISATION)
+    ] = 0
+    memory: Annotated[
+        Memory | None,
+        Option("--memory", "AMOUNT", "Limit, such as 3GiB. (default: what is free)", _MEMORY),
+    ] = None
     headroom: BelowOne = 0.1  # of the free memory, kept back where ``memory`` is not given
     may_change: list[Literal["gamma", "precision"]] = []  # by the plan, to be faster
-    device: str = "auto"
-    freeze: list[str] = []  # stages that stay as they are: stem, layer1, …, or all-but-head
-    freeze_epochs: CountFromZero = 0  # first, in which only the head learns
+    device: Annotated[str, Option("--device", "NAME", "auto, cpu, cuda or cuda:1.", _MEMORY)] = (
+        "auto"
+    )
+    freeze: Annotated[
+        list[str],
+        Option(
+            "--freeze", "STAGE", "Keep stem, layer1, … or all-but-head; may be repeated.", _LEARNING
+        ),
+    ] = []  # stages that stay as they are: stem, layer1, …, or all-but-head
+    freeze_epochs: Annotated[
+        CountFromZero,
+        Option("--freeze-epochs", "N", "At first, only the head learns. (default: {})", _LEARNING),
+    ] = 0  # first, in which only the head learns
     save_every: Count | Duration = "10min"  # steps or time, inside an epoch; its end always
-    time_limit: Duration | None = None  # after which a process stops, to be resumed
-    freeze_bn: bool = False  # BatchNorm keeps its statistics and weights
-    sync_bn: bool = False  # BatchNorm sees a micro-batch of all processes
+    time_limit: Annotated[
+        Duration | None,
+        Option("--time-limit", "TIME", "Such as 2h: then save and stop, to be resumed.", _RUN),
+    ] = None  # after which a process stops, to be resumed
+    freeze_bn: Annotated[
+        bool,
+        Option("--freeze-bn", "", "Keep BatchNorm as it is, for small micro-batches.", _MEMORY),
+    ] = False  # BatchNorm keeps its statistics and weights
+    sync_bn: Annotated[
+        bool,
+        Option("--sync-bn", "", "Let BatchNorm see the images of all processes; on GPUs.", _MEMORY),
+    ] = False  # BatchNorm sees a micro-batch of all processes
 
     @property
     def resolved_lr(self) -> float:
@@ -183,8 +319,13 @@ class TrainRecipe(_Section):
 class LogRecipe(_Section):
     """What is written down besides metrics.csv and events.jsonl."""
 
-    tensorboard: bool = False
-    plots: bool = True
+    tensorboard: Annotated[
+        bool, Option("--tensorboard", "", "Write the numbers for TensorBoard too.", _RUN)
+    ] = False
+    plots: Annotated[
+        bool,
+        Option("--plots/--no-plots", "", "Draw curves, confusion and more. (default: {})", _RUN),
+    ] = True
 
 
 class Recipe(_Section):
@@ -250,7 +391,7 @@ KEYS = [f"{section}.{name}" for section, cls in SECTIONS.items() for name in cls
 
 
 def load_recipe(
-    path: FileOrFolder | None,
+    path: Path | None,
     overrides: Sequence[str] = (),
     environment: Mapping[str, str] = MappingProxyType({}),
     options: Mapping[str, object] = MappingProxyType({}),

@@ -14,10 +14,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from momconv.cli import _recipe_options as options
 from momconv.cli._console import Terminated, note, out, print_json, progress, tell, warn
 from momconv.cli._display import Display
 from momconv.cli._options import ArgumentOption, NetworkOption
+from momconv.cli._recipe_options import (
+    MOMENTUM,
+    RUN,
+    find_options,
+    read_options,
+    to_parameter,
+    with_recipe_options,
+)
 from momconv.errors import MomconvError, ResourceError, UsageError
 from momconv.recipe import Recipe, dump_recipe, load_recipe, shorten
 
@@ -26,66 +33,27 @@ if TYPE_CHECKING:
     from momconv.training.run_folder import RunFolder
 
 
+@with_recipe_options
 def finetune(  # noqa: PLR0913 (one for each option)
     context: typer.Context,
     *,
-    data: options.Data = None,
-    model: options.Model = None,
-    from_file: options.FromFile = None,
     network: NetworkOption = None,
     arg: ArgumentOption = None,
-    weights: options.Weights = None,
-    epochs: options.Epochs = None,
-    batch_size: options.BatchSize = None,
-    lr: options.Lr = None,
-    resolution: options.Resolution = None,
-    seed: options.Seed = None,
-    freeze: options.Freeze = None,
-    freeze_epochs: options.FreezeEpochs = None,
-    layer_decay: options.LayerDecay = None,
-    ema: options.Ema = None,
-    monitor: options.Monitor = None,
-    patience: options.Patience = None,
-    augment: options.Augment = None,
-    hflip: options.Hflip = None,
-    mixup: options.Mixup = None,
-    balance: options.Balance = None,
-    train_dir: options.TrainDir = None,
-    val_dir: options.ValDir = None,
-    val_frac: options.ValFrac = None,
-    limit: options.Limit = None,
-    unknown_classes: options.UnknownClasses = None,
-    max_bad_fraction: options.MaxBadFraction = None,
-    strict: options.Strict = None,
-    workers: options.Workers = None,
-    memory: options.Memory = None,
-    micro_batch: options.MicroBatch = None,
-    strategy: options.Strategy = None,
-    freeze_bn: options.FreezeBn = None,
-    sync_bn: options.SyncBn = None,
-    precision: options.Precision = None,
-    device: options.Device = None,
-    gamma: options.Gamma = None,
     no_calibrate: Annotated[
         bool,
         typer.Option(
             "--no-calibrate",
             help="Do not adapt the converted network to its original first.",
-            rich_help_panel=options.MOMENTUM,
+            rich_help_panel=MOMENTUM,
         ),
     ] = False,
-    time_limit: options.TimeLimit = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A recipe in YAML.", rich_help_panel=options.RUN),
+        typer.Option(metavar="FILE", help="A recipe in YAML.", rich_help_panel=RUN),
     ] = None,
-    tensorboard: options.Tensorboard = None,
-    plots: options.Plots = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change the recipe.", rich_help_panel=options.RUN
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe.", rich_help_panel=RUN),
     ] = None,
     output: Annotated[
         Path | None,
@@ -94,21 +62,19 @@ def finetune(  # noqa: PLR0913 (one for each option)
             "-o",
             metavar="FOLDER",
             help="Where the results go. (default: runs/MODEL-DATA)",
-            rich_help_panel=options.RUN,
+            rich_help_panel=RUN,
         ),
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option(
-            "--overwrite", help="Give up an earlier run there.", rich_help_panel=options.RUN
-        ),
+        typer.Option("--overwrite", help="Give up an earlier run there.", rich_help_panel=RUN),
     ] = False,
     auto_name: Annotated[
         bool,
         typer.Option(
             "--auto-name",
             help="Put a number behind the name of a folder that is in use.",
-            rich_help_panel=options.RUN,
+            rich_help_panel=RUN,
         ),
     ] = False,
     check_env: Annotated[
@@ -116,7 +82,7 @@ def finetune(  # noqa: PLR0913 (one for each option)
         typer.Option(
             "--check-env",
             help="Compare versions, weights and images to those of the recipe's run.",
-            rich_help_panel=options.RUN,
+            rich_help_panel=RUN,
         ),
     ] = False,
     resume: Annotated[
@@ -124,7 +90,7 @@ def finetune(  # noqa: PLR0913 (one for each option)
         typer.Option(
             metavar="FOLDER",
             help="Go on with the run there, or with the last one.",
-            rich_help_panel=options.RUN,
+            rich_help_panel=RUN,
         ),
     ] = None,
     dry_run: Annotated[
@@ -132,7 +98,7 @@ def finetune(  # noqa: PLR0913 (one for each option)
         typer.Option(
             "--dry-run",
             help="Check images, network, memory and disk, print the recipe, and stop.",
-            rich_help_panel=options.RUN,
+            rich_help_panel=RUN,
         ),
     ] = False,
     fast_dev_run: Annotated[
@@ -140,23 +106,23 @@ def finetune(  # noqa: PLR0913 (one for each option)
         typer.Option(
             "--fast-dev-run",
             help="Go once through everything with two steps, keep nothing, and stop.",
-            rich_help_panel=options.RUN,
+            rich_help_panel=RUN,
         ),
     ] = False,
     json_output: Annotated[
         bool,
-        typer.Option(
-            "--json", help="One JSON document on stdout at the end.", rich_help_panel=options.RUN
-        ),
+        typer.Option("--json", help="One JSON document on stdout at the end.", rich_help_panel=RUN),
     ] = False,
+    **_: object,  # those that set a key of the recipe
 ) -> None:
     """Fine-tune a network on a folder of images, within a limit of memory."""
     from momconv.training.run_folder import RunFolder, find_last_run, name_folder
 
     _refuse_contradictions(context.params)
-    given = _read_options(context)
-    if no_calibrate:
-        given["momentum.calibrate"] = False
+    given = read_options(context.params)
+    given |= {"model.name": network} if network else {}
+    given |= {"model.arguments": arg} if arg else {}
+    given |= {"momentum.calibrate": False} if no_calibrate else {}
     if resume == Path("last") and not resume.is_dir():
         resume = find_last_run()
     if resume is not None:
@@ -348,24 +314,22 @@ def _print_document(result: "Result") -> None:
     print_json({"ok": True, "complete": True, **document, "best_epoch": best, "history": history})
 
 
-def _read_options(context: typer.Context) -> dict[str, object]:
-    """The options that were given, by their keys of the recipe."""
-    given = ((key, context.params[name]) for name, key in options.KEYS.items())
-    unset: tuple[object, ...] = (None, (), [])
-    return {key: value for key, value in given if value not in unset}
-
-
 def _refuse_contradictions(given: Mapping[str, object]) -> None:
     for option, *others in (
         ("resume", "recipe", "output", "overwrite", "auto_name", "dry_run", "fast_dev_run"),
         ("auto_name", "overwrite"),
         ("fast_dev_run", "dry_run"),
-        ("network", "model"),
-        ("from_file", "model", "weights", "gamma"),
+        ("network", "model.name"),
+        ("model.from_file", "model.name", "model.weights", "momentum.gamma"),
     ):
-        names = {f"--{name.replace('_', '-')}": given[name] or None for name in others}
-        name = option.removesuffix("_file").replace("_", "-")
-        _refuse_together(f"--{name}", given[option] or None, names)
+        values = {_flag(name): given[to_parameter(name)] or None for name in (option, *others)}
+        _refuse_together(_flag(option), values.pop(_flag(option)), values)
+
+
+def _flag(name: str) -> str:
+    """How an option is typed that sets a key of the recipe, or that is called ``name``."""
+    option = find_options().get(name)
+    return option.flags if option else f"--{name.replace('_', '-')}"
 
 
 def _refuse_together(option: str, value: object, others: Mapping[str, object]) -> None:
