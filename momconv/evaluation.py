@@ -28,6 +28,7 @@ from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import SPLITS, ImageSet
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError
+from momconv.names import encode_name
 from momconv.states import in_eval_mode
 from momconv.surgery.drift import NONE, answers
 from momconv.words import plural
@@ -93,7 +94,9 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """The same as values that JSON knows, without what is said of each image."""
-        mistakes = [asdict(mistake) | {"path": str(mistake.path)} for mistake in self.mistakes]
+        mistakes = [
+            asdict(mistake) | {"path": encode_name(mistake.path)} for mistake in self.mistakes
+        ]
         document = asdict(self) | {"mistakes": mistakes, "unanswered": self.unanswered}
         del document["said"]
         return document

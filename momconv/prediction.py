@@ -13,6 +13,7 @@ from torch import nn
 from momconv.data.calibration_images import CalibrationImages
 from momconv.data.folder import list_images
 from momconv.errors import DataError, ModelFileError
+from momconv.names import encode_name
 from momconv.states import in_eval_mode
 from momconv.surgery.drift import NONE, answers
 from momconv.words import plural, printable
@@ -38,7 +39,10 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """The same as values that JSON knows."""
-        return {"path": str(self.path), "guesses": [asdict(guess) for guess in self.guesses]}
+        return {
+            "path": encode_name(self.path),
+            "guesses": [asdict(guess) for guess in self.guesses],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,7 @@ class Unreadable:
 
     def to_json(self) -> dict[str, Any]:
         """The same as values that JSON knows."""
-        return {"path": str(self.path), "error": self.error}
+        return {"path": encode_name(self.path), "error": self.error}
 
 
 @dataclass(frozen=True, slots=True)

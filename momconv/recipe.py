@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from momconv.errors import UsageError
+from momconv.names import NamedPath
 from momconv.units import parse_bytes, parse_duration, parse_path
 from momconv.vocabulary import (
     OPTIMIZERS,
@@ -74,7 +75,7 @@ Duration = Annotated[
     _readable_by(parse_duration),
     WithJsonSchema({"description": "a duration like 10min"}),
 ]
-FileOrFolder = Annotated[Path, _readable_by(parse_path), AfterValidator(parse_path)]
+FileOrFolder = Annotated[NamedPath, _readable_by(parse_path), AfterValidator(parse_path)]
 NameOrPath = Annotated[
     str,
     _readable_by(parse_path),

@@ -4,6 +4,8 @@ import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from momconv.names import show_byte
+
 _SCREEN = 1600  # characters
 _ROWS = 20
 
@@ -52,9 +54,12 @@ def printable(name: str | Path) -> str:
     >>> print(printable("two\nlines\x1b[31m"))
     two\nlines\x1b[31m
     """
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in str(name)
-    )
+    return "".join(char if char.isprintable() else _write_out(char) for char in str(name))
+
+
+def _write_out(char: str) -> str:
+    byte = show_byte(char)
+    return byte if byte != char else char.encode("unicode_escape").decode()
 
 
 def plural(count: int, noun: str) -> str:
@@ -67,7 +72,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{ending}"
 
 
-def name_some(names: Sequence[str], most: int = 5) -> str:
+def name_some(names: Sequence[str | Path], most: int = 5) -> str:
     """The first ``most`` of the names in a line, and how many more there are.
 
     >>> name_some(["a", "b", "c"]), name_some(["a", "b", "c"], 1)

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "momconv"
 LAYERS = [
     "_version",
     "vocabulary",
+    "names",
     "words",
     "errors",
     "units",
@@ -42,6 +43,7 @@ NO_TORCH = [
     "momconv.errors",
     "momconv.units",
     "momconv.vocabulary",
+    "momconv.names",
     "momconv.words",
     "momconv.recipe",
     "momconv.data.splits",

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from momconv.errors import MomconvError, ResourceError, UncheckedFile
 from momconv.files.cache import cache_folder
+from momconv.names import encode_name
 from momconv.units import format_duration, parse_duration, parse_path
 from momconv.words import abridge, fit_screen, printable
 
@@ -146,7 +147,11 @@ def print_json_lines(documents: Iterable[object]) -> None:
 
 
 def _finite(document: object) -> Any:
-    return json.loads(json.dumps(document, default=str), parse_constant=lambda _: None)
+    return json.loads(json.dumps(document, default=_name), parse_constant=lambda _: None)
+
+
+def _name(value: object) -> str:
+    return encode_name(str(value))
 
 
 class Terminated(SystemExit):

@@ -309,9 +309,14 @@ def _tell_of_stop(what: str, command: str, code: int, *, as_json: bool) -> None:
 
 def _print_document(result: "Result") -> None:
     history = [asdict(row) for row in result.history]
-    document = {"folder": result.folder, "best": result.best, "last": result.last}
-    best = asdict(result.best_epoch)
-    print_json({"ok": True, "complete": True, **document, "best_epoch": best, "history": history})
+    document: dict[str, object] = {
+        "folder": result.folder,
+        "best": result.best,
+        "last": result.last,
+    }
+    document |= {"best_epoch": asdict(result.best_epoch), "history": history}
+    document |= {"uncovered_classes": result.splits.uncovered}
+    print_json({"ok": True, "complete": True, **document})
 
 
 def _refuse_contradictions(given: Mapping[str, object]) -> None:
@@ -371,7 +376,7 @@ def _name_own(recipe: Recipe) -> str:
 
 def _print_result(result: "Result", recipe: Recipe) -> None:
     from momconv.training.run_folder import RunFolder
-    from momconv.words import printable
+    from momconv.words import describe_classes, printable
 
     run = RunFolder(result.folder)
     best, own = result.best_epoch, _name_own(recipe)
@@ -379,6 +384,9 @@ def _print_result(result: "Result", recipe: Recipe) -> None:
         by, where = recipe.train.monitor, f"epoch {best.epoch} of {result.epochs}"
         label, why = ("best top-1", "") if by == "val/top1" else ("top-1", f", the best by {by}")
         out.print(f"{label:<11} {best.val_top1:.1%} ({where}{why})")
+        if uncovered := result.splits.uncovered:
+            text = f"{'':<11} not of {describe_classes(uncovered)}, without a validation image"
+            out.print(Text(text), soft_wrap=True)
     data = shlex.quote(str(recipe.data.path or recipe.data.val_dir or recipe.data.train_dir))
     rows = {
         "best model": result.best,

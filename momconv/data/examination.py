@@ -21,6 +21,7 @@ from momconv.data.values import Values
 from momconv.errors import ResourceError
 from momconv.files.atomic import write_text
 from momconv.files.cache import cache_folder
+from momconv.names import encode_name
 
 _DECODER = f"2 Pillow {PIL.__version__}"  # the first number is to be raised when decoding changes
 _RECENT = 2 * 10**9  # nanoseconds, in which a file may change again without its times changing
@@ -65,7 +66,7 @@ def examine_all(
     ``progress`` is called with the number of files done and the number of all.
     """
     known = _recall(root)
-    names = {path: os.path.relpath(path, root) for path in paths}
+    names = {path: encode_name(os.path.relpath(path, root)) for path in paths}
     stamps = {path: _stamp(path) for path in paths}
     found = {
         path: known[name][1]
@@ -82,7 +83,7 @@ def examine_all(
         settled = {
             names[path]: (stamp, found[path])
             for path, stamp in stamps.items()
-            if stamp and stamp[1] < began - _RECENT and _is_utf8(names[path])
+            if stamp and stamp[1] < began - _RECENT
         }
         _remember(root, {**known, **settled})
     return {path: found[path] for path in paths}
@@ -90,8 +91,6 @@ def examine_all(
 
 def examine(path: Path) -> Finding:
     """What is in ``path``."""
-    if not _is_utf8(str(path)):
-        return Finding("", "name is not UTF-8")  # which the files of a run are
     sha256 = ""
     try:
         data = read_bytes(path)
@@ -109,11 +108,6 @@ def _examine_new(paths: Sequence[Path]) -> Iterator[tuple[Path, Finding]]:
         yield from zip(paths, pool.map(examine, paths), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted check must not decode all the rest
-
-
-def _is_utf8(name: str) -> bool:
-    """Whether ``name`` can be written as UTF-8; Python reads other bytes as lone surrogates."""
-    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def _stamp(path: Path) -> _Stamp | None:

@@ -20,8 +20,9 @@ from PIL import Image
 
 from momconv.data.splits import hold_out
 from momconv.errors import DataError
+from momconv.names import decode_name, encode_name
 from momconv.opening import is_special
-from momconv.words import list_some, plural, printable
+from momconv.words import describe_classes, list_some, name_some, plural, printable
 
 Image.init()
 # Formats that Pillow names but that hold no pixels it can read by itself. (EPS starts Ghostscript.)
@@ -82,6 +83,12 @@ class Splits:
     val: ImageSet
     notes: tuple[str, ...]
     fingerprint: str | None = None  # of the files' content, once they were read
+    unused: tuple[Path, ...] = ()  # images that were found and are in neither
+
+    @property
+    def uncovered(self) -> list[str]:
+        """The classes of which no image is validated on, if any image is."""
+        return [name for name, count in self.val.counts().items() if not count and self.val.samples]
 
 
 def find_splits(
@@ -182,8 +189,7 @@ def read_classes_folder(
         notes += (f"warning: ignoring {_counted(others, owner)}",)
     missing = [name for name in names if name not in found]
     if missing:
-        which = f"{plural(len(missing), 'class')}: {_listed(missing)}"
-        notes += (f"warning: {printable(root)} has no images of {which}",)
+        notes += (f"warning: {printable(root)} has no images of {describe_classes(missing)}",)
     number = {name: label for label, name in enumerate(names)}
     samples = (Sample(path, number[name]) for name, paths in found.items() for path in paths)
     return ImageSet(root, names, tuple(samples), notes)
@@ -254,7 +260,7 @@ def _first(names: Sequence[str], folders: Mapping[str, Path]) -> Path | None:
 def _read_class_folders(root: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
     """The images of every class folder that has any, and notes on what was passed over."""
     _require_folder(root)
-    every = {folder.name: list(_walk(folder, root)) for folder in _subfolders(root)}
+    every = {encode_name(folder.name): list(_walk(folder, root)) for folder in _subfolders(root)}
     special = [path for paths in every.values() for path in filter(is_special, paths)]
     files = {name: [p for p in paths if p not in special] for name, paths in every.items()}
     found = {name: list(filter(_is_image, paths)) for name, paths in files.items()}
@@ -266,7 +272,7 @@ def _read_class_folders(root: Path) -> tuple[dict[str, list[Path]], tuple[str, .
     )
     loose = sum(_is_image(root / name) for name in _visible(os.listdir(root)) if name not in files)
     notes = (*_notes(root, empty, others, loose), *_warn_of_special(special))
-    deep = sum(path.parent != root / name for name, paths in found.items() for path in paths)
+    deep = sum(path.parent.parent != root for paths in found.values() for path in paths)
     if deep:
         where = "deeper than the folder of their class, and belong to it"
         notes += (f"note: {plural(deep, 'image')} in {printable(root)} lie {where}",)
@@ -317,7 +323,8 @@ def _warn_of_few(train: ImageSet) -> tuple[str, ...]:
     if not few:
         return ()
     what = f"fewer than {_FEW} training images"
-    return (f"warning: {plural(len(few), 'class')} with {what}: {', '.join(few)}",)
+    which = ", ".join(list_some(few, _SHOWN))
+    return (f"warning: {plural(len(few), 'class')} with {what}: {which}",)
 
 
 def _described(images: ImageSet) -> str:
@@ -325,7 +332,7 @@ def _described(images: ImageSet) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(printable(name) for name in names)
+    return name_some([*names], _SHOWN)
 
 
 def _require_folder(path: Path) -> None:
@@ -356,8 +363,10 @@ def _require_two_classes(train: ImageSet) -> None:
     if len(train.classes) >= 2:
         return
     (name,) = train.classes
-    below = [folder.name for folder in _subfolders(train.root / name)]
-    one_level_down = f"the classes may lie one level down: {printable(train.root / name)}"
+    below = [folder.name for folder in _subfolders(train.root / decode_name(name))]
+    one_level_down = (
+        f"the classes may lie one level down: {printable(train.root / decode_name(name))}"
+    )
     raise DataError(
         f"found 1 class in {printable(train.root)}: {printable(name)} "
         f"({plural(len(train.samples), 'image')})\ntraining needs at least 2",
@@ -379,8 +388,9 @@ def _unknown_classes(
 
 def _counted(unknown: Mapping[str, list[Path]], owner: str) -> str:
     """Such as ``1 class that train does not have: wolf (1 image)``."""
-    counted = (f"{printable(n)} ({plural(len(paths), 'image')})" for n, paths in unknown.items())
-    return f"{plural(len(unknown), 'class')} that {owner} does not have: {', '.join(counted)}"
+    counted = [f"{printable(n)} ({plural(len(paths), 'image')})" for n, paths in unknown.items()]
+    shown = ", ".join(list_some(counted, _SHOWN))
+    return f"{plural(len(unknown), 'class')} that {owner} does not have: {shown}"
 
 
 def _refuse_empty(root: Path) -> NoReturn:

@@ -10,7 +10,7 @@ from momconv.data.examination import Finding, examine_all
 from momconv.data.folder import ImageSet
 from momconv.data.values import count_outside
 from momconv.errors import DataError
-from momconv.words import list_some, plural, printable
+from momconv.words import describe_classes, list_some, plural, printable
 from momconv.zoo.description import ValueRanges
 from momconv.zoo.seen import SeenImages
 
@@ -58,7 +58,7 @@ def check_images(
     bad = [f"{printable(p)}: {f.problem}" for p, f in findings.items() if f.problem]
     warnings = _warn_of_bad(bad, len(paths), max_bad_fraction)
     if lost := _find_lost_classes(image_set, readable):
-        problem = f"no image of {plural(len(lost), 'class')} can be read: {', '.join(lost)}"
+        problem = f"no image can be read of {describe_classes(lost)}"
         if every_class:
             raise _lost(problem, lost[0], bad)
         warnings += (f"warning: {problem}",)
@@ -135,12 +135,13 @@ def leave_out_trained_on(
 
 def _find_lost_classes(before: ImageSet, after: ImageSet) -> list[str]:
     left = after.counts()
-    return [printable(name) for name, n in before.counts().items() if n and not left[name]]
+    return [name for name, n in before.counts().items() if n and not left[name]]
 
 
 def _lost(problem: str, name: str, bad: Sequence[str]) -> DataError:
     return DataError(
-        f"{problem}\n{_shown(bad)}\nwithout the folder {name}, the others can be trained on",
+        f"{problem}\n{_shown(bad)}\n"
+        f"without the folder {printable(name)}, the others can be trained on",
         kind="data.class_unreadable",
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from momconv.data.folder import ImageSet
 from momconv.data.inspection import Inspection
+from momconv.names import encode_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def report(
         fingerprint=fingerprint(digests),
         train=_describe(train),
         val=_describe(val),
-        duplicates=tuple((str(ours), str(theirs)) for ours, theirs in duplicates),
+        duplicates=tuple((encode_name(ours), encode_name(theirs)) for ours, theirs in duplicates),
         notes=tuple(notes),
     )
 
@@ -100,14 +101,14 @@ def fingerprint(files: Iterable[tuple[str, str, str]]) -> str:
 def _describe(inspection: Inspection) -> SplitReport:
     findings = [inspection.findings[sample.path] for sample in inspection.images.samples]
     return SplitReport(
-        folder=str(inspection.images.root),
+        folder=encode_name(inspection.images.root),
         images=len(findings),
         classes=inspection.images.counts(),
         stored=_count(finding.stored for finding in findings),
         converted=_count(what for finding in findings for what in finding.converted),
         width=_range([finding.size[0] for finding in findings]),
         height=_range([finding.size[1] for finding in findings]),
-        unreadable={str(path): reason for path, reason in inspection.unreadable().items()},
+        unreadable={encode_name(path): reason for path, reason in inspection.unreadable().items()},
     )
 
 

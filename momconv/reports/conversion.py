@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from momconv.names import encode_name
 from momconv.planner.saving import Saving
 from momconv.reports.drift import describe_drift, show_facts, show_steps
 from momconv.reports.stages import tabulate_stages
@@ -120,7 +121,7 @@ class Conversion:
         tried = [{"gamma": a.gamma, "drift": a.drift.to_json()} for a in self.tried]
         return {
             **asdict(self),
-            "path": str(self.path),
+            "path": encode_name(self.path),
             "steps": [step.to_json() for step in self.steps],
             "tried": tried,
             "certificate": self.certificate.to_json(),

@@ -13,6 +13,7 @@ from torch import nn
 from momconv.data.values import describe_ranges
 from momconv.errors import ModelFileError
 from momconv.files.model_file import read_metadata, read_skeleton
+from momconv.names import encode_name
 from momconv.reports.drift import describe_drift, show_facts
 from momconv.reports.stages import tabulate_stages
 from momconv.surgery.certificate import Certificate
@@ -66,7 +67,7 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """The same as values that JSON knows."""
         certificate = self.certificate and self.certificate.to_json()
-        document = {**asdict(self), "path": str(self.path), "certificate": certificate}
+        document = {**asdict(self), "path": encode_name(self.path), "certificate": certificate}
         if seen := self.description.seen:
             document["description"]["seen"] = {"images": seen.count, "complete": seen.complete}
         return document

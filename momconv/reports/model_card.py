@@ -13,7 +13,7 @@ from momconv.reports.inspection import describe_input
 from momconv.training.finetuning import Result
 from momconv.units import format_bytes
 from momconv.vocabulary import OPTIMIZERS
-from momconv.words import plural, printable
+from momconv.words import describe_classes, plural, printable
 from momconv.zoo import own
 from momconv.zoo.description import Description
 
@@ -171,6 +171,9 @@ def _list_scores(scores: Scores | None, result: Result) -> Iterator[str]:
     }
     yield f"Of epoch {result.best_epoch.epoch}, on {plural(scores.n, 'held-out image')}.\n"
     yield _tabulate(("score", "value"), figures.items())
+    if scores.uncovered:
+        which = _escape(describe_classes(scores.uncovered))
+        yield f"They do not cover {which}, of which no image was held out.\n"
     if len(scores.classes) <= _MOST_ROWS:
         rows = (
             (_escape(c.name), f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f}", c.support)

@@ -6,6 +6,7 @@ import io
 from rich.table import Table
 from rich.text import Text
 
+from momconv.names import encode_name
 from momconv.prediction import Guess, Predictions
 from momconv.words import printable
 
@@ -34,9 +35,9 @@ def to_csv(predictions: Predictions) -> str:
     writer.writerow(["path", *columns, "error"])
     for image in predictions.images:
         pairs = ((guess.name, guess.probability) for guess in image.guesses)
-        writer.writerow([image.path, *(value for pair in pairs for value in pair), ""])
+        writer.writerow([encode_name(image.path), *(value for pair in pairs for value in pair), ""])
     for bad in predictions.unreadable:
-        writer.writerow([bad.path, *("" for _ in columns), bad.error])
+        writer.writerow([encode_name(bad.path), *("" for _ in columns), bad.error])
     return table.getvalue()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from momconv.names import encode_name
 from momconv.reports.drift import describe_drift, show_facts, show_steps
 from momconv.surgery.adaptation import Step
 from momconv.surgery.certificate import Accuracy
@@ -55,7 +56,7 @@ class Reversion:
         return {
             **asdict(self),
             "source": str(self.source),
-            "path": str(self.path),
+            "path": encode_name(self.path),
             "steps": [step.to_json() for step in self.steps],
             "drift": self.drift.to_json(),
         }

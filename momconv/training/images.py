@@ -1,6 +1,7 @@
 """The images of a run: looked at once, and remembered in its folder as split.json."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,11 +23,12 @@ from momconv.data.report import DataReport, fingerprint, name_classes, report
 from momconv.data.splits import hold_out
 from momconv.errors import DataError, ModelFileError, UsageError
 from momconv.files.atomic import write_text
+from momconv.names import NamedPath
 from momconv.recipe import DataRecipe
-from momconv.training.omission import keep_rest
+from momconv.training.omission import take_back
 from momconv.training.progress import SILENT, Listener, Progress
 from momconv.training.run_folder import RunFolder
-from momconv.words import list_some, plural, printable
+from momconv.words import describe_classes, list_some, plural, printable
 from momconv.zoo.seen import SeenImages
 
 _SHOWN = 5  # files that an error names
@@ -39,7 +41,7 @@ def _below(path: Path) -> Path:
 
 
 class _File(NamedTuple):
-    path: Annotated[Path, AfterValidator(_below)]  # below the folder of its part
+    path: Annotated[NamedPath, AfterValidator(_below)]  # below the folder of its part
     class_name: str
     sha256: str
 
@@ -47,17 +49,18 @@ class _File(NamedTuple):
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    folder: Path  # below the data folder, or anywhere
+    folder: NamedPath  # below the data folder, or anywhere
     files: tuple[_File, ...]
 
 
 class _Split(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: Path
+    data: NamedPath
     classes: tuple[str, ...]
     train: _Part
     val: _Part
+    unused: tuple[NamedPath, ...] = ()  # below the data folder, or anywhere; found at the start
 
     @model_validator(mode="after")
     def _know_all_classes(self) -> Self:
@@ -99,14 +102,7 @@ def find_images(root: Path, recipe: DataRecipe, listener: Listener) -> Splits:
     Raises:
         DataError: The folder cannot be used.
     """
-    found = find_splits(
-        root,
-        train=recipe.train_dir,
-        val=recipe.val_dir,
-        val_frac=recipe.val_frac,
-        seed=recipe.split_seed,
-        unknown=recipe.unknown_classes,
-    )
+    found = _find(root, recipe)
     _tell(found.notes, recipe, listener)
     if recipe.limit == 1 and recipe.max_images is None:
         return found
@@ -116,7 +112,14 @@ def find_images(root: Path, recipe: DataRecipe, listener: Listener) -> Splits:
     parts += [f"at most {recipe.max_images} images of a split"] if recipe.max_images else []
     note = f"note: {', '.join(parts)}: {counts}"
     listener.tell(note)
-    return Splits(train, val, (*found.notes, note))
+    return Splits(train, val, (*found.notes, note), unused=_list_rest(found, train, val))
+
+
+def _list_rest(splits: Splits, *kept: ImageSet) -> tuple[Path, ...]:
+    """The images of ``splits`` that are not in those that are ``kept``."""
+    known = {sample.path for images in kept for sample in images.samples}
+    every = (sample.path for part in (splits.train, splits.val) for sample in part.samples)
+    return tuple(path for path in every if path not in known)
 
 
 def _limit(images: ImageSet, recipe: DataRecipe) -> ImageSet:
@@ -143,9 +146,16 @@ def keep_readable(
     warnings = warn_of_duplicates(duplicates, len(val.images.samples))
     val, more = leave_out_trained_on(val, {path for _, path in duplicates}, seen)
     warnings += more
+    rest = (*splits.unused, *_list_rest(splits, train.images, val.images))
+    readable = Splits(train.images, val.images, splits.notes, unused=rest)
+    if readable.uncovered:
+        which = describe_classes(readable.uncovered)
+        warnings += (
+            f"warning: val top-1 and macro F1 do not cover {which}, without a validation image",
+        )
     _tell(warnings, recipe, listener)
     found = report(train, val, duplicates, (*splits.notes, *train.notes, *val.notes, *warnings))
-    readable = Splits(train.images, val.images, splits.notes, found.fingerprint)
+    readable = replace(readable, fingerprint=found.fingerprint)
     return CheckedImages(readable, found, {**train.findings, **val.findings})
 
 
@@ -155,7 +165,8 @@ def remember_images(
     """Write down which images below ``root`` a run trains on, which it holds out, and the rest."""
     train, val = (_to_part(part, root, images) for part in (images.splits.train, images.splits.val))
     classes = images.splits.train.classes
-    split = _Split(data=root.absolute(), classes=classes, train=train, val=val)
+    unused = tuple(_relate(path, root) for path in images.splits.unused)
+    split = _Split(data=root.absolute(), classes=classes, train=train, val=val, unused=unused)
     write_text(run.split, split.model_dump_json(indent=1) + "\n")
     write_text(run.data_report, json.dumps(images.report.to_json(), indent=1) + "\n")
     if images.report.unreadable:
@@ -171,7 +182,7 @@ def recall_images(
 ) -> Splits:
     """The images that ``remember_images`` wrote to ``path``, which may be below ``root`` now.
 
-    Those that were left out according to ``progress`` may be anything.
+    Those that were left out according to ``progress`` may be anything; which are back, it learns.
 
     Raises:
         ModelFileError: ``path`` is missing or damaged.
@@ -181,15 +192,47 @@ def recall_images(
     root = root or split.data
     parts = {"train": split.train, "val": split.val}
     train, val = (_from_part(part, split.classes, root) for part in parts.values())
-    recalled = Splits(train, val, ())
-    rest = keep_rest(recalled, progress) if progress else recalled
-    found = _examine(rest.train, listener) | _examine(rest.val, listener)
+    recalled = Splits(train, val, (), unused=tuple(root / unused for unused in split.unused))
+    _require_folders(train.root, val.root)
+    found = _examine(train, listener) | _examine(val, listener)
     files = [(name, root / part.folder, f) for name, part in parts.items() for f in part.files]
     sha256 = {at / f.path: f.sha256 for _, at, f in files}
-    if changed := [path for path, now in found.items() if now.sha256 != sha256[path]]:
-        raise _changed(root, changed)
+    changed = {path for path, now in found.items() if now.sha256 != sha256[path]}
+    if progress:
+        changed -= take_back(recalled, progress, found, changed, listener)
+    if changed:
+        raise _changed(root, [path for path in found if path in changed])
     digest = fingerprint((name, f.class_name, f.sha256) for name, _, f in files)
     return replace(recalled, fingerprint=digest)
+
+
+def list_new(known: Splits, root: Path, recipe: DataRecipe) -> Splits:
+    """The images below ``root`` that came after the run of the images ``known`` began.
+
+    Raises:
+        DataError: The folder cannot be used any more.
+    """
+    parts = (known.train, known.val)
+    paths = {s.path for part in parts for s in part.samples}.union(known.unused)
+    old = {os.path.abspath(path) for path in paths}
+
+    def select(images: ImageSet) -> ImageSet:
+        every = enumerate(images.samples)
+        return images.select(n for n, s in every if os.path.abspath(s.path) not in old)
+
+    found = _find(root, recipe)
+    return Splits(select(found.train), select(found.val), ())
+
+
+def _find(root: Path, recipe: DataRecipe) -> Splits:
+    return find_splits(
+        root,
+        train=recipe.train_dir,
+        val=recipe.val_dir,
+        val_frac=recipe.val_frac,
+        seed=recipe.split_seed,
+        unknown=recipe.unknown_classes,
+    )
 
 
 def _check(
@@ -222,6 +265,17 @@ def _examine(images: ImageSet, listener: Listener) -> dict[Path, Finding]:
     return examine_all(images.root, paths, partial(listener.advance, "comparing the images"))
 
 
+def _require_folders(*folders: Path) -> None:
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(
+                f"the images of the run are gone: there is no folder {printable(folder)}\n"
+                "it may have moved, or is not mounted",
+                kind="data.missing_folder",
+                fix="--data FOLDER",
+            )
+
+
 def _changed(root: Path, changed: Sequence[Path]) -> DataError:
     gone = [path for path in changed if not path.is_file()]
     others = [path for path in changed if path not in gone]
@@ -235,15 +289,17 @@ def _changed(root: Path, changed: Sequence[Path]) -> DataError:
 
 
 def _to_part(images: ImageSet, root: Path, checked: CheckedImages) -> _Part:
-    folder, above = images.root.absolute(), root.absolute()
     files = (
         _File(path.relative_to(images.root), name, checked.findings[path].sha256)
         for path, name in name_classes(images)
     )
-    return _Part(
-        folder=folder.relative_to(above) if folder.is_relative_to(above) else folder,
-        files=tuple(files),
-    )
+    return _Part(folder=_relate(images.root, root), files=tuple(files))
+
+
+def _relate(path: Path, root: Path) -> Path:
+    """``path`` below ``root`` if it is there, or else from the top."""
+    path, above = path.absolute(), root.absolute()
+    return path.relative_to(above) if path.is_relative_to(above) else path
 
 
 def _from_part(part: _Part, classes: tuple[str, ...], root: Path) -> ImageSet:

@@ -332,6 +332,7 @@ def _finish_epoch(job: Job, progress: Progress, scores: Scores | None, seconds: 
         gamma=read_gamma(job.model),
         val_macro_f1=scores.macro_f1 if scores else None,
         val_macro_recall=scores.macro_recall if scores else None,
+        val_classes=len(scores.classes) - len(scores.uncovered) if scores else None,
     )
     if job.plan.measured_seconds is None and not job.head_only:
         job.plan = replace(job.plan, measured_seconds=1 / row.images_per_second)

@@ -1,30 +1,47 @@
 """Going on without an image that cannot be read any more, although it could before the run.
 
 The others keep their places in the order, and what is left out is part of the state: a run that is
-resumed goes on without it too, whether or not the file is back.
+resumed tries it again, and goes on without it if it is not back. A folder that goes away is no loss
+of single images: it ends the run, to be resumed.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from momconv.data.decoding import UnreadableImage
-from momconv.data.examination import examine
+from momconv.data.examination import Finding, examine
 from momconv.data.folder import ImageSet, Splits
 from momconv.data.inspection import refuse_many_unreadable
+from momconv.errors import DataError
+from momconv.names import encode_name
+from momconv.opening import open_regular
 from momconv.recipe import DataRecipe
 from momconv.training.job import Job
 from momconv.training.progress import Listener, Omission, Progress, SplitName
 from momconv.training.saving import save_event
-from momconv.words import printable
+from momconv.words import list_some, name_some, plural, printable
+
+_ASKED = 16  # other images, whether they can be read
+_SHOWN = 5  # files that a message names
+_SPLITS: tuple[SplitName, ...] = ("train", "val")
 
 
 def leave_out(job: Job, progress: Progress, split: SplitName, error: UnreadableImage) -> None:
     """As ``omit``, in a run that has a folder, whose state knows of it at once."""
-    omit(progress, split, job.splits, error, recipe=job.recipe.data, listener=job.listener)
+    omit(
+        progress,
+        split,
+        job.splits,
+        error,
+        recipe=job.recipe.data,
+        listener=job.listener,
+        go_on=job.folder.resume_command,
+    )
     save_event(job, progress)
 
 
-def omit(
+def omit(  # noqa: PLR0913 (one for each thing that it depends on)
     progress: Progress,
     split: SplitName,
     splits: Splits,
@@ -32,14 +49,18 @@ def omit(
     *,
     recipe: DataRecipe,
     listener: Listener,
+    go_on: str | None = None,
 ) -> None:
     """Go on without the image of the ``split`` that the ``error`` is about.
 
+    ``go_on`` is the command that goes on with the run.
+
     Raises:
-        DataError: Too many are left out now, or the recipe is strict.
+        DataError: Too many are left out now, the folder of images is gone, or the recipe is strict.
     """
     images, path = select(splits, split), error.path
     image = find_number(images, error)
+    _refuse_lost_folder(images, path, progress.left_out(split), go_on)
     reason = _find_reason(path)
     if recipe.strict:
         raise UnreadableImage(path, reason)
@@ -48,11 +69,80 @@ def omit(
     problems = [f"{printable(other)}: {_find_reason(other)}" for other in paths]
     refuse_many_unreadable(problems, total, recipe.max_bad_fraction)
     step = progress.step + 1 if split == "train" else None
-    progress.omissions.append(Omission(progress.epoch + 1, step, split, image, str(path)))
+    progress.omissions.append(Omission(progress.epoch + 1, step, split, image, encode_name(path)))
     listener.tell(
         f"warning: {printable(path)}: {reason}; going on without it "
         f"({len(paths)} of {total} images unreadable since the start)"
     )
+
+
+def take_back(
+    splits: Splits,
+    progress: Progress,
+    found: Mapping[Path, Finding],
+    changed: Collection[Path],
+    listener: Listener,
+) -> set[Path]:
+    """Go on with those images again that were left out and are back, not ``changed``; tell of all.
+
+    Returns those that stay left out, and may have changed.
+    """
+    back, still = list[Path](), list[Path]()
+    for split in _SPLITS:
+        samples = select(splits, split).samples
+        paths = {number: samples[number].path for number in progress.left_out(split)}
+        here = {n: path for n, path in paths.items() if path not in changed}
+        progress.take_back(split, here.keys())
+        back += here.values()
+        still += [path for path in paths.values() if path in changed]
+    if back:
+        listener.tell(
+            f"note: {plural(len(back), 'image')} that had been left out can be read again, and "
+            f"{'counts' if len(back) == 1 else 'count'} from here on: {name_some(sorted(back))}"
+        )
+    if still:
+        problems = [f"{printable(p)}: {found[p].problem or 'changed'}" for p in sorted(still)]
+        listener.tell(
+            f"warning: going on without {plural(len(still), 'image')} that had been left out:\n"
+            + "\n".join(f"  {line}" for line in list_some(problems, _SHOWN))
+        )
+    return set(still)
+
+
+def _refuse_lost_folder(
+    images: ImageSet, path: Path, left_out: Collection[int], go_on: str | None
+) -> None:
+    """Do nothing if images around ``path``, which failed, can be read: then it is that one alone.
+
+    Raises:
+        DataError: They cannot.
+    """
+    if _is_readable(path):
+        return
+    samples = enumerate(images.samples)
+    others = [s.path for n, s in samples if n not in left_out and s.path != path]
+    near = [other for other in others if other.parent == path.parent] or others
+    asked = near[:: max(1, len(near) // _ASKED)]
+    gone = sum(not _is_readable(other) for other in asked)
+    if path.parent.is_dir() and 2 * gone <= len(asked):
+        return
+    folder = path.parent if images.root.is_dir() else images.root
+    raise DataError(
+        f"the images in {printable(folder)} cannot be read any more, such as {printable(path)}: "
+        f"{_find_reason(path)}\nonce they are back, the run can go on with all of them",
+        kind="data.lost_folder",
+        fix=go_on,
+    )
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether the content of ``path`` can be read, whatever it is."""
+    try:
+        with open_regular(path) as file:
+            file.read(1)
+    except OSError:
+        return False
+    return True
 
 
 def _find_reason(path: Path) -> str:

@@ -1,7 +1,8 @@
 """How far a run is, and who hears about it."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from momconv.vocabulary import Monitor
@@ -24,6 +25,7 @@ class EpochRow:
     gamma: float = 0.0  # at its end; 0 in a plain network
     val_macro_f1: float | None = None  # the mean over the classes
     val_macro_recall: float | None = None  # the same; also called balanced accuracy
+    val_classes: int | None = None  # those that have held-out images, which the figures cover
 
     def judge(self, monitor: Monitor) -> float:
         """How good the epoch is, the higher the better; −∞ where nothing says so.
@@ -63,7 +65,8 @@ class Omission:
     step: int | None  # None while validating
     split: SplitName
     image: int  # its number in split.json, from 0
-    path: str
+    path: str  # as momconv.names writes it
+    returned: bool = False  # whether it could be read again when the run was resumed
 
 
 @dataclass(slots=True)
@@ -100,7 +103,14 @@ class Progress:
 
     def left_out(self, split: SplitName) -> set[int]:
         """The numbers of the images of the ``split`` that the run goes on without."""
-        return {omission.image for omission in self.omissions if omission.split == split}
+        return {o.image for o in self.omissions if o.split == split and not o.returned}
+
+    def take_back(self, split: SplitName, images: Collection[int]) -> None:
+        """Go on with the images of the ``split`` that have these numbers again."""
+        self.omissions = [
+            replace(o, returned=True) if o.split == split and o.image in images else o
+            for o in self.omissions
+        ]
 
     def count_step(self, images: int, loss: float, seconds: float) -> None:
         """Count one optimisation step on so many images with this mean ``loss``."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from momconv._version import __version__
 from momconv.errors import ModelFileError
+from momconv.names import encode_name
 from momconv.recipe import Recipe
 from momconv.training.progress import Listener
 from momconv.zoo.checkpoints import sha256
@@ -40,9 +41,9 @@ def find_provenance(
     file, description = recipe.model.from_file, describe(model)
     return Provenance(
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=tuple(sys.argv),
+        command=tuple(map(encode_name, sys.argv)),
         machine=describe_machine(device),
-        weights=str(file.absolute()) if file else description.source,
+        weights=encode_name(file.absolute()) if file else description.source,
         weights_sha256=sha256(file) if file else description.source_sha256,
         images=fingerprint,
     )

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
-from momconv.errors import ModelFileError, UsageError
+from momconv.data.folder import Splits
+from momconv.errors import DataError, ModelFileError, UsageError
 from momconv.files import model_file
 from momconv.files.atomic import write_text
 from momconv.recipe import KEYS, Recipe, dump_recipe, recall_recipe
 from momconv.training import network
-from momconv.training.images import recall_images
+from momconv.training.images import list_new, recall_images
 from momconv.training.job import Job
 from momconv.training.mending import list_changes, mend
 from momconv.training.optimisation import make_optimizer
@@ -30,6 +31,7 @@ from momconv.training.saving import publish, remember_documents, save, write_pla
 from momconv.training.state import load_newest
 from momconv.training.stopping import require_validation
 from momconv.training.task import Task
+from momconv.words import describe_classes, name_some, plural, printable
 
 # What a run is about: to change it is to start another.
 _FIXED = [
@@ -64,7 +66,7 @@ def resume(task: Task) -> tuple[Job, Progress]:
     splits = recall_images(run.split, recipe.data.path, task.listener, progress=progress)
     require_stages(model, recipe.train)
     require_validation(recipe, splits)
-    _tell_of_another_machine(task)
+    _tell_of_changes(task, splits, before)
     network.place(model, task.device)
     network.start_training(model, recipe.train)
     setting = task.describe_setting(splits, model, fixed=("gamma", "resolution", "freeze"))
@@ -91,6 +93,39 @@ def _write_down(job: Job, progress: Progress, before: Recipe) -> None:
         write_text(job.folder.config, dump_recipe(recipe))
     write_plan(job)
     publish(job, progress)
+
+
+def _tell_of_changes(task: Task, splits: Splits, before: Recipe) -> None:
+    _tell_of_images(task, splits, before)
+    _tell_of_another_machine(task)
+
+
+def _tell_of_images(task: Task, splits: Splits, before: Recipe) -> None:
+    """What is not as it was where the images lie: the folder itself, further images and classes."""
+    data, tell = task.recipe.with_absolute_paths().data, task.listener.tell
+    root = data.path or splits.train.root
+    if data.path != before.data.path:
+        then = printable(before.data.path or splits.train.root)
+        tell(f"note: the images are in {printable(root)} now, and were in {then}")
+    try:
+        new = list_new(splits, root, data)
+    except DataError as error:
+        tell(f"warning: whether there are new images cannot be told: {error.message}")
+        return
+    added = [sample.path for part in (new.train, new.val) for sample in part.samples]
+    if not added:
+        return
+    classes = [name for name in new.train.classes if name not in splits.train.classes]
+    of_classes = f", of {describe_classes(classes)}, which are new too" if classes else ""
+    folder = shlex.quote(str(task.run.find_unused()))
+    command = f"momconv finetune --from {shlex.quote(str(task.run.best))} -o {folder}"
+    if data.path:
+        command += f" --data {shlex.quote(str(data.path))}"
+    are = "is" if len(added) == 1 else "are"
+    tell(
+        f"note: {plural(len(added), 'image')} in {printable(root)} {are} new and not part of this "
+        f"run{of_classes}: {name_some(added, 3)}\nto train on them too: {command}"
+    )
 
 
 def _tell_of_another_machine(task: Task) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models import get_model_weights
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
+from momconv.names import encode_name
 from momconv.words import quoted
 from momconv.zoo import checkpoints, own
 from momconv.zoo.cifar import DEPTHS
@@ -160,7 +161,7 @@ def _load_own(
         model = own.remake(replace(describe(model), num_classes=classes), model)
     reading.fill(name, path, model, state)
     digest = checkpoints.sha256(path)
-    attach(model, replace(describe(model), source=path.name, source_sha256=digest))
+    attach(model, replace(describe(model), source=encode_name(path.name), source_sha256=digest))
     return model
 
 
@@ -170,7 +171,8 @@ def _load(name: str, path: Path, published: Any | None, reading: _Reading) -> nn
     state, classes = reading.find(name, path, outline(name), head_name(name))
     model = build(name, classes, resolution)
     reading.fill(name, path, model, state)
-    description = replace(describe(model), source=path.name, source_sha256=checkpoints.sha256(path))
+    digest = checkpoints.sha256(path)
+    description = replace(describe(model), source=encode_name(path.name), source_sha256=digest)
     if published is not None:
         description = replace(
             description,

@@ -67,7 +67,7 @@ def test_the_images_may_have_moved_but_not_vanished(colours: Path, tmp_path: Pat
     remember(root, tmp_path)
     moved = root.rename(tmp_path / "moved")
     assert recall_images(tmp_path / "split.json", moved).train.root == moved
-    with pytest.raises(DataError, match="24 images of the run changed since in"):
+    with pytest.raises(DataError, match="the images of the run are gone: there is no folder"):
         recall_images(tmp_path / "split.json", root)
 
 
@@ -169,3 +169,44 @@ def test_where_all_held_out_images_were_seen_they_are_validated_on_with_a_warnin
     checked = keep_readable(find_splits(tmp_path), DataRecipe(), log)
     assert len(checked.splits.val.samples) == 24
     assert log.told[-1] == "warning: so its scores do not say how it does on new images"
+
+
+def test_names_that_are_not_utf8_are_remembered(colours: Path, tmp_path: Path) -> None:
+    """Of folders, and so of classes, and of files."""
+    data = Path(shutil.copytree(colours, tmp_path / "d\udce4ta"))
+    (data / "red").rename(data / "r\udcf6t")
+    for path in [*(data / "blue").iterdir()]:
+        path.rename(path.with_name(f"bl\udce4-{path.name}"))
+    checked = remember(data, tmp_path)
+    assert checked.splits.train.classes == ("blue", "green", r"r\xf6t")
+    again = recall_images(tmp_path / "split.json")
+    assert again.train.samples == checked.splits.train.samples
+    assert again.fingerprint == checked.splits.fingerprint
+    json.loads((tmp_path / "data-report.json").read_bytes().decode())
+
+
+def test_a_class_that_is_not_validated_is_told(colours: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(colours, tmp_path / "data"))
+    (data / "one").mkdir()
+    shutil.copy(min((colours / "red").iterdir()), data / "one")
+    log = Log()
+    checked = keep_readable(find_splits(data), DataRecipe(), log)
+    assert checked.splits.uncovered == ["one"]
+    assert log.told[-1] == (
+        "warning: val top-1 and macro F1 do not cover 1 class: one, without a validation image"
+    )
+
+
+def test_thousands_of_classes_are_a_few_names_in_a_message(tmp_path: Path) -> None:
+    for n in range(300):
+        (tmp_path / "data" / f"species-{n:03d}").mkdir(parents=True)
+        Image.new("RGB", (8, 8), (n % 256, n // 256, 0)).save(
+            tmp_path / "data" / f"species-{n:03d}" / "0.png"
+        )
+    log = Log()
+    found = find_images(tmp_path / "data", DataRecipe(), log)
+    assert len(found.train.classes) == 300
+    assert "warning: 300 classes with fewer than 5 training images: species-000 (1), " in "".join(
+        log.told
+    )
+    assert max(map(len, log.told)) < 250

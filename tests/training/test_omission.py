@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Copies, Damage, Log, assert_same, small
+from runs import Copies, Damage, Log, assert_same, resume, small
 
 from momconv.errors import DataError
 from momconv.evaluation import evaluate
@@ -156,3 +156,55 @@ def test_an_image_that_goes_while_a_rate_is_looked_for_is_left_out(
     assert len([text for text in log.told if "going on without it" in text]) == 1
     assert train not in [sample.path for sample in result.splits.train.samples]
     assert result.recipe.train.lr != "auto"
+
+
+def test_images_that_are_back_count_again_after_a_resume(data: Path, tmp_path: Path) -> None:
+    broken, log = choose(data), Log()
+    whole = {path: path.read_bytes() for path in broken}
+    finetune(small(data, LENIENT, "train.epochs=1"), tmp_path / "run", listener=Damage(broken))
+    train, val = broken
+    train.write_bytes(whole[train])
+    result = resume(tmp_path / "run", "train.epochs=2", listener=log)
+    assert (
+        f"note: 1 image that had been left out can be read again, and counts from here on: {train}"
+        in log.told
+    )
+    assert (
+        f"warning: going on without 1 image that had been left out:\n  {val}: empty file"
+    ) in log.told
+    assert (len(result.splits.train.samples), len(result.splits.val.samples)) == (18, 5)
+
+
+class Unmount(Log):
+    """Takes ``folder`` away after ``n`` reports of training, and leaves an empty one if asked."""
+
+    def __init__(self, folder: Path, n: int, *, leave_empty: bool) -> None:
+        super().__init__()
+        self.folder, self.n, self.leave_empty = folder, n, leave_empty
+
+    def advance(self, title: str, done: int, total: int, text: str = "") -> None:
+        super().advance(title, done, total, text)
+        if title == "training" and len([t for t, *_ in self.shown if t == title]) == self.n:
+            self.folder.rename(self.folder.with_name("away"))
+            if self.leave_empty:
+                self.folder.mkdir()
+
+
+@pytest.mark.parametrize("what", ["data", "data/red"])
+@pytest.mark.parametrize("leave_empty", [False, True])
+def test_a_folder_that_goes_away_ends_the_run_and_costs_no_image(
+    data: Path, colours: Path, tmp_path: Path, what: str, *, leave_empty: bool
+) -> None:
+    finetune(small(colours), tmp_path / "straight")
+    log, folder = Unmount(tmp_path / what, 3, leave_empty=leave_empty), tmp_path / "run"
+    with pytest.raises(DataError, match="cannot be read any more") as lost:
+        finetune(small(data, LENIENT), folder, listener=log)
+    assert (lost.value.exit_code, lost.value.kind) == (3, "data.lost_folder")
+    assert lost.value.fix == f"momconv finetune --resume {folder}"
+    if leave_empty:
+        (tmp_path / what).rmdir()
+    (tmp_path / what).with_name("away").rename(tmp_path / what)
+    result = resume(folder)
+    assert (len(result.splits.train.samples), len(result.splits.val.samples)) == (18, 6)
+    assert "unreadable_image" not in (folder / "events.jsonl").read_text()
+    assert_same(tmp_path / "straight", folder)

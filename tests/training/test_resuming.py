@@ -8,7 +8,7 @@ import torch
 from runs import Log, Signals, assert_same, flip_a_bit, read_metrics, resume, small
 from safetensors.torch import load_file
 
-from momconv.errors import ModelFileError, ResourceError, UsageError
+from momconv.errors import DataError, ModelFileError, ResourceError, UsageError
 from momconv.files.model_file import read_metadata
 from momconv.recipe import Recipe, load_recipe
 from momconv.training.finetuning import Result, finetune
@@ -192,3 +192,35 @@ def test_within_an_epoch_the_next_ones_take_the_place_of_a_lost_best_model(
     assert refused.value.fix == f"{run.resume_command} --epochs 2"
     result = resume(run.path, "train.epochs=3")
     assert result.best_epoch.epoch == read_metadata(run.best)["training"]["epochs"] == 2
+
+
+def test_what_changed_among_the_images_is_told(colours: Path, tmp_path: Path) -> None:
+    data, run, log = Path(shutil.copytree(colours, tmp_path / "data")), tmp_path / "run", Log()
+    (data / "red" / "bad.png").touch()  # was there from the start
+    finetune(small(data, "train.epochs=1", "data.limit=0.8", "data.max_bad_fraction=0.2"), run)
+    resume(run, "train.epochs=2", listener=log)
+    assert not any(" new " in text for text in log.told)
+    first = min((data / "red").glob("*.png"))
+    for n in range(4):
+        shutil.copy(first, data / "red" / f"new-{n}.png")
+    shutil.copytree(data / "green", data / "yellow")
+    moved = data.rename(tmp_path / "moved")
+    resume(run, "train.epochs=3", f'data.path="{moved}"', listener=log)
+    assert f"note: the images are in {moved} now, and were in {data}" in log.told
+    (told,) = [text for text in log.told if "not part of this run" in text]
+    assert told.startswith(
+        f"note: 12 images in {moved} are new and not part of this run, of 1 class: yellow, which "
+        f"are new too: {moved}/red/new-0.png"
+    )
+    assert told.endswith(
+        f"to train on them too: momconv finetune --from {run}/best.safetensors -o {run}-2 "
+        f"--data {moved}"
+    )
+
+
+def test_a_folder_that_is_gone_is_named(colours: Path, tmp_path: Path) -> None:
+    data, run = Path(shutil.copytree(colours, tmp_path / "data")), tmp_path / "run"
+    finetune(small(data, "train.epochs=1"), run)
+    data.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=f"there is no folder {data}\nit may have moved"):
+        resume(run, "train.epochs=2")

@@ -1,0 +1,59 @@
+r"""Names of files and folders as text, also where they are not UTF-8.
+
+Python reads a byte that is no UTF-8 as a lone surrogate, which cannot be written. In everything
+that momconv writes it stands as ``\xe4``; so that names can be read again, ``\x5c`` stands for the
+backslash of a name that has such a thing in it.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
+
+_BYTE = re.compile(r"\\x([0-9a-f]{2})")
+_FIRST, _LAST = "\udc80", "\udcff"  # what the bytes 80 and FF are read as
+_OFFSET = 0xDC00
+
+
+def encode_name(name: str | Path) -> str:
+    r"""``name`` in characters that can be written.
+
+    >>> print(encode_name("l\udce4rche.png"), encode_name("lärche.png"))
+    l\xe4rche.png lärche.png
+    """
+    text = _BYTE.sub(lambda match: rf"\x5c{match[0][1:]}", str(name))
+    return "".join(show_byte(char) if _FIRST <= char <= _LAST else char for char in text)
+
+
+def decode_name(text: str) -> str:
+    r"""The inverse of ``encode_name``.
+
+    >>> decode_name(encode_name("l\udce4rche")) == "l\udce4rche"
+    True
+    """
+    return _BYTE.sub(lambda match: _to_char(int(match[1], 16)), text)
+
+
+def show_byte(char: str) -> str:
+    """The byte that was read as ``char``, written out."""
+    return f"\\x{ord(char) - _OFFSET:02x}" if _FIRST <= char <= _LAST else char
+
+
+def _to_char(byte: int) -> str:
+    return chr(byte if byte < 0x80 else byte + _OFFSET)
+
+
+def _to_path(value: object) -> Path:
+    if not isinstance(value, str | Path):
+        raise ValueError("not a path")
+    return Path(decode_name(str(value)))
+
+
+# A path in a file that is written and read by pydantic.
+NamedPath = Annotated[
+    Path,
+    PlainValidator(_to_path),
+    PlainSerializer(encode_name),
+    WithJsonSchema({"type": "string", "format": "path"}),
+]
