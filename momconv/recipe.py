@@ -167,6 +167,10 @@ class DataRecipe(_Section):
     val_dir: Annotated[
         FileOrFolder | None, Option("--val-dir", "FOLDER", "Validate on this one instead.", _IMAGES)
     ] = None
+    labels: Annotated[
+        FileOrFolder | None,
+        Option("--labels", "FILE", "Classes from a CSV: columns file and label.", _IMAGES),
+    ] = None  # instead of folders
     unknown_classes: Annotated[
         Literal["error", "skip"],
         Option(
@@ -329,6 +333,9 @@ class LogRecipe(_Section):
     ] = True
 
 
+_PATHS = ("path", "train_dir", "val_dir", "labels")  # of the images
+
+
 class Recipe(_Section):
     """All that a run depends on besides the images and the weights themselves."""
 
@@ -349,7 +356,7 @@ class Recipe(_Section):
 
     def with_absolute_paths(self) -> Self:
         """The recipe as it must be to be replayed from another working directory."""
-        data = {name: getattr(self.data, name) for name in ("path", "train_dir", "val_dir")}
+        data = {name: getattr(self.data, name) for name in _PATHS}
         return self.change(
             data={name: folder and folder.absolute() for name, folder in data.items()},
             model={"from_file": self.model.from_file and self.model.from_file.absolute()},

@@ -39,6 +39,10 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     split: Annotated[
         Literal["val", "test", "train"], typer.Option(help="Which of the folders in it.")
     ] = "val",
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Classes from a CSV: columns file and label."),
+    ] = None,
     unknown_classes: Annotated[
         Literal["error", "skip"], typer.Option(help="What to do with classes of its own.")
     ] = "error",
@@ -80,7 +84,9 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     load = _Loader(Function(network, arg), description)
     for other in others:
         _require_same_classes(file, description, other, load.describe(other))
-    found = find_evaluation_set(data, description.classes, split=split, unknown=unknown_classes)
+    found = find_evaluation_set(
+        data, description.classes, split=split, unknown=unknown_classes, labels=labels
+    )
     _note_classes(file, found, description)
     records = [description.seen, *(load.describe(other).seen for other in others)]
     images, exposure = leave_out_seen(

@@ -19,6 +19,7 @@ from typing import Literal, NoReturn
 from PIL import Image
 
 from momconv.data.splits import hold_out
+from momconv.data.table import find_table, read_table
 from momconv.errors import DataError
 from momconv.names import decode_name, encode_name
 from momconv.opening import is_special
@@ -91,7 +92,7 @@ class Splits:
         return [name for name, count in self.val.counts().items() if not count and self.val.samples]
 
 
-def find_splits(
+def find_splits(  # noqa: PLR0913 (one for each choice)
     root: Path,
     *,
     train: Path | None = None,
@@ -99,8 +100,12 @@ def find_splits(
     val_frac: float = 0.2,
     seed: int = 0,
     unknown: Unknown = "error",
+    labels: Path | None = None,
 ) -> Splits:
     """The training and the validation images below ``root``, or in the folders ``train``, ``val``.
+
+    A table ``labels`` says their classes instead of folders; without folders of classes, one that
+    lies in ``root`` or beside it is found.
 
     Without a validation folder, ``val_frac`` of each class is held out (see ``hold_out``). A test
     folder is never validated on. ``unknown`` says what to do with a class of the validation folder
@@ -110,6 +115,8 @@ def find_splits(
         DataError: ``root`` is missing or not laid out as above, has fewer than two classes, or
             validation has a class that training does not.
     """
+    if train is None and (table := labels or _find_table(root)):
+        return _hold_out(read_table_set(root, table), val_frac, seed)
     folders = _split_folders(root)
     train_folder = train or (_first(_TRAIN, folders) if folders else root)
     if train_folder is None:
@@ -136,12 +143,17 @@ def find_evaluation_set(
     *,
     split: str = "val",
     unknown: Unknown = "error",
+    labels: Path | None = None,
 ) -> ImageSet:
     """The images to evaluate on: a split of ``root`` if it has splits, else ``root`` itself.
+
+    A table of ``labels`` is as for ``find_splits``.
 
     Raises:
         DataError: as ``read_classes_folder``, or ``root`` has no such split but others.
     """
+    if table := labels or _find_table(root):
+        return read_table_set(root, table, classes, unknown=unknown)
     folders = _split_folders(root)
     if not folders and split == "val":
         return read_classes_folder(root, classes, unknown=unknown)
@@ -181,6 +193,50 @@ def read_classes_folder(
             kind="data.wrong_level",
             fix=f"name one of them, as in {printable(root / min(found))}",
         )
+    return _number(root, found, notes, classes, owner=owner, unknown=unknown)
+
+
+def read_table_set(
+    root: Path,
+    table: Path,
+    classes: Sequence[str] | None = None,
+    *,
+    unknown: Unknown = "error",
+) -> ImageSet:
+    """As ``read_classes_folder``, for images below ``root`` whose classes a ``table`` names.
+
+    Raises:
+        DataError: ``root`` is missing, or ``table`` does not name its images and their classes.
+    """
+    _require_folder(root)
+    found, notes = read_table(table, root, list_images(root))
+    if classes is None and len(found) < 2:
+        raise DataError(
+            f"found 1 class in {printable(table)}: {_listed(found)}\ntraining needs at least 2",
+            kind="data.too_few_classes",
+        )
+    return _number(root, found, notes, classes, owner="the model", unknown=unknown)
+
+
+def _find_table(root: Path) -> Path | None:
+    """The table of the images below ``root``, where folders do not say their classes."""
+    _require_folder(root)
+    if sum(any(True for _ in _images(folder)) for folder in _subfolders(root)) > 1:
+        return None
+    images = sorted(_images(root))
+    return find_table(root, images) if images else None
+
+
+def _number(
+    root: Path,
+    found: dict[str, list[Path]],
+    notes: tuple[str, ...],
+    classes: Sequence[str] | None,
+    *,
+    owner: str,
+    unknown: Unknown,
+) -> ImageSet:
+    """The images that were ``found`` by class, with the numbers of their classes."""
     names = tuple(found) if classes is None else tuple(classes)
     others = {name: found.pop(name) for name in [*found] if name not in names}
     if others and (unknown == "error" or not found):

@@ -232,6 +232,7 @@ def _find(root: Path, recipe: DataRecipe) -> Splits:
         val_frac=recipe.val_frac,
         seed=recipe.split_seed,
         unknown=recipe.unknown_classes,
+        labels=recipe.labels,
     )
 
 

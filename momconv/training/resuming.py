@@ -38,7 +38,7 @@ _FIXED = [
     *("model.name", "model.arguments", "model.weights", "model.from_file"),
     *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
     *("momentum.calibrate", "momentum.anneal"),
-    *("data.train_dir", "data.val_dir", "data.unknown_classes"),
+    *("data.train_dir", "data.val_dir", "data.labels", "data.unknown_classes"),
     *("data.resolution", "data.val_frac", "data.split_seed", "data.limit", "data.max_images"),
     *("train.batch_size", "train.optimizer", "train.seed", "train.freeze", "train.freeze_bn"),
     *("train.ema", "train.monitor"),

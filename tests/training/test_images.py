@@ -153,7 +153,7 @@ def test_images_that_the_network_has_seen_are_not_validated_on(
     log, before = Log(), SeenImages().add([examine(seen).sha256])
     checked = keep_readable(find_splits(data), DataRecipe(), log, before)
     assert [sample.path for sample in checked.splits.val.samples] == [s.path for s in here[2:]]
-    assert [text.split(", such as")[0] for text in log.told] == [
+    assert [text.split(", such as")[0] for text in log.told[:3]] == [
         "warning: 1 of 6 validation images are training images too, byte for byte",
         "warning: the network was trained on 1 of 6 validation images before",
         "note: validating on the 4 images it is not trained on",

@@ -1,0 +1,94 @@
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from momconv.data.folder import ImageSet, find_evaluation_set, find_splits
+from momconv.errors import DataError
+
+
+def write(folder: Path, lines: Sequence[str], *, name: str = "labels.csv") -> Path:
+    """Ten images in ``folder/images``, 0 to 9, and a table beside it."""
+    (folder / "images").mkdir(exist_ok=True)
+    for n in range(10):
+        Image.new("RGB", (8, 8), (20 * n, 0, 0)).save(folder / "images" / f"{n}.png")
+    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder / name
+
+
+def rows(line: str) -> list[str]:
+    return [line.format(n=n, name=("ant", "bee")[n % 2]) for n in range(10)]
+
+
+def labels(images: ImageSet) -> dict[str, str]:
+    return {sample.path.stem: images.classes[sample.label] for sample in images.samples}
+
+
+TRUTH = {str(n): ("ant", "bee")[n % 2] for n in range(10)}
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        ("filename,label", "{n}.png,{name}"),
+        ("\ufeffImage ID;Class", "{n};{name}"),
+        ("id\tx\tcategory", "images/{n}.png\t7\t{name}"),
+        ("target,image_path", '"{name}",./images/{n}.png'),
+    ],
+)
+@pytest.mark.parametrize("root", [".", "images"])
+def test_a_table_beside_the_images_is_found(
+    tmp_path: Path, header: str, line: str, root: str
+) -> None:
+    write(tmp_path, [header, *rows(line)])
+    splits = find_splits(tmp_path / root)
+    assert splits.train.classes == ("ant", "bee")
+    assert labels(splits.train) | labels(splits.val) == TRUTH
+    assert (len(splits.train.samples), len(splits.val.samples)) == (8, 2)
+    assert labels(find_evaluation_set(tmp_path / root, ("bee", "ant"))) == TRUTH
+
+
+def test_what_a_table_leaves_open_is_told(tmp_path: Path) -> None:
+    lines = ["file,label,split", *rows("{n}.png,{name},train")[:8], "7.png,bee,x", "8.png,,x"]
+    table = write(tmp_path, [*lines, "77.png,bee,train"])
+    splits = find_splits(tmp_path / "images", labels=table)
+    assert len(splits.train.samples) + len(splits.val.samples) == 8
+    assert splits.train.notes == (
+        f"note: classes from {table}, columns file and label",
+        f"warning: no image for 1 line of {table}: 77.png",
+        f"warning: ignoring 1 image without a class in {table}",
+        f"warning: ignoring 1 image without a line in {table}",
+        f"warning: nothing is done with the column split of {table}",
+    )
+
+
+def test_a_table_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    table = write(tmp_path, ["file,label", *rows("{n}.png,{name}"), "3.png,ant"])
+    with pytest.raises(DataError, match="gives 1 image two classes") as refused:
+        find_splits(tmp_path)
+    assert f"{tmp_path}/images/3.png: bee in line 5, ant in line 12" in refused.value.message
+    assert str(table) in refused.value.message
+
+
+def test_of_several_tables_one_is_to_be_named(tmp_path: Path) -> None:
+    first = write(tmp_path, ["file,label", *rows("{n}.png,{name}")])
+    second = write(tmp_path, ["file,label", *rows("{n}.png,{name}")], name="more.csv")
+    with pytest.raises(DataError) as refused:
+        find_splits(tmp_path)
+    assert refused.value.fix == f"--labels {first}\n--labels {second}"
+    assert len(find_splits(tmp_path, labels=first).train.samples) == 8
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a,b", "0.png,ant"], "has no column of files and no column of classes"),
+        (["file,label", "x.png,ant"], "names no image in"),
+        (["file,label", "0.png,ant"], "found 1 class in"),
+    ],
+)
+def test_a_table_that_is_named_must_fit(tmp_path: Path, lines: list[str], message: str) -> None:
+    table = write(tmp_path, lines)
+    with pytest.raises(DataError, match=message):
+        find_splits(tmp_path / "images", labels=table)
