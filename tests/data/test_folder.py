@@ -229,7 +229,7 @@ def test_a_selection_keeps_the_classes(tmp_path: Path) -> None:
         ("plain é 蜂", "plain é 蜂"),
         ("two\nlines", r"two\nlines"),
         ("\x1b[31mred", r"\x1b[31mred"),
-        ("\udcff", r"\udcff"),
+        ("\udcff", r"\xff"),
         ("\u202egnp.exe", r"\u202egnp.exe"),
     ],
 )
