@@ -14,9 +14,9 @@ def test_metrics_are_a_table_and_events_are_objects(tmp_path: Path) -> None:
     write_history(run, Progress(rows, halvings=[Halving(2, 3, 4)]))
     assert run.metrics.read_text().splitlines() == [
         "epoch,train_loss,val_loss,val_top1,lr,images_per_second,peak_bytes,seconds,gamma"
-        ",val_macro_f1,val_macro_recall",
-        "1,0.5,0.25,0.3333333333333333,1e-05,7.5,1073741824,9.0,0.9,,",
-        "2,0.25,,,0.0,7.5,1048576,9.0,0.0,,",
+        ",val_macro_f1,val_macro_recall,val_classes",
+        "1,0.5,0.25,0.3333333333333333,1e-05,7.5,1073741824,9.0,0.9,,,",
+        "2,0.25,,,0.0,7.5,1048576,9.0,0.0,,,",
     ]
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
     assert events[1] == {"event": "out_of_memory", "epoch": 2, "step": 3, "micro_batch": 4}
