@@ -33,6 +33,7 @@ def test_metrics_are_a_table_and_events_are_objects(tmp_path: Path) -> None:
         "gamma": 0.0,
         "val_macro_f1": None,
         "val_macro_recall": None,
+        "val_classes": None,
     }
 
 
