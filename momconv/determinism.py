@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+_FIRST_WITH_TF32 = (8, 0)  # compute capability
+
 
 @contextmanager
 def deterministic(*, wanted: bool) -> Iterator[None]:
@@ -27,3 +29,14 @@ def deterministic(*, wanted: bool) -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(before)
         torch.backends.cudnn.benchmark = searching
+
+
+def describe_tf32(device: torch.device) -> str:
+    """Where a GPU rounds the factors of products in fp32 to 11 bits, as newer ones can."""
+    settings = {
+        "convolutions": torch.backends.cudnn.allow_tf32,
+        "linear layers": torch.backends.cuda.matmul.allow_tf32,
+    }
+    places = [name for name, is_allowed in settings.items() if is_allowed]
+    can = torch.cuda.get_device_capability(device) >= _FIRST_WITH_TF32
+    return f"TF32 in {' and '.join(places)}" if can and places else "fp32 throughout"

@@ -5,6 +5,7 @@
     ├── DataError           3   the image folder
     ├── ModelFileError      4   a checkpoint or model file
     ├── ResourceError       5   memory, disk, device or network
+    │   └── OutOfMemory         memory ran out, on a GPU or a CPU
     ├── ThresholdNotMet     6   a result that is worse than what was asked for
     └── InversionError      1   the backward pass could not reconstruct an activation exactly
         ├── RangeOverflow       an activation left the fixed-point range
@@ -56,6 +57,10 @@ class ResourceError(MomconvError):
     """Memory, disk, device or network that the job needs and does not have."""
 
     exit_code = 5
+
+
+class OutOfMemory(ResourceError):
+    """Memory ran out, on a GPU or a CPU."""
 
 
 class ThresholdNotMet(MomconvError):

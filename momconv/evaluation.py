@@ -28,9 +28,12 @@ from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import SPLITS, ImageSet
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError
+from momconv.exhaustion import Parts
 from momconv.names import encode_name
+from momconv.planner.measurement import autocast
 from momconv.states import in_eval_mode
 from momconv.surgery.drift import NONE, answers
+from momconv.vocabulary import Precision
 from momconv.words import plural
 from momconv.zoo.description import describe
 
@@ -107,21 +110,23 @@ class Scores:
         return sum(a == b != NONE for a, b in pairs) / self.n
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 (one for each choice)
     model: nn.Module,
     images: ImageSet,
     *,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    precision: Precision = "fp32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """The scores of ``model``, in eval mode and fp32, with the preprocessing that it describes.
+    """The scores of ``model``, in eval mode, with the preprocessing that it describes.
 
     All ``images`` count; ``momconv.keep_unseen`` leaves out those that the model was trained on.
 
     The model moves to ``device``; its training flags are afterwards what they were. ``progress`` is
-    called with the number of images done and the number of all.
+    called with the number of images done and the number of all. Where memory runs out, fewer than
+    ``batch_size`` images go through the network at once.
 
     In a job of torch.distributed each process takes a share of the images, and all get the scores
     of all images.
@@ -130,25 +135,29 @@ def evaluate(
         UsageError: The model has no description.
         DataError: There are no images, they have more or fewer classes than the model, or one
             cannot be decoded.
+        OutOfMemory: Not even a single image fits.
     """
-    description = describe(model)
+    description, device = describe(model), torch.device(device)
     _check(images, description.num_classes)
     preprocessing = description.preprocessing
     transform = evaluation_transform(preprocessing)
     rank, count = _find_share(images)
     own = images.select(range(rank, len(images.samples), count))
     dataset = LabelledImages(own, transform, seed=None, ranges=preprocessing.ranges)
-    loader = make_loader(dataset, workers=workers, batch_size=batch_size)
+    pinned = device.type == "cuda"
+    loader = make_loader(dataset, workers=workers, batch_size=batch_size, pin_memory=pinned)
     metrics = _make_metrics(len(images.classes), sync=count > 1).to(device)
     loss = MeanMetric("disable", sync_on_compute=count > 1).to(device)
     calibration = MulticlassCalibrationError(
         len(images.classes), n_bins=_BINS, sync_on_compute=count > 1
     ).to(device)
     confidences, said = list[float](), list[int]()
+    parts = Parts()
     with in_eval_mode(model.to(device)), torch.no_grad():
         for pictures, labels in _read_together(loader, count):
-            outputs, targets = model(pictures.to(device)), labels.to(device)
-            named = answers(outputs)
+            with autocast(precision, device):
+                outputs = parts.forward(model, pictures, device).float()
+            named, targets = answers(outputs), labels.to(device)
             metrics.update(named.where(named != NONE, len(images.classes)), targets)
             loss.update(F.cross_entropy(outputs, targets, reduction="none"))
             probabilities = outputs.softmax(1)

@@ -1,4 +1,4 @@
-"""Where freed memory goes on a CPU, and what it is called if there is none left.
+"""Where freed memory goes on a CPU.
 
 glibc returns the free end of its heap to the system and, for the next activation, gets it back page
 by page, each of them cleared: up to a fifth of a training step, most of it where memory is saved.
@@ -33,21 +33,3 @@ def keeping_freed_memory(device: torch.device) -> Iterator[None]:
     finally:
         libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)  # what glibc comes to by itself
         libc.malloc_trim(0)
-
-
-@contextmanager
-def naming_exhaustion() -> Iterator[None]:
-    """Let memory that runs out on a CPU be told as on a GPU.
-
-    Raises:
-        torch.OutOfMemoryError: Memory ran out. PyTorch raises a RuntimeError on a CPU.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DefaultCPUAllocator: can't allocate memory" not in str(error):
-            raise
-        reason = str(error)
-    else:
-        return
-    raise torch.OutOfMemoryError(reason)  # without the traceback, which holds what is alive in it

@@ -13,6 +13,7 @@ from torch import nn
 from momconv.data.calibration_images import CalibrationImages
 from momconv.data.folder import list_images
 from momconv.errors import DataError, ModelFileError
+from momconv.exhaustion import Parts
 from momconv.names import encode_name
 from momconv.states import in_eval_mode
 from momconv.surgery.drift import NONE, answers
@@ -85,6 +86,8 @@ def predict(
 ) -> Predictions:
     """The ``top`` most probable classes of each image, with the preprocessing that ``model`` names.
 
+    Where memory runs out, fewer images go through the network at once.
+
     The model moves to ``device``; its training flags are afterwards what they were.
 
     Args:
@@ -108,9 +111,10 @@ def predict(
     )
     names = name_outputs(description)
     predictions, silent = list[Prediction](), list[Unreadable]()
+    parts = Parts()
     with in_eval_mode(model.to(device)), torch.no_grad():
         for pictures, read in images.read():
-            outputs = model(pictures.to(device))
+            outputs = parts.forward(model, pictures, torch.device(device))
             values, labels = outputs.softmax(1).topk(min(top, len(names)))
             entries = zip(read, answers(outputs), values.tolist(), labels.tolist(), strict=True)
             for path, said, row, numbers in entries:

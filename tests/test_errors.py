@@ -17,6 +17,7 @@ EXIT_CODES = {
     "DataError": 3,
     "ModelFileError": 4,
     "ResourceError": 5,
+    "OutOfMemory": 5,
     "ThresholdNotMet": 6,
     "InversionError": 1,
     "RangeOverflow": 1,

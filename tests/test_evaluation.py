@@ -195,3 +195,26 @@ def test_no_answer_is_a_mistake_of_the_image_s_class_alone(images: ImageSet) -> 
     red = scores.classes[2]
     assert (red.precision, red.recall, red.f1, red.support) == (0, 0, 0, 8)
     assert scores.agreement(evaluate(Brightest(), images, batch_size=4)) == 16 / 24
+
+
+def test_where_memory_runs_out_fewer_images_at_once_get_the_same_scores(images: ImageSet) -> None:
+    model = build("cifar_resnet20", 3)
+    few = evaluate(model, images, batch_size=6)
+
+    def exhaust(_module: nn.Module, args: tuple[Tensor]) -> None:
+        if len(args[0]) > 6:
+            raise RuntimeError("could not create a primitive")
+
+    model.register_forward_pre_hook(exhaust)
+    crowded = evaluate(model, images)
+    assert (crowded.said, crowded.confusion) == (few.said, few.confusion)
+    assert crowded.loss == pytest.approx(few.loss, rel=1e-6)
+
+
+def test_under_autocast_the_network_computes_in_that_precision(images: ImageSet) -> None:
+    seen = []
+    model = build("cifar_resnet20", 3)
+    model.get_submodule("linear").register_forward_hook(lambda _m, _a, y: seen.append(y.dtype))
+    evaluate(model, images, precision="bf16")
+    evaluate(model, images)
+    assert seen == [torch.bfloat16, torch.float32]

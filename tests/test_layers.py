@@ -16,6 +16,7 @@ LAYERS = [
     "errors",
     "units",
     "opening",
+    "exhaustion",
     "states",
     "heap",
     "determinism",
@@ -41,6 +42,7 @@ LAYERS = [
 ]
 NO_TORCH = [
     "momconv.errors",
+    "momconv.exhaustion",
     "momconv.units",
     "momconv.vocabulary",
     "momconv.names",

@@ -137,3 +137,13 @@ def test_what_does_not_exist_is_named_with_what_does(colours: Path) -> None:
 def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no images in"):
         predict(Brightest(), [tmp_path])
+
+
+def test_where_memory_runs_out_fewer_images_go_through_at_once(colours: Path) -> None:
+    class Crowded(Brightest):
+        def forward(self, images: Tensor) -> Tensor:
+            if len(images) > 5:
+                raise MemoryError
+            return super().forward(images)
+
+    assert predict(Crowded(), [colours]) == predict(Brightest(), [colours])

@@ -30,6 +30,7 @@ from momconv.cli import (
 )
 from momconv.cli import eval as eval_
 from momconv.cli._console import Terminated, configure, guarded, out, show_warning
+from momconv.exhaustion import keep_reserve
 from momconv.words import abridge
 
 EXIT_CODES = (
@@ -133,6 +134,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = show_warning  # type: ignore[assignment]
     signal.signal(signal.SIGTERM, _quit)
+    keep_reserve()
     app()
 
 

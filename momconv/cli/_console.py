@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from momconv.errors import MomconvError, ResourceError, UncheckedFile
+from momconv.exhaustion import explain, is_exhaustion, release_reserve
 from momconv.files.cache import cache_folder
 from momconv.names import encode_name
 from momconv.units import format_duration, parse_duration, parse_path
@@ -221,6 +222,9 @@ def describe_error(error: MomconvError) -> dict[str, Any]:
 
 
 def _failure(error: BaseException) -> _Failure:
+    if is_exhaustion(error):
+        release_reserve()
+        error = explain(error)
     if isinstance(error, MomconvError):
         hints = (error.fix or "").splitlines()
         return _Failure("error", error.exit_code, error.kind, error.message, hints)

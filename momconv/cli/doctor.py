@@ -9,6 +9,7 @@ from rich.text import Text
 from momconv.cli._console import describe_error, out, print_json, progress
 from momconv.cli._options import JsonOption
 from momconv.errors import ResourceError
+from momconv.exhaustion import is_exhaustion
 
 if TYPE_CHECKING:
     from momconv.diagnosis import Finding
@@ -24,6 +25,8 @@ def doctor(
     try:
         from momconv.diagnosis import diagnose
     except (ImportError, OSError) as error:
+        if is_exhaustion(error):
+            raise
         raise ResourceError(
             f"a library that momconv needs cannot be loaded: {error}",
             kind="doctor.import",

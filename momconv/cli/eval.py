@@ -96,7 +96,7 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     )
     if exposure.counted:
         warn(exposure.describe(len(images.samples)))
-    chosen = count_workers(len(images.samples)) if workers is None else workers
+    chosen = count_workers(len(images.samples), where) if workers is None else workers
     reading = {"batch_size": batch_size, "workers": chosen}
     scores = {path: _score(load(path), path, images, where, reading) for path in (file, *others)}
     failure = _judge(file, scores[file], least)
@@ -122,7 +122,12 @@ def _score(
 
     with progress(f"evaluating {file.name}", len(images.samples)) as report:
         scores = score(
-            model, images, device=device, progress=lambda done, _: report(done, ""), **reading
+            model,
+            images,
+            batch_size=reading["batch_size"],
+            device=device,
+            workers=reading["workers"],
+            progress=lambda done, _: report(done, ""),
         )
     if scores.unanswered == scores.n:
         raise ModelFileError(

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from momconv.errors import ResourceError, UsageError
+from momconv.exhaustion import is_exhaustion
 from momconv.units import format_bytes
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, and limit of a process
@@ -75,6 +76,8 @@ def write_atomically(
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except OSError as error:
+        if is_exhaustion(error):
+            raise
         raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):  # where nothing could be written, nothing can be removed

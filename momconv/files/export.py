@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from momconv.errors import MomconvError, UsageError
+from momconv.exhaustion import is_exhaustion
 from momconv.files.atomic import write_atomically, write_text
 from momconv.files.plain_file import load_command, save_plain
 from momconv.momentum.sequential import momentum_stages
@@ -131,6 +132,8 @@ def require_extra(format_: Format) -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
+        if is_exhaustion(error):
+            raise
         raise UsageError(
             f"--format onnx needs {error.name}, which is not installed",
             kind="usage.missing_extra",

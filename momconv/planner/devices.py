@@ -11,6 +11,9 @@ from momconv.words import plural, quoted
 def find_device(name: str = "auto") -> torch.device:
     """The device ``name``; "auto" is the first GPU, and the CPU where there is none.
 
+    A GPU that has a number becomes the current one, whose random generator is saved and which
+    pinned memory belongs to; else they would be those of GPU 0, whatever the network is on.
+
     Raises:
         UsageError: ``name`` is not a device that momconv computes on.
         ResourceError: This machine has no such device.
@@ -24,7 +27,10 @@ def find_device(name: str = "auto") -> torch.device:
         )
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise _missing(name)
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None and kind == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def _missing(name: str) -> ResourceError:

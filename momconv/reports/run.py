@@ -51,12 +51,13 @@ def _report(result: Result, progress: Callable[[int, int], None] | None) -> None
     images = result.splits.val
     scores = None
     if images.samples:
+        device = find_device(recipe.train.device)
         scores = evaluate(
             model,
             images,
             batch_size=min(_BATCH, result.plan.micro_batch),
-            device=find_device(recipe.train.device),
-            workers=count_workers(len(images.samples)),
+            device=device,
+            workers=count_workers(len(images.samples), device),
             progress=progress,
         )
     run = RunFolder(result.folder)

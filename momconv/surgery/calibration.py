@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from momconv.errors import DataError
+from momconv.exhaustion import Parts
 from momconv.states import in_eval_mode, keep_buffers
 from momconv.surgery.imitation import (
     CHUNK,
@@ -25,6 +26,7 @@ from momconv.surgery.imitation import (
 )
 
 _STEPS, _FEWEST_STEPS = 150, 20
+_FEWEST_IMAGES = 2  # at once: BatchNorm may not be able to take one alone
 _RATE = 1e-2  # for the most steps; fewer take larger ones
 
 
@@ -56,7 +58,8 @@ def calibrate(
     scales and shifts of all normalisation layers are trained, for 150 steps of up to 50 images, to
     reproduce its logits and the outputs of its stages. No label is used, no weight of a convolution
     or linear layer changes. On a fifth of the images, held out, the result is never further from
-    the original than the network was before.
+    the original than the network was before. Where memory runs out, batches go through the network
+    in smaller parts.
 
     Args:
         model: The converted network, on any device. Its training flags stay as they are.
@@ -135,11 +138,11 @@ def _estimate_if_closer(
 
 
 def _estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    device, restore, is_empty = next(model.parameters()).device, keep_buffers(model), True
+    restore, is_empty, parts = keep_buffers(model), True, Parts(_FEWEST_IMAGES)
     try:
         with _estimating(model) as layers, torch.no_grad():
             for images in batches:
-                model(images.to(device))
+                parts.work(lambda few: _take_in(model, few), images)
                 is_empty = False
         if is_empty:
             raise DataError(
@@ -151,6 +154,17 @@ def _estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
         restore()
         raise
     return len(layers)
+
+
+def _take_in(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Average over ``batches`` too, or over none of them."""
+    device, restore = next(model.parameters()).device, keep_buffers(model)
+    try:
+        for images in batches:
+            model(images.to(device))
+    except BaseException:
+        restore()
+        raise
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from momconv.errors import DataError, ModelFileError
+from momconv.exhaustion import Parts
 from momconv.states import in_eval_mode
 
 Batch = Tensor | tuple[Tensor, Tensor]  # images (B, 3, H, W), which may come with labels (B,)
@@ -127,6 +128,7 @@ def require_images(batches: list[Tensor]) -> Tensor:
 
 
 def _predict(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    device = next(model.parameters()).device
+    device, parts = next(model.parameters()).device, Parts()
     with in_eval_mode(model), torch.no_grad():
-        return require_images([model(split(batch)[0].to(device)).cpu() for batch in batches])
+        images = (split(batch)[0] for batch in batches)
+        return require_images([parts.forward(model, few, device).cpu() for few in images])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, count
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Adam
 
 from momconv.errors import RangeOverflow
+from momconv.exhaustion import Parts, naming_exhaustion
 from momconv.momentum.sequential import MomentumSequential, Run, momentum_stages
 from momconv.states import in_eval_mode
 from momconv.surgery.stem import leave_stem
@@ -99,7 +101,7 @@ def imitate(
     25 steps or at the end. A KeyboardInterrupt, which may come from ``steps``, is not raised again;
     an activation that leaves the exact range ends the training as well.
     """
-    done, interrupted = 0, False
+    done, interrupted, parts = 0, False, Parts()
     with in_eval_mode(student, teacher), _training_only(student, groups), ExitStack() as undo:
         best = _Best(_Pair(student, teacher, held_out), [p for group, _ in groups for p in group])
         undo.callback(best.restore)
@@ -108,9 +110,9 @@ def imitate(
             for images, share in steps:
                 for settings in optimizer.param_groups:
                     settings["lr"] = settings["peak"] * _share_of_rate(done, share)
-                optimizer.zero_grad()
-                best.pair.loss(images).backward()
-                optimizer.step()
+                parts.work(partial(_add_gradients, optimizer, best.pair), images)
+                with naming_exhaustion():
+                    optimizer.step()
                 done += 1
                 if done % _CHECK == 0:
                     best.look()
@@ -121,6 +123,14 @@ def imitate(
         except RangeOverflow:
             pass  # it diverges, and has been better
     return Imitation(done, best.first, best.divergence, interrupted)
+
+
+def _add_gradients(optimizer: Adam, pair: "_Pair", parts: Sequence[Tensor]) -> None:
+    """Those of the loss on the images of all ``parts``, each with the variances of its own."""
+    optimizer.zero_grad()
+    total = sum(map(len, parts))
+    for images in parts:
+        (pair.loss(images) * (len(images) / total)).backward()
 
 
 def _share_of_rate(step: int, share: float) -> float:
@@ -136,8 +146,13 @@ class _Pair:
         self._stages = list(momentum_stages(student))
         self._device = next(student.parameters()).device
         self._held_out = held_out
-        with torch.no_grad():
-            self._targets = [teacher(batch.to(self._device)) for batch in held_out]
+        self._parts = Parts()
+        self._targets = [self._run(teacher, batch) for batch in held_out]
+
+    @torch.no_grad()
+    def _run(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The logits, which do not depend on what else goes through ``model`` at once."""
+        return self._parts.forward(model, images, self._device)
 
     def loss(self, images: Tensor) -> Tensor:
         """See the head of this module."""
@@ -156,7 +171,7 @@ class _Pair:
         """Mean KL(teacher ‖ student) on the images held out, in nats."""
         total = 0.0
         for batch, target in zip(self._held_out, self._targets, strict=True):
-            total += len(batch) * float(_divergence(self._student(batch.to(self._device)), target))
+            total += len(batch) * float(_divergence(self._run(self._student, batch), target))
         return total / sum(map(len, self._held_out))
 
 

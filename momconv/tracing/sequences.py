@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from momconv.exhaustion import is_exhaustion
 from momconv.states import in_eval_mode, in_training_mode
 from momconv.tracing.runs import Observation, explain_no_run, group_runs, observe
 
@@ -94,6 +95,8 @@ def _observe(
         with _quiet():
             return [(prefix, model, observe(model, watched, inputs))]
     except _CANNOT_TAKE_THEM as error:
+        if is_exhaustion(error):
+            raise
         if not prefix:
             shapes = ", ".join("×".join(map(str, tensor.shape)) for tensor in inputs)
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]

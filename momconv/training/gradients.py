@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from momconv.heap import naming_exhaustion
 from momconv.planner.measurement import autocast
 from momconv.training.job import Job
 from momconv.training.optimisation import set_rate
@@ -16,16 +15,13 @@ def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Ten
 
     The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
     Weights of classes, whose mean over all images is 1, do not change what that is divided by.
-
-    Raises:
-        torch.OutOfMemoryError: The micro-batch does not fit the memory.
     """
     images = images.to(job.device, non_blocking=True, memory_format=torch.channels_last)
     labels = labels.to(job.device, non_blocking=True)
     smoothing = job.recipe.train.label_smoothing
     if job.class_weights is not None:
         labels, smoothing = weigh_labels(labels, job.class_weights, smoothing), 0.0
-    with autocast(job.plan.setting.precision, job.device), naming_exhaustion():
+    with autocast(job.plan.setting.precision, job.device):
         outputs = job.model(images)
         total = F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
         loss = share / len(labels) * total
@@ -52,11 +48,10 @@ def weigh_labels(labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
 def take_step(job: Job, lr: float) -> None:
     """Change the weights by the gradients that have been added up."""
     set_rate(job.optimizer, lr)
-    with naming_exhaustion():
-        if (clip := job.recipe.train.clip) is not None:
-            clip_grad_norm_(job.model.parameters(), clip)
-        job.scaler.step(job.optimizer)  # not where a gradient is too large for fp16
-        job.scaler.update()
-        job.optimizer.zero_grad()
-        if job.average:
-            job.average.update(job.model)
+    if (clip := job.recipe.train.clip) is not None:
+        clip_grad_norm_(job.model.parameters(), clip)
+    job.scaler.step(job.optimizer)  # not where a gradient is too large for fp16
+    job.scaler.update()
+    job.optimizer.zero_grad()
+    if job.average:
+        job.average.update(job.model)

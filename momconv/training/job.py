@@ -41,6 +41,7 @@ class Job:
     is_whole: bool = True  # whether weights and counters are of the same moment, so can be saved
     head_only: bool = False  # whether the rest waits, in this epoch, for train.freeze_epochs
     documents: dict[str, bytes] = field(default_factory=dict)  # what the run began with, by file
+    redone: tuple[int, int] | None = None  # epoch and step that were not reproducible at first
     measured_sizes: set[int] = field(default_factory=set)  # of the epoch's micro-batches, on a CPU
     average: Average | None = field(init=False)
     scaler: GradScaler = field(init=False)
@@ -70,6 +71,15 @@ class Job:
         if self.average:
             self.average.restore(parts["ema"])
         restore_scaler(self.scaler, parts["scaler"])
+
+    def renew_scaler(self) -> None:
+        """Let the scaler forget the gradients of a step that came to nothing, but not its factor.
+
+        It would refuse to unscale the next ones, or to end a step of which it has seen none.
+        """
+        remembered = read_scaler(self.scaler)
+        self.scaler = make_scaler(self.plan.setting.precision, self.device)
+        restore_scaler(self.scaler, remembered)
 
     @property
     def networks(self) -> list[nn.Module]:

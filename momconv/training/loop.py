@@ -7,12 +7,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from momconv.data.decoding import UnreadableImage
-from momconv.errors import DataError, ResourceError
+from momconv.errors import DataError, MomconvError, NotReproducible, OutOfMemory, ResourceError
 from momconv.evaluation import Scores
+from momconv.exhaustion import EXHAUSTED, keep_reserve, naming_exhaustion
 from momconv.heap import keeping_freed_memory
 from momconv.states import keep_buffers
 from momconv.training.compilation import compiling
@@ -20,11 +21,13 @@ from momconv.training.gradients import add_gradients, take_step
 from momconv.training.interruption import Interrupted, TimeUp, catching_signals
 from momconv.training.job import Job
 from momconv.training.memory import (
+    compare_peak,
     halve,
     halved,
     has_to_measure,
     measure_gradients,
     note_peak,
+    offering_to_resume,
     peak_bytes,
     reset_peak,
 )
@@ -73,6 +76,7 @@ def train(job: Job, progress: Progress) -> None:
     with (
         catching_signals(job.listener.tell) as check,
         saving_on_failure(job, progress),
+        offering_to_resume(job),
         compiling(job.model, wanted=job.recipe.train.compile),
         keeping_freed_memory(job.device),
     ):
@@ -97,6 +101,7 @@ def train(job: Job, progress: Progress) -> None:
                 _finish_epoch(job, progress, scores, time.perf_counter() - began)
                 if not _is_done(job, progress):
                     _stop_if_asked(job, check)
+    compare_peak(job)
     if progress.epoch < job.recipe.train.epochs:
         job.listener.tell(
             f"note: stopped after {progress.epoch} of {job.recipe.train.epochs} epochs, the last "
@@ -107,6 +112,7 @@ def train(job: Job, progress: Progress) -> None:
 
 def _begin_epoch(job: Job, progress: Progress) -> None:
     """Let what is to learn in this epoch learn: at first perhaps the head alone."""
+    keep_reserve()
     start_training(job.model, job.recipe.train)
     for group in job.optimizer.param_groups:
         for parameter in group["params"]:
@@ -130,15 +136,15 @@ def _add_up(
     Then the run is to go on from wherever ``progress`` is, prepared not to fail again.
     """
     try:
-        with _all_or_nothing(job.model):
+        with naming_exhaustion(), _all_or_nothing(job):
             loss = _add_share(job, step, report, check)
             job.processes.add([loss])
             job.processes.add_gradients(job.model)
             job.scaler.scale(loss)  # a process without an image has not made its scale yet
             job.scaler.unscale_(job.optimizer)
             _require_finite(job, progress, loss, step)
-    except torch.OutOfMemoryError:
-        halve(job, progress)
+    except (OutOfMemory, NotReproducible) as error:
+        halve(job, progress, error)
         save_event(job, progress)
         return None
     except UnreadableImage as error:
@@ -154,64 +160,74 @@ def _add_share(job: Job, step: Step, report: "_Report", check: Callable[[], None
     """Add up the gradients of this process's images of a step; their part of its loss.
 
     Raises:
-        torch.OutOfMemoryError: In this process or in another one.
+        OutOfMemory: In this process or in another one.
+        NotReproducible: The same.
         UnreadableImage: The same.
     """
     loss, left = torch.zeros((), device=job.device), step.images
-    exhausted, unreadable = False, _NONE
+    fault: MomconvError | None = None
     try:
-        for images, labels in step.parts:
-            share = len(labels) / step.images
-            if has_to_measure(job, len(labels)):
-                loss += measure_gradients(job, images, labels, share)
-            else:
-                loss += add_gradients(job, images, labels, share)
-            left -= len(labels)
-            report(len(labels))
-            if job.processes.count == 1:  # several stop together, between two steps
-                check()
-    except torch.OutOfMemoryError:
-        exhausted = True
-    except UnreadableImage as error:
-        unreadable = find_number(job.splits.train, error)
-    _fail_together(job, exhausted=exhausted, unreadable=unreadable)
+        with naming_exhaustion():
+            for images, labels in step.parts:
+                share = len(labels) / step.images
+                if has_to_measure(job, len(labels)):
+                    loss += measure_gradients(job, images, labels, share)
+                else:
+                    loss += add_gradients(job, images, labels, share)
+                left -= len(labels)
+                report(len(labels))
+                if job.processes.count == 1:  # several stop together, between two steps
+                    check()
+    except (OutOfMemory, NotReproducible, UnreadableImage) as error:
+        fault = error
+    _fail_together(job, fault)
     if left:
         report(left)  # those of the other processes
     return loss
 
 
-def _fail_together(job: Job, *, exhausted: bool, unreadable: int) -> None:
-    """Do nothing if no process ran out of memory or has met an ``unreadable`` image.
+def _fail_together(job: Job, fault: MomconvError | None) -> None:
+    """Do nothing if no process has met a fault for which all do a step again.
 
     Raises:
-        MomconvError: This one did, and the others wait for it within BatchNorm.
-        torch.OutOfMemoryError: One did.
-        UnreadableImage: One has.
+        MomconvError: This one has, and the others wait for it within BatchNorm.
+        OutOfMemory: One ran out of memory.
+        NotReproducible: One has computed something else the second time.
+        UnreadableImage: One has met an image that cannot be read.
     """
-    if job.recipe.train.sync_bn and job.processes.count > 1:
-        _refuse_to_redo(job, exhausted=exhausted, unreadable=unreadable)
-    anywhere, unreadable = job.processes.largest(exhausted, unreadable)
-    if anywhere:
-        raise torch.OutOfMemoryError
+    number = find_number(job.splits.train, fault) if isinstance(fault, UnreadableImage) else _NONE
+    if fault and job.recipe.train.sync_bn and job.processes.count > 1:
+        _refuse_to_redo(job, fault)
+    exhausted, different, unreadable = job.processes.largest(
+        isinstance(fault, OutOfMemory), isinstance(fault, NotReproducible), number
+    )
+    if fault and job.processes.count == 1:
+        raise fault
+    if exhausted:
+        raise OutOfMemory("a process ran out of memory", kind=EXHAUSTED)
+    if different:
+        problem = "a block computed something else when it was run again, in one of the processes"
+        raise NotReproducible(problem, kind="inversion.not_reproducible")
     if unreadable != _NONE:
         raise UnreadableImage(job.splits.train.samples[unreadable].path, "could not be read")
 
 
-def _refuse_to_redo(job: Job, *, exhausted: bool, unreadable: int) -> None:
-    if exhausted:
+def _refuse_to_redo(job: Job, fault: MomconvError) -> None:
+    if isinstance(fault, OutOfMemory):
         raise ResourceError(
             f"{job.device} ran out of memory, while others wait for it (--sync-bn)",
-            kind="memory.exhausted",
+            kind=EXHAUSTED,
             fix=f"{job.folder.resume_command} --micro-batch {halved(job)}",
         )
-    if unreadable != _NONE:
-        path = printable(job.splits.train.samples[unreadable].path)
+    if isinstance(fault, UnreadableImage):
+        path = printable(fault.path)
         raise DataError(
             f"{path}: could not be read, while others wait for it (--sync-bn)\n"
             "once it is back, the run can go on",
             kind="data.lost_image",
             fix=job.folder.resume_command,
         )
+    raise fault
 
 
 def _step(job: Job, progress: Progress, step: Step, loss: Tensor, began: float) -> bool:
@@ -225,17 +241,18 @@ def _step(job: Job, progress: Progress, step: Step, loss: Tensor, began: float) 
     lr = progress.lr_factor * job.rate_at(progress.epoch, progress.step)
     with indivisible(job):
         try:
-            take_step(job, lr)
-        except torch.OutOfMemoryError:
+            with naming_exhaustion():
+                take_step(job, lr)
+        except OutOfMemory as error:
             if job.processes.count > 1:
                 raise ResourceError(
                     f"{job.device} ran out of memory while changing the weights; the state that "
                     "was saved last is kept",
-                    kind="memory.exhausted",
+                    kind=EXHAUSTED,
                     fix=f"{job.folder.resume_command} --micro-batch {halved(job)}",
                 ) from None
             go_back(job, progress)
-            halve(job, progress)
+            halve(job, progress, error)
             save_event(job, progress)
             return False
         progress.count_step(step.images, float(loss), time.perf_counter() - began)
@@ -264,16 +281,17 @@ def _stop_if_asked(job: Job, check: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Undoes what was done to ``model`` since the last step, if it comes to nothing.
+def _all_or_nothing(job: Job) -> Iterator[None]:
+    """Undoes what was done to the network since the last step, if it comes to nothing.
 
     The weights do not change before the optimiser's step; gradients, BatchNorm's statistics and the
-    random state do.
+    random state do, and the scaler knows of gradients that it has unscaled.
     """
     with ExitStack() as undo:
-        undo.callback(keep_buffers(model))
+        undo.callback(keep_buffers(job.model))
         undo.callback(set_random_states, read_random_states())
-        undo.callback(model.zero_grad)
+        undo.callback(job.model.zero_grad)
+        undo.callback(job.renew_scaler)
         yield
         undo.pop_all()
 

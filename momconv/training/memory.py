@@ -9,15 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from momconv.errors import ResourceError
+from momconv.errors import NotReproducible, OutOfMemory
+from momconv.exhaustion import EXHAUSTED, naming_exhaustion
 from momconv.planner.measurement import measure, static_bytes
 from momconv.planner.outlook import SLACK
+from momconv.planner.prediction import CONTEXT_BYTES
 from momconv.training.gradients import add_gradients
 from momconv.training.job import Job
 from momconv.training.planning import BatchPlan
 from momconv.training.progress import Halving, Progress
 from momconv.training.saving import write_plan
 from momconv.training.steps import fewest_images
+from momconv.units import format_bytes, parse_bytes
 
 _LEANER = 0.9  # times the memory with which a plan failed
 
@@ -37,8 +40,8 @@ def measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) ->
     """As ``add_gradients``, and the plan learns the peak.
 
     Raises:
-        torch.OutOfMemoryError: The peak is above the limit that was asked for, which nothing else
-            enforces on a CPU.
+        OutOfMemory: The peak is above the limit that was asked for, which nothing else enforces on
+            a CPU.
     """
     losses: list[Tensor] = []
     work = partial(add_gradients, job, images, labels, share)
@@ -49,7 +52,7 @@ def measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) ->
     _learn_peak(job, static.total + images.nbytes + labels.nbytes + peak)
     job.measured_sizes.add(len(labels))
     if train.memory is not None and job.plan.is_exceeded:
-        raise torch.OutOfMemoryError(f"above the limit of {train.memory}")
+        raise OutOfMemory(f"above the limit of {train.memory}", kind=EXHAUSTED)
     return losses[0]
 
 
@@ -72,8 +75,8 @@ def _holding_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def note_peak(job: Job) -> None:
-    """On a GPU, let the plan learn the peak of the first whole step."""
-    if job.device.type == "cuda" and job.plan.measured_bytes is None and not job.head_only:
+    """On a GPU, let the plan learn the peak of all steps so far, those of the head aside."""
+    if job.device.type == "cuda" and not job.head_only:
         _learn_peak(job, torch.cuda.max_memory_allocated(job.device))
 
 
@@ -84,30 +87,86 @@ def _learn_peak(job: Job, measured_bytes: int) -> None:
         write_plan(job)
 
 
-def halve(job: Job, progress: Progress) -> None:
-    """Go on with smaller micro-batches, at the step at which memory ran out. Nothing is written.
+def halve(job: Job, progress: Progress, error: OutOfMemory | NotReproducible) -> None:
+    """Go on with smaller micro-batches, at the step that met ``error``. Nothing is written.
+
+    Near the limit of a GPU's memory cuDNN may take another algorithm the second time, with other
+    last bits: what is not reproducible is tried once more.
 
     Raises:
-        ResourceError: There are no smaller ones.
+        OutOfMemory: There are no smaller ones.
+        NotReproducible: There are no smaller ones, or the step is not reproducible with them.
     """
-    release_memory(job.device)
-    before = job.plan.micro_batch
+    before, here = job.plan.micro_batch, (progress.epoch, progress.step)
     smaller = job.plan.halve(fewest=fewest_images(job.model))
-    if smaller is None:
-        raise out_of_memory(job, f"with micro-batches of {before}", _find_other_memory(job.plan))
+    if isinstance(error, NotReproducible):
+        if smaller is None or job.redone == here:
+            raise error
+        job.redone = here
+    elif smaller is None:
+        doing = f"with micro-batches of {before}"
+        raise out_of_memory(job, error, doing, _find_other_memory(job.plan)) from None
     job.plan = smaller
     job.measured_sizes.clear()
     progress.halvings.append(Halving(progress.epoch + 1, progress.step + 1, smaller.micro_batch))
+    what = "ran out of memory" if isinstance(error, OutOfMemory) else "was not reproducible"
     job.listener.tell(
-        f"warning: {job.device} ran out of memory with micro-batches of {before}; epoch "
+        f"warning: {job.device} {what} with micro-batches of {before}; epoch "
         f"{progress.epoch + 1}, step {progress.step + 1} is done again, with {smaller.micro_batch}"
     )
 
 
-def release_memory(device: torch.device) -> None:
-    """Give back what nothing uses any more."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+@contextmanager
+def offering_to_resume(job: Job) -> Iterator[None]:
+    """Where memory runs out inside and no smaller batch helps, the run can go on another time.
+
+    Raises:
+        OutOfMemory: It ran out.
+    """
+    try:
+        with naming_exhaustion():
+            yield
+    except OutOfMemory as error:
+        if error.fix and job.folder.resume_command in error.fix:
+            raise
+        fix = "\n".join(filter(None, [job.folder.resume_command, error.fix]))
+        raise OutOfMemory(error.message, kind=error.kind, fix=fix) from None
+
+
+@contextmanager
+def enforcing_limit(device: torch.device, memory: str | None) -> Iterator[None]:
+    """On a GPU, what is above the limit ``memory`` is out of memory inside.
+
+    PyTorch's allocator counts its own bytes alone, without the context of CUDA. On a CPU nothing
+    enforces a limit, which is why the first step is measured.
+    """
+    if device.type != "cuda" or memory is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = (parse_bytes(memory) - CONTEXT_BYTES) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device.index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device.index)
+
+
+def compare_peak(job: Job) -> None:
+    """Tell if the peak of the run is above what was planned; on a GPU, whatever it is."""
+    measured, planned = job.plan.measured_bytes, job.plan.predicted_bytes
+    if measured is None:
+        return
+    if measured > planned * (1 + SLACK):
+        job.listener.tell(
+            f"warning: the peak was {format_bytes(measured)}, above the {format_bytes(planned)} "
+            "that were planned"
+        )
+    elif job.device.type == "cuda":
+        job.listener.tell(
+            f"note: the peak was {format_bytes(measured)}; planned were {format_bytes(planned)}, "
+            "context and libraries included"
+        )
 
 
 def reset_peak(job: Job) -> None:
@@ -129,12 +188,13 @@ def halved(job: Job) -> int:
     return max(fewest_images(job.model), job.plan.micro_batch // 2)
 
 
-def out_of_memory(job: Job, doing: str, remedy: str) -> ResourceError:
-    """The error that ends a run: memory ran out ``doing`` something; the ``remedy`` may help."""
-    return ResourceError(
+def out_of_memory(job: Job, error: OutOfMemory, doing: str, remedy: str) -> OutOfMemory:
+    """What ends a run if no smaller batch helps against ``error``; the ``remedy`` may."""
+    *_, words = error.message.splitlines()
+    return OutOfMemory(
         f"{job.device} ran out of memory {doing}, and there are no smaller ones; the state before "
-        "it is saved",
-        kind="memory.exhausted",
+        f"it is saved\n{words}",
+        kind=error.kind,
         fix=f"{job.folder.resume_command} {remedy}",
     )
 

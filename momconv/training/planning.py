@@ -9,6 +9,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from momconv.determinism import describe_tf32
 from momconv.errors import ModelFileError, ResourceError
 from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.planner.measurement import available_bytes, static_bytes
@@ -255,5 +256,8 @@ def warn_of_noise(plan: BatchPlan, model: nn.Module) -> str | None:
 def tell_of_plan(plan: BatchPlan, model: nn.Module, listener: Listener) -> None:
     """How the batch is split, and what to mind."""
     listener.tell(f"note: {plan}")
+    device = torch.device(plan.setting.device)
+    if plan.setting.precision == "fp32" and device.type == "cuda":
+        listener.tell(f"note: fp32 on this GPU is {describe_tf32(device)}")
     if warning := warn_of_noise(plan, model):
         listener.tell(warning)

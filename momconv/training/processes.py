@@ -26,6 +26,7 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from momconv.errors import ResourceError
+from momconv.exhaustion import is_exhaustion
 from momconv.planner.devices import find_device
 
 # A process that dies is noticed at once, so this is only for those that do not answer. Before the
@@ -132,10 +133,8 @@ class Processes:
         """
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # what the backends raise
-            if self.count == 1:
+            if self.count == 1 or is_exhaustion(error):
                 raise
             raise ResourceError(
                 f"process {self.rank} of {self.count} has lost another process of this run, "
@@ -169,7 +168,6 @@ def find_own_device(name: str) -> torch.device:
     device = find_device(name)
     if device.type == "cuda" and device.index is None and not is_alone():
         device = find_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
     return device
 
 

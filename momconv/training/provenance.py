@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from momconv._version import __version__
+from momconv.determinism import describe_tf32
 from momconv.errors import ModelFileError
 from momconv.names import encode_name
 from momconv.recipe import Recipe
@@ -58,6 +59,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
         **{name: version(name) for name in _PACKAGES},
         "system": platform.platform(),
         "device": torch.cuda.get_device_name(device) if is_gpu else platform.machine(),
+        **({"fp32 products": describe_tf32(device)} if is_gpu else {}),
     }
 
 

@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
 from momconv.data.decoding import UnreadableImage
-from momconv.errors import MomconvError
+from momconv.errors import MomconvError, NotReproducible, OutOfMemory
+from momconv.exhaustion import naming_exhaustion
 from momconv.files.atomic import write_atomically, write_text
 from momconv.files.tensor_file import write_tensors
 from momconv.training.gradients import add_gradients, take_step
@@ -31,7 +30,7 @@ from momconv.training.optimisation import make_optimizer
 from momconv.training.processes import ALONE
 from momconv.training.progress import Progress
 from momconv.training.state import read_random_states, set_random_states
-from momconv.training.steps import Steps
+from momconv.training.steps import Step, Steps
 from momconv.vocabulary import OPTIMIZERS
 from momconv.zoo import checkpoints
 
@@ -136,23 +135,30 @@ def _try(job: Job, progress: Progress, rates: Sequence[float]) -> Iterator[tuple
         for step in steps.read(epoch, first=0, left_out=progress.left_out("train")):
             rate = rates[n]
             try:
-                loss = sum(add_gradients(job, x, y, len(y) / step.images) for x, y in step.parts)
-            except torch.OutOfMemoryError:
+                with naming_exhaustion():
+                    loss = _add_up(job, step)
+            except (OutOfMemory, NotReproducible) as error:
                 job.model.zero_grad()
-                halve(job, progress)
+                job.renew_scaler()
+                halve(job, progress, error)
                 break  # and go on with the next epoch's images
             except UnreadableImage as error:
                 job.model.zero_grad()
                 recipe, listener = job.recipe.data, job.listener
                 omit(progress, "train", job.splits, error, recipe=recipe, listener=listener)
                 break
-            job.scaler.unscale_(job.optimizer)
-            yield rate, float(loss)
+            yield rate, loss
             take_step(job, rate)
             n += 1
             job.listener.advance("looking for a learning rate", n, len(rates), f"{rate:.2g}")
             if n == len(rates):
                 return
+
+
+def _add_up(job: Job, step: Step) -> float:
+    loss = sum(add_gradients(job, x, y, len(y) / step.images) for x, y in step.parts)
+    job.scaler.unscale_(job.optimizer)
+    return float(loss)
 
 
 @contextmanager

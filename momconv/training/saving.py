@@ -146,14 +146,15 @@ def go_back(job: Job, progress: Progress) -> None:
     with job.processes.leader_first():
         make = partial(make_own, job.recipe.model)
         saved = load_newest(job.folder, job.listener.tell, make)
-    job.model.load_state_dict(saved.model.state_dict())
-    job.optimizer.zero_grad()
-    job.scaler.update()  # for which gradients are scaled again; its scale is restored below
-    saved.restore_optimizer(job.optimizer, job.model)
-    job.restore_extras(saved.extras)
-    saved.restore_random_states()
-    progress.go_back(saved.progress)
-    anneal_networks(job, progress)
+    with indivisible(job):
+        job.model.load_state_dict(saved.model.state_dict())
+        job.optimizer.zero_grad()
+        job.renew_scaler()
+        saved.restore_optimizer(job.optimizer, job.model)
+        job.restore_extras(saved.extras)
+        saved.restore_random_states()
+        progress.go_back(saved.progress)
+        anneal_networks(job, progress)
 
 
 def go_back_and_slow_down(job: Job, progress: Progress, error: NotFinite) -> None:

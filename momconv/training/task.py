@@ -19,6 +19,7 @@ from momconv.states import keeping_random_state
 from momconv.training import network
 from momconv.training.board import require_tensorboard
 from momconv.training.job import Job
+from momconv.training.memory import enforcing_limit
 from momconv.training.optimisation import choose_precision
 from momconv.training.planning import BatchPlan, Setting
 from momconv.training.processes import Processes, find_own_device, joined
@@ -71,7 +72,11 @@ class Task:
         """
         wanted, processes = self.recipe.data.workers, self.processes
         images = len(splits.train.samples) // processes.count
-        most = count_workers(images) // processes.on_this_machine if wanted == "auto" else wanted
+        most = (
+            count_workers(images, self.device) // processes.on_this_machine
+            if wanted == "auto"
+            else wanted
+        )
         batch_bytes = plan.sizes[0] * 3 * 4 * plan.setting.resolution**2
         fitting = count_workers_that_fit(most, batch_bytes * processes.on_this_machine)
         if fitting < most and wanted != "auto":
@@ -121,6 +126,7 @@ def task_of(
         joined() as processes,
         _seeded(recipe.train.seed, device),
         deterministic(wanted=recipe.train.deterministic),
+        enforcing_limit(device, recipe.train.memory),
     ):
         heard = listener if processes.leads else SILENT
         yield Task(

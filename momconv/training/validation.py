@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 
-import torch
-
 from momconv.data.decoding import UnreadableImage
+from momconv.errors import OutOfMemory
 from momconv.evaluation import Scores, evaluate
-from momconv.heap import naming_exhaustion
+from momconv.exhaustion import naming_exhaustion
 from momconv.training.compilation import uncompiled
 from momconv.training.job import Job
-from momconv.training.memory import out_of_memory, release_memory
+from momconv.training.memory import out_of_memory
 from momconv.training.omission import keep_rest, leave_out
 from momconv.training.progress import Progress
 
@@ -23,7 +22,7 @@ def validate(
     Without gradients an image needs less than in training, so the micro-batch should fit here too.
 
     Raises:
-        ResourceError: Not even one image does.
+        OutOfMemory: Not even one image does.
         DataError: Too many images cannot be decoded any more.
     """
     if not job.splits.val.samples:
@@ -49,16 +48,17 @@ def validate(
                     batch_size=size,
                     device=job.device,
                     workers=job.workers,
+                    precision=job.plan.setting.precision if job.device.type == "cuda" else "fp32",
                     progress=tell,
                 )
         except UnreadableImage as error:
             leave_out(job, progress, "val", error)
             continue
-        except torch.OutOfMemoryError:
+        except OutOfMemory as error:
             if size == 1:
-                raise out_of_memory(job, "validating 1 image at a time", "--device cpu") from None
+                doing = "validating 1 image at a time"
+                raise out_of_memory(job, error, doing, "--device cpu") from None
             job.evaluation_batch = size // 2
-        release_memory(job.device)
         job.listener.tell(
             f"warning: {job.device} ran out of memory while validating {size} images at once; it "
             f"is done again, with {size // 2}"

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from momconv.errors import ModelFileError, UncheckedFile
+from momconv.exhaustion import require_memory
 from momconv.words import plural, printable
 from momconv.zoo import checksum, unpickling
 from momconv.zoo.file_kinds import describe_folder, refuse_other_kinds
@@ -252,7 +253,8 @@ def _read_safetensors(path: Path) -> State:
     verify(path)
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (MemoryError, SafetensorError) as error:
+        require_memory(error, path.stat().st_size)
         raise _damaged(path, str(error)) from error
 
 
@@ -274,6 +276,7 @@ def _read_checkpoint(path: Path) -> object:
         what = "no plain checkpoint, or is damaged, or has another pickle protocol than 2"
         raise _holds_code(path, what, "unsafe") from error
     except unpickling.DAMAGE as error:
+        require_memory(error, path.stat().st_size)
         explains = isinstance(error, OSError | RuntimeError)  # the others come from wrong bytes
         reason = str(error).partition("\n")[0] if explains else "its bytes are no checkpoint"
         raise _damaged(path, reason) from error

@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models import get_model_weights
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
+from momconv.exhaustion import is_exhaustion
 from momconv.names import encode_name
 from momconv.words import quoted
 from momconv.zoo import checkpoints, own
@@ -266,6 +267,8 @@ def _fetch(published: Any) -> Path:
         try:
             _download(published.url, path)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
+            if is_exhaustion(error):
+                raise
             raise _unreachable(published, path, error) from error
     digest = checkpoints.sha256(path)
     expected = _prefix(published.url)

@@ -133,6 +133,8 @@ def test_a_guarded_command_keeps_its_options_and_its_exit_code() -> None:
         (DataError("x", kind="k"), 3),
         (ModelFileError("x", kind="k"), 4),
         (ResourceError("x", kind="k"), 5),
+        (MemoryError(), 5),
+        (RuntimeError("could not create a primitive"), 5),
         (KeyboardInterrupt(), 130),
         (ZeroDivisionError("x"), 1),
     ],

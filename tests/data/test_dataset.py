@@ -224,10 +224,18 @@ def test_shared_memory_has_room_for_so_many_workers(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="which processors a process may use")
 @pytest.mark.parametrize(
-    ("cores", "images", "workers"), [(1, 999, 0), (4, 999, 3), (64, 999, 8), (4, 63, 1)]
+    ("device", "cores", "images", "workers"),
+    [
+        ("cpu", 1, 999, 0),
+        ("cpu", 4, 999, 3),
+        ("cpu", 64, 999, 8),
+        ("cpu", 4, 63, 1),
+        ("cuda", 16, 9999, 15),
+        ("cuda", 128, 9999, 32),
+    ],
 )
 def test_one_processor_is_left_to_the_network(
-    monkeypatch: pytest.MonkeyPatch, cores: int, images: int, workers: int
+    monkeypatch: pytest.MonkeyPatch, device: str, cores: int, images: int, workers: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cores)})
-    assert count_workers(images) == workers
+    assert count_workers(images, torch.device(device)) == workers

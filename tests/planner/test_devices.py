@@ -33,9 +33,13 @@ def test_a_gpu_that_is_not_there_is_named(
 
 
 def test_a_gpu_that_is_there_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert find_device("cuda") == torch.device("cuda")
+    assert current == []
     assert find_device("cuda:1") == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "tpu", ""])

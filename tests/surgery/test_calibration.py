@@ -237,3 +237,20 @@ def test_it_reads_no_more_images_than_it_may(
     done = calibrate(convert(original), pictures(1), original, most_images=most)
     assert done.imitation is not None
     assert done.imitation.steps == steps
+
+
+def test_where_memory_runs_out_statistics_are_those_of_smaller_batches() -> None:
+    """A pass that fails counts for no layer, also not for those before the one that failed."""
+    net, images = small(), batches(3)
+    expected = copy.deepcopy(net)
+    calibrate(expected, [part for batch in images for part in batch.split(4)])
+
+    def exhaust(_module: nn.Module, args: tuple[Tensor]) -> None:
+        if len(args[0]) > 4:
+            raise RuntimeError("bad allocation")
+
+    hook = net[3].register_forward_pre_hook(exhaust)
+    calibrate(net, images)
+    hook.remove()
+    ours, theirs = net.state_dict(), expected.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())

@@ -264,3 +264,26 @@ def test_a_single_image_is_refused() -> None:
     student, teacher = converted()
     with pytest.raises(DataError, match="too few images"):
         distill(student, teacher, [torch.randn(1, 3, 6, 6)])
+
+
+def test_where_memory_runs_out_steps_are_taken_in_parts() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(20, 3, 6, 6)]
+    seen = []
+
+    def exhaust(_module: nn.Module, args: tuple[Tensor]) -> None:
+        seen.append(len(args[0]))
+        if len(args[0]) > 8:
+            raise MemoryError
+
+    found = []
+    for is_short in (False, True):
+        plain = Net()
+        net = convert(plain, 0.9, stages="all")
+        if is_short:
+            net.get_submodule("head").register_forward_pre_hook(exhaust)
+        found.append(distill(net, plain, batches, epochs=2))
+    whole, parts = found
+    assert parts.after == pytest.approx(whole.after, rel=0.1)
+    assert max(seen) == 16
+    assert parts.after < parts.before

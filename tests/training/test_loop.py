@@ -16,14 +16,17 @@ from torch.nn import functional as F
 from torch.nn.utils import get_total_norm
 from torch.optim import SGD
 
-from momconv.errors import ResourceError
+from momconv.errors import NotReproducible, OutOfMemory, ResourceError
 from momconv.evaluation import evaluate
 from momconv.training import gradients as work
-from momconv.training import memory, validation
+from momconv.training import memory, saving, validation
 from momconv.training.finetuning import finetune
 from momconv.training.gradients import add_gradients, take_step
+from momconv.training.history import write_history
 from momconv.training.interruption import Interrupted
 from momconv.training.optimisation import make_optimizer
+from momconv.training.progress import Progress
+from momconv.training.run_folder import RunFolder
 from momconv.zoo.networks import build
 
 CPU = torch.device("cpu")
@@ -91,6 +94,7 @@ def test_a_clipped_gradient_moves_the_weights_by_at_most_its_norm(colours: Path)
 
 
 ON_A_CPU = RuntimeError("[…] DefaultCPUAllocator: can't allocate memory: you tried to […]")
+BY_CUDNN = RuntimeError("GET was unable to find an engine to execute this computation")
 
 
 def exhaust_memory(
@@ -118,7 +122,9 @@ def assert_same_tensors(one: Path, other: Path) -> None:
     assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
 
 
-@pytest.mark.parametrize(("workers", "error"), [(0, None), (1, None), (0, ON_A_CPU)])
+@pytest.mark.parametrize(
+    ("workers", "error"), [(0, None), (1, MemoryError()), (0, ON_A_CPU), (0, BY_CUDNN)]
+)
 def test_a_step_that_ran_out_of_memory_is_done_again_in_smaller_parts(
     colours: Path,
     tmp_path: Path,
@@ -199,6 +205,71 @@ def test_each_size_of_micro_batch_is_held_to_the_limit_once_in_each_epoch(
     (halving,) = (event for event in events if event["event"] == "out_of_memory")
     assert (halving["epoch"], halving["step"], halving["micro_batch"]) == (2, 1, 2)
     assert next(calls) == 6  # and parts of 3 and 2
+
+
+def test_a_step_that_is_not_reproducible_is_done_again_once(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near the limit of a GPU cuDNN may take another algorithm the second time."""
+    error = NotReproducible("something else", kind="inversion.not_reproducible")
+    recipe = small(colours, "train.micro_batch=5", "train.batch_size=10", "train.epochs=1")
+    exhaust_memory(monkeypatch, 2, error=error)
+    log = Log()
+    finetune(recipe, tmp_path / "run", listener=log)
+    (told,) = [text for text in log.told if "not reproducible" in text]
+    assert "was not reproducible with micro-batches of 5; epoch 1, step 1 is done again" in told
+    assert read_plan(tmp_path / "run")["micro_batch"] == 2
+    exhaust_memory(monkeypatch, 2, 3, error=error)
+    with pytest.raises(NotReproducible) as raised:
+        finetune(recipe, tmp_path / "other")
+    assert raised.value is error
+    exhaust_memory(monkeypatch, 1, error=error)
+    with pytest.raises(NotReproducible):
+        finetune(small(colours), tmp_path / "smallest")
+
+
+def test_memory_that_runs_out_between_two_steps_leaves_a_run_to_resume(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count(1)
+
+    def exhaust(folder: RunFolder, progress: Progress) -> None:
+        if next(calls) == 1:
+            raise MemoryError
+        write_history(folder, progress)
+
+    monkeypatch.setattr(saving, "write_history", exhaust)
+    with pytest.raises(OutOfMemory, match="memory ran out\nMemoryError") as raised:
+        finetune(small(colours), tmp_path / "run")
+    assert (raised.value.fix or "").startswith(f"momconv finetune --resume {tmp_path / 'run'}")
+    finetune(small(colours), tmp_path / "run", resume=True)
+    monkeypatch.undo()
+    finetune(small(colours), tmp_path / "straight")
+    assert_same(tmp_path / "run", tmp_path / "straight")
+
+
+def test_without_the_memory_to_go_back_the_last_saved_state_is_kept(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, step = itertools.count(1), SGD.step
+
+    def exhaust(optimizer: SGD) -> None:
+        step(optimizer)
+        if next(steps) == 3:
+            raise MemoryError
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    recipe = small(colours, "train.micro_batch=auto", "train.epochs=1", "train.save_every=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(SGD, "step", exhaust)
+        patch.setattr(saving, "load_newest", fail)
+        with pytest.raises(OutOfMemory, match="memory ran out"):
+            finetune(recipe, tmp_path / "run")
+    finetune(recipe, tmp_path / "run", resume=True)
+    finetune(recipe, tmp_path / "straight")
+    assert_same(tmp_path / "run", tmp_path / "straight")
 
 
 def test_a_run_that_halved_its_parts_can_be_interrupted_and_goes_on_with_them(

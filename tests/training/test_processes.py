@@ -64,6 +64,8 @@ def test_only_the_loss_of_another_process_is_named_so() -> None:
         raise RuntimeError("Connection closed by peer")
     with pytest.raises(torch.OutOfMemoryError), Processes(1, 2).noticing_losses():
         raise torch.OutOfMemoryError
+    with pytest.raises(RuntimeError, match="calloc"), Processes(1, 2).noticing_losses():
+        raise RuntimeError("NCCL error: Failed to CUDA calloc 4 bytes")
     with pytest.raises(RuntimeError, match="a bug"), ALONE.noticing_losses():
         raise RuntimeError("a bug")
 

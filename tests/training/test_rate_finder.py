@@ -12,6 +12,7 @@ from momconv.errors import MomconvError, UsageError
 from momconv.recipe import load_recipe
 from momconv.training import rate_finder
 from momconv.training.finetuning import finetune
+from momconv.training.gradients import add_gradients
 from momconv.training.interruption import Interrupted
 from momconv.training.job import Job
 
@@ -79,3 +80,20 @@ def test_where_the_loss_falls_at_no_rate_the_default_stays(
     result = finetune(recipe, tmp_path / "run", listener=log)
     assert result.recipe.train.lr == recipe.train.resolved_lr
     assert [text for text in log.told if text.startswith("warning: the loss fell at no rate")]
+
+
+def test_memory_that_runs_out_halves_the_parts(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count(1)
+
+    def exhaust(job: Job, x: Tensor, y: Tensor, share: float) -> Tensor:
+        if next(calls) == 2:
+            raise MemoryError
+        return add_gradients(job, x, y, share)
+
+    monkeypatch.setattr(rate_finder, "add_gradients", exhaust)
+    log = Log()
+    recipe = small(colours, "train.lr=auto", "train.micro_batch=auto", "train.epochs=1")
+    finetune(recipe, tmp_path / "run", listener=log)
+    assert any("micro-batches of 5; epoch 1, step 1 is done again, with 2" in t for t in log.told)

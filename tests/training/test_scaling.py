@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from momconv.errors import MomconvError, UsageError
 from momconv.momentum.sequential import set_strategy
 from momconv.surgery.conversion import convert
+from momconv.training import loop
+from momconv.training.averaging import Average
 from momconv.training.finetuning import finetune
 from momconv.training.gradients import take_step
 from momconv.training.job import Job
-from momconv.training.loop import _add_up, _Report
+from momconv.training.loop import _add_up, _Report, _step
 from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import save
@@ -100,3 +102,47 @@ def test_the_scale_is_part_of_the_state() -> None:
 def test_a_cpu_refuses_fp16_before_anything_else(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="fp16 is for GPUs, and the device is cpu"):
         finetune(small(tmp_path / "nowhere", "train.precision=fp16"), tmp_path / "run")
+
+
+def test_memory_that_runs_out_between_unscaling_and_the_step_leaves_a_scaler_that_works(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(make_fp16_job(colours, "store"), folder=RunFolder(tmp_path))
+    job.scaler = GradScaler("cpu", init_scale=1024.0)
+    progress = Progress()
+
+    def exhaust(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_require_finite", exhaust)
+        step = Step([0, 1, 2, 3, 4], iter([(IMAGES, LABELS)]))
+        assert _add_up(job, progress, step, _Report(job, progress), lambda: None) is None
+    assert job.scaler.get_scale() == 1024.0
+    add_up(job)
+    take_step(job, 0.1)
+
+
+def test_memory_that_runs_out_in_the_average_is_no_end_under_fp16(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_fp16_job(colours, "store").model
+    plan = replace(PLAN, setting=replace(SETTING, precision="fp16"), measured_bytes=1)
+    job = replace(make_job(colours, model, "train.ema=0.9", plan=plan), folder=RunFolder(tmp_path))
+    job.scaler = GradScaler("cpu", init_scale=1024.0)
+    progress = Progress()
+    save(job, progress)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def exhaust(*_: object) -> None:
+        raise MemoryError
+
+    step, loss = Step([0, 1, 2, 3, 4], iter([(IMAGES, LABELS)])), torch.zeros(())
+    add_up(job)
+    with monkeypatch.context() as patch:
+        patch.setattr(Average, "update", exhaust)
+        assert not _step(job, progress, step, loss, 0.0)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert job.scaler.get_scale() == 1024.0
+    add_up(job)
+    assert _step(job, progress, step, loss, 0.0)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from momconv.exhaustion import is_exhaustion
+
 _library = torch.library.Library("momconv", "DEF")
 _state = "Tensor x, Tensor(a!) v, Tensor(b!)? r, Tensor y"
 _constants = "float scale, float gamma"
@@ -49,9 +51,9 @@ def find_obstacle(gpu: torch.device) -> str | None:
     try:
         with _disable_current_modes():  # who asks may be computing with fakes
             _try_out(gpu)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # Triton's, of its parts, of the compiler that it calls
+        if is_exhaustion(error):
+            raise
         obstacle = f"{type(error).__name__}: {' '.join(str(error).split())}"
         warnings.warn(
             f"momentum steps on {gpu} pass over memory several times instead of once: Triton "

@@ -292,12 +292,17 @@ def test_what_is_tried_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("a_gpu_is_there")
-def test_memory_that_runs_out_says_nothing_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no"), RuntimeError("Triton Error [CUDA]: out of memory")]
+)
+def test_memory_that_runs_out_says_nothing_of_triton(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(gpu: torch.device) -> None:
-        raise torch.OutOfMemoryError("no")
+        raise error
 
     monkeypatch.setattr(fused, "_try_out", fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)):
         fused.find_obstacle(GPU)
     monkeypatch.setattr(fused, "_try_out", lambda gpu: None)
     assert fused.find_obstacle(GPU) is None

@@ -1,0 +1,107 @@
+"""What a run does about a GPU's memory, without one."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import PLAN, Log, make_job
+
+from momconv.determinism import describe_tf32
+from momconv.planner.prediction import CONTEXT_BYTES
+from momconv.training import validation
+from momconv.training.memory import compare_peak, enforcing_limit
+from momconv.training.progress import Progress
+from momconv.training.validation import validate
+from momconv.zoo.networks import build
+
+GPU = torch.device("cuda:1")
+GIB = 2**30
+
+
+def test_a_gpu_gives_no_more_than_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator does not count the context of CUDA, which is part of the limit."""
+    caps: list[tuple[float, int | None]] = []
+
+    def cap(fraction: float, device: int | None) -> None:
+        caps.append((fraction, device))
+
+    found = SimpleNamespace(total_memory=8 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", cap)
+    with enforcing_limit(GPU, "4GiB"):
+        assert caps == [((4 * GIB - CONTEXT_BYTES) / (8 * GIB), 1)]
+    assert caps[1:] == [(1.0, 1)]
+    caps.clear()
+    with enforcing_limit(GPU, "80GiB"), enforcing_limit(torch.device("cuda"), "1MiB"):
+        assert caps == [(1.0, 1), (0.0, None)]
+    caps.clear()
+    with enforcing_limit(GPU, None), enforcing_limit(torch.device("cpu"), "4GiB"):
+        assert caps == []
+
+
+@pytest.mark.parametrize(
+    ("device", "measured", "told"),
+    [
+        ("cpu", 1.005, []),
+        ("cpu", 1.5, ["warning: the peak was 1.5 GiB, above the 1.0 GiB that were planned"]),
+        (
+            "cuda",
+            0.5,
+            ["note: the peak was 512.0 MiB; planned were 1.0 GiB, context and libraries"],
+        ),
+        ("cuda", None, []),
+    ],
+)
+def test_the_peak_is_compared_with_the_plan(
+    colours: Path, device: str, measured: float | None, told: list[str]
+) -> None:
+    peak = None if measured is None else int(measured * GIB)
+    job = make_job(colours, build("cifar_resnet20", 3))
+    job.plan = replace(PLAN, predicted_bytes=GIB, measured_bytes=peak)
+    log = Log()
+    job.listener, job.device = log, torch.device(device)
+    compare_peak(job)
+    assert len(log.told) == len(told)
+    assert all(text.startswith(start) for text, start in zip(log.told, told, strict=True))
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cuda", "bf16"), ("cpu", "fp32")])
+def test_on_a_gpu_validation_computes_as_training_does(
+    colours: Path, monkeypatch: pytest.MonkeyPatch, device: str, precision: str
+) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr(validation, "evaluate", lambda *_, **options: asked.update(options))
+    job = make_job(colours, build("cifar_resnet20", 3))
+    job.plan = replace(PLAN, setting=replace(PLAN.setting, precision="bf16"))
+    job.device = torch.device(device)
+    validate(job, Progress(), lambda *_: None, lambda: None)
+    assert asked["precision"] == precision
+
+
+@pytest.mark.parametrize(
+    ("capability", "convolutions", "linear", "text"),
+    [
+        ((9, 0), True, False, "TF32 in convolutions"),
+        ((8, 0), True, True, "TF32 in convolutions and linear layers"),
+        ((9, 0), False, False, "fp32 throughout"),
+        ((7, 5), True, True, "fp32 throughout"),
+    ],
+)
+def test_it_is_told_where_a_gpu_rounds_factors(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    *,
+    convolutions: bool,
+    linear: bool,
+    text: str,
+) -> None:
+    backends = SimpleNamespace(
+        cudnn=SimpleNamespace(allow_tf32=convolutions),
+        cuda=SimpleNamespace(matmul=SimpleNamespace(allow_tf32=linear)),
+    )
+    cuda = SimpleNamespace(get_device_capability=lambda _: capability)
+    torch_ = SimpleNamespace(backends=backends, cuda=cuda)
+    monkeypatch.setattr("momconv.determinism.torch", torch_)
+    assert describe_tf32(GPU) == text
