@@ -11,7 +11,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import finetuning, fuzz, memory, speed, transfer
+from benchmarks import finetuning, fuzz, gpu, memory, speed, transfer
 from benchmarks.tables import MISSING, Log, Row, find_logs, number
 
 DOCUMENT = Path(__file__).parent / "RESULTS.md"
@@ -96,6 +96,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]] | None] = {
     "batches": None,
     "conversion": None,
     "prediction": partial(spread, by=("precision", "strategy"), values=("% of step", "% of whole")),
+    "gpu": gpu.present,
     "loading": show_all,
     "fuzz": fuzz.present,
     "budget": show_all,

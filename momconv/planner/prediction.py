@@ -9,7 +9,7 @@ itself (scratch.py), are the live memory, and its maximum is the peak.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from momconv.errors import UsageError
 from momconv.momentum.sequential import set_strategy
+from momconv.planner.allowance import find_allowance
 from momconv.planner.cost import Work, count_work
 from momconv.planner.fakes import Imitator
+from momconv.planner.gpu_rules import AsOnGpu
 from momconv.planner.measurement import run_step, static_bytes
 from momconv.planner.scratch import peak_within
 from momconv.planner.stages import assign_modules, marking
@@ -30,11 +32,6 @@ from momconv.tracing.runs import DEPENDS_ON_VALUES
 from momconv.vocabulary import OptimizerName, Precision, StrategyChoice
 from momconv.words import quoted
 
-# What a GPU needs besides tensors. No GPU has been measured for these: they are the sizes that
-# NVIDIA's and PyTorch's documents name, rounded up.
-CONTEXT_BYTES = 512 * 2**20  # kernels and tables of the CUDA context
-WORKSPACE_BYTES = 64 * 2**20  # cuBLAS's (32 MiB on Hopper) and the usual ones of cuDNN
-SEGMENT_BYTES = (2 + 20) * 2**20  # one partly filled segment each for small and for large blocks
 _CUDA_BLOCK = 512  # bytes to which PyTorch's CUDA allocator rounds up
 
 _ACCUMULATION = "torch::autograd::AccumulateGrad"
@@ -146,9 +143,9 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
 
     For a CPU, benchmarks/prediction.py compares with measured peaks. What kernels need for
     themselves depends on its instructions and threads, and is predicted for the CPU that predicts.
-    For a GPU nothing has been compared: the allocator's rounding is exact, while the context, the
-    workspaces of libraries and fragmentation are an allowance. On a machine without a GPU the step
-    is traced as on a CPU.
+    For a GPU there is an allowance for its context, the workspaces of libraries and the allocator's
+    fragmentation, see allowance.py. On a machine without a GPU the step is traced on a CPU, in the
+    types that a GPU computes in.
 
     Args:
         model: A network for RGB images, converted or not.
@@ -202,23 +199,29 @@ class Predictor:
             set_strategy(self.model, strategy)
         trace = _Trace(self._imitator, 1 if self._kind == "cpu" else _CUDA_BLOCK)
         side = training.resolution
-        with _explaining(self._name), self._imitator.mode:
+        with _explaining(self._name), self._imitator.mode, self._rules():
             images = torch.empty(batch, 3, side, side, device=self._device)
             labels = torch.empty(batch, dtype=torch.long, device=self._device)
             trace.run(self.model, images, labels, training.precision)
         static = static_bytes(self.model, training.optimizer, ema=training.ema)
-        allowance = CONTEXT_BYTES + WORKSPACE_BYTES + SEGMENT_BYTES
         peak = trace.report(
             weights=static.weights,
             gradients=static.gradients,
             optimizer=static.optimizer,
             ema=static.ema,
             batch=images.nbytes + labels.nbytes,
-            allowance=allowance if self._kind == "cuda" else 0,
+            allowance=0,
         )
+        if self._kind == "cuda":
+            allowance = find_allowance(torch.device(training.device)).total(peak.total)
+            peak = replace(peak, allowance=allowance)
         rest = peak.total - peak.step
         moments = [rest + alive for alive in trace.moments]
         return Prediction(peak, moments, trace.places, trace.work)
+
+    def _rules(self) -> AbstractContextManager[object]:
+        """The types and the memory of a GPU that is asked about and is not there."""
+        return AsOnGpu() if self._kind != self._device.type else nullcontext()
 
 
 class _Finding(NamedTuple):

@@ -20,7 +20,8 @@ from torch import nn
 
 from momconv.errors import ResourceError
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.measurement import available_bytes, static_bytes
+from momconv.planner.allowance import held_bytes
+from momconv.planner.measurement import available_bytes
 from momconv.planner.micro_batch import split_evenly
 from momconv.planner.outlook import GAMMAS, Change, Outlook, Rank, Request
 from momconv.planner.prediction import PeakMemory, Training
@@ -95,7 +96,7 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
     """
     if memory is None:
         place = torch.device(device)
-        memory = available_bytes(place) + static_bytes(model, optimizer).weights
+        memory = available_bytes(place) + held_bytes(model, place)
     limit = parse_bytes(memory) if isinstance(memory, str) else memory
     training = Training(resolution, precision, optimizer, device=device)
     request = Request(

@@ -1,37 +1,52 @@
-"""The speed of a device, fitted to two small training steps."""
+"""The speed of a device, fitted to two training steps, of which one is clearly longer."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from momconv.errors import UsageError
 from momconv.momentum.sequential import momentum_stages, set_strategy
-from momconv.planner.cost import Speed, estimate_speed
+from momconv.planner.cost import Speed, Work, estimate_speed
 from momconv.planner.measurement import time_step
 from momconv.planner.prediction import Predictor, Training
 from momconv.zoo.description import find_description
 from momconv.zoo.networks import check_resolution
 
-_IMAGES = (2, 4)
+_FEW = 2  # images
+_MOST = 256
+_LONGER = 1.5  # times the step with few; of less, launches and the clock's noise are too much
 _LARGEST_SIDE = 96  # pixels
 
 
 def measure_speed(model: nn.Module, training: Training, device: torch.device, limit: int) -> Speed:
-    """The speed of ``device``, on which ``model`` is; it is estimated if ``limit`` bytes are few.
+    """The speed of ``device``, on which ``model`` is, with as many images as that takes.
 
-    The model stores its activations then; its other state is afterwards what it was.
+    It is estimated where ``limit`` bytes are too few for them, or nothing makes a step longer. The
+    model stores its activations then; its other state is afterwards what it was.
     """
     if momentum_stages(model):
         set_strategy(model, "store")
     side = _find_side(model, training.resolution)
     predictor = Predictor(model, training)
     speed = estimate_speed(device.type, training.precision)
-    steps = []
-    for images in _IMAGES:
+    few: tuple[Work, float] | None = None
+    for images in _double(_FEW, _MOST):
         peak, *_, work = predictor.predict(images, resolution=side)
         if peak.total > limit:
             return speed
-        steps.append((work, time_step(model, images, side, training.precision, device)))
-    return speed.fit(*steps)
+        seconds = time_step(model, images, side, training.precision, device)
+        if few is None:
+            few = work, seconds
+        elif seconds > _LONGER * few[1]:
+            return speed.fit(few, (work, seconds))
+    return speed
+
+
+def _double(first: int, last: int) -> Iterator[int]:
+    while first <= last:
+        yield first
+        first *= 2
 
 
 def _find_side(model: nn.Module, resolution: int) -> int:

@@ -12,7 +12,8 @@ from torch import nn
 from momconv.determinism import describe_tf32
 from momconv.errors import ModelFileError, ResourceError
 from momconv.momentum.sequential import momentum_stages, set_strategy
-from momconv.planner.measurement import available_bytes, static_bytes
+from momconv.planner.allowance import held_bytes
+from momconv.planner.measurement import available_bytes
 from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
 from momconv.planner.outlook import FEW, Change, Fixed, Request, has_batch_norm
 from momconv.planner.prediction import Training
@@ -65,9 +66,9 @@ class Setting:
         """The bytes for everything, the loaded ``model`` included."""
         if self.memory is not None:
             return parse_bytes(self.memory)
-        weights = static_bytes(model, self.optimizer).weights
-        free = available_bytes(torch.device(self.device), self.headroom)
-        return free // self.sharers + weights
+        device = torch.device(self.device)
+        free = available_bytes(device, self.headroom)
+        return free // self.sharers + held_bytes(model, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

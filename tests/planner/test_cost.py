@@ -84,6 +84,33 @@ def test_a_calibrated_speed_is_measured_and_the_network_stays_as_it_was() -> Non
     assert {stage.strategy for stage in momentum_stages(model).values()} == {"store"}
 
 
+class Flat(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(12, 4))
+
+
+@pytest.mark.parametrize(("per_image", "most"), [(0.0, 256), (0.0005, 64), (0.05, 4)])
+def test_a_speed_is_fitted_to_steps_that_differ(
+    per_image: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where launching operations takes all the time, images are added; in vain, it is estimated."""
+    ran: list[int] = []
+
+    def time_step(_: nn.Module, images: int, *__: object) -> float:
+        ran.append(images)
+        return 0.05 + (0.0002 if len(ran) % 2 else -0.0002) + per_image * images
+
+    monkeypatch.setattr("momconv.planner.speed.time_step", time_step)
+    speed = measure_speed(Flat(), Training(2), CPU, 2**30)
+    assert ran[-1] == most
+    if per_image:
+        assert speed.is_measured
+        work = Predictor(Flat(), Training(2)).predict(1000).work
+        assert speed.seconds(work) == pytest.approx(0.05 + 1000 * per_image, rel=0.1)
+    else:
+        assert speed == estimate_speed("cpu", "fp32")
+
+
 def test_steps_that_would_not_fit_are_not_run() -> None:
     model = build("cifar_resnet20").train()
     assert measure_speed(model, Training(32), CPU, 2**20) == estimate_speed("cpu", "fp32")

@@ -102,7 +102,7 @@ def _compile_magnitude(x):
 
 @njit(nogil=True, error_model="numpy")
 def _advance(x, v, r, y, x_next, scale, gamma, inverse, ulp):
-    largest = _magnitude(x[0])
+    largest = _magnitude(v.dtype.type(0))
     for i in range(x.size):
         v_next = v[i]
         if r is not None:
