@@ -32,13 +32,14 @@ from benchmarks.cases import Case, synchronize
 from benchmarks.methods import BASES, METHODS, make_network
 from momconv import convert, finetune, set_strategy
 from momconv.determinism import deterministic
-from momconv.momentum import fused, kernels
 from momconv.momentum.equations import Rule
+from momconv.momentum.faster import fused, kernels
 from momconv.planner.allowance import Allowance
-from momconv.planner.measurement import Precision, autocast, run_step
-from momconv.planner.prediction import Choice, PeakMemory, Predictor, Training
+from momconv.planner.measurement import autocast, run_step
+from momconv.planner.prediction import PeakMemory, Predictor, Training
 from momconv.recipe import load_recipe
 from momconv.states import keeping_random_state
+from momconv.vocabulary import Precision, StrategyChoice
 
 MIB, GIB = 2**20, 2**30
 TABLE = "allowance"  # the figure that has a row of gpus.json in its note
@@ -94,7 +95,7 @@ def look_at_environment(place: Place) -> Iterator[Figure]:
     yield Figure("Triton", "headers", goal=header.is_file(), note=str(header))
     if place.device.type != "cuda":
         return
-    obstacle = fused.find_obstacle(torch.device("cuda", torch.cuda.current_device()))
+    obstacle = fused.find_obstacle(place.device)
     yield Figure("Triton", "builds kernels", goal=obstacle is None, note=str(obstacle or "yes"))
     gpu = torch.cuda.get_device_properties(place.device)
     yield Figure("GPU", "memory in GiB", gpu.total_memory / GIB, note=gpu.name)
@@ -127,11 +128,11 @@ State = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 def compare_bits(place: Place) -> Iterator[Figure]:
     """Fused steps there and back against the same steps by PyTorch's own operations."""
-    gammas, types = (0.1, 0.5, 0.9, 0.95, 1.0), (torch.float32, torch.bfloat16, torch.float16)
-    remainders = (torch.int8, torch.int16, torch.int32)
+    gammas: tuple[float, ...] = (0.1, 0.5, 0.9, 0.95, 1.0)
+    remainders: tuple[torch.dtype, ...] = (torch.int8, torch.int16, torch.int32)
     if place.is_small:
         gammas, remainders = gammas[-2:], remainders[:1]
-    for gamma, dtype in product(gammas, types):
+    for gamma, dtype in product(gammas, (torch.float32, torch.bfloat16, torch.float16)):
         differing = sum(
             count_differences(make_state(shape, gamma, remainder, dtype, place.device), gamma)
             for remainder in remainders
@@ -250,7 +251,7 @@ def _compare_with_stored(
         yield Figure(case, "tensors that differ", differing, goal, f"of {len(stored)}")
 
 
-def _step(model: nn.Module, images: Tensor, precision: Precision, strategy: Choice) -> list[Tensor]:
+def _step(model: nn.Module, images: Tensor, precision: Precision, strategy: StrategyChoice) -> list[Tensor]:
     """The output, gradients and buffers after a step; the buffers are then as before."""
     set_strategy(model, strategy)
     model.zero_grad()
@@ -318,8 +319,8 @@ def _held_beside_tensors(device: torch.device) -> int:
     return total - free - torch.cuda.memory_reserved(device)
 
 
-def _list_turns(place: Place) -> Iterator[tuple[Choice, Precision]]:
-    strategies: tuple[Choice, ...] = ("store", "auto", "momentum", "checkpoint", "segment")
+def _list_turns(place: Place) -> Iterator[tuple[StrategyChoice, Precision]]:
+    strategies: tuple[StrategyChoice, ...] = ("store", "auto", "momentum", "checkpoint", "segment")
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     if place.is_small:
         strategies, precisions = strategies[1:2], precisions[:1]
@@ -341,7 +342,7 @@ _README = [
 
 
 def _measure_peak(
-    case: Case, strategy: Choice, device: torch.device
+    case: Case, strategy: StrategyChoice, device: torch.device
 ) -> tuple[PeakMemory, dict[str, int]]:
     """The prediction for a step, and the peaks of what was requested, allocated and reserved."""
     model = _prepare(case, "momconv", device)

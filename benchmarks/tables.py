@@ -86,8 +86,8 @@ def machine(device: torch.device) -> str:
 
 
 def choose_device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The first GPU if there is one."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def show(title: str, rows: Sequence[Row]) -> None:

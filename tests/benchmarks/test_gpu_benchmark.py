@@ -12,7 +12,7 @@ import torch
 from benchmarks import gpu, gpu_checks
 from benchmarks.gpu_checks import CHECKS, TABLE, Check, Figure, Place
 from benchmarks.tables import Row
-from momconv.momentum import fused
+from momconv.momentum.faster import fused
 from momconv.planner import allowance
 
 SMALL = Place(torch.device("cpu"), is_small=True)
