@@ -251,7 +251,9 @@ def _compare_with_stored(
         yield Figure(case, "tensors that differ", differing, goal, f"of {len(stored)}")
 
 
-def _step(model: nn.Module, images: Tensor, precision: Precision, strategy: StrategyChoice) -> list[Tensor]:
+def _step(
+    model: nn.Module, images: Tensor, precision: Precision, strategy: StrategyChoice
+) -> list[Tensor]:
     """The output, gradients and buffers after a step; the buffers are then as before."""
     set_strategy(model, strategy)
     model.zero_grad()

@@ -1,0 +1,1 @@
+"""Finding runs of residual blocks: a network is followed once, on tensors without memory."""
