@@ -32,6 +32,7 @@ from benchmarks.cases import Case, synchronize
 from benchmarks.methods import BASES, METHODS, make_network
 from momconv import convert, finetune, set_strategy
 from momconv.determinism import deterministic
+from momconv.exhaustion import is_exhaustion
 from momconv.momentum.equations import Rule
 from momconv.momentum.faster import fused, kernels
 from momconv.planner.allowance import Allowance
@@ -445,11 +446,6 @@ def _shrink(case: Case, place: Place) -> Iterator[Figure]:
         yield Figure(label, "is known", goal=known, note=words)
         yield Figure(label, "MiB left behind", left / MIB, abs(left) < MIB)
     torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
-def is_exhaustion(error: BaseException) -> bool:
-    """Whether a run would go on in smaller parts."""
-    return isinstance(error, torch.OutOfMemoryError)
 
 
 # 6. Memory and time of the methods

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from momconv.errors import NotReproducible, OutOfMemory
 from momconv.exhaustion import EXHAUSTED, naming_exhaustion
+from momconv.planner.allowance import find_allowance
 from momconv.planner.measurement import measure, static_bytes
 from momconv.planner.outlook import SLACK
-from momconv.planner.prediction import CONTEXT_BYTES
 from momconv.training.gradients import add_gradients
 from momconv.training.job import Job
 from momconv.training.planning import BatchPlan
@@ -144,7 +144,7 @@ def enforcing_limit(device: torch.device, memory: str | None) -> Iterator[None]:
         yield
         return
     total = torch.cuda.get_device_properties(device).total_memory
-    share = (parse_bytes(memory) - CONTEXT_BYTES) / total
+    share = (parse_bytes(memory) - find_allowance(device).context) / total
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device.index)
     try:
         yield

@@ -9,7 +9,7 @@ import torch
 from runs import PLAN, Log, make_job
 
 from momconv.determinism import describe_tf32
-from momconv.planner.prediction import CONTEXT_BYTES
+from momconv.planner.allowance import find_allowance
 from momconv.training import validation
 from momconv.training.memory import compare_peak, enforcing_limit
 from momconv.training.progress import Progress
@@ -31,7 +31,7 @@ def test_a_gpu_gives_no_more_than_was_asked_for(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", cap)
     with enforcing_limit(GPU, "4GiB"):
-        assert caps == [((4 * GIB - CONTEXT_BYTES) / (8 * GIB), 1)]
+        assert caps == [((4 * GIB - find_allowance(GPU).context) / (8 * GIB), 1)]
     assert caps[1:] == [(1.0, 1)]
     caps.clear()
     with enforcing_limit(GPU, "80GiB"), enforcing_limit(torch.device("cuda"), "1MiB"):

@@ -8,6 +8,7 @@ from torch import nn
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.momentum.sequential import momentum_stages
+from momconv.planner import speed
 from momconv.planner.prediction import peak_memory
 from momconv.recipe import TrainRecipe
 from momconv.surgery.conversion import convert
@@ -54,7 +55,10 @@ def test_the_headroom_is_kept_back_of_what_is_free(
     assert usual - wary == 2**28
 
 
-def test_the_network_gets_the_leaner_strategy_that_fits(model: nn.Module) -> None:
+def test_the_network_gets_the_leaner_strategy_that_fits(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "time_step", lambda _model, images, *_: images / 1000)
     plan = plan_batches(model, limited(model, 16, "auto"))
     assert plan.sizes == [16]
     assert plan.strategy != "store"
