@@ -99,6 +99,13 @@ def test_an_import_of_a_higher_layer_would_be_found(line: str, above: set[str]) 
     assert layers_above(line, Path("momentum/sequential.py")) == above
 
 
+def test_the_architecture_page_lists_the_layers_in_their_order() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("## The layers")[2].partition("\n## ")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert [name for cell in first_cells for name in cell.split("`")[1::2]] == LAYERS
+
+
 @pytest.mark.parametrize("module", NO_TORCH)
 def test_importing_it_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
