@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 from momconv.units import parse_path
 
 
@@ -10,6 +12,4 @@ def cache_folder() -> Path:
     """``$MOMCONV_CACHE``, or ``momconv`` where the machine keeps caches; it may not exist."""
     if own := os.environ.get("MOMCONV_CACHE"):
         return parse_path(own)
-    shared = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    # The specification of XDG has relative paths ignored.
-    return (shared if shared.is_absolute() else Path("~/.cache").expanduser()) / "momconv"
+    return user_cache_path("momconv", appauthor=False)
