@@ -12,14 +12,12 @@ from torch.optim import Optimizer
 from momconv.data.folder import Splits
 from momconv.planner.micro_batch import count_steps
 from momconv.recipe import Recipe
-from momconv.training.averaging import Average
 from momconv.training.balancing import weigh_classes
-from momconv.training.optimisation import rate_at
+from momconv.training.optimisation import Average, make_scaler, rate_at, read_scaler, restore_scaler
 from momconv.training.planning import BatchPlan
 from momconv.training.processes import ALONE, Processes
 from momconv.training.progress import Listener
 from momconv.training.run_folder import RunFolder
-from momconv.training.scaling import make_scaler, read_scaler, restore_scaler
 
 
 @dataclass(slots=True, kw_only=True)

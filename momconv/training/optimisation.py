@@ -1,22 +1,28 @@
-"""The optimiser, its learning rate over the run, and the precision."""
+"""The optimiser and what belongs to it: parameter groups, learning rate, precision, average."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from momconv.errors import UsageError
 from momconv.recipe import TrainRecipe
-from momconv.training.parameters import group
 from momconv.vocabulary import OPTIMIZERS, Precision
+from momconv.words import quoted
+from momconv.zoo.stages import ALL_BUT_HEAD, assign_parameters, find_stages, name_stages
 
 _CYCLE_START = 1 / 25  # of the highest rate
+_SCALER_STATE = ("scale", "_growth_tracker")
 
 
 def make_optimizer(model: nn.Module, recipe: TrainRecipe) -> Optimizer:
     """The recipe's, with the rate and the weight decay of each group of parameters."""
-    groups, row = group(model, recipe), OPTIMIZERS[recipe.optimizer]
+    groups, row = _group_parameters(model, recipe), OPTIMIZERS[recipe.optimizer]
     # The fused kernels need no temporary copy of all gradients, which nobody has planned for.
     arguments = {"fused": groups[0]["params"][0].is_cuda, **row.arguments(recipe.momentum)}
     optimizer: Optimizer = getattr(optim, row.class_name)(groups, recipe.resolved_lr, **arguments)
@@ -91,3 +97,115 @@ def choose_precision(recipe: TrainRecipe, device: torch.device) -> Precision:
         return recipe.precision
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if fast else "fp32"
+
+
+def require_stages(model: nn.Module, recipe: TrainRecipe) -> None:
+    """Do nothing if ``model`` has the stages that the recipe freezes, and others to train.
+
+    Raises:
+        UsageError: It has not.
+    """
+    known = list(find_stages(model))
+    wanted = name_stages(known, recipe.freeze)
+    some = f"its stages: {', '.join(known)}"
+    if unknown := sorted(wanted.difference(known)):
+        problem = (
+            f"train.freeze: this {type(model).__name__} has no stage {quoted(unknown[0])}\n{some}"
+        )
+        raise UsageError(problem, kind="usage.unknown_stage", fix=f"--freeze {known[0]}")
+    if wanted == set(known):
+        problem = "train.freeze: all stages are frozen, which leaves nothing to train"
+        raise UsageError(problem, kind="usage.all_frozen", fix=f"--freeze {ALL_BUT_HEAD}")
+    if recipe.freeze_epochs and "head" in wanted:
+        problem = "train.freeze_epochs: only the head learns in them, and train.freeze has it too"
+        raise UsageError(problem, kind="usage.all_frozen", fix="--freeze-epochs 0")
+
+
+def describe_frozen(model: nn.Module) -> str | None:
+    """What to tell of the share of the parameters that learn; None if all do."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trained == total:
+        return None
+    return f"note: {trained:,} of {total:,} parameters learn ({trained / total:.1%})"
+
+
+def _group_parameters(model: nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
+    """The trainable parameters as an optimiser's groups; ``scale`` is the factor of their rate.
+
+    A stage k steps below the head has the factor ``layer_decay``ᵏ (Clark et al. 2020, ELECTRA).
+    Normalisation layers do not decay, as in torchvision's recipes of 2021
+    (``--norm-weight-decay 0``), nor do biases, of which torchvision leaves the choice.
+    """
+    scales = _scale_stages(model, recipe)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for decays in (True, False):
+        for parameter, stage in assign_parameters(model).items():
+            if parameter.requires_grad and (parameter.dim() > 1) is decays:
+                key = (scales[stage], recipe.weight_decay if decays else 0.0)
+                groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "scale": scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
+
+
+def _scale_stages(model: nn.Module, recipe: TrainRecipe) -> dict[str, float]:
+    *body, head = find_stages(model)
+    scales = {name: recipe.layer_decay**k for k, name in enumerate(reversed(body), start=1)}
+    return scales | {head: (recipe.head_lr or recipe.resolved_lr) / recipe.resolved_lr}
+
+
+def make_scaler(precision: Precision, device: torch.device) -> GradScaler:
+    """A factor of the loss that keeps small gradients within the range of fp16, and adapts.
+
+    In other precisions, one that does nothing.
+    """
+    return GradScaler(device.type, enabled=precision == "fp16")
+
+
+def read_scaler(scaler: GradScaler) -> dict[str, Tensor]:
+    """All that ``scaler`` remembers; nothing if it does nothing."""
+    state = scaler.state_dict()
+    return {name: torch.tensor(state[name], dtype=torch.float64) for name in _SCALER_STATE if state}
+
+
+def restore_scaler(scaler: GradScaler, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of ``read_scaler``."""
+    if scaler.is_enabled() and tensors:
+        scale, tracker = (tensors[name] for name in _SCALER_STATE)
+        own = {"scale": float(scale), "_growth_tracker": int(tracker)}
+        scaler.load_state_dict(scaler.state_dict() | own)
+
+
+class Average:
+    """The exponential moving average of a network's weights and of BatchNorm's statistics.
+
+    Early on it forgets faster, with a decay of (1 + n) / (10 + n) after n steps as in TensorFlow's
+    ``ExponentialMovingAverage``; otherwise short runs would end close to where they began.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._averaged = AveragedModel(model, use_buffers=True)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network with the averages; it is not for training."""
+        model: nn.Module = self._averaged.module
+        return model
+
+    def update(self, model: nn.Module) -> None:
+        """Take in what ``model`` is after a step."""
+        n = int(self._averaged.n_averaged)
+        decay = min(self._decay, (1 + n) / (10 + n))
+        self._averaged.multi_avg_fn = get_ema_multi_avg_fn(decay)
+        self._averaged.update_parameters(model)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it remembers."""
+        return dict(self._averaged.state_dict())
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of ``tensors``."""
+        self._averaged.load_state_dict(tensors)

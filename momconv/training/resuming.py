@@ -15,8 +15,7 @@ from momconv.training import network
 from momconv.training.images import list_new, recall_images
 from momconv.training.job import Job
 from momconv.training.mending import list_changes, mend
-from momconv.training.optimisation import make_optimizer
-from momconv.training.parameters import require_stages
+from momconv.training.optimisation import make_optimizer, require_stages
 from momconv.training.planning import (
     BatchPlan,
     Setting,

@@ -25,8 +25,7 @@ from momconv.training.images import (
 )
 from momconv.training.job import Job
 from momconv.training.omission import omit
-from momconv.training.optimisation import make_optimizer
-from momconv.training.parameters import describe_frozen, require_stages
+from momconv.training.optimisation import describe_frozen, make_optimizer, require_stages
 from momconv.training.planning import BatchPlan, Setting, plan_batches, tell_of_plan
 from momconv.training.progress import Listener, Progress
 from momconv.training.provenance import Provenance, find_provenance, tell_of_differences
