@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from momconv.data.folder import Splits
 from momconv.planner.micro_batch import count_steps
 from momconv.recipe import Recipe
-from momconv.training.balancing import weigh_classes
+from momconv.training.batches import weigh_classes
 from momconv.training.optimisation import Average, make_scaler, rate_at, read_scaler, restore_scaler
 from momconv.training.planning import BatchPlan
 from momconv.training.processes import ALONE, Processes

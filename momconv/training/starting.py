@@ -14,7 +14,7 @@ from momconv.planner.outlook import Fixed
 from momconv.recipe import Recipe, dump_recipe
 from momconv.surgery.conversion import set_gamma
 from momconv.training import network
-from momconv.training.balancing import describe_imbalance
+from momconv.training.batches import describe_imbalance
 from momconv.training.calibrating import calibrate_on, needs_calibration
 from momconv.training.images import (
     CheckedImages,

@@ -11,10 +11,18 @@ from torch import nn
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.transforms import training_transform
 from momconv.planner.outlook import has_batch_norm
-from momconv.training.balancing import draw, repeat, weigh_images
-from momconv.training.batches import MicroBatches, split_batch, split_epoch, split_order
+from momconv.training.batches import (
+    MicroBatches,
+    Mixer,
+    Part,
+    draw,
+    repeat,
+    split_batch,
+    split_epoch,
+    split_order,
+    weigh_images,
+)
 from momconv.training.job import Job
-from momconv.training.mixing import Mixer, Part
 from momconv.zoo.description import describe
 
 
