@@ -33,7 +33,7 @@ from momconv.training.memory import (
 )
 from momconv.training.network import read_gamma, start_training
 from momconv.training.omission import find_number, leave_out
-from momconv.training.progress import EpochRow, Progress
+from momconv.training.progress import EpochRow, Progress, has_stalled
 from momconv.training.saving import (
     Autosave,
     NotFinite,
@@ -48,7 +48,6 @@ from momconv.training.saving import (
 )
 from momconv.training.state import read_random_states, set_random_states
 from momconv.training.steps import Step, Steps
-from momconv.training.stopping import has_stalled
 from momconv.training.validation import validate
 from momconv.units import format_bytes
 from momconv.words import list_some, printable

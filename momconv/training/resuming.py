@@ -23,12 +23,11 @@ from momconv.training.planning import (
     plan_batches,
     tell_of_plan,
 )
-from momconv.training.progress import Progress
+from momconv.training.progress import Progress, require_validation
 from momconv.training.provenance import describe_machine, read_provenance, tell_of_differences
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import publish, remember_documents, save, write_plan
 from momconv.training.state import load_newest
-from momconv.training.stopping import require_validation
 from momconv.training.task import Task
 from momconv.words import describe_classes, name_some, plural, printable
 

@@ -1,27 +1,31 @@
-"""When a run is saved, and in which order.
+"""When a run is saved, in which order, and its numbers for people.
 
 The state comes first, and the rest follows from it: a run that is killed in between writes the rest
 when it is resumed.
 """
 
+import csv
+import io
+import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
-from momconv.errors import MomconvError
+from momconv.errors import MomconvError, UsageError
 from momconv.files import model_file
 from momconv.files.atomic import write_text
-from momconv.recipe import dump_recipe
+from momconv.recipe import Recipe, dump_recipe
 from momconv.training.annealing import anneal
-from momconv.training.board import write_board
-from momconv.training.history import write_history
 from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.job import Job
 from momconv.training.network import make_own
-from momconv.training.progress import Progress, Rollback
+from momconv.training.progress import EpochRow, Progress, Rollback
+from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_newest, save_state
 from momconv.units import parse_duration
 
@@ -206,3 +210,55 @@ def _save_model(job: Job, path: Path, progress: Progress) -> None:
         finished["steps_into_next"] = progress.step
     data = {"fingerprint": job.splits.fingerprint}
     model_file.save(job.networks[-1], path, {"training": finished, "data": data})
+
+
+def write_history(folder: RunFolder, progress: Progress) -> None:
+    """Write ``metrics`` and ``events``, whole: after a resume they hold nothing twice."""
+    rows = [asdict(row) for row in progress.history]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [f.name for f in fields(EpochRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder.metrics, table.getvalue())
+    events = [{"event": "epoch"} | _finite(row) for row in rows]
+    events += [{"event": "out_of_memory"} | asdict(halving) for halving in progress.halvings]
+    events += [{"event": "not_finite"} | asdict(back) for back in progress.rollbacks]
+    events += [{"event": "unreadable_image"} | asdict(one) for one in progress.omissions]
+    events.sort(key=lambda event: (event["epoch"], event["event"] == "epoch"))
+    write_text(folder.events, "".join(json.dumps(event) + "\n" for event in events))
+
+
+def _finite(row: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The row without numbers that JSON does not have."""
+    return {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}
+
+
+def require_tensorboard(recipe: Recipe) -> None:
+    """Do nothing if TensorBoard is there, or not asked for.
+
+    Raises:
+        UsageError: It is missing.
+    """
+    if recipe.log.tensorboard and find_spec("tensorboard") is None:
+        raise UsageError(
+            "--tensorboard needs tensorboard, which is not installed",
+            kind="usage.missing_extra",
+            fix="pip install 'momconv[tensorboard]'",
+        )
+
+
+def write_board(folder: RunFolder, history: Sequence[EpochRow]) -> None:
+    """Write what metrics.csv has, whole, in place of what was there."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    before = [*folder.board.glob("events.out.*")]
+    # purge_step: a TensorBoard that is running forgets what it has read.
+    with SummaryWriter(folder.board, purge_step=0) as writer:
+        for row in history:
+            numbers = asdict(row)
+            epoch = numbers.pop("epoch")
+            for name, number in numbers.items():
+                if number is not None:
+                    writer.add_scalar(name, number, epoch)
+    for file in before:
+        file.unlink()

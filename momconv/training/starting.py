@@ -27,11 +27,10 @@ from momconv.training.job import Job
 from momconv.training.omission import omit
 from momconv.training.optimisation import describe_frozen, make_optimizer, require_stages
 from momconv.training.planning import BatchPlan, Setting, plan_batches, tell_of_plan
-from momconv.training.progress import Listener, Progress
+from momconv.training.progress import Listener, Progress, require_validation
 from momconv.training.provenance import Provenance, find_provenance, tell_of_differences
 from momconv.training.rate_finder import find_rate
 from momconv.training.saving import begin
-from momconv.training.stopping import require_validation
 from momconv.training.task import Task
 from momconv.zoo.description import Preprocessing, describe, mark_as_seen
 

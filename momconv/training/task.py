@@ -17,7 +17,6 @@ from momconv.planner.outlook import Fixed
 from momconv.recipe import Recipe
 from momconv.states import keeping_random_state
 from momconv.training import network
-from momconv.training.board import require_tensorboard
 from momconv.training.job import Job
 from momconv.training.memory import enforcing_limit
 from momconv.training.optimisation import choose_precision
@@ -26,6 +25,7 @@ from momconv.training.processes import Processes, find_own_device, joined
 from momconv.training.progress import SILENT, Listener
 from momconv.training.provenance import Provenance, read_provenance
 from momconv.training.run_folder import RunFolder
+from momconv.training.saving import require_tensorboard
 from momconv.units import format_bytes
 from momconv.zoo.description import describe
 

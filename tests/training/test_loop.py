@@ -22,11 +22,11 @@ from momconv.training import gradients as work
 from momconv.training import memory, saving, validation
 from momconv.training.finetuning import finetune
 from momconv.training.gradients import add_gradients, take_step
-from momconv.training.history import write_history
 from momconv.training.interruption import Interrupted
 from momconv.training.optimisation import make_optimizer
 from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
+from momconv.training.saving import write_history
 from momconv.zoo.networks import build
 
 CPU = torch.device("cpu")
