@@ -16,7 +16,6 @@ from momconv.evaluation import Scores
 from momconv.exhaustion import EXHAUSTED, keep_reserve, naming_exhaustion
 from momconv.heap import keeping_freed_memory
 from momconv.states import keep_buffers
-from momconv.training.compilation import compiling
 from momconv.training.gradients import add_gradients, take_step
 from momconv.training.interruption import Interrupted, TimeUp, catching_signals
 from momconv.training.job import Job
@@ -31,7 +30,7 @@ from momconv.training.memory import (
     peak_bytes,
     reset_peak,
 )
-from momconv.training.network import read_gamma, start_training
+from momconv.training.network import compiling, read_gamma, start_training
 from momconv.training.omission import find_number, leave_out
 from momconv.training.progress import EpochRow, Progress, has_stalled
 from momconv.training.saving import (

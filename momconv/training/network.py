@@ -1,6 +1,7 @@
-"""The network of a run: loaded, converted, with a head for its classes, and in training mode."""
+"""The network of a run: loaded, converted, with a head for its classes, and made to train."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -10,15 +11,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from momconv.errors import UsageError
 from momconv.files import model_file
 from momconv.momentum.sequential import momentum_stages
-from momconv.recipe import ModelRecipe, Recipe, TrainRecipe, names_code
-from momconv.surgery.conversion import convert
-from momconv.training.annealing import gamma_at
+from momconv.recipe import ANNEAL_FROM, ModelRecipe, MomentumRecipe, Recipe, TrainRecipe, names_code
+from momconv.surgery.conversion import convert, set_gamma
 from momconv.zoo import own
 from momconv.zoo.description import attach, describe
 from momconv.zoo.networks import check_resolution, replace_head
 from momconv.zoo.seen import SeenImages
 from momconv.zoo.stages import freeze
 from momconv.zoo.weights import load_network
+
+_PROGRAMS = 1024  # compiled, for all shapes of all blocks, which share their code
+_BACKEND = "inductor"  # of torch.compile
 
 
 def load(recipe: Recipe, tell: Callable[[str], None] = lambda _text: None) -> nn.Module:
@@ -114,3 +117,60 @@ def read_gamma(model: nn.Module) -> float:
     """γ of the blocks of ``model`` that follow the momentum rule; 0 if none does."""
     stages = momentum_stages(model).values()
     return max((stage.gamma for stage in stages if stage.runs), default=0.0)
+
+
+def gamma_at(recipe: MomentumRecipe, epochs: float) -> float:
+    """γ of the step before which so many epochs are done: in a straight line to its target.
+
+    It may start small, where the network is still close to the plain one.
+
+    >>> recipe = MomentumRecipe(gamma=0.9, anneal=2)
+    >>> [round(gamma_at(recipe, epochs), 2) for epochs in (0, 0.5, 1, 2, 3)]
+    [0.1, 0.3, 0.5, 0.9, 0.9]
+    """
+    if epochs >= recipe.anneal:
+        return recipe.gamma
+    return ANNEAL_FROM + (recipe.gamma - ANNEAL_FROM) * epochs / recipe.anneal
+
+
+def anneal(model: nn.Module, recipe: MomentumRecipe, epochs: float) -> None:
+    """Give ``model`` the γ of its next step. Without annealing it keeps its own."""
+    if recipe.anneal:
+        set_gamma(model, gamma_at(recipe, epochs), gain=recipe.gain)
+
+
+@contextmanager
+def compiling(model: nn.Module, *, wanted: bool) -> Iterator[None]:
+    """Inside, the residual blocks of ``model`` are compiled when they are called, if ``wanted``.
+
+    What runs them stays as it is, so momentum is as exact as before: both runs of a block are the
+    same compiled program. It is made for each shape of its input, since kernels for any shape may
+    round differently, and which ones there are would depend on where a run was resumed.
+    """
+    if not wanted:
+        yield
+        return
+    from torch._dynamo import config  # takes a second
+
+    for block in _blocks(model):
+        block.compile(backend=_BACKEND, dynamic=False)
+    # Dynamo alone would give up after a few shapes.
+    with config.patch(recompile_limit=_PROGRAMS, accumulated_recompile_limit=_PROGRAMS):
+        yield
+
+
+@contextmanager
+def uncompiled(*, wanted: bool) -> Iterator[None]:
+    """Inside, all blocks run as they would without compilation, if ``wanted``."""
+    if wanted:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+    for child in model.children():
+        if isinstance(child, nn.Sequential):
+            inner = [block for block in child if isinstance(block, nn.Sequential)]
+            yield from _blocks(child) if inner else child

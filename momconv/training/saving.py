@@ -20,10 +20,9 @@ from momconv.errors import MomconvError, UsageError
 from momconv.files import model_file
 from momconv.files.atomic import write_text
 from momconv.recipe import Recipe, dump_recipe
-from momconv.training.annealing import anneal
 from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.job import Job
-from momconv.training.network import make_own
+from momconv.training.network import anneal, make_own
 from momconv.training.progress import EpochRow, Progress, Rollback
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_newest, save_state

@@ -6,9 +6,9 @@ from momconv.data.decoding import UnreadableImage
 from momconv.errors import OutOfMemory
 from momconv.evaluation import Scores, evaluate
 from momconv.exhaustion import naming_exhaustion
-from momconv.training.compilation import uncompiled
 from momconv.training.job import Job
 from momconv.training.memory import out_of_memory
+from momconv.training.network import uncompiled
 from momconv.training.omission import keep_rest, leave_out
 from momconv.training.progress import Progress
 
