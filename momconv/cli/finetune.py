@@ -159,8 +159,8 @@ class _Choices:
 
 def _mend(run: "RunFolder") -> Path:
     """The recipe of the run, as it is in its state; whoever goes on with it is told the rest."""
-    from momconv.training.mending import mend
     from momconv.training.processes import is_leader
+    from momconv.training.resuming import mend
 
     run.require_state()
     if is_leader():
