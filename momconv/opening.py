@@ -3,8 +3,8 @@
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0)  # a named pipe that nobody writes to opens too
 
@@ -18,7 +18,7 @@ def is_special(path: Path) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """The file ``path``, open for reading.
 
     Raises:
@@ -26,14 +26,25 @@ def open_regular(path: Path) -> BinaryIO:
     """
     if is_special(path):  # to open some devices does something
         raise _special(path)
-    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 (it is for the caller to close)
+    file = open(path, "rb", opener=open_at_once)  # noqa: SIM115 (it is for the caller to close)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it has become something else just now
         file.close()
         raise _special(path)
     return file
 
 
-def _open_at_once(name: str, flags: int) -> int:
+def read_regular(path: Path) -> bytes:
+    """The content of the file ``path``.
+
+    Raises:
+        OSError: It cannot be read, or is no regular file.
+    """
+    with open_regular(path) as file:
+        return file.read()
+
+
+def open_at_once(name: str, flags: int) -> int:
+    """An ``opener`` for :func:`open` that waits for nobody at the other end of a pipe."""
     return os.open(name, flags | _AT_ONCE)
 
 

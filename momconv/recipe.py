@@ -31,6 +31,7 @@ from pydantic import (
 
 from momconv.errors import UsageError
 from momconv.names import NamedPath
+from momconv.opening import read_regular
 from momconv.units import parse_bytes, parse_duration, parse_path
 from momconv.vocabulary import (
     OPTIMIZERS,
@@ -538,7 +539,7 @@ def _wrong(node: yaml.Node, problem: str) -> yaml.YAMLError:
 
 def _read_file(path: Path) -> dict[str, _Setting]:
     try:
-        text = path.read_bytes()
+        text = read_regular(path)
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(path) from None
     except OSError as error:

@@ -26,6 +26,7 @@ from momconv.errors import MomconvError, ResourceError, UncheckedFile
 from momconv.exhaustion import explain, is_exhaustion, release_reserve
 from momconv.files.cache import cache_folder
 from momconv.names import encode_name
+from momconv.opening import open_at_once
 from momconv.units import format_duration, parse_duration, parse_path
 from momconv.words import abridge, fit_screen, printable
 
@@ -80,7 +81,7 @@ def configure(
     if log_file is None:
         return
     try:
-        log_file.open("a").close()
+        open(log_file, "a", opener=open_at_once).close()
     except OSError as error:
         raise ResourceError(
             f"cannot write the log file {log_file}: {error.strerror}",
@@ -99,7 +100,12 @@ def show(text: Text, *, minor: bool = True) -> None:
         # A disk that is full is told of by what needs it.
         with (
             suppress(OSError),
-            _settings.log_file.open("a", encoding="utf-8", errors="backslashreplace") as file,
+            open(
+                *(_settings.log_file, "a"),
+                encoding="utf-8",
+                errors="backslashreplace",
+                opener=open_at_once,
+            ) as file,
         ):
             file.write(f"{stamp} {text.plain}\n")
 

@@ -9,6 +9,7 @@ from momconv.cli._console import err, out, print_json, progress
 from momconv.cli._options import ArgumentOption, DeviceOption, JsonOption, NetworkOption
 from momconv.cli._own import Function
 from momconv.errors import UsageError
+from momconv.opening import is_special
 from momconv.units import parse_bytes
 from momconv.vocabulary import OptimizerName
 from momconv.words import quoted
@@ -160,4 +161,7 @@ def _load(function: Function, model: str, gamma: float | None, device: str) -> "
 
 
 def _names_a_file(model: str) -> bool:
-    return Path(model).is_file() or (":" not in model and ("." in model or "/" in model))
+    path = Path(model)
+    return (
+        path.is_file() or is_special(path) or (":" not in model and ("." in model or "/" in model))
+    )

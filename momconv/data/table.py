@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from momconv.errors import DataError
+from momconv.opening import read_regular
 from momconv.words import list_some, name_some, plural, printable
 
 _SUFFIXES = (".csv", ".tsv", ".txt")
@@ -177,7 +178,7 @@ def _read(path: Path) -> _Table | None:
         DataError: It cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        text = read_regular(path).decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         problem = f"cannot read {printable(path)}: {error.strerror}"
         raise DataError(problem, kind="data.unreadable_table", fix="--labels FILE") from error

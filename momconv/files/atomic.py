@@ -13,6 +13,7 @@ from pathlib import Path
 
 from momconv.errors import ResourceError, UsageError
 from momconv.exhaustion import is_exhaustion
+from momconv.opening import is_special
 from momconv.units import format_bytes
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, and limit of a process
@@ -46,7 +47,7 @@ def require_writable(path: Path) -> None:
     Raises:
         ResourceError: It does not, or does not exist.
     """
-    _require_parent(path)
+    _require_place(path)
     try:
         with tempfile.TemporaryFile(prefix=f".{path.name}."[:100], suffix=".tmp", dir=path.parent):
             pass
@@ -66,7 +67,7 @@ def write_atomically(
     Raises:
         ResourceError: The folder does not exist, or the file cannot be written.
     """
-    _require_parent(path)
+    _require_place(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         write(temporary)
@@ -130,12 +131,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, lambda temporary: _write(temporary, content))
 
 
-def _require_parent(path: Path) -> None:
+def _require_place(path: Path) -> None:
     if not path.parent.is_dir():
         raise ResourceError(
             f"folder does not exist: {path.parent}",
             kind="output.no_folder",
             fix=f"mkdir -p {shlex.quote(str(path.parent))}",
+        )
+    if is_special(path):  # which a file would take the place of
+        raise ResourceError(
+            f"cannot write {path}: not a regular file", kind="output.unwritable", fix="-o PATH"
         )
 
 

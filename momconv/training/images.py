@@ -24,6 +24,7 @@ from momconv.data.splits import hold_out
 from momconv.errors import DataError, ModelFileError, UsageError
 from momconv.files.atomic import write_text
 from momconv.names import NamedPath
+from momconv.opening import read_regular
 from momconv.recipe import DataRecipe
 from momconv.training.omission import take_back
 from momconv.training.progress import SILENT, Listener, Progress
@@ -312,7 +313,7 @@ def _from_part(part: _Part, classes: tuple[str, ...], root: Path) -> ImageSet:
 
 def _read(path: Path) -> _Split:
     try:
-        return _Split.model_validate_json(path.read_bytes())
+        return _Split.model_validate_json(read_regular(path))
     except OSError as error:
         problem = f"cannot read {path}: {error.strerror}"
         raise ModelFileError(problem, kind="run.no_split") from error

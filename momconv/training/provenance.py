@@ -14,6 +14,7 @@ from momconv._version import __version__
 from momconv.determinism import describe_tf32
 from momconv.errors import ModelFileError
 from momconv.names import encode_name
+from momconv.opening import read_regular
 from momconv.recipe import Recipe
 from momconv.training.progress import Listener
 from momconv.zoo.checkpoints import sha256
@@ -70,7 +71,7 @@ def read_provenance(path: Path) -> Provenance:
         ModelFileError: It is missing or damaged.
     """
     try:
-        return Provenance.model_validate_json(path.read_bytes())
+        return Provenance.model_validate_json(read_regular(path))
     except OSError as error:
         problem = f"cannot read {path}, which says what the run began with: {error.strerror}"
         raise ModelFileError(problem, kind="run.no_provenance") from error

@@ -12,6 +12,7 @@ from momconv.data.folder import Splits
 from momconv.errors import DataError, ModelFileError, MomconvError, UsageError
 from momconv.files import model_file
 from momconv.files.atomic import remove, write_bytes, write_text
+from momconv.opening import is_special, read_regular
 from momconv.recipe import KEYS, SECTIONS, Recipe, dump_recipe, recall_recipe
 from momconv.training import network
 from momconv.training.images import list_new, recall_images
@@ -138,7 +139,7 @@ def _tell_of_another_machine(task: Task) -> None:
 def _recall_plan(run: RunFolder, setting: Setting, model: nn.Module) -> BatchPlan:
     if not run.plan.is_file():
         return plan_batches(model, setting)
-    return plan_again(BatchPlan.from_json(run.plan.read_bytes()), setting, model)
+    return plan_again(BatchPlan.from_json(read_regular(run.plan)), setting, model)
 
 
 def _give_up_lost_model(job: Job, progress: Progress) -> bool:
@@ -230,9 +231,16 @@ def mend(run: RunFolder, tell: Callable[[str], None]) -> None:
         found, wanted = _read(path), documents.get(path.name)
         if wanted is None or found == wanted or (path == run.plan and _is_plan(found)):
             continue  # a plan may be newer
-        problem = "is gone" if found is None else "is damaged, or was changed"
+        problem = "is damaged, or was changed" if path.exists() else "is gone"
         tell(f"warning: {path} {problem}; it is written anew, from the state")
-        write_bytes(path, wanted)
+        _rewrite(path, wanted)
+
+
+def _rewrite(path: Path, wanted: bytes) -> None:
+    """Write a copy, also in the place of a pipe."""
+    if is_special(path):
+        remove(path)
+    write_bytes(path, wanted)
 
 
 def _mend_config(path: Path, wanted: bytes, tell: Callable[[str], None]) -> None:
@@ -240,9 +248,9 @@ def _mend_config(path: Path, wanted: bytes, tell: Callable[[str], None]) -> None
     if found == wanted:
         return
     before = _recall_whole(path, wanted)
-    write_bytes(path, wanted)
+    problem = "is damaged" if path.exists() else "is gone"
+    _rewrite(path, wanted)
     if before is None:
-        problem = "is gone" if found is None else "is damaged"
         tell(f"warning: {path} {problem}; it is written anew, from the state")
     elif changes := list_changes(recall_recipe(path), before):
         tell(
@@ -254,7 +262,7 @@ def _mend_config(path: Path, wanted: bytes, tell: Callable[[str], None]) -> None
 def _recall_whole(path: Path, wanted: bytes) -> Recipe | None:
     """The recipe in ``path``, if it has all keys of that in ``wanted``."""
     try:
-        complete = _list_keys(path.read_bytes()) >= _list_keys(wanted)
+        complete = _list_keys(read_regular(path)) >= _list_keys(wanted)
         return recall_recipe(path) if complete else None
     except (OSError, ValueError, RecursionError, yaml.YAMLError, MomconvError):
         return None
@@ -275,7 +283,7 @@ def _require_config(path: Path) -> None:
         ModelFileError: It has not.
     """
     try:
-        sections = yaml.safe_load(path.read_bytes())
+        sections = yaml.safe_load(read_regular(path))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         sections = None
     if not isinstance(sections, dict) or not sections.keys() >= SECTIONS.keys():
@@ -287,9 +295,9 @@ def _require_config(path: Path) -> None:
 
 def _remove_damaged(run: RunFolder, tell: Callable[[str], None]) -> None:
     """Remove what is damaged of plan.json and run.json."""
-    damaged = [run.plan] if run.plan.is_file() and not _is_plan(_read(run.plan)) else []
+    damaged = [run.plan] if run.plan.exists() and not _is_plan(_read(run.plan)) else []
     try:
-        if run.provenance.is_file():
+        if run.provenance.exists():
             read_provenance(run.provenance)
     except ModelFileError:
         damaged.append(run.provenance)
@@ -311,7 +319,7 @@ def list_changes(before: Recipe, now: Recipe, keys: Iterable[str] = KEYS) -> lis
 def _read(path: Path) -> bytes | None:
     """What is in ``path``; None where there is no such file, or it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError:
         return None
 

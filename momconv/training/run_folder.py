@@ -317,7 +317,7 @@ class RunFolder:
 
     @property
     def _has_state(self) -> bool:
-        return self.state.is_file() or self.previous.is_file()
+        return self.state.exists() or self.previous.exists()
 
     def _unwritable(self, reason: str | None) -> ResourceError:
         return ResourceError(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from momconv.errors import ModelFileError, UncheckedFile
 from momconv.exhaustion import require_memory
+from momconv.opening import open_regular
 from momconv.words import plural, printable
 from momconv.zoo import checksum, unpickling
 from momconv.zoo.file_kinds import describe_folder, refuse_other_kinds
@@ -239,10 +240,10 @@ def convert_command(architecture: str | None, path: Path) -> str:
 
 
 def _open(path: Path) -> BufferedReader:
-    if not path.is_file():
-        raise _missing(path)
     try:
-        return path.open("rb")
+        return open_regular(path)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+        raise _missing(path) from None
     except OSError as error:
         raise ModelFileError(
             f"cannot read {path}: {error.strerror}", kind="model_file.unreadable"

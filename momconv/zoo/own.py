@@ -183,8 +183,9 @@ def _find(name: str) -> Callable[..., Any]:
 
 def _run_file(path: Path) -> ModuleType:
     if not path.is_file():
+        problem = "not a regular file" if path.exists() else "file does not exist"
         raise UsageError(
-            f"file does not exist: {path}", kind="usage.factory", fix="path/to/model.py:function"
+            f"{problem}: {path}", kind="usage.factory", fix="path/to/model.py:function"
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None

@@ -16,6 +16,7 @@ from torchvision.models import get_model_weights
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.exhaustion import is_exhaustion
 from momconv.names import encode_name
+from momconv.opening import is_special
 from momconv.words import quoted
 from momconv.zoo import checkpoints, own
 from momconv.zoo.cifar import DEPTHS
@@ -187,7 +188,7 @@ def _load(name: str, path: Path, published: Any | None, reading: _Reading) -> nn
 
 def _is_file_name(weights: str | Path) -> bool:
     path = Path(weights)
-    return path.suffix in _SUFFIXES or len(path.parts) > 1 or path.is_file()
+    return path.suffix in _SUFFIXES or len(path.parts) > 1 or path.is_file() or is_special(path)
 
 
 def _refuse_converted(path: Path) -> None:

@@ -1,3 +1,4 @@
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -262,6 +263,18 @@ def test_a_damaged_copy_is_told_and_mended(
     recovered = path.read_bytes()
     assert recovered == wanted or name == "plan.json"
     mend(run, pytest.fail)
+
+
+@pytest.mark.parametrize("name", [*COPIES, "plan.json"])
+@pytest.mark.timeout(60)
+def test_a_pipe_in_place_of_a_copy_is_not_waited_for(run: RunFolder, name: str) -> None:
+    path, told = run.path / name, list[str]()
+    wanted = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    mend(run, told.append)
+    assert [text.startswith(f"warning: {path} is damaged") for text in told] == [True]
+    assert path.read_bytes() == wanted or name == "plan.json"
 
 
 def test_half_a_recipe_is_damaged_too(run: RunFolder) -> None:
