@@ -21,8 +21,7 @@ from momconv.files import model_file, plain_file
 from momconv.momentum.equations import Velocity
 from momconv.planner.devices import find_device
 from momconv.planner.saving import predict_saving
-from momconv.reports.conversion import Calibration, Conversion
-from momconv.reports.reversion import Reversion
+from momconv.reports.conversion import Calibration, Conversion, Reversion
 from momconv.surgery.adaptation import Adaptation, Distillation
 from momconv.surgery.certificate import Certificate, certify
 from momconv.surgery.conversion import convert, revert, summarise

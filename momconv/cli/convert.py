@@ -18,8 +18,7 @@ from momconv.vocabulary import Velocity
 from momconv.words import quoted
 
 if TYPE_CHECKING:
-    from momconv.reports.conversion import Conversion
-    from momconv.reports.reversion import Reversion
+    from momconv.reports.conversion import Conversion, Reversion
 
 _INTERRUPTED = 130  # exit code
 _COUNTS = (2000, 5000)  # images, without and with distillation

@@ -30,7 +30,7 @@ def models(
     resolution: seconds for each network the first time, then remembered.
     """
     from momconv.planner.catalogue import list_entries
-    from momconv.reports.models import show_models
+    from momconv.reports.inspection import show_models
     from momconv.zoo.networks import names
 
     wanted = [n for n in names() if not pattern or any(fnmatch(n, each) for each in pattern)]

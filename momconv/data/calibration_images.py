@@ -14,7 +14,7 @@ from torch import Tensor
 from momconv.data.dataset import prepare
 from momconv.data.decoding import UnreadableImage, read_bytes, read_values
 from momconv.data.folder import list_images
-from momconv.data.shuffling import shuffle
+from momconv.data.splits import shuffle
 from momconv.data.transforms import evaluation_transform
 from momconv.data.values import find_ranges
 from momconv.errors import DataError

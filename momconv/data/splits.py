@@ -1,9 +1,12 @@
-"""Which images are held out for validation, decided from their labels alone."""
+"""Which images are held out for validation, and random orders: the same on every machine."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
-from momconv.data.shuffling import shuffle
 from momconv.errors import UsageError
+
+T = TypeVar("T")
 
 
 def hold_out(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -40,3 +43,14 @@ def _share(count: int, fraction: float) -> int:
     if fraction == 0:
         return 0
     return min(max(int(count * fraction + 0.5), 1), count - 1)
+
+
+def shuffle(items: Iterable[T], seed: int | str) -> list[T]:
+    """``items`` in a random order that depends on the ``seed`` alone.
+
+    >>> shuffle("abcde", seed=0), shuffle("abcde", seed="0")
+    (['d', 'c', 'e', 'b', 'a'], ['e', 'a', 'c', 'b', 'd'])
+    """
+    # Only random() is promised to give the same numbers in every version of Python.
+    draw = random.Random(seed).random
+    return sorted(items, key=lambda _: draw())

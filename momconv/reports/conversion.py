@@ -1,21 +1,21 @@
-"""What a conversion did."""
+"""What a conversion did, or turning a momentum network back into a plain one."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from momconv.names import encode_name
 from momconv.planner.saving import Saving
-from momconv.reports.drift import describe_drift, show_facts, show_steps
-from momconv.reports.stages import tabulate_stages
 from momconv.surgery.adaptation import Step
-from momconv.surgery.certificate import Certificate
+from momconv.surgery.certificate import Accuracy, Certificate, StageCertificate
 from momconv.surgery.conversion import Stage
+from momconv.surgery.drift import Drift
 from momconv.surgery.ladder import LADDER, Attempt
 from momconv.units import format_bytes
 from momconv.words import plural, printable
@@ -23,6 +23,12 @@ from momconv.words import plural, printable
 _GOOD = 0.95  # agreement, below which something should be done
 _MANY = 5000  # images, of which more hardly help
 _EPOCHS = 6  # of distillation
+_TOLD = {
+    "swapped": "rule swapped",
+    "statistics": "statistics chosen",
+    "refined": "gains and norms refined",
+    "distilled": "distilled",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,3 +179,129 @@ def _describe_calibration(calibration: Calibration | None) -> str:
         return "the original's statistics, which come closer to it than re-estimated ones"
     layers = plural(calibration.layers, "layer")
     return f"statistics of {layers} re-estimated on {plural(calibration.images, 'image')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reversion:
+    """A momentum network's weights in a plain file.
+
+    Attributes:
+        architecture: What the file is of.
+        num_classes: How many classes it has.
+        source: The file that it was made from.
+        steps: The effect of each step; "swapped" is the plain rule, without gains.
+        drift: From the momentum network, in the end.
+        accuracy: Of the momentum network ("original") and the plain one; None without labels.
+        measured_on: The images that this was measured on, for people.
+        interrupted: Whether Ctrl-C ended a step early.
+        path: The file.
+        bytes: Its size.
+        python: What reads it.
+    """
+
+    architecture: str
+    num_classes: int
+    source: Path
+    steps: tuple[Step, ...]
+    drift: Drift
+    accuracy: Accuracy | None
+    measured_on: str
+    interrupted: bool
+    path: Path
+    bytes: int
+    python: str
+
+    def show(self) -> Iterator[RenderableType]:
+        """The steps, and what else is to be known."""
+        yield from show_steps(self.steps)
+        yield from show_facts(_describe_reversion(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as values that JSON knows."""
+        return {
+            **asdict(self),
+            "source": str(self.source),
+            "path": encode_name(self.path),
+            "steps": [step.to_json() for step in self.steps],
+            "drift": self.drift.to_json(),
+        }
+
+
+def _describe_reversion(reversion: Reversion) -> Iterator[tuple[str, str]]:
+    classes = plural(reversion.num_classes, "class")
+    yield "network", f"{reversion.architecture}, {classes}, from {printable(reversion.source)}"
+    yield "momentum", "none: the plain rule, which has no gains"
+    yield "agreement", describe_drift(reversion.drift, reversion.measured_on)
+    if reversion.accuracy:
+        before, after = reversion.accuracy.original, reversion.accuracy.converted
+        yield "top-1", f"with momentum {before:.1%}, plain {after:.1%}"
+    yield "written", f"{printable(reversion.path)} ({format_bytes(reversion.bytes)})"
+    yield "Python", reversion.python
+
+
+def tabulate_stages(
+    stages: Sequence[Stage], parameters: int, certificate: Certificate | None
+) -> Table:
+    """A row for each stage of a network with so many ``parameters`` in all."""
+    table = Table("stage", box=None, pad_edge=False)
+    for title in ("blocks", "with momentum", "parameters", "γ", "headroom", "bits a block"):
+        table.add_column(title, justify="right")
+    certificates = {stage.name: stage for stage in certificate.stages} if certificate else {}
+    for stage in stages:
+        momentum = format_spans(stage.momentum) or "none"
+        figures = (str(stage.blocks), momentum, f"{stage.parameters:,}", f"{stage.gamma:g}")
+        measured = _measured(certificates.get(stage.name))
+        table.add_row(Text(printable(stage.name)), *figures, *measured)
+    rest = parameters - sum(stage.parameters for stage in stages)
+    table.add_row("the rest", "", "", f"{rest:,}")
+    table.add_row("all", "", "", f"{parameters:,}")
+    return table
+
+
+def format_spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers with neighbours drawn together.
+
+    >>> format_spans([1, 2, 3, 5])
+    '1-3, 5'
+    """
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    return ", ".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans)
+
+
+def _measured(stage: StageCertificate | None) -> tuple[str, ...]:
+    if stage is None:
+        return ()
+    return f"{stage.headroom_bits:.1f} bits", f"{stage.remainder_bits:.2g}"
+
+
+def show_steps(steps: Sequence[Step]) -> Iterator[RenderableType]:
+    """A table of what every step did, if there are several."""
+    if len(steps) < 2:
+        return
+    table = Table("step", box=None, pad_edge=False)
+    for title in ("agreement", "KL in nats", "logits moved by"):
+        table.add_column(title, justify="right")
+    for step in steps:
+        drift = step.drift
+        figures = (f"{drift.agreement:.1%}", f"{drift.divergence:.4f}", f"{drift.distance:.1%}")
+        table.add_row(_TOLD[step.name], *figures)
+    yield table
+    yield Text()
+
+
+def describe_drift(drift: Drift, origin: str) -> str:
+    """One line."""
+    return (
+        f"same top-1 as the original on {drift.agreement:.1%} of {plural(drift.images, 'image')} "
+        f"{origin}; KL {drift.divergence:.4f} nats, logits moved by {drift.distance:.1%}"
+    )
+
+
+def show_facts(facts: Iterable[tuple[str, str]]) -> Iterator[RenderableType]:
+    """A line with its label for each."""
+    return (Text(f"{label:<11}{text}") for label, text in facts)

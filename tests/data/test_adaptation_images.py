@@ -2,9 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import save_classes
+from pictures import save_classes, save_picture
 
-from momconv.data.adaptation_images import AdaptationImages, gather_images
+from momconv.data.adaptation_images import (
+    AdaptationImages,
+    VerificationImages,
+    find_verification_images,
+    gather_images,
+)
 from momconv.errors import DataError
 from momconv.zoo.description import Description, Preprocessing
 
@@ -67,3 +72,69 @@ def test_missing_folders_are_errors(tmp_path: Path) -> None:
     for folders in ((tmp_path / "no", None), (None, tmp_path / "no")):
         with pytest.raises(DataError, match="does not exist"):
             gather(*folders)
+
+
+SMALL = Preprocessing(resolution=8, resize=8, mean=HALVES, std=HALVES)
+
+
+def found(
+    folder: Path, classes: int = 2, names: tuple[str, ...] | None = None, count: int = 99
+) -> VerificationImages:
+    description = Description("cifar_resnet20", classes, SMALL, names)
+    return find_verification_images(folder, description, count, seed=0)
+
+
+def labels_in(images: VerificationImages) -> list[int]:
+    return [int(label) for batch in images if isinstance(batch, tuple) for label in batch[1]]
+
+
+def test_labels_are_the_network_s_own_numbers(tmp_path: Path) -> None:
+    images = found(save_classes(tmp_path, cat=2, dog=3), names=("dog", "cat"))
+    assert sorted(labels_in(images)) == [0, 0, 0, 1, 1]
+    assert images.note is None
+    assert [len(pair) for pair in images] == [2]  # again
+
+
+def test_a_network_without_names_gets_the_folder_s_and_says_so(tmp_path: Path) -> None:
+    images = found(save_classes(tmp_path, cat=1, dog=2))
+    assert sorted(labels_in(images)) == [0, 1, 1]
+    assert images.note is not None
+    assert "2 classes" in images.note
+
+
+def test_labels_follow_the_files_that_can_be_read(tmp_path: Path) -> None:
+    save_classes(tmp_path, cat=3, dog=3)
+    (tmp_path / "cat" / "0.png").write_bytes(b"")
+    assert sorted(labels_in(found(tmp_path))) == [0, 0, 1, 1, 1]
+
+
+def test_the_validation_split_is_preferred(tmp_path: Path) -> None:
+    save_classes(tmp_path / "train", cat=5, dog=5)
+    save_classes(tmp_path / "val", cat=1, dog=1)
+    assert len(found(tmp_path).images.paths) == 2
+    assert len(found(tmp_path, classes=7).images.paths) == 2
+
+
+@pytest.mark.parametrize(("classes", "names"), [(7, None), (2, ("cat", "cow"))])
+def test_other_classes_leave_images_without_labels(
+    tmp_path: Path, classes: int, names: tuple[str, ...] | None
+) -> None:
+    images = found(save_classes(tmp_path, cat=1, dog=2), classes, names)
+    (batch,) = images
+    assert isinstance(batch, torch.Tensor)
+    assert len(batch) == 3
+    assert images.note is not None
+    assert f"not the {classes} of the network" in images.note
+
+
+def test_loose_images_do_too_and_a_random_choice_is_taken(tmp_path: Path) -> None:
+    for number in range(9):
+        save_picture(tmp_path / f"{number}.png", number)
+    assert len(found(tmp_path, count=4).images.paths) == 4
+
+
+@pytest.mark.parametrize("name", ["empty", "nowhere"])
+def test_a_folder_without_images_is_an_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=name):
+        found(tmp_path / name)

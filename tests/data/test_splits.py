@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from momconv.data.splits import hold_out
+from momconv.data.splits import hold_out, shuffle
 from momconv.errors import UsageError
 
 LABELS = st.lists(st.integers(0, 5), max_size=80)
@@ -85,3 +85,12 @@ def test_a_fraction_that_is_none_is_named(fraction: float) -> None:
     with pytest.raises(UsageError, match=f"{fraction:g}") as caught:
         hold_out([0, 0], fraction, 0)
     assert caught.value.fix
+
+
+@given(st.lists(st.integers()), st.integers())
+def test_nothing_is_lost_and_equal_items_stay_as_many(items: list[int], seed: int) -> None:
+    assert sorted(shuffle(items, seed)) == sorted(items)
+
+
+def test_the_seed_decides_the_order() -> None:
+    assert len({tuple(shuffle(range(50), seed)) for seed in range(10)}) == 10

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from momconv.cli import app
 from momconv.planner import catalogue
 from momconv.planner.catalogue import Entry, list_entries
-from momconv.reports.models import show_models
+from momconv.reports.inspection import show_models
 from momconv.zoo.networks import names
 
 
