@@ -49,7 +49,6 @@ OPTIONS = ["--model", "cifar_resnet20", "--weights", "none", "--device", "cpu"]
 OPTIONS += ["--batch-size", "5", "--micro-batch", "3"]
 OPTIONS += ["--set", "data.workers=1", "--set", "train.save_every=1"]
 CLOCKED = ("images_per_second", "seconds")
-_LONGEST = 20.0  # seconds after which a process is killed at the latest
 _POLL = 0.0005  # seconds between two looks at the folder
 _MOST_FILES = 25  # a run writes about twice as many
 _MOST_STATES = 10
@@ -68,11 +67,11 @@ class Kill:
     prefix: str = ""
 
     @classmethod
-    def draw(cls, random: Random) -> "Kill":
-        """Any moment, or one at which something, or the state, is being written."""
+    def draw(cls, random: Random, longest: float) -> "Kill":
+        """Any moment of ``longest`` seconds, or one at which something is being written."""
         kind = random.random()
         if kind < 0.5:
-            return cls(random.uniform(0, _LONGEST / 2))
+            return cls(random.uniform(0, longest))
         if kind < 0.75:
             return cls(random.uniform(0, 0.02), random.randint(1, _MOST_FILES))
         return cls(random.uniform(0, 0.01), random.randint(1, _MOST_STATES), _STATE)
@@ -130,8 +129,8 @@ def run_and_kill(words: list[str], folder: Path, kill: Kill) -> bool:
 
 def _wait(process: "subprocess.Popen[bytes]", folder: Path, kill: Kill) -> None:
     """Until the moment of the kill, or until the process has ended by itself."""
-    seen, deadline = set[str](), time.monotonic() + (_LONGEST if kill.files else kill.seconds)
-    while process.poll() is None and time.monotonic() < deadline:
+    seen, deadline = set[str](), time.monotonic() + kill.seconds
+    while process.poll() is None and (kill.files or time.monotonic() < deadline):
         names = {path.name for path in temporary_files(folder)}
         seen |= {name for name in names if name.startswith(kill.prefix)}
         if kill.files and len(seen) >= kill.files:
@@ -230,11 +229,13 @@ def main(
     """Kill runs, and compare them with one that was not."""
     console, random = Console(soft_wrap=True), Random(seed)
     done = aimed = runs = 0
-    moments = (Kill.draw(random) for _ in count())
     with tempfile.TemporaryDirectory() as temporary:
         data, reference = Path(temporary) / "data", Path(temporary) / "reference"
         make_images(data)
+        began = time.monotonic()
         subprocess.run(command(data, reference, epochs), check=True, capture_output=True)
+        longest = time.monotonic() - began
+        moments = (Kill.draw(random, longest) for _ in count())
         while done < kills:
             folder = Path(temporary) / f"run{runs}"
             for line in torture(data, folder, epochs, moments):
