@@ -12,7 +12,7 @@ from benchmarks.cases import Case, Chosen, Networks, choose
 from benchmarks.isolation import attempt
 from benchmarks.memory import describe, measure
 from benchmarks.methods import METHODS
-from benchmarks.tables import Log, choose_device, show
+from benchmarks.tables import Log, Out, choose_device, show
 
 TITLE = "batches"
 VALUE = "MiB"
@@ -34,10 +34,10 @@ def measure_batch(case: Case, key: str, device: torch.device) -> float:
     return measure(case, key, device) * case.batch
 
 
-def main(networks: Networks, method: Chosen) -> None:
+def main(networks: Networks, method: Chosen, out: Out = None) -> None:
     """Measure the memory of a training step for growing batches."""
     device = choose_device()
-    log = Log.of(TITLE, device)
+    log = Log.of(TITLE, device, out)
     for case in choose(CASES, networks):
         for key in method or COMPARED:
             if not METHODS[key].applies_to(case.network):

@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.cases import Case, prepare
 from benchmarks.isolation import attempt
 from benchmarks.methods import METHODS
-from benchmarks.tables import Log, Row, choose_device, show
+from benchmarks.tables import Log, Out, Row, choose_device, show
 from momconv import peak_memory
 from momconv.planner.measurement import measure_step, per_image, static_bytes, time_step
 from momconv.planner.micro_batch import Line
@@ -93,10 +93,10 @@ def compare(key: str, device: torch.device) -> Row:
     }
 
 
-def main(methods: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+def main(methods: Annotated[list[str] | None, typer.Argument()] = None, out: Out = None) -> None:
     """Plan and run a step under each of ``methods``, or all."""
     device = choose_device()
-    log = Log.of(TITLE, device)
+    log = Log.of(TITLE, device, out)
     for key in methods or CHOSEN:
         found = attempt(compare, key, device)
         if isinstance(found, str):

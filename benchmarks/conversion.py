@@ -5,11 +5,10 @@ unlabelled images, and "distilled" trains on 5,000 after that, six passes. Every
 more blocks of a shape follows the momentum rule. Seconds are those of the calibration, with reading
 its images, or of the distilling alone. Run ``python -m benchmarks.conversion``, which takes an hour
 on two cores, or for a part of the table
-``python -m benchmarks.conversion --networks cifar_resnet20 --gammas 0.9 --no-distil``. Images and
+``python -m benchmarks.conversion --network cifar_resnet20 --gamma 0.9 --no-distil``. Images and
 weights are looked for in the folder ``shared`` beside the repository unless they are named.
 """
 
-import argparse
 import tempfile
 import time
 import zipfile
@@ -19,13 +18,15 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.tables import Log, Row, show
+from benchmarks.tables import Log, Out, Row, show
 from momconv import calibrate, convert, load_network
 from momconv.data.calibration_images import CalibrationImages, choose_images
 from momconv.data.folder import read_classes_folder
@@ -138,30 +139,25 @@ def unpacked(data: Path) -> Iterator[Path]:
         yield Path(folder) / "cifar10"
 
 
-def parse() -> argparse.Namespace:
-    """The arguments, of which the folders exist."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion")
-    parser.add_argument("--data", type=Path, default=SHARED / "data" / "cifar10-images.zip")
-    parser.add_argument("--weights", type=Path, default=SHARED / "weights")
-    parser.add_argument("--networks", nargs="+", default=list(WEIGHTS), choices=list(WEIGHTS))
-    parser.add_argument("--gammas", nargs="+", type=float, default=GAMMAS)
-    parser.add_argument("--no-distil", action="store_true")
-    options = parser.parse_args()
-    for path in (options.data, options.weights):
+def main(
+    *,
+    data: Annotated[Path, typer.Option(help="The images.")] = SHARED / "data/cifar10-images.zip",
+    weights: Annotated[Path, typer.Option(help="Their folder.")] = SHARED / "weights",
+    network: Annotated[list[str] | None, typer.Option(help="Only this one.")] = None,
+    gamma: Annotated[list[float] | None, typer.Option(help="Only this one.")] = None,
+    distil: Annotated[bool, typer.Option(help="Distil, too.")] = True,
+    out: Out = None,
+) -> None:
+    """Measure networks; other results stay as they are."""
+    for path in (data, weights):
         if not path.exists():
-            parser.exit(3, f"error: {path} does not exist; name it with --data or --weights\n")
-    return options
-
-
-def main() -> None:
-    """Measure the networks of the command line; other results stay as they are."""
-    options, log = parse(), Log.of(TITLE, torch.device("cpu"))
-    with unpacked(options.data) as data:
-        for name in options.networks:
-            case = load_case(name, options.weights, data)
+            raise typer.BadParameter(f"{path} does not exist; name it with --data or --weights")
+    log = Log.of(TITLE, torch.device("cpu"), out)
+    with unpacked(data) as folder:
+        for name in network or WEIGHTS:
+            case = load_case(name, weights, folder)
             rows = [iter([case.row(0, "original", 0, case.plain)])]
-            for gamma in options.gammas:
-                rows.append(compare(case, gamma, with_distillation=not options.no_distil))
+            rows += [compare(case, each, with_distillation=distil) for each in gamma or GAMMAS]
             for row in chain.from_iterable(rows):
                 Console(stderr=True).print(*row.values())
                 log.merge([row], KEY)
@@ -170,4 +166,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.cases import Case, Networks, choose
 from benchmarks.methods import make_network
-from benchmarks.tables import Log, Row, choose_device, show
+from benchmarks.tables import Log, Out, Row, choose_device, show
 from momconv import convert, set_strategy
 from momconv.planner.cost import estimate_speed
 from momconv.planner.measurement import available_bytes, time_step
@@ -76,10 +76,10 @@ def time_all(
     return fastest
 
 
-def main(networks: Networks) -> None:
+def main(networks: Networks, out: Out = None) -> None:
     """Time each strategy and predict its time."""
     device = choose_device()
-    log = Log.of(TITLE, device)
+    log = Log.of(TITLE, device, out)
     for case in choose(CASES, networks):
         for row in measure(case, device):
             Console(stderr=True).print(*row.values())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.checkpointing import Checkpointed
 from benchmarks.isolation import outcome, start_process
-from benchmarks.tables import Log, choose_device, show
+from benchmarks.tables import Log, Out, choose_device, show
 from momconv import MomentumSequential
 from momconv.planner.measurement import measure
 
@@ -118,10 +118,10 @@ def measure_depth(method: str, depth: int, device: torch.device) -> float:
     return peak / MIB
 
 
-def main() -> None:
+def main(out: Out = None) -> None:
     """Measure the memory of every method at every depth."""
     device = choose_device()
-    log = Log.of(TITLE, device)
+    log = Log.of(TITLE, device, out)
     for method in METHODS:
         with start_process() as process:
             for depth in DEPTHS:

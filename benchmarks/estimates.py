@@ -21,7 +21,7 @@ from torch.optim import SGD
 from benchmarks.cases import Case
 from benchmarks.isolation import attempt
 from benchmarks.methods import make_network
-from benchmarks.tables import Log, Row, show
+from benchmarks.tables import Log, Out, Row, show
 from momconv import convert, peak_memory
 from momconv.planner.fakes import Imitator
 from momconv.planner.measurement import measure_step
@@ -147,9 +147,9 @@ def compare(subject: Subject) -> Iterator[Row]:
         }
 
 
-def main() -> None:
+def main(out: Out = None) -> None:
     """Ask every tool about every network."""
-    log = Log.of(TITLE, CPU)
+    log = Log.of(TITLE, CPU, out)
     for subject in SUBJECTS:
         for row in compare(subject):
             Console(stderr=True).print(*row.values())

@@ -21,7 +21,7 @@ from torchvision.models.resnet import BasicBlock
 
 from benchmarks.couplings import invert_with_memcnn, invert_with_revtorch, make_coupling
 from benchmarks.isolation import outcome, start_process
-from benchmarks.tables import Log, Row, show
+from benchmarks.tables import Log, Out, Row, show
 from momconv import MomentumSequential, set_strategy
 
 DEPTHS = (10, 50, 200)
@@ -127,9 +127,9 @@ def _format(error: float | str) -> str:
     return f"{error:.1e}" if error else "0"
 
 
-def main() -> None:
+def main(out: Out = None) -> None:
     """Compare the gradients of all packages that are installed, on the CPU."""
-    log = Log.of(TITLE, torch.device("cpu"))
+    log = Log.of(TITLE, torch.device("cpu"), out)
     for name in filter(find_spec, PACKAGES):
         for row in measure(name):
             Console(stderr=True).print(*row.values())

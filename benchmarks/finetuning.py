@@ -39,7 +39,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from benchmarks import transfer
-from benchmarks.tables import Log, Row, show
+from benchmarks.tables import Log, Out, Row, show
 from momconv import finetune, load_network
 from momconv.data.transforms import NormalisedTensor, evaluation_transform
 from momconv.recipe import load_recipe
@@ -160,11 +160,12 @@ def main(
     data: Annotated[Path, typer.Option(help="Where both tasks are.")] = SHARED / "data",
     task: Annotated[list[str] | None, typer.Option(help="Some of the tasks.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Some of the seeds.")] = None,
+    out: Out = None,
 ) -> None:
     """Train with every method and every seed; results so far are kept."""
     if not data.is_dir():
         raise typer.BadParameter(f"{data} does not exist; name it with --data")
-    log = Log.of(TITLE, torch.device("cpu"))
+    log = Log.of(TITLE, torch.device("cpu"), out)
     for name in task or TASKS:
         for number in seed or range(SEEDS):
             with tempfile.TemporaryDirectory() as folder:

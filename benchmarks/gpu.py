@@ -30,7 +30,7 @@ import torch
 import typer
 
 from benchmarks.gpu_checks import CHECKS, TABLE, Check, Figure, Place, explain
-from benchmarks.tables import MISSING, RESULTS, Log, Row, choose_device, show
+from benchmarks.tables import MISSING, RESULTS, Log, Out, Row, choose_device, show
 from momconv.planner import allowance
 
 TITLE = "gpu"
@@ -136,7 +136,6 @@ def write_table(rows: Sequence[Row], place: Place, folder: Path) -> None:
     path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-Out = Annotated[Path | None, typer.Option(help="Where the results go.", show_default="results/")]
 Only = Annotated[list[str] | None, typer.Option("--check", help="Only this one (again for more).")]
 
 

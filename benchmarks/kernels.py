@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from torch.utils.benchmark import Timer
 
-from benchmarks.tables import Log, Row, choose_device, show
+from benchmarks.tables import Log, Out, Row, choose_device, show
 from momconv.momentum.equations import Rule
 from momconv.momentum.faster import fused, kernels
 
@@ -66,10 +66,10 @@ def _speed(size: int, name: str, call: Callable[[], object]) -> float:
     return MOVED[name] * size / timer.blocked_autorange(min_run_time=1).median / 1e9
 
 
-def main() -> None:
+def main(out: Out = None) -> None:
     """Time the steps."""
     device = choose_device()
-    log = Log.of(TITLE, device)
+    log = Log.of(TITLE, device, out)
     for size in SIZES:
         Console(stderr=True).print(f"{size} elements")
         log.merge(measure(size, device), KEY)

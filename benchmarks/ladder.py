@@ -21,7 +21,7 @@ from torchvision.models import VisionTransformer
 
 from benchmarks.cases import synchronize
 from benchmarks.checkpointing import checkpoint_each_block, checkpoint_sqrt
-from benchmarks.tables import Log, Row, choose_device, show
+from benchmarks.tables import Log, Out, Row, choose_device, show
 from momconv import convert
 from momconv.planner.prediction import peak_memory
 from momconv.zoo.cifar import cifar_resnet
@@ -85,10 +85,11 @@ def main(
     network: Annotated[list[str] | None, typer.Argument(help="Only this ladder.")] = None,
     *,
     deepest: Annotated[int, typer.Option(metavar="N", help="Only up to this depth.")] = 1202,
+    out: Out = None,
 ) -> None:
     """Climb the ladders."""
     device = choose_device()
-    log = Log.of(TITLE, device)
+    log = Log.of(TITLE, device, out)
     for name in network or list(LADDERS):
         for depth in (d for d in LADDERS[name][2] if d <= deepest):
             for method in METHODS:

@@ -28,7 +28,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms._presets import ImageClassification
 
-from benchmarks.tables import Log, Row, show
+from benchmarks.tables import Log, Out, Row, show
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.folder import ImageSet, Sample
 from momconv.data.transforms import evaluation_transform, training_transform
@@ -143,9 +143,10 @@ def find_cases() -> Iterator[list[Case]]:
 def main(
     workers: Annotated[list[int] | None, typer.Option(help="Numbers of processes.")] = None,
     turns: Annotated[int, typer.Option(help="That count.")] = 5,
+    out: Out = None,
 ) -> None:
     """Compare momconv's loading with torchvision's."""
-    log = Log.of(TITLE, torch.device("cpu"))
+    log = Log.of(TITLE, torch.device("cpu"), out)
     with find_cases() as cases:
         for case in cases:
             rows = [compare(case, number, turns) for number in workers or WORKERS]

@@ -31,7 +31,7 @@ from rich.console import Console
 from benchmarks.cases import Case, Chosen, Networks, choose, prepare
 from benchmarks.isolation import attempt
 from benchmarks.methods import METHODS, select
-from benchmarks.tables import Log, Row, choose_device, number, ratio, show
+from benchmarks.tables import Log, Out, Row, choose_device, number, ratio, show
 from momconv import peak_memory
 from momconv.planner.measurement import measure_step
 
@@ -115,10 +115,10 @@ def _find(row: Row, rows: Sequence[Row], method: str) -> Row | None:
     return rows[min(found)[1]] if found else None
 
 
-def main(networks: Networks, method: Chosen) -> None:
+def main(networks: Networks, method: Chosen, out: Out = None) -> None:
     """Measure the peak memory of a training step."""
     device = choose_device()
-    log = Log.of(TITLE, device)
+    log = Log.of(TITLE, device, out)
     cases = choose(CASES, networks)
     for case in cases:
         for key in select(case.network, method):

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.cases import Case, Networks, Trained, choose
 from benchmarks.methods import make_network
-from benchmarks.tables import Log, Row, show
+from benchmarks.tables import Log, Out, Row, show
 from momconv import convert, peak_memory, set_strategy
 from momconv.planner.measurement import measure_step
 
@@ -104,9 +104,9 @@ def freeze(model: nn.Module, trained: Trained) -> None:
     head.requires_grad_()
 
 
-def main(networks: Networks) -> None:
+def main(networks: Networks, out: Out = None) -> None:
     """Compare predictions with measurements."""
-    log = Log.of(TITLE, torch.device("cpu"))
+    log = Log.of(TITLE, torch.device("cpu"), out)
     for case in choose(CASES, networks):
         for row in measure(case):
             Console(stderr=True).print(*row.values())

@@ -35,7 +35,7 @@ from benchmarks import memory
 from benchmarks.cases import Case, Chosen, Networks, choose, prepare, synchronize
 from benchmarks.isolation import outcome, start_process
 from benchmarks.methods import BASES, METHODS, select
-from benchmarks.tables import MISSING, Log, Row, choose_device, show
+from benchmarks.tables import MISSING, Log, Out, Row, choose_device, show
 from momconv.heap import keeping_freed_memory
 from momconv.planner import measurement
 
@@ -160,10 +160,10 @@ def _median(turns: list[Turn], value: Callable[..., float], *keys: str, digits: 
     return format(statistics.median(values), digits)
 
 
-def main(networks: Networks, method: Chosen) -> None:
+def main(networks: Networks, method: Chosen, out: Out = None) -> None:
     """Time a training step, always together with the ways to store all."""
     device = choose_device()
-    log = Log.of(TITLE, device)
+    log = Log.of(TITLE, device, out)
     for case in choose(GPU_CASES if device.type == "cuda" else CPU_CASES, networks):
         Console(stderr=True).print(case.label)
         rows = compare(case, select(case.network, method), device)

@@ -6,14 +6,17 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, str]  # cells by column
 
 RESULTS = Path(__file__).parent / "results"
+Out = Annotated[Path | None, typer.Option(help="Where the results go.", show_default="results/")]
 _CPU_INFO = Path("/proc/cpuinfo")
 _FAILED = "failed"
 MISSING = "–"  # in place of a ratio where a method failed
@@ -26,10 +29,10 @@ class Log:
     path: Path
 
     @classmethod
-    def of(cls, title: str, device: torch.device, folder: Path = RESULTS) -> "Log":
-        """The log that a run on ``device`` writes."""
+    def of(cls, title: str, device: torch.device, folder: Path | None) -> "Log":
+        """The log that a run on ``device`` writes in ``folder``, or else with all others."""
         version = torch.__version__.partition("+")[0]
-        return cls(folder / f"{title}_{machine(device)}_torch-{version}.csv")
+        return cls((folder or RESULTS) / f"{title}_{machine(device)}_torch-{version}.csv")
 
     @property
     def title(self) -> str:
@@ -66,7 +69,7 @@ class Log:
         merged = {tuple(row[column] for column in key): row for row in (*self.read(), *rows)}
         cases = list(dict.fromkeys(index[:-1] for index in merged))
         ordered = sorted(merged, key=lambda index: cases.index(index[:-1]))
-        self.path.parent.mkdir(exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()

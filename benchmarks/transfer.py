@@ -35,7 +35,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.cases import check_names
-from benchmarks.tables import Log, Row, show
+from benchmarks.tables import Log, Out, Row, show
 from momconv import finetune
 from momconv.recipe import load_recipe
 
@@ -132,13 +132,14 @@ def main(
     *,
     data: Annotated[Path, typer.Option(help="The ZIP file.")] = SHARED / "data/cifar10-images.zip",
     weights: Annotated[Path, typer.Option()] = SHARED / "weights/resnet20-12fca82f.th",
+    out: Out = None,
 ) -> None:
     """Fine-tune from every conversion with every seed; results of other methods stay."""
     check_names(methods or [], METHODS)
     for path in (data, weights):
         if not path.is_file():
             raise typer.BadParameter(f"{path} does not exist; name it with --data or --weights")
-    log = Log.of(TITLE, torch.device("cpu"))
+    log = Log.of(TITLE, torch.device("cpu"), out)
     for seed in range(SEEDS):
         with tempfile.TemporaryDirectory() as folder:
             unpack(data, Path(folder) / "data", seed)

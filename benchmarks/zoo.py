@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks.checkpointing import checkpoint_each_block, checkpoint_sqrt
-from benchmarks.tables import Log, Row, show
+from benchmarks.tables import Log, Out, Row, show
 from momconv import convert
 from momconv.planner.prediction import peak_memory
 from momconv.zoo.description import describe
@@ -47,9 +47,9 @@ def measure(name: str) -> Row:
     return row | {"auto / best checkpointing": f"{float(row['auto']) / best:.2f}"}
 
 
-def main(pattern: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+def main(pattern: Annotated[list[str] | None, typer.Argument()] = None, out: Out = None) -> None:
     """Predict for all networks, or those that are called like a PATTERN."""
-    log = Log.of(TITLE, torch.device("cpu"))
+    log = Log.of(TITLE, torch.device("cpu"), out)
     chosen = [n for n in names() if not pattern or any(fnmatch(n, each) for each in pattern)]
     for name in chosen:
         row = measure(name)

@@ -1,11 +1,14 @@
+from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
 
 from benchmarks import tables
-from benchmarks.tables import Log, find_logs, number, ratio
+from benchmarks.tables import Log, Out, find_logs, number, ratio
 
+PROGRAMS = Path(tables.__file__).parent
 KEY = ("network", "method")
 
 
@@ -57,3 +60,11 @@ def test_a_failure_has_no_number_and_no_ratio() -> None:
     assert number(failure, "MiB") is None
     assert ratio(failure, result, "MiB") == ratio(result, failure, "MiB") == "–"
     assert ratio(result, row("a", "store", "2.0"), "MiB") == "1.50"
+
+
+def test_every_program_that_writes_results_takes_a_folder_for_them() -> None:
+    programs = {path.stem for path in PROGRAMS.glob("*.py") if "Log.of(" in path.read_text()}
+    assert {"fuzz", "gpu", "memory"} <= programs
+    for name in programs - {"tables"}:
+        main = import_module(f"benchmarks.{name}").main
+        assert get_type_hints(main, include_extras=True)["out"] == Out, name
