@@ -10,6 +10,7 @@ was left out or decided is told in notes. Nothing is ever written into a data fo
 
 import difflib
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from typing import Literal, NoReturn
 from PIL import Image
 
 from momconv.data.splits import hold_out
-from momconv.data.table import find_table, read_table
+from momconv.data.table import find_table, list_tables, read_table
 from momconv.errors import DataError
 from momconv.names import decode_name, encode_name
 from momconv.opening import is_special
@@ -423,12 +424,21 @@ def _require_two_classes(train: ImageSet) -> None:
     one_level_down = (
         f"the classes may lie one level down: {printable(train.root / decode_name(name))}"
     )
+    told, fixes = _offer_tables([train.root])
     raise DataError(
         f"found 1 class in {printable(train.root)}: {printable(name)} "
-        f"({plural(len(train.samples), 'image')})\ntraining needs at least 2",
+        f"({plural(len(train.samples), 'image')})\ntraining needs at least 2{told}",
         kind="data.too_few_classes",
-        fix=one_level_down if below else f"add {printable(train.root)}/<other class>/",
+        fix=fixes + (one_level_down if below else f"add {printable(train.root)}/<other class>/"),
     )
+
+
+def _offer_tables(folders: Iterable[Path]) -> tuple[str, str]:
+    """A line on tables in ``folders``, in which no classes were found, and lines with fixes."""
+    tables = [p for folder in folders for p in list_tables(folder) if p.suffix.lower() != ".txt"]
+    told = f"\nno classes were found in {name_some(tables, _SHOWN)}; --labels says why"
+    fixes = [f"--labels {shlex.quote(str(path))}\n" for path in tables[:_SHOWN]]
+    return told if tables else "", "".join(fixes)
 
 
 def _unknown_classes(
@@ -453,11 +463,13 @@ def _refuse_empty(root: Path) -> NoReturn:
     loose = sum(1 for _ in _images(root))
     here = f"{printable(root)}/"
     expected = f"expected: {here}<class>/*.jpg or {here}train/<class>/*.jpg (and val/)"
+    told, fixes = _offer_tables([root, root.absolute().parent])
     if loose:
         raise DataError(
-            f"found {plural(loose, 'image')} directly in {here} but no class folders\n{expected}",
+            f"found {plural(loose, 'image')} directly in {here} but no class folders\n{expected}"
+            f"{told}",
             kind="data.no_class_folders",
-            fix=f"move the images into one folder for each class: {here}<class>/",
+            fix=f"{fixes}move the images into one folder for each class: {here}<class>/",
         )
     others = Counter(path.suffix.lower() for path in _walk(root))
     found = f", only files of other kinds: {_kinds(others)}" if others else ""

@@ -5,12 +5,14 @@ columns. A file is named by its path below the folder or from the table, by its 
 its name without the suffix, where that is one file.
 """
 
+import codecs
 import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from momconv.errors import DataError
+from momconv.names import encode_name
 from momconv.opening import read_regular
 from momconv.words import list_some, name_some, plural, printable
 
@@ -46,8 +48,7 @@ def find_table(root: Path, images: Sequence[Path]) -> Path | None:
         DataError: There are several.
     """
     for folder in (root, root.absolute().parent):
-        names = sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
-        fitting = [path for path in names if _fits(path, root, images)]
+        fitting = [path for path in list_tables(folder) if _fits(path, root, images)]
         if len(fitting) > 1:
             raise DataError(
                 f"{plural(len(fitting), 'table')} may hold the classes of the images in "
@@ -58,6 +59,11 @@ def find_table(root: Path, images: Sequence[Path]) -> Path | None:
         if fitting:
             return fitting[0]
     return None
+
+
+def list_tables(folder: Path) -> list[Path]:
+    """The files in ``folder`` that may be tables."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
 
 
 def read_table(
@@ -178,7 +184,7 @@ def _read(path: Path) -> _Table | None:
         DataError: It cannot be read.
     """
     try:
-        text = read_regular(path).decode("utf-8-sig", errors="surrogateescape")
+        text = _decode(read_regular(path))
     except OSError as error:
         problem = f"cannot read {printable(path)}: {error.strerror}"
         raise DataError(problem, kind="data.unreadable_table", fix="--labels FILE") from error
@@ -195,12 +201,18 @@ def _read(path: Path) -> _Table | None:
     return None
 
 
+def _decode(content: bytes) -> str:
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as spreadsheets may save
+        return content.decode("utf-16", "replace")
+    return content.decode("utf-8-sig", "surrogateescape")
+
+
 def _collect(
     header: Sequence[str], columns: Sequence[int | None], lines: Iterable[Sequence[str]]
 ) -> tuple[tuple[str, str], tuple[_Row, ...], tuple[str, ...]]:
     file, label = (column or 0 for column in columns)
     rows = (
-        _Row(number, line[file].strip(), line[label].strip() if label < len(line) else "")
+        _Row(number, line[file].strip(), encode_name("".join(line[label : label + 1]).strip()))
         for number, line in enumerate(lines, 2)
         if file < len(line) and line[file].strip()
     )

@@ -68,6 +68,7 @@ def read_state(path: Path) -> State:
         raise ModelFileError(
             f"{path} holds no state dict\nexpected a dictionary of tensors, or one inside another",
             kind="model_file.no_state_dict",
+            fix="torch.save(model.state_dict(), 'weights.pth') where it was made",
         )
     return state
 

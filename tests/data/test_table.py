@@ -92,3 +92,23 @@ def test_a_table_that_is_named_must_fit(tmp_path: Path, lines: list[str], messag
     table = write(tmp_path, lines)
     with pytest.raises(DataError, match=message):
         find_splits(tmp_path / "images", labels=table)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name"), [("utf-16", "bär"), ("utf-8", "bär"), ("latin-1", r"b\xe4r")]
+)
+def test_a_table_may_be_in_another_encoding(tmp_path: Path, encoding: str, name: str) -> None:
+    table = write(tmp_path, [])
+    lines = ["file,label", *rows("{n}.png,{name}")]
+    table.write_text("\n".join(lines).replace("bee", "bär"), encoding=encoding)
+    assert find_splits(tmp_path).train.classes == ("ant", name)
+
+
+@pytest.mark.parametrize("root", [".", "images"])
+def test_a_table_that_says_no_classes_is_named(tmp_path: Path, root: str) -> None:
+    table = write(tmp_path, rows("{n}.png,{name}"))
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(DataError, match=f"no classes were found in {table}; ") as caught:
+        find_splits(tmp_path / root)
+    assert caught.value.fix is not None
+    assert caught.value.fix.startswith(f"--labels {table}\n")
