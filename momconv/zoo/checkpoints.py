@@ -12,7 +12,8 @@ import shlex
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from momconv.errors import ModelFileError, UncheckedFile
 from momconv.exhaustion import require_memory
+from momconv.names import encode_name
 from momconv.opening import open_regular
 from momconv.words import plural, printable
 from momconv.zoo import checksum, unpickling
@@ -133,7 +135,7 @@ def verify(path: Path) -> None:
             _warn_of_no_checksum(path)
         return
     try:
-        with safe_open(path, "pt") as file:
+        with _named_in_utf8(path) as name, safe_open(name, "pt") as file:
             found = checksum.compute(metadata, file.keys(), file.get_tensor)
     except SafetensorError as error:
         raise _damaged(path, str(error)) from error
@@ -254,10 +256,22 @@ def _open(path: Path) -> BufferedReader:
 def _read_safetensors(path: Path) -> State:
     verify(path)
     try:
-        return load_file(path)
+        with _named_in_utf8(path) as name:
+            return load_file(name)
     except (MemoryError, SafetensorError) as error:
         require_memory(error, path.stat().st_size)
         raise _damaged(path, str(error)) from error
+
+
+@contextmanager
+def _named_in_utf8(path: Path) -> Iterator[str]:
+    """A name of the file ``path`` inside, as the safetensors library wants it."""
+    name = str(path)
+    if encode_name(name) == name:
+        yield name
+        return
+    with _open(path) as file:
+        yield f"/dev/fd/{file.fileno()}"
 
 
 def _read_checkpoint(path: Path) -> object:

@@ -1,11 +1,13 @@
 import io
+import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from momconv.errors import ModelFileError
@@ -136,6 +138,15 @@ def test_a_missing_file_is_answered_with_the_closest_one(tmp_path: Path) -> None
     with pytest.raises(ModelFileError, match="file does not exist") as caught:
         read_state(tmp_path / "resnet2O.pth")
     assert caught.value.fix == f"closest existing file is {tmp_path / 'resnet20.pth'}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names that are not UTF-8")
+def test_a_file_is_read_whose_folder_is_not_named_in_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"l\xe4rche")
+    folder.mkdir()
+    path = folder / "m.safetensors"
+    path.write_bytes(save({"weight": torch.ones(2)}))
+    assert torch.equal(read_state(path)["weight"], torch.ones(2))
 
 
 def test_a_missing_folder_and_a_folder_are_named(tmp_path: Path) -> None:
