@@ -96,7 +96,9 @@ def test_ctrl_c_and_resume_come_to_the_same_as_no_interruption(
             load_file(tmp_path / run / f"{name}.safetensors") for run in ("run", "straight")
         )
         assert ours.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+        # When it was started, and where, is another matter.
+        same = [key for key in ours if not key.startswith("document/")]
+        assert all(torch.equal(ours[key], theirs[key]) for key in same)
 
 
 def test_sigterm_is_143(colours: Path, tmp_path: Path) -> None:

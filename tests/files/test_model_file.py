@@ -176,10 +176,11 @@ def test_a_file_that_is_no_model_is_damaged(tmp_path: Path) -> None:
 
 
 def test_a_file_that_may_not_be_read_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, mode: str) -> None:
+    def refuse(name: str, flags: int) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # root, who may run this, is refused nothing
+    # Root, who may run this, is refused nothing.
+    monkeypatch.setattr("momconv.opening._open_at_once", refuse)
     with pytest.raises(ModelFileError, match=f"cannot read {path}: Permission denied"):
         load(path)
 

@@ -321,9 +321,9 @@ def test_images_that_vanish_during_a_run_end_it_by_name(
                 for path in data.rglob("*.png"):
                     path.unlink()
 
-    with pytest.raises(DataError, match=r"more than the accepted 5.0%\n .*\.png") as caught:
+    with pytest.raises(DataError, match=r"cannot be read any more, such as .*\.png") as caught:
         finetune(small(data), tmp_path / "run", listener=Thief())
-    assert caught.value.kind == "data.too_many_unreadable"
+    assert caught.value.kind == "data.lost_folder"
     shutil.copytree(colours, data, dirs_exist_ok=True)
     resume(tmp_path / "run")
     assert_same(straight.folder, tmp_path / "run")
