@@ -180,7 +180,7 @@ def test_a_file_that_may_not_be_read_is_named(path: Path, monkeypatch: pytest.Mo
         raise PermissionError(13, "Permission denied")
 
     # Root, who may run this, is refused nothing.
-    monkeypatch.setattr("momconv.opening._open_at_once", refuse)
+    monkeypatch.setattr("momconv.opening.open_at_once", refuse)
     with pytest.raises(ModelFileError, match=f"cannot read {path}: Permission denied"):
         load(path)
 
