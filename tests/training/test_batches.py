@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import Log, Signals, read_metrics, read_tensors, small
+from runs import Log, Signals, assert_same_tensors, read_metrics, small
 from torch.nn import functional
 from torchvision.transforms import v2
 
@@ -131,8 +131,7 @@ def test_a_run_that_mixes_goes_on_exactly(colours: Path, tmp_path: Path) -> None
     with pytest.raises(Interrupted):
         finetune(recipe, tmp_path / "run", listener=Signals(4))
     finetune(recipe, tmp_path / "run", resume=True)
-    ours, theirs = read_tensors(tmp_path / "run"), read_tensors(tmp_path / "straight")
-    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+    assert_same_tensors(tmp_path / "run", tmp_path / "straight")
 
 
 def images(*counts: int) -> ImageSet:
@@ -205,8 +204,7 @@ def test_a_balanced_run_goes_on_exactly(unequal: Path, tmp_path: Path, balance: 
     with pytest.raises(Interrupted):
         finetune(recipe, tmp_path / "run", listener=Signals(3))
     finetune(recipe, tmp_path / "run", resume=True)
-    ours, theirs = read_tensors(tmp_path / "run"), read_tensors(tmp_path / "straight")
-    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+    assert_same_tensors(tmp_path / "run", tmp_path / "straight")
     (row,) = read_metrics(tmp_path / "run")
     assert 0 <= float(row["val_macro_f1"]) <= 1
     assert 0 <= float(row["val_macro_recall"]) <= 1

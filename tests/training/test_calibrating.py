@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SETTING, Log, Signals, read_metrics, read_tensors, small
+from runs import SETTING, Log, Signals, assert_same_tensors, read_metrics, small
 from torch import nn
 
 from momconv.data.folder import read_classes_folder
@@ -195,8 +195,7 @@ def test_a_calibrated_run_goes_on_exactly_and_is_not_calibrated_again(
         finetune(small(colours, *changes), run, listener=Signals(3))
     finetune(load_recipe(run / "config.yaml"), run, resume=True, listener=log)
     assert read_metrics(run) == read_metrics(straight)
-    ours, theirs = read_tensors(run), read_tensors(straight)
-    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert_same_tensors(run, straight)
     assert {title for title, *_ in log.shown} == {"training"}
 
 

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from runs import PLAN, SETTING, Copies, Log, Signals, assert_same, make_job, read_tensors, small
+from runs import (
+    PLAN,
+    SETTING,
+    Copies,
+    Log,
+    Signals,
+    assert_same,
+    assert_same_tensors,
+    make_job,
+    small,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,6 +107,18 @@ ON_A_CPU = RuntimeError("[…] DefaultCPUAllocator: can't allocate memory: you t
 BY_CUDNN = RuntimeError("GET was unable to find an engine to execute this computation")
 
 
+def exhaust_memory_after_third_step(patch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let memory run out once the optimiser has changed weights for the third time."""
+    steps, step = itertools.count(1), SGD.step
+
+    def exhaust(optimizer: SGD) -> None:
+        step(optimizer)
+        if next(steps) == 3:
+            raise error
+
+    patch.setattr(SGD, "step", exhaust)
+
+
 def exhaust_memory(
     monkeypatch: pytest.MonkeyPatch, *calls: int, error: Exception | None = None
 ) -> None:
@@ -114,12 +136,6 @@ def exhaust_memory(
 def read_plan(folder: Path) -> dict[str, Any]:
     plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
     return plan
-
-
-def assert_same_tensors(one: Path, other: Path) -> None:
-    ours, theirs = read_tensors(one), read_tensors(other)
-    assert ours.keys() == theirs.keys()
-    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
 
 
 @pytest.mark.parametrize(
@@ -251,19 +267,12 @@ def test_memory_that_runs_out_between_two_steps_leaves_a_run_to_resume(
 def test_without_the_memory_to_go_back_the_last_saved_state_is_kept(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, step = itertools.count(1), SGD.step
-
-    def exhaust(optimizer: SGD) -> None:
-        step(optimizer)
-        if next(steps) == 3:
-            raise MemoryError
-
     def fail(*_: object) -> None:
         raise MemoryError
 
     recipe = small(colours, "train.micro_batch=auto", "train.epochs=1", "train.save_every=1")
     with monkeypatch.context() as patch:
-        patch.setattr(SGD, "step", exhaust)
+        exhaust_memory_after_third_step(patch, MemoryError())
         patch.setattr(saving, "load_newest", fail)
         with pytest.raises(OutOfMemory, match="memory ran out"):
             finetune(recipe, tmp_path / "run")
@@ -344,14 +353,7 @@ def test_a_step_of_the_optimiser_that_runs_out_of_memory_is_undone(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the weights are new then, so the run goes back to its last saved state."""
-    steps, step = itertools.count(1), SGD.step
-
-    def exhaust(optimizer: SGD) -> None:
-        step(optimizer)
-        if next(steps) == 3:
-            raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(SGD, "step", exhaust)
+    exhaust_memory_after_third_step(monkeypatch, torch.OutOfMemoryError())
     recipe = small(colours, "train.micro_batch=auto", "train.epochs=1")
     finetune(recipe, tmp_path / "run")
     assert read_plan(tmp_path / "run")["micro_batch"] == 2

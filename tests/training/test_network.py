@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Log, Signals, read_metrics, read_tensors, small
+from runs import Log, Signals, assert_same_tensors, read_metrics, small
 from torch import nn
 
 from momconv.files import model_file
@@ -37,8 +37,7 @@ def straight(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 def assert_same(one: Path, other: Path) -> None:
     assert read_metrics(one) == read_metrics(other)
-    ours, theirs = read_tensors(one), read_tensors(other)
-    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert_same_tensors(one, other)
     for name in ("best", "last"):
         models = (model_file.load(folder / f"{name}.safetensors") for folder in (one, other))
         assert len({repr(read_schemes(model)) for model in models}) == 1
@@ -165,5 +164,4 @@ def test_a_compiled_run_goes_on_exactly(colours: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         finetune(recipe, tmp_path / "run", listener=Signals(2))
     finetune(recipe, tmp_path / "run", resume=True)
-    ours, theirs = read_tensors(tmp_path / "run"), read_tensors(tmp_path / "straight")
-    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+    assert_same_tensors(tmp_path / "run", tmp_path / "straight")

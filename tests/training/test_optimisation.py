@@ -11,9 +11,9 @@ from runs import (
     Log,
     Signals,
     assert_same,
+    assert_same_tensors,
     make_job,
     read_metrics,
-    read_tensors,
     small,
 )
 from safetensors.torch import load_file
@@ -223,9 +223,7 @@ def test_a_run_with_groups_and_frozen_stages_goes_on_exactly(colours: Path, tmp_
     with pytest.raises(Interrupted):
         finetune(recipe, tmp_path / "run", listener=Signals(9))
     finetune(recipe, tmp_path / "run", resume=True)
-    ours, theirs = read_tensors(tmp_path / "run"), read_tensors(tmp_path / "straight")
-    assert ours.keys() == theirs.keys()
-    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+    assert_same_tensors(tmp_path / "run", tmp_path / "straight")
     last = load_file(tmp_path / "run" / "last.safetensors")
     assert int(last["layer1.0.bn1.num_batches_tracked"]) == 0
     assert int(last["layer2.0.bn1.num_batches_tracked"]) > 0
@@ -411,9 +409,7 @@ def test_a_run_s_results_are_the_average_which_resuming_keeps_exactly(
     with pytest.raises(Interrupted):
         finetune(recipe, tmp_path / "run", listener=Signals(10))
     finetune(recipe, tmp_path / "run", resume=True)
-    ours, theirs = read_tensors(tmp_path / "run"), read_tensors(tmp_path / "straight")
-    assert ours.keys() == theirs.keys()
-    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+    assert_same_tensors(tmp_path / "run", tmp_path / "straight")
     assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "straight")
 
     state, last = load_file(tmp_path / "run" / "state.safetensors"), load_file(result.last)

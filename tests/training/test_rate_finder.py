@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Log, Signals, read_tensors, small
+from runs import Log, Signals, assert_same_tensors, small
 from torch import Tensor
 
 from momconv.errors import MomconvError, UsageError
@@ -37,9 +37,7 @@ def test_the_rate_is_found_once_and_the_run_is_as_if_it_had_been_given(
 
     given = small(colours, *changes, f"train.lr={found.train.lr}")
     finetune(given, tmp_path / "given")
-    ours, theirs = read_tensors(tmp_path / "run"), read_tensors(tmp_path / "given")
-    assert ours.keys() == theirs.keys()
-    assert not [key for key, value in ours.items() if not torch.equal(value, theirs[key])]
+    assert_same_tensors(tmp_path / "run", tmp_path / "given")
     with pytest.raises(UsageError, match=r"cannot change train.lr from .* to auto"):
         finetune(recipe, tmp_path / "run", resume=True)
 
