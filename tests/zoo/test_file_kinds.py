@@ -83,7 +83,7 @@ def _refusal(path: Path, content: bytes) -> ModelFileError:
         (b"<?xml version='1.0'?><Error>", "a web page", "curl -L"),
         (b'{"message": "Not Found"}', "a JSON text", "download it again"),
         ("Not found: größer".encode(), "a text, which begins with 'Not found: größer'", "again"),
-        (gzip.compress(b"weights"), "packed with gzip", "gunzip"),
+        (gzip.compress(b"weights", mtime=0), "packed with gzip", "gunzip"),
         (b"7z\xbc\xaf\x27\x1c\0", "packed with 7-Zip", "7z x"),
         (_tar("deep/net.pth", "LICENSE"), "a tar archive with deep/net.pth in it", "tar -xf"),
         (_tar("sys_info", "pickle", "tensors", "storages"), "before 0.1.10", "torch.load(f)"),
