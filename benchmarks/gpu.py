@@ -21,10 +21,15 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
+
+_CONTEXT = get_context("forkserver")  # which imports torch once, and never touches the GPU
+_CONTEXT.set_forkserver_preload(["benchmarks.gpu_checks"])
+if __name__ == "__main__":
+    forkserver.ensure_running()  # while it imports, so does this process
 
 import torch
 import typer
@@ -36,8 +41,6 @@ from momconv.planner import allowance
 TITLE = "gpu"
 KEY = ("check", "case", "figure")
 SECONDS = 480.0  # for everything
-_CONTEXT = get_context("forkserver")  # which imports torch once, and never touches the GPU
-_CONTEXT.set_forkserver_preload(["benchmarks.gpu_checks"])
 
 
 def run(checks: Sequence[Check], place: Place, seconds: float = SECONDS) -> Iterator[Row]:

@@ -456,16 +456,16 @@ _STEPS = 5
 
 def compare_methods(place: Place) -> Iterator[Figure]:
     """README's table: peaks and times of a step; and how fast the fused step moves memory."""
-    size = 2**16 if place.is_small else 2**28
-    yield from _compare_speeds(size, place)
+    yield from _compare_speeds(place)
     precisions: tuple[Precision, ...] = ("fp32",) if place.is_small else ("fp32", "bf16")
     for precision in precisions:
         for case in _list_cases(place, precision):
             yield from _compare_methods(case, place.device)
 
 
-def _compare_speeds(size: int, place: Place) -> Iterator[Figure]:
-    for row in kernel_speeds.measure(size, place.device):
+def _compare_speeds(place: Place) -> Iterator[Figure]:
+    size, seconds = (2**16, 0.05) if place.is_small else (2**28, 1.0)
+    for row in kernel_speeds.measure(size, place.device, seconds):
         share = float(row["of a copy"])
         is_goal = row["way"] == "fused" and not place.is_small
         goal = share >= _OF_COPY if is_goal else None

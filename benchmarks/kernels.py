@@ -14,7 +14,6 @@ from unittest.mock import patch
 import torch
 import typer
 from rich.console import Console
-from torch.utils.benchmark import Timer
 
 from benchmarks.tables import Log, Out, Row, choose_device, show
 from momconv.momentum.equations import Rule
@@ -41,13 +40,13 @@ def make_calls(size: int, device: torch.device) -> dict[str, Callable[[], object
     }
 
 
-def measure(size: int, device: torch.device) -> list[Row]:
-    """The rows of one size."""
+def measure(size: int, device: torch.device, seconds: float = 1) -> list[Row]:
+    """The rows of one size, each timed for so many ``seconds``."""
     calls = make_calls(size, device)
-    speeds = {(name, "fused"): _speed(size, name, call) for name, call in calls.items()}
+    speeds = {(name, "fused"): _speed(size, name, call, seconds) for name, call in calls.items()}
     with patch.object(fused, "are_for", return_value=False):
         for name in ("advance", "undo"):
-            speeds[name, "pieces"] = _speed(size, name, calls[name])
+            speeds[name, "pieces"] = _speed(size, name, calls[name], seconds)
     return [
         {
             "elements": str(size),
@@ -60,10 +59,13 @@ def measure(size: int, device: torch.device) -> list[Row]:
     ]
 
 
-def _speed(size: int, name: str, call: Callable[[], object]) -> float:
+def _speed(size: int, name: str, call: Callable[[], object], seconds: float) -> float:
     """In GB/s; the timer waits for a GPU."""
+    # To import it asks CUDA whether a GPU is there, after which no fork could use one (gpu.py).
+    from torch.utils.benchmark import Timer
+
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return MOVED[name] * size / timer.blocked_autorange(min_run_time=1).median / 1e9
+    return MOVED[name] * size / timer.blocked_autorange(min_run_time=seconds).median / 1e9
 
 
 def main(out: Out = None) -> None:
