@@ -28,7 +28,7 @@ from momconv.surgery.conversion import convert, revert, summarise
 from momconv.surgery.drift import Reference
 from momconv.surgery.ladder import LADDER, Choice, find_gamma
 from momconv.training.progress import SILENT, Listener
-from momconv.words import list_some, plural
+from momconv.words import itemise, plural
 from momconv.zoo.checkpoints import is_converted
 from momconv.zoo.description import describe, mark_as_seen
 from momconv.zoo.networks import check_name, is_known
@@ -335,10 +335,9 @@ def _warn_of_images(images: AdaptationImages, listener: Listener) -> None:
     if images.adapting is None:
         return
     if bad := images.adapting.unreadable:
-        listed = "".join(
-            f"\n  {line}" for line in list_some([error.message for error in bad], _SHOWN)
-        )
-        listener.tell(f"warning: {plural(len(bad), 'image')} left out for being unreadable{listed}")
+        listed = itemise([error.message for error in bad], _SHOWN)
+        what = f"{plural(len(bad), 'image')} left out for being unreadable"
+        listener.tell(f"warning: {what}\n{listed}")
     for line in warn_of_values(images.adapting.outside, images.adapting.guessed):
         listener.tell(line)
     readable = len(images.adapting.paths) - len(bad)

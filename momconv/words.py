@@ -99,3 +99,13 @@ def list_some(lines: Sequence[str], most: int) -> list[str]:
     """
     more = [f"and {len(lines) - most} more"] if len(lines) > most else []
     return [*lines[:most], *more]
+
+
+def itemise(lines: Sequence[str], most: int) -> str:
+    """As ``list_some``, a line each, below the line that they belong to.
+
+    >>> print(itemise(["a", "b", "c"], 1))
+      a
+      and 2 more
+    """
+    return "\n".join(f"  {line}" for line in list_some(lines, most))

@@ -360,7 +360,7 @@ def _notes(root: Path, empty: list[str], others: Counter[str], loose: int) -> tu
 def _warn_of_special(paths: Sequence[Path]) -> tuple[str, ...]:
     if not paths:
         return ()
-    which = ", ".join(list_some([printable(path) for path in paths], _SHOWN))
+    which = name_some(paths, _SHOWN)
     what = "that is not a regular file" if len(paths) == 1 else "that are not regular files"
     return (f"warning: ignoring {plural(len(paths), 'path')} {what}: {which}",)
 

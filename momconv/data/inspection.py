@@ -10,7 +10,7 @@ from momconv.data.examination import Finding, examine_all
 from momconv.data.folder import ImageSet
 from momconv.data.values import count_outside
 from momconv.errors import DataError
-from momconv.words import describe_classes, list_some, plural, printable
+from momconv.words import describe_classes, itemise, plural, printable
 from momconv.zoo.description import ValueRanges
 from momconv.zoo.seen import SeenImages
 
@@ -184,4 +184,4 @@ def _note_converted(findings: Mapping[Path, Finding]) -> tuple[str, ...]:
 
 
 def _shown(bad: Sequence[str]) -> str:
-    return "\n".join(f"  {line}" for line in list_some(bad, _SHOWN))
+    return itemise(bad, _SHOWN)

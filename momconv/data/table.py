@@ -10,11 +10,12 @@ import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 from momconv.errors import DataError
 from momconv.names import encode_name
-from momconv.opening import read_regular
-from momconv.words import list_some, name_some, plural, printable
+from momconv.opening import open_regular, read_regular
+from momconv.words import itemise, name_some, plural, printable
 
 _SUFFIXES = (".csv", ".tsv", ".txt")
 _FILE = (
@@ -24,6 +25,7 @@ _FILE = (
 _CLASS = ("label", "labels", "class", "class_name", "classname", "category", "target", "species")
 _SPLIT = ("split", "set", "subset", "fold")
 _SHOWN = 5  # rows or files that a message names
+_LONGEST_HEADER = 2**16  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def find_table(root: Path, images: Sequence[Path]) -> Path | None:
                 f"{plural(len(fitting), 'table')} may hold the classes of the images in "
                 f"{printable(root)}: {name_some(fitting, _SHOWN)}",
                 kind="data.several_tables",
-                fix="\n".join(f"--labels {path}" for path in fitting[:_SHOWN]),
+                fix="\n".join(f"--labels {quote(str(path))}" for path in fitting[:_SHOWN]),
             )
         if fitting:
             return fitting[0]
@@ -124,7 +126,7 @@ def _refuse_contradictions(table: _Table, labels: Mapping[Path, Sequence[_Row]])
     if clashes:
         raise DataError(
             f"{printable(table.path)} gives {plural(len(clashes), 'image')} two classes\n"
-            + "\n".join(f"  {line}" for line in list_some(clashes, _SHOWN)),
+            + itemise(clashes, _SHOWN),
             kind="data.contradiction",
         )
 
@@ -169,12 +171,22 @@ class _Names:
 
 
 def _fits(path: Path, root: Path, images: Sequence[Path]) -> bool:
-    table = _read(path)
+    table = _read(path) if _has_columns(path) else None
     if table is None:
         return False
     known = _Names(root, path.parent, images)
     labels = {image: row.class_name for row in table.rows if (image := known.find(row.file))}
     return len(set(labels.values())) > 1 and 2 * len(labels) > min(len(images), len(table.rows))
+
+
+def _has_columns(path: Path) -> bool:
+    """Whether the first line of ``path`` names them: what else lies there may be of any size."""
+    try:
+        with open_regular(path) as file:
+            first = _decode(file.read(_LONGEST_HEADER)).splitlines()[:1]
+    except OSError:
+        return False
+    return _parse(path, first) is not None
 
 
 def _read(path: Path) -> _Table | None:
@@ -184,12 +196,16 @@ def _read(path: Path) -> _Table | None:
         DataError: It cannot be read.
     """
     try:
-        text = _decode(read_regular(path))
+        return _parse(path, _decode(read_regular(path)).splitlines())
     except OSError as error:
         problem = f"cannot read {printable(path)}: {error.strerror}"
         raise DataError(problem, kind="data.unreadable_table", fix="--labels FILE") from error
+
+
+def _parse(path: Path, text: Sequence[str]) -> _Table | None:
+    """The table in the lines ``text`` of ``path``, with the first delimiter that gives columns."""
     for delimiter in ",;\t|":
-        lines = csv.reader(text.splitlines(), delimiter=delimiter)
+        lines = csv.reader(text, delimiter=delimiter)
         try:
             header = [name.strip() for name in next(lines, [])]
             columns = [_find_column(header, names) for names in (_FILE, _CLASS)]

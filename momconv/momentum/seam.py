@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from momconv.momentum.equations import Rule, step, unstep
 from momconv.momentum.measures import magnitude
 
+_FASTER = "momconv.momentum.faster"
+
 
 def _advance(  # noqa: PLR0913 (the state, what changes it, and by which rule)
     x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, largest: Tensor, rule: Rule, n: int
@@ -90,8 +92,10 @@ class PlainCut:
 def _choose(name: str, plain: Any) -> Any:
     """What momentum/faster/ has under this name, or else the plain thing."""
     try:
-        return getattr(import_module("momconv.momentum.faster"), name)
-    except ModuleNotFoundError:
+        return getattr(import_module(_FASTER), name)
+    except ModuleNotFoundError as error:
+        if error.name != _FASTER:  # something else is missing, which must not pass for that
+            raise
         return plain
 
 

@@ -29,7 +29,7 @@ from momconv.recipe import DataRecipe
 from momconv.training.omission import take_back
 from momconv.training.progress import SILENT, Listener, Progress
 from momconv.training.run_folder import RunFolder
-from momconv.words import describe_classes, list_some, plural, printable
+from momconv.words import describe_classes, itemise, plural, printable
 from momconv.zoo.seen import SeenImages
 
 _SHOWN = 5  # files that an error names
@@ -284,7 +284,7 @@ def _changed(root: Path, changed: Sequence[Path]) -> DataError:
     lines = [f"{printable(p)}: gone" for p in gone] + [f"{printable(p)}: changed" for p in others]
     return DataError(
         f"{plural(len(changed), 'image')} of the run changed since in {printable(root)}\n"
-        + "\n".join(f"  {line}" for line in list_some(lines, _SHOWN)),
+        + itemise(lines, _SHOWN),
         kind="data.changed",
         fix="--data FOLDER",
     )

@@ -49,7 +49,7 @@ from momconv.training.state import read_random_states, set_random_states
 from momconv.training.steps import Step, Steps
 from momconv.training.validation import validate
 from momconv.units import format_bytes
-from momconv.words import list_some, printable
+from momconv.words import itemise, printable
 from momconv.zoo.checkpoints import find_spoilt
 from momconv.zoo.stages import ALL_BUT_HEAD, freeze
 
@@ -305,8 +305,7 @@ def _require_finite(job: Job, progress: Progress, loss: Tensor, step: Step) -> N
     lower = job.recipe.train.resolved_lr / 10
     raise NotFinite(
         f"{what} is not finite, in epoch {progress.epoch + 1}, step {progress.step + 1} of "
-        f"{job.steps_per_epoch}\nits images:\n"
-        + "\n".join(f"  {name}" for name in list_some(names, _SHOWN)),
+        f"{job.steps_per_epoch}\nits images:\n" + itemise(names, _SHOWN),
         kind="train.not_finite",
         fix=f"{job.folder.resume_command} --lr {lower:g}",
     )

@@ -20,7 +20,7 @@ from momconv.recipe import DataRecipe
 from momconv.training.job import Job
 from momconv.training.progress import Listener, Omission, Progress, SplitName
 from momconv.training.saving import save_event
-from momconv.words import list_some, name_some, plural, printable
+from momconv.words import itemise, name_some, plural, printable
 
 _ASKED = 16  # other images, whether they can be read
 _SHOWN = 5  # files that a message names
@@ -104,7 +104,7 @@ def take_back(
         problems = [f"{printable(p)}: {found[p].problem or 'changed'}" for p in sorted(still)]
         listener.tell(
             f"warning: going on without {plural(len(still), 'image')} that had been left out:\n"
-            + "\n".join(f"  {line}" for line in list_some(problems, _SHOWN))
+            + itemise(problems, _SHOWN)
         )
     return set(still)
 

@@ -146,21 +146,27 @@ def load_newest(
 
 
 def read_documents(folder: RunFolder) -> dict[str, bytes]:
-    """The documents in the newest whole state of a run, which nothing is done to.
+    """The documents in the newest state of a run that has them whole; nothing else is looked at.
 
     An earlier momconv wrote none.
 
     Raises:
-        ModelFileError: There is no whole state.
+        ModelFileError: There is no state, or only damaged ones.
     """
     try:
-        tensors = checkpoints.read_state(folder.state)
+        return _unpack_documents(folder.state)
     except ModelFileError:
         if not folder.previous.is_file():
             raise
-        tensors = checkpoints.read_state(folder.previous)
-    packed = _select(tensors, _DOCUMENTS)
-    return {name: zlib.decompress(value.numpy().tobytes()) for name, value in packed.items()}
+        return _unpack_documents(folder.previous)
+
+
+def _unpack_documents(path: Path) -> dict[str, bytes]:
+    packed = _select(checkpoints.read_unverified(path, _DOCUMENTS), _DOCUMENTS)
+    try:  # each has a checksum of its own
+        return {name: zlib.decompress(value.numpy().tobytes()) for name, value in packed.items()}
+    except zlib.error as error:
+        raise _damaged(path, str(error)) from error
 
 
 def load_state(path: Path, network: nn.Module | None = None) -> SavedState:

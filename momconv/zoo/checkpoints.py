@@ -143,6 +143,23 @@ def verify(path: Path) -> None:
         raise _damaged(path, "its checksum is another")
 
 
+def read_unverified(path: Path, prefix: str) -> State:
+    """The tensors in the safetensors file ``path`` whose names begin so; no others are read.
+
+    They are for who notices damage without the checksum of the whole file.
+
+    Raises:
+        ModelFileError: The file is missing, or its header is damaged.
+    """
+    read_metadata(path)
+    try:
+        with _named_in_utf8(path) as name, safe_open(name, "pt") as file:
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (no dict)
+            return {key: file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+
+
 @cache
 def _warn_of_no_checksum(path: Path) -> None:
     warnings.warn(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from momconv.errors import ModelFileError
-from momconv.words import list_some, plural, printable
+from momconv.words import list_some, name_some, plural, printable
 from momconv.zoo.checkpoints import State, classes_in, difference
 from momconv.zoo.cifar import DEPTHS
 from momconv.zoo.networks import head_name, names, outline
@@ -61,8 +61,8 @@ class Match:
         if self.others:
             parts.append(f"not that {_list(self.others)}")
         if self.beside:
-            shown = ", ".join(map(printable, list_some(self.beside, _SHOWN)))
-            parts.append(f"{plural(len(self.beside), 'tensor')} beside it left out: {shown}")
+            left_out = name_some(self.beside, _SHOWN)
+            parts.append(f"{plural(len(self.beside), 'tensor')} beside it left out: {left_out}")
         return f"note: {printable(path)}: {'; '.join(parts)}" if parts else None
 
 
