@@ -2,7 +2,8 @@
 
 The table is a text of lines with commas, semicolons or tabs between the values, and names above its
 columns. A file is named by its path below the folder or from the table, by its name alone, or by
-its name without the suffix, where that is one file.
+its name without the suffix, where that is one file; in other letters (upper for lower case, accents
+of their own) where that is one file still.
 """
 
 import codecs
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from unicodedata import normalize
 
 from momconv.errors import DataError
 from momconv.names import encode_name
@@ -160,14 +162,31 @@ class _Names:
             self._paths.setdefault(str(image.absolute()), image)
             for name in (image.name, image.stem):
                 self._names.setdefault(name, set()).add(image)
+        self._alike: dict[str, set[Path]] = {}
+        for name, image in self._paths.items():
+            self._alike.setdefault(_fold(name), set()).add(image)
+        for name, called in self._names.items():
+            self._alike.setdefault(_fold(name), set()).update(called)
 
     def find(self, text: str) -> Path | None:
         """The image that is called ``text``, if that is one."""
         name = text.replace("\\", "/").removeprefix("./")
         if name in self._paths:
             return self._paths[name]
-        called = self._names.get(name) or self._names.get(name.rpartition("/")[2]) or set()
+        last = name.rpartition("/")[2]
+        called = (
+            self._names.get(name)
+            or self._names.get(last)
+            or self._alike.get(_fold(name))
+            or self._alike.get(_fold(last))
+            or set()
+        )
         return next(iter(called)) if len(called) == 1 else None
+
+
+def _fold(name: str) -> str:
+    """The same for names that differ in upper and lower case, or in how accents are written."""
+    return normalize("NFC", name).casefold()
 
 
 def _fits(path: Path, root: Path, images: Sequence[Path]) -> bool:

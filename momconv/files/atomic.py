@@ -1,15 +1,21 @@
 """Files that appear complete or not at all."""
 
 import errno
+import itertools
 import os
 import re
 import shlex
 import shutil
+import socket
 import tempfile
 import uuid
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+
+import psutil
 
 from momconv.errors import ResourceError, UsageError
 from momconv.exhaustion import is_exhaustion
@@ -28,11 +34,11 @@ def require_free(path: Path, *, overwrite: bool) -> None:
         UsageError: There is such a file, which ``overwrite`` does not give up, or such a folder.
         ResourceError: The folder that it would be in does not exist, or takes no new files.
     """
-    require_writable(path)
     if path.is_dir():
         raise UsageError(
             f"output is a folder: {path}", kind="usage.output_exists", fix=f"-o {path}/FILE"
         )
+    require_writable(path)
     if path.exists() and not overwrite:
         raise UsageError(
             f"output file already exists: {path}",
@@ -62,14 +68,17 @@ def write_atomically(
 
     After that, not even a loss of power brings the old file back. What ``write`` raises leaves it
     in place. If ``previous`` is given, the old file gets that name instead of being given up; at
-    any moment at least one of the two is there, and whole.
+    any moment at least one of the two is there, and whole. What a process that was killed here left
+    of the same file is removed.
 
     Raises:
         ResourceError: The folder does not exist, or the file cannot be written.
     """
-    _require_place(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    for place in filter(None, (path, previous)):
+        _require_place(place)
+    temporary = path.with_name(f"{_begin(path)}{os.getpid()}_{uuid.uuid4().hex[:8]}.tmp")
     try:
+        _remove_left(path)
         write(temporary)
         _flush(temporary)
         if previous is not None and path.exists():
@@ -83,6 +92,36 @@ def write_atomically(
     finally:
         with suppress(OSError):  # where nothing could be written, nothing can be removed
             temporary.unlink(missing_ok=True)
+
+
+def _begin(path: Path) -> str:
+    """How the temporary files of ``path`` begin: with its name, and where processes have numbers.
+
+    >>> import re
+    >>> bool(re.fullmatch("[.]a[.]txt[.][0-9a-f]{8}_", _begin(Path("a.txt"))))
+    True
+    """
+    return f".{path.name[:50]}.{_here()}_"
+
+
+@cache
+def _here() -> str:
+    """Where the numbers of processes mean what they do here: this machine, or container."""
+    try:
+        numbers = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbers = ""
+    return f"{zlib.crc32(f'{socket.gethostname()} {numbers}'.encode()):08x}"
+
+
+def _remove_left(path: Path) -> None:
+    """Remove the temporary files of ``path`` whose process is gone."""
+    begin = re.escape(_begin(path))
+    for other in path.parent.iterdir():
+        match = re.fullmatch(rf"{begin}([0-9]+)_[0-9a-f]{{8}}\.tmp", other.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            with suppress(OSError):
+                other.unlink()
 
 
 def is_temporary(path: Path) -> bool:
@@ -142,6 +181,19 @@ def _require_place(path: Path) -> None:
         raise ResourceError(
             f"cannot write {path}: not a regular file", kind="output.unwritable", fix="-o PATH"
         )
+    if path.is_dir():
+        here, aside = (shlex.quote(str(place)) for place in (path, find_aside(path)))
+        raise ResourceError(
+            f"cannot write {path}: it is a folder",
+            kind="output.unwritable",
+            fix=f"mv {here} {aside}\n-o PATH",
+        )
+
+
+def find_aside(path: Path) -> Path:
+    """The first unused name beside ``path`` for what is in its place."""
+    names = (path.with_name(f"{path.name}.old{n or ''}") for n in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _unwritable(path: Path, error: OSError) -> ResourceError:

@@ -32,6 +32,7 @@ from momconv.training.saving import publish, remember_documents, save, write_pla
 from momconv.training.state import load_newest, read_documents
 from momconv.training.task import Task
 from momconv.words import describe_classes, name_some, plural, printable
+from momconv.zoo import checkpoints
 
 # What a run is about: to change it is to start another.
 _FIXED = [
@@ -87,6 +88,8 @@ def _write_down(job: Job, progress: Progress, before: Recipe) -> None:
     recipe = job.recipe.with_absolute_paths()
     if recipe.train.resolved_lr != before.train.resolved_lr:
         progress.lr_factor = 1.0
+    if job.processes.leads:
+        _tell_of_damage(job.folder.last, job.listener.tell)
     if _give_up_lost_model(job, progress) or recipe != before:
         save(job, progress)
     if job.processes.leads:
@@ -209,9 +212,9 @@ def _tell_of_resuming(job: Job, progress: Progress, before: Recipe) -> None:
 def mend(run: RunFolder, tell: Callable[[str], None]) -> None:
     """Write config.yaml, run.json, plan.json and split.json of a run anew where they are wrong.
 
-    They are copies, for people, of what its state has.
-    Those of an earlier momconv, whose state has no copies, are as they are; what is not needed and
-    damaged is removed.
+    They are copies, for people, of what its state has. Those of an earlier momconv, whose state has
+    no copies, are as they are; what is not needed and damaged is removed. A folder in place of a
+    file of the run gets another name.
 
     Args:
         run: The folder, claimed.
@@ -221,6 +224,7 @@ def mend(run: RunFolder, tell: Callable[[str], None]) -> None:
         ModelFileError: The state is damaged, or config.yaml, where the state does not have it.
         ResourceError: The folder cannot be written to.
     """
+    run.put_folders_aside(tell)
     documents = read_documents(run)
     if run.config.name not in documents:
         _require_config(run.config)
@@ -234,6 +238,15 @@ def mend(run: RunFolder, tell: Callable[[str], None]) -> None:
         problem = "is damaged, or was changed" if path.exists() else "is gone"
         tell(f"warning: {path} {problem}; it is written anew, from the state")
         _rewrite(path, wanted)
+
+
+def _tell_of_damage(path: Path, tell: Callable[[str], None]) -> None:
+    """Tell if the model ``path``, which the run will write anew, is damaged."""
+    try:
+        if path.exists():
+            checkpoints.verify(path)
+    except ModelFileError as error:
+        tell(f"warning: {error.message}\nit is written anew, from the state")
 
 
 def _rewrite(path: Path, wanted: bytes) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files import claim
-from momconv.files.atomic import is_temporary, remove, require_writable, sweep
+from momconv.files.atomic import find_aside, is_temporary, remove, require_writable, sweep
 from momconv.recipe import Recipe
 from momconv.units import format_bytes
 from momconv.zoo import own
@@ -289,6 +289,20 @@ class RunFolder:
             if folder.is_dir():
                 sweep(folder)
 
+    def put_folders_aside(self, tell: Callable[[str], None]) -> None:
+        """Give folders that are in place of the run's files other names, and ``tell`` of each.
+
+        Raises:
+            ResourceError: That is not allowed.
+        """
+        for path in sorted(filter(self._is_strange, self._files)):
+            aside = find_aside(path)
+            try:
+                path.rename(aside)
+            except OSError as error:
+                raise self._unwritable(error.strerror) from error
+            tell(f"warning: {path} is a folder, which is {aside} now")
+
     def require_room(self, needed_bytes: int) -> None:
         """Do nothing if the folder can be made, or written to, and has room for so much.
 
@@ -320,10 +334,12 @@ class RunFolder:
         return self.state.exists() or self.previous.exists()
 
     def _unwritable(self, reason: str | None) -> ResourceError:
+        problem, fix = "make output folder", "-o FOLDER"
+        if self._has_state:
+            problem = "write to run folder"
+            fix += f"\ncp -r {shlex.quote(str(self.path))} FOLDER; momconv finetune --resume FOLDER"
         return ResourceError(
-            f"cannot make output folder {self.path}: {reason}",
-            kind="output.unwritable",
-            fix="-o FOLDER",
+            f"cannot {problem} {self.path}: {reason}", kind="output.unwritable", fix=fix
         )
 
     @property
@@ -339,4 +355,12 @@ class RunFolder:
     def _others(self, known: Collection[Path]) -> list[Path]:
         """What the folder holds besides."""
         known = {*known, self.path / claim.NAME}
-        return [p for p in sorted(self.path.iterdir()) if p not in known and not is_temporary(p)]
+        return [
+            path
+            for path in sorted(self.path.iterdir())
+            if not (path in known or is_temporary(path)) or self._is_strange(path)
+        ]
+
+    def _is_strange(self, path: Path) -> bool:
+        """Whether ``path`` is a folder, as no run makes any of this name."""
+        return path.is_dir() and path not in (self.board, self.plots) and not is_temporary(path)

@@ -131,6 +131,8 @@ def verify(path: Path) -> None:
     """
     metadata = read_metadata(path)
     if checksum.KEY not in metadata:
+        if misspelt := checksum.find_misspelt(metadata):
+            raise _damaged(path, f"its checksum is called {printable(misspelt)}")
         if any(key.startswith("momconv.") for key in metadata):
             _warn_of_no_checksum(path)
         return

@@ -2,11 +2,22 @@
 
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, uint8
 
 KEY = "momconv.checksum"
+
+
+def find_misspelt(keys: Iterable[str]) -> str | None:
+    """The one of ``keys`` that differs from the checksum's in a single character.
+
+    >>> find_misspelt(["format", "momconv.version", "momconv.chEcksum"])
+    'momconv.chEcksum'
+    """
+    alike = (key for key in keys if len(key) == len(KEY))
+    return next((key for key in alike if sum(map(operator.ne, key, KEY)) == 1), None)
 
 
 def compute(metadata: Mapping[str, str], keys: Iterable[str], read: Callable[[str], Tensor]) -> str:

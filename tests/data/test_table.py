@@ -49,6 +49,27 @@ def test_a_table_beside_the_images_is_found(
     assert labels(find_evaluation_set(tmp_path / root, ("bee", "ant"))) == TRUTH
 
 
+@pytest.mark.parametrize("line", ["{n}.PNG,{name}", "Images/{n}.Png,{name}", "C:\\{n}.PNG,{name}"])
+def test_names_may_be_in_upper_or_lower_case(tmp_path: Path, line: str) -> None:
+    write(tmp_path, ["file,label", *rows(line)])
+    splits = find_splits(tmp_path / "images")
+    assert labels(splits.train) | labels(splits.val) == TRUTH
+
+
+def test_accents_may_be_characters_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path, ["file,label", "la\u0308rche.png,bee", *rows("{n}.png,{name}")])
+    (tmp_path / "images" / "9.png").rename(tmp_path / "images" / "l\u00e4rche.png")
+    assert labels(find_splits(tmp_path / "images").train)["l\u00e4rche"] == "bee"
+
+
+def test_a_name_that_only_nearly_fits_two_images_is_that_of_none(tmp_path: Path) -> None:
+    table = write(tmp_path, ["file,label", *rows("{n}.png,{name}"), "X.png,ant", "Y.png,ant"])
+    for n, name in {8: "x.PNG", 9: "x.Png", 7: "y.png"}.items():
+        (tmp_path / "images" / f"{n}.png").rename(tmp_path / "images" / name)
+    train = find_splits(tmp_path / "images", labels=table).train
+    assert f"warning: no image for 4 lines of {table}: 7.png, 8.png, 9.png, X.png" in train.notes
+
+
 def test_what_a_table_leaves_open_is_told(tmp_path: Path) -> None:
     lines = ["file,label,split", *rows("{n}.png,{name},train")[:8], "7.png,bee,x", "8.png,,x"]
     table = write(tmp_path, [*lines, "77.png,bee,train"])

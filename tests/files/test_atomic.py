@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from momconv.errors import ResourceError, UsageError
-from momconv.files.atomic import require_free, sweep, write_atomically, write_text
+from momconv.files.atomic import (
+    is_temporary,
+    require_free,
+    sweep,
+    write_atomically,
+    write_text,
+)
 from momconv.files.plain_file import save_plain
 from momconv.files.tensor_file import write_tensors
 
@@ -109,9 +115,11 @@ def test_a_missing_folder_is_named_with_the_command_that_makes_it(tmp_path: Path
 
 def test_a_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    with pytest.raises(ResourceError, match="cannot write"):
+    (tmp_path / "a.old").touch()
+    with pytest.raises(ResourceError, match=r"cannot write .*/a: it is a folder") as refused:
         write_text(tmp_path / "a", "text")
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert refused.value.fix == f"mv {tmp_path}/a {tmp_path}/a.old1\n-o PATH"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.old"]
 
 
 def test_text_is_utf8_with_the_permissions_of_any_new_file(tmp_path: Path) -> None:
@@ -214,3 +222,32 @@ def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) ->
         path.touch()
     sweep(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+@pytest.mark.parametrize("name", ["a", "x" * 250, "\u00e4" * 120, "l\udce4rche"])
+def test_what_a_killed_process_left_of_a_file_goes_when_it_is_written(
+    tmp_path: Path, name: str
+) -> None:
+    path, others = tmp_path / name, [tmp_path / "b", tmp_path / f".b.{'0a' * 16}.tmp"]
+    for other in others:
+        other.touch()
+
+    def write_and_die(temporary: Path) -> None:
+        temporary.write_text("half")
+        os._exit(9)
+
+    def write(temporary: Path) -> None:
+        assert sorted(tmp_path.iterdir()) == sorted(others)
+        temporary.touch()
+        write_text(path, "by another, meanwhile")  # which leaves the file of the living
+        assert temporary.exists()
+
+    child = os.fork()
+    if child == 0:
+        write_atomically(path, write_and_die)
+    os.waitpid(child, 0)
+    (left,) = {*tmp_path.iterdir()} - {*others}
+    assert left.read_text() == "half"
+    assert is_temporary(left)
+    write_atomically(path, write)
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])

@@ -142,7 +142,9 @@ def test_a_truncated_file_is_told_with_both_sizes(path: Path, keep: float) -> No
 
 
 @pytest.mark.parametrize("read", [load, read_metadata, read_description, read_skeleton])
-@pytest.mark.parametrize("place", [b"ants", b"momconv.stages", b'"gamma\\": 0.5', None])
+@pytest.mark.parametrize(
+    "place", [b"ants", b"momconv.checksum", b"momconv.stages", b'"gamma\\": 0.5', None]
+)
 def test_a_single_wrong_bit_is_noticed_wherever_it_is(
     path: Path, read: Callable[[Path], object], place: bytes | None
 ) -> None:

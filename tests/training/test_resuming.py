@@ -277,6 +277,33 @@ def test_a_pipe_in_place_of_a_copy_is_not_waited_for(run: RunFolder, name: str) 
     assert path.read_bytes() == wanted or name == "plan.json"
 
 
+def test_folders_in_place_of_the_files_of_a_run_are_kept_and_it_goes_on(run: RunFolder) -> None:
+    log, names = Log(), [*COPIES, "plan.json", "state.safetensors", "metrics.csv", "README.md"]
+    run.state.rename(run.previous)
+    for name in names:
+        (run.path / name).unlink(missing_ok=True)
+        (run.path / name / "mine").mkdir(parents=True)
+    mend(run, log.tell)
+    assert resume(run.path, "train.epochs=2", listener=log).epochs == 2
+    for name in names:
+        path = run.path / name
+        assert f"warning: {path} is a folder, which is {path}.old now" in log.told
+        assert path.is_file() or name == "README.md"  # which a report has
+        assert (run.path / f"{name}.old" / "mine").is_dir()
+
+
+def test_a_damaged_last_model_is_told_and_written_anew(run: RunFolder) -> None:
+    log = Log()
+    flip_a_bit(run.last)
+    resume(run.path, listener=log)
+    (warning,) = [text for text in log.told if str(run.last) in text]
+    assert warning.startswith(f"warning: {run.last} is damaged")
+    assert warning.endswith("\nit is written anew, from the state")
+    checkpoints.verify(run.last)
+    resume(run.path, listener=log)
+    assert [text for text in log.told if str(run.last) in text] == [warning]
+
+
 def test_half_a_recipe_is_damaged_too(run: RunFolder) -> None:
     whole, told = run.config.read_text(), list[str]()
     run.config.write_text(whole[: whole.index("train:")])

@@ -64,6 +64,15 @@ def test_only_what_runs_write_is_overwritten(tmp_path: Path) -> None:
     assert list(run.path.iterdir()) == [photo]
 
 
+def test_a_folder_of_the_name_of_a_file_is_no_runs(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.make()
+    (run.config / "mine").mkdir(parents=True)
+    assert not run.is_unused
+    with pytest.raises(UsageError, match=f"no run of momconv wrote {run.config}"):
+        run.require_unused(overwrite=True)
+
+
 def test_the_last_run_is_the_one_that_was_saved_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
