@@ -6,21 +6,27 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from momconv.data.folder import Splits
 from momconv.data.report import DataReport
+from momconv.determinism import deterministic
 from momconv.errors import ModelFileError, ResourceError
 from momconv.recipe import Recipe, recall_recipe
+from momconv.states import keeping_random_state
 from momconv.training import network, resuming, starting
 from momconv.training.images import require_folder
-from momconv.training.job import Job
 from momconv.training.loop import train
+from momconv.training.memory import enforcing_limit
 from momconv.training.omission import keep_rest
+from momconv.training.optimisation import choose_precision
 from momconv.training.planning import BatchPlan, plan_together
-from momconv.training.processes import Processes
-from momconv.training.progress import SILENT, EpochRow, Listener, Progress
+from momconv.training.processes import Processes, find_own_device, joined
+from momconv.training.progress import SILENT, EpochRow, Listener
+from momconv.training.provenance import Provenance, read_provenance
+from momconv.training.run import Assignment, Run
 from momconv.training.run_folder import RunFolder
-from momconv.training.saving import write_plan
-from momconv.training.task import Task, task_of
+from momconv.training.saving import require_tensorboard, write_plan
 from momconv.units import parse_duration
 
 
@@ -67,36 +73,48 @@ def finetune(
         Interrupted: SIGINT or SIGTERM came; the run can be resumed.
         TimeUp: The recipe's time limit is reached; the run can be resumed.
     """
-    began, run = time.monotonic(), RunFolder(Path(folder))
+    began = time.monotonic()
+    before = read_provenance(like) if like else None
     with (
-        task_of(recipe, run, like, listener, overwrite=overwrite) as task,
-        _claiming(task, resume=resume),
+        _assigning(recipe, Path(folder), listener) as assignment,
+        _claiming(assignment, resume=resume, overwrite=overwrite),
     ):
-        job, progress = _begin(task, resume=resume)
-        job.plan = plan_together(job.plan, job.model, task.processes)
-        write_plan(job)
-        if recipe.train.sync_bn and task.processes.count > 1:
-            network.synchronise(job.model)
+        run = _begin(assignment, before, resume=resume, overwrite=overwrite)
+        run.plan = plan_together(run.plan, run.model, run.processes)
+        write_plan(run)
+        if recipe.train.sync_bn and run.processes.count > 1:
+            network.synchronise(run.model)
         if recipe.train.time_limit is not None:
-            job.ends = began + parse_duration(recipe.train.time_limit)
-        train(job, progress)
-    best = progress.find_best(recipe.train.monitor)
+            run.ends = began + parse_duration(recipe.train.time_limit)
+        train(run)
+    return _conclude(run)
+
+
+def _conclude(run: Run) -> Result:
+    """What ``run`` came to.
+
+    Raises:
+        ModelFileError: The best model is lost.
+    """
+    folder, progress = run.folder, run.progress
+    best = progress.find_best(run.recipe.train.monitor)
     if best is None:
         raise ModelFileError(
-            f"the best model of {run.path} is lost, and no epoch is left that could give another",
+            f"the best model of {folder.path} is lost, and no epoch is left that could give "
+            "another",
             kind="run.no_best",
-            fix=f"{run.resume_command} --epochs {progress.epoch + 1}",
+            fix=f"{folder.resume_command} --epochs {progress.epoch + 1}",
         )
     return Result(
-        recipe=job.recipe,
-        folder=run.path,
-        best=run.best,
-        last=run.last,
+        recipe=run.recipe,
+        folder=folder.path,
+        best=folder.best,
+        last=folder.last,
         best_epoch=best,
         epochs=progress.epoch,
         history=tuple(progress.history),
-        splits=keep_rest(job.splits, progress),
-        plan=job.plan,
+        splits=keep_rest(run),
+        plan=run.plan,
     )
 
 
@@ -121,24 +139,60 @@ def rehearse(
     Raises:
         MomconvError: As ``finetune`` before its first step.
     """
-    with task_of(recipe, RunFolder(Path(folder)), like, listener, overwrite=overwrite) as task:
-        ready = starting.prepare(task)
-    return Rehearsal(ready.images.report, ready.plan)
+    before = read_provenance(like) if like else None
+    with _assigning(recipe, Path(folder), listener) as assignment:
+        prepared = starting.prepare(assignment, overwrite=overwrite, like=before)
+    return Rehearsal(prepared.images.report, prepared.run.plan)
 
 
 @contextmanager
-def _claiming(task: Task, *, resume: bool) -> Iterator[None]:
+def _assigning(recipe: Recipe, folder: Path, listener: Listener) -> Iterator[Assignment]:
+    """What this process is to do, with random numbers and other processes ready for it.
+
+    Raises:
+        UsageError: The recipe asks for what its device cannot do, or for TensorBoard without it.
+        ResourceError: There is no such device.
+    """
+    device = find_own_device(recipe.train.device)
+    choose_precision(recipe.train, device)
+    network.require_synchronisable(recipe.train, device)
+    require_tensorboard(recipe)
+    with (
+        joined() as processes,
+        _seeded(recipe.train.seed, device),
+        deterministic(wanted=recipe.train.deterministic),
+        enforcing_limit(device, recipe.train.memory),
+    ):
+        yield Assignment(
+            recipe=recipe,
+            folder=RunFolder(folder),
+            device=device,
+            listener=listener if processes.leads else SILENT,
+            processes=processes,
+        )
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """PyTorch's generators start from ``seed`` inside, and are as before afterwards."""
+    with keeping_random_state(device):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _claiming(assignment: Assignment, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """The folder belongs to this run inside, if nothing about it is wrong at first sight."""
-    run = task.run
+    folder = assignment.folder
     with ExitStack() as held:
-        if task.processes.leads:
+        if assignment.processes.leads:
             if resume:
-                run.require_state()
+                folder.require_state()
             else:
-                run.require_outside(require_folder(task.recipe.data))
-                run.require_unused(overwrite=task.overwrite)
-            held.enter_context(run.claimed(task.listener.tell))
-        _follow(task.processes)
+                folder.require_outside(require_folder(assignment.recipe.data))
+                folder.require_unused(overwrite=overwrite)
+            held.enter_context(folder.claimed(assignment.listener.tell))
+        _follow(assignment.processes)
         yield
 
 
@@ -153,14 +207,17 @@ def _follow(processes: Processes) -> None:
         raise SystemExit(1) from None
 
 
-def _begin(task: Task, *, resume: bool) -> tuple[Job, Progress]:
-    """A new run, or the one in the folder. It is the folder that tells all processes the same."""
+def _begin(
+    assignment: Assignment, like: Provenance | None, *, resume: bool, overwrite: bool
+) -> Run:
+    """Start a run, or go on with it. It is the folder that tells all processes the same."""
     if resume:
-        with task.processes.leader_first():
-            return resuming.resume(task)
-    if task.processes.leads:
-        begun = starting.start(task)
-        _follow(task.processes)
-        return begun
-    _follow(task.processes)
-    return resuming.resume(replace(task, recipe=recall_recipe(task.run.config)))
+        with assignment.processes.leader_first():
+            return resuming.resume(assignment)
+    if assignment.processes.leads:
+        run = starting.start(assignment, overwrite=overwrite, like=like)
+        _follow(assignment.processes)
+        return run
+    _follow(assignment.processes)
+    recipe = recall_recipe(assignment.folder.config)
+    return resuming.resume(replace(assignment, recipe=recipe))

@@ -6,26 +6,26 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from momconv.planner.measurement import autocast
-from momconv.training.job import Job
 from momconv.training.optimisation import set_rate
+from momconv.training.run import Run
 
 
-def add_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Tensor:
+def add_gradients(run: Run, images: Tensor, labels: Tensor, share: float) -> Tensor:
     """Add the gradients of a micro-batch that is ``share`` of its batch; its part of the loss.
 
     The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
     Weights of classes, whose mean over all images is 1, do not change what that is divided by.
     """
-    images = images.to(job.device, non_blocking=True, memory_format=torch.channels_last)
-    labels = labels.to(job.device, non_blocking=True)
-    smoothing = job.recipe.train.label_smoothing
-    if job.class_weights is not None:
-        labels, smoothing = weigh_labels(labels, job.class_weights, smoothing), 0.0
-    with autocast(job.plan.setting.precision, job.device):
-        outputs = job.model(images)
+    images = images.to(run.device, non_blocking=True, memory_format=torch.channels_last)
+    labels = labels.to(run.device, non_blocking=True)
+    smoothing = run.recipe.train.label_smoothing
+    if run.class_weights is not None:
+        labels, smoothing = weigh_labels(labels, run.class_weights, smoothing), 0.0
+    with autocast(run.plan.setting.precision, run.device):
+        outputs = run.model(images)
         total = F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
         loss = share / len(labels) * total
-        job.scaler.scale(loss).backward()
+        run.scaler.scale(loss).backward()
     return loss.detach()
 
 
@@ -45,13 +45,13 @@ def weigh_labels(labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
     return torch.lerp(weighed, weighed.mean(1, keepdim=True), smoothing)
 
 
-def take_step(job: Job, lr: float) -> None:
+def take_step(run: Run, lr: float) -> None:
     """Change the weights by the gradients that have been added up."""
-    set_rate(job.optimizer, lr)
-    if (clip := job.recipe.train.clip) is not None:
-        clip_grad_norm_(job.model.parameters(), clip)
-    job.scaler.step(job.optimizer)  # not where a gradient is too large for fp16
-    job.scaler.update()
-    job.optimizer.zero_grad()
-    if job.average:
-        job.average.update(job.model)
+    set_rate(run.optimizer, lr)
+    if (clip := run.recipe.train.clip) is not None:
+        clip_grad_norm_(run.model.parameters(), clip)
+    run.scaler.step(run.optimizer)  # not where a gradient is too large for fp16
+    run.scaler.update()
+    run.optimizer.zero_grad()
+    if run.average:
+        run.average.update(run.model)

@@ -15,9 +15,9 @@ from momconv.planner.allowance import find_allowance
 from momconv.planner.measurement import measure, static_bytes
 from momconv.planner.outlook import SLACK
 from momconv.training.gradients import add_gradients
-from momconv.training.job import Job
 from momconv.training.planning import BatchPlan
-from momconv.training.progress import Halving, Progress
+from momconv.training.progress import Halving
+from momconv.training.run import Run
 from momconv.training.saving import write_plan
 from momconv.training.steps import fewest_images
 from momconv.units import format_bytes, parse_bytes
@@ -25,18 +25,18 @@ from momconv.units import format_bytes, parse_bytes
 _LEANER = 0.9  # times the memory with which a plan failed
 
 
-def has_to_measure(job: Job, images: int) -> bool:
+def has_to_measure(run: Run, images: int) -> bool:
     """Whether nothing says yet what a micro-batch of so many takes, on a CPU, where nobody counts.
 
     Equal shapes take equal memory. A limit that was asked for is checked once more in each epoch.
     Where only the head learns, it is less than planned.
     """
-    if job.head_only or job.device.type != "cpu" or images in job.measured_sizes:
+    if run.head_only or run.device.type != "cpu" or images in run.measured_sizes:
         return False
-    return job.recipe.train.memory is not None or job.plan.measured_bytes is None
+    return run.recipe.train.memory is not None or run.plan.measured_bytes is None
 
 
-def measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) -> Tensor:
+def measure_gradients(run: Run, images: Tensor, labels: Tensor, share: float) -> Tensor:
     """As ``add_gradients``, and the plan learns the peak.
 
     Raises:
@@ -44,14 +44,14 @@ def measure_gradients(job: Job, images: Tensor, labels: Tensor, share: float) ->
             a CPU.
     """
     losses: list[Tensor] = []
-    work = partial(add_gradients, job, images, labels, share)
-    with _holding_gradients(job.model):
-        peak = measure(lambda: losses.append(work()), job.device)
-    train = job.recipe.train
-    static = static_bytes(job.model, train.optimizer, ema=train.ema > 0)
-    _learn_peak(job, static.total + images.nbytes + labels.nbytes + peak)
-    job.measured_sizes.add(len(labels))
-    if train.memory is not None and job.plan.is_exceeded:
+    work = partial(add_gradients, run, images, labels, share)
+    with _holding_gradients(run.model):
+        peak = measure(lambda: losses.append(work()), run.device)
+    train = run.recipe.train
+    static = static_bytes(run.model, train.optimizer, ema=train.ema > 0)
+    _learn_peak(run, static.total + images.nbytes + labels.nbytes + peak)
+    run.measured_sizes.add(len(labels))
+    if train.memory is not None and run.plan.is_exceeded:
         raise OutOfMemory(f"above the limit of {train.memory}", kind=EXHAUSTED)
     return losses[0]
 
@@ -74,20 +74,20 @@ def _holding_gradients(model: nn.Module) -> Iterator[None]:
         parameter.grad = None
 
 
-def note_peak(job: Job) -> None:
+def note_peak(run: Run) -> None:
     """On a GPU, let the plan learn the peak of all steps so far, those of the head aside."""
-    if job.device.type == "cuda" and not job.head_only:
-        _learn_peak(job, torch.cuda.max_memory_allocated(job.device))
+    if run.device.type == "cuda" and not run.head_only:
+        _learn_peak(run, torch.cuda.max_memory_allocated(run.device))
 
 
-def _learn_peak(job: Job, measured_bytes: int) -> None:
+def _learn_peak(run: Run, measured_bytes: int) -> None:
     """Let the plan have the highest of the peaks that were measured."""
-    if measured_bytes > (job.plan.measured_bytes or 0):
-        job.plan = replace(job.plan, measured_bytes=measured_bytes)
-        write_plan(job)
+    if measured_bytes > (run.plan.measured_bytes or 0):
+        run.plan = replace(run.plan, measured_bytes=measured_bytes)
+        write_plan(run)
 
 
-def halve(job: Job, progress: Progress, error: OutOfMemory | NotReproducible) -> None:
+def halve(run: Run, error: OutOfMemory | NotReproducible) -> None:
     """Go on with smaller micro-batches, at the step that met ``error``. Nothing is written.
 
     Near the limit of a GPU's memory cuDNN may take another algorithm the second time, with other
@@ -97,27 +97,28 @@ def halve(job: Job, progress: Progress, error: OutOfMemory | NotReproducible) ->
         OutOfMemory: There are no smaller ones.
         NotReproducible: There are no smaller ones, or the step is not reproducible with them.
     """
-    before, here = job.plan.micro_batch, (progress.epoch, progress.step)
-    smaller = job.plan.halve(fewest=fewest_images(job.model))
+    progress, before = run.progress, run.plan.micro_batch
+    here = (progress.epoch, progress.step)
+    smaller = run.plan.halve(fewest=fewest_images(run.model))
     if isinstance(error, NotReproducible):
-        if smaller is None or job.redone == here:
+        if smaller is None or run.redone == here:
             raise error
-        job.redone = here
+        run.redone = here
     elif smaller is None:
         doing = f"with micro-batches of {before}"
-        raise out_of_memory(job, error, doing, _find_other_memory(job.plan)) from None
-    job.plan = smaller
-    job.measured_sizes.clear()
+        raise out_of_memory(run, error, doing, _find_other_memory(run.plan)) from None
+    run.plan = smaller
+    run.measured_sizes.clear()
     progress.halvings.append(Halving(progress.epoch + 1, progress.step + 1, smaller.micro_batch))
     what = "ran out of memory" if isinstance(error, OutOfMemory) else "was not reproducible"
-    job.listener.tell(
-        f"warning: {job.device} {what} with micro-batches of {before}; epoch "
+    run.listener.tell(
+        f"warning: {run.device} {what} with micro-batches of {before}; epoch "
         f"{progress.epoch + 1}, step {progress.step + 1} is done again, with {smaller.micro_batch}"
     )
 
 
 @contextmanager
-def offering_to_resume(job: Job) -> Iterator[None]:
+def offering_to_resume(run: Run) -> Iterator[None]:
     """Where memory runs out inside and no smaller batch helps, the run can go on another time.
 
     Raises:
@@ -127,9 +128,9 @@ def offering_to_resume(job: Job) -> Iterator[None]:
         with naming_exhaustion():
             yield
     except OutOfMemory as error:
-        if error.fix and job.folder.resume_command in error.fix:
+        if error.fix and run.folder.resume_command in error.fix:
             raise
-        fix = "\n".join(filter(None, [job.folder.resume_command, error.fix]))
+        fix = "\n".join(filter(None, [run.folder.resume_command, error.fix]))
         raise OutOfMemory(error.message, kind=error.kind, fix=fix) from None
 
 
@@ -152,50 +153,50 @@ def enforcing_limit(device: torch.device, memory: str | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device.index)
 
 
-def compare_peak(job: Job) -> None:
+def compare_peak(run: Run) -> None:
     """Tell if the peak of the run is above what was planned; on a GPU, whatever it is."""
-    measured, planned = job.plan.measured_bytes, job.plan.predicted_bytes
+    measured, planned = run.plan.measured_bytes, run.plan.predicted_bytes
     if measured is None:
         return
     if measured > planned * (1 + SLACK):
-        job.listener.tell(
+        run.listener.tell(
             f"warning: the peak was {format_bytes(measured)}, above the {format_bytes(planned)} "
             "that were planned"
         )
-    elif job.device.type == "cuda":
-        job.listener.tell(
+    elif run.device.type == "cuda":
+        run.listener.tell(
             f"note: the peak was {format_bytes(measured)}; planned were {format_bytes(planned)}, "
             "context and libraries included"
         )
 
 
-def reset_peak(job: Job) -> None:
+def reset_peak(run: Run) -> None:
     """Begin to measure anew."""
-    job.measured_sizes.clear()
-    if job.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(job.device)
+    run.measured_sizes.clear()
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
 
 
-def peak_bytes(job: Job) -> int:
+def peak_bytes(run: Run) -> int:
     """The peak since the epoch began; on the CPU, where nobody counts, of the first step."""
-    if job.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(job.device)
-    return job.plan.measured_bytes or job.plan.predicted_bytes
+    if run.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(run.device)
+    return run.plan.measured_bytes or run.plan.predicted_bytes
 
 
-def halved(job: Job) -> int:
+def halved(run: Run) -> int:
     """The next smaller micro-batch."""
-    return max(fewest_images(job.model), job.plan.micro_batch // 2)
+    return max(fewest_images(run.model), run.plan.micro_batch // 2)
 
 
-def out_of_memory(job: Job, error: OutOfMemory, doing: str, remedy: str) -> OutOfMemory:
+def out_of_memory(run: Run, error: OutOfMemory, doing: str, remedy: str) -> OutOfMemory:
     """What ends a run if no smaller batch helps against ``error``; the ``remedy`` may."""
     *_, words = error.message.splitlines()
     return OutOfMemory(
-        f"{job.device} ran out of memory {doing}, and there are no smaller ones; the state before "
+        f"{run.device} ran out of memory {doing}, and there are no smaller ones; the state before "
         f"it is saved\n{words}",
         kind=error.kind,
-        fix=f"{job.folder.resume_command} {remedy}",
+        fix=f"{run.folder.resume_command} {remedy}",
     )
 
 

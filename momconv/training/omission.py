@@ -16,9 +16,8 @@ from momconv.data.inspection import refuse_many_unreadable
 from momconv.errors import DataError
 from momconv.names import encode_name
 from momconv.opening import open_regular
-from momconv.recipe import DataRecipe
-from momconv.training.job import Job
 from momconv.training.progress import Listener, Omission, Progress, SplitName
+from momconv.training.run import Run
 from momconv.training.saving import save_event
 from momconv.words import itemise, name_some, plural, printable
 
@@ -27,39 +26,18 @@ _SHOWN = 5  # files that a message names
 _SPLITS: tuple[SplitName, ...] = ("train", "val")
 
 
-def leave_out(job: Job, progress: Progress, split: SplitName, error: UnreadableImage) -> None:
-    """As ``omit``, in a run that has a folder, whose state knows of it at once."""
-    omit(
-        progress,
-        split,
-        job.splits,
-        error,
-        recipe=job.recipe.data,
-        listener=job.listener,
-        go_on=job.folder.resume_command,
-    )
-    save_event(job, progress)
-
-
-def omit(  # noqa: PLR0913 (one for each thing that it depends on)
-    progress: Progress,
-    split: SplitName,
-    splits: Splits,
-    error: UnreadableImage,
-    *,
-    recipe: DataRecipe,
-    listener: Listener,
-    go_on: str | None = None,
-) -> None:
+def leave_out(run: Run, split: SplitName, error: UnreadableImage) -> None:
     """Go on without the image of the ``split`` that the ``error`` is about.
 
-    ``go_on`` is the command that goes on with the run.
+    Once the run has begun, its state knows of it at once.
 
     Raises:
         DataError: Too many are left out now, the folder of images is gone, or the recipe is strict.
     """
-    images, path = select(splits, split), error.path
+    recipe, progress, path = run.recipe.data, run.progress, error.path
+    images = select(run.splits, split)
     image = find_number(images, error)
+    go_on = run.folder.resume_command if run.has_begun else None
     _refuse_lost_folder(images, path, progress.left_out(split), go_on)
     reason = _find_reason(path)
     if recipe.strict:
@@ -70,10 +48,12 @@ def omit(  # noqa: PLR0913 (one for each thing that it depends on)
     refuse_many_unreadable(problems, total, recipe.max_bad_fraction)
     step = progress.step + 1 if split == "train" else None
     progress.omissions.append(Omission(progress.epoch + 1, step, split, image, encode_name(path)))
-    listener.tell(
+    run.listener.tell(
         f"warning: {printable(path)}: {reason}; going on without it "
         f"({len(paths)} of {total} images unreadable since the start)"
     )
+    if run.has_begun:
+        save_event(run)
 
 
 def take_back(
@@ -149,14 +129,14 @@ def _find_reason(path: Path) -> str:
     return examine(path).problem or "could not be read"  # the file may be back by now
 
 
-def keep_rest(splits: Splits, progress: Progress) -> Splits:
-    """The images that are not left out."""
+def keep_rest(run: Run) -> Splits:
+    """The images of the run that are not left out."""
 
     def rest(split: SplitName) -> ImageSet:
-        images, left_out = select(splits, split), progress.left_out(split)
+        images, left_out = select(run.splits, split), run.progress.left_out(split)
         return images.select(n for n in range(len(images.samples)) if n not in left_out)
 
-    return replace(splits, train=rest("train"), val=rest("val"))
+    return replace(run.splits, train=rest("train"), val=rest("val"))
 
 
 def select(splits: Splits, split: SplitName) -> ImageSet:

@@ -7,13 +7,14 @@ where 0.01 learns much faster: a loss that hardly moves at low rates makes the f
 Afterwards the network, and all that is random, is as before.
 """
 
+import copy
 import csv
 import io
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,12 +24,10 @@ from momconv.exhaustion import naming_exhaustion
 from momconv.files.atomic import write_atomically, write_text
 from momconv.files.tensor_file import write_tensors
 from momconv.training.gradients import add_gradients, take_step
-from momconv.training.job import Job
 from momconv.training.memory import halve
-from momconv.training.omission import omit
-from momconv.training.optimisation import make_optimizer
+from momconv.training.omission import leave_out
 from momconv.training.processes import ALONE
-from momconv.training.progress import Progress
+from momconv.training.run import Run
 from momconv.training.state import read_random_states, set_random_states
 from momconv.training.steps import Step, Steps
 from momconv.vocabulary import OPTIMIZERS
@@ -50,8 +49,8 @@ class Point:
     smoothed: float
 
 
-def find_rate(job: Job, progress: Progress) -> float | None:
-    """A good highest learning rate for the run that ``job`` is about to start.
+def find_rate(run: Run) -> float | None:
+    """A good highest learning rate for the ``run`` that is about to start.
 
     None if the loss was lowest at the first, and so fell at no rate.
 
@@ -63,20 +62,20 @@ def find_rate(job: Job, progress: Progress) -> float | None:
         ResourceError: Memory is exhausted.
         DataError: Too many images cannot be read any more.
     """
-    recipe = job.recipe.change(train={"ema": 0.0})
-    optimizer = make_optimizer(job.model, recipe.train)
-    trial = replace(job, recipe=recipe, optimizer=optimizer, processes=ALONE)
+    trial = copy.copy(run)
+    trial.recipe, trial.processes = run.recipe.change(train={"ema": 0.0}), ALONE
+    trial.equip()
     rates = _list_rates(trial)
-    with _as_before(job):
-        points = list(_search(trial, progress, rates))
-    job.plan = trial.plan
+    with _as_before(run):
+        points = list(_search(trial, rates))
+    run.plan = trial.plan
     if len(points) < len(rates) // _PART:
         raise _exploded(trial, points)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["lr", "loss", "smoothed"])
     writer.writerows((point.lr, point.loss, point.smoothed) for point in points)
-    write_text(job.folder.rates, table.getvalue())
+    write_text(run.folder.rates, table.getvalue())
     return choose_rate(points)
 
 
@@ -101,8 +100,8 @@ def choose_rate(points: Sequence[Point]) -> float | None:
     return None if best is points[0] else float(f"{best.lr / 10:.3g}")
 
 
-def _exploded(job: Job, points: Sequence[Point]) -> MomconvError:
-    low, _ = OPTIMIZERS[job.recipe.train.optimizer].rates
+def _exploded(run: Run, points: Sequence[Point]) -> MomconvError:
+    low, _ = OPTIMIZERS[run.recipe.train.optimizer].rates
     return MomconvError(
         f"--lr auto: the loss explodes within {len(points) + 1} steps, at rates from {low:g} on",
         kind="train.no_rate",
@@ -110,15 +109,15 @@ def _exploded(job: Job, points: Sequence[Point]) -> MomconvError:
     )
 
 
-def _list_rates(job: Job) -> list[float]:
-    low, high = OPTIMIZERS[job.recipe.train.optimizer].rates
-    count = count_trials(job.recipe.train.epochs * job.steps_per_epoch)
+def _list_rates(run: Run) -> list[float]:
+    low, high = OPTIMIZERS[run.recipe.train.optimizer].rates
+    count = count_trials(run.recipe.train.epochs * run.steps_per_epoch)
     return [low * (high / low) ** (n / (count - 1)) for n in range(count)]
 
 
-def _search(job: Job, progress: Progress, rates: Sequence[float]) -> Iterator[Point]:
+def _search(run: Run, rates: Sequence[float]) -> Iterator[Point]:
     average, lowest = 0.0, math.inf
-    for n, (rate, loss) in enumerate(_try(job, progress, rates), start=1):
+    for n, (rate, loss) in enumerate(_try(run, rates), start=1):
         average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
         smoothed = average / (1 - _SMOOTHING**n)
         lowest = min(lowest, smoothed)
@@ -127,51 +126,50 @@ def _search(job: Job, progress: Progress, rates: Sequence[float]) -> Iterator[Po
         yield Point(rate, loss, smoothed)
 
 
-def _try(job: Job, progress: Progress, rates: Sequence[float]) -> Iterator[tuple[float, float]]:
+def _try(run: Run, rates: Sequence[float]) -> Iterator[tuple[float, float]]:
     """Each rate and the loss before its step."""
-    steps = Steps(job)
+    steps = Steps(run)
     n = 0
     for epoch in itertools.count():
-        for step in steps.read(epoch, first=0, left_out=progress.left_out("train")):
+        for step in steps.read(epoch, first=0, left_out=run.progress.left_out("train")):
             rate = rates[n]
             try:
                 with naming_exhaustion():
-                    loss = _add_up(job, step)
+                    loss = _add_up(run, step)
             except (OutOfMemory, NotReproducible) as error:
-                job.model.zero_grad()
-                job.renew_scaler()
-                halve(job, progress, error)
+                run.model.zero_grad()
+                run.renew_scaler()
+                halve(run, error)
                 break  # and go on with the next epoch's images
             except UnreadableImage as error:
-                job.model.zero_grad()
-                recipe, listener = job.recipe.data, job.listener
-                omit(progress, "train", job.splits, error, recipe=recipe, listener=listener)
+                run.model.zero_grad()
+                leave_out(run, "train", error)
                 break
             yield rate, loss
-            take_step(job, rate)
+            take_step(run, rate)
             n += 1
-            job.listener.advance("looking for a learning rate", n, len(rates), f"{rate:.2g}")
+            run.listener.advance("looking for a learning rate", n, len(rates), f"{rate:.2g}")
             if n == len(rates):
                 return
 
 
-def _add_up(job: Job, step: Step) -> float:
-    loss = sum(add_gradients(job, x, y, len(y) / step.images) for x, y in step.parts)
-    job.scaler.unscale_(job.optimizer)
+def _add_up(run: Run, step: Step) -> float:
+    loss = sum(add_gradients(run, x, y, len(y) / step.images) for x, y in step.parts)
+    run.scaler.unscale_(run.optimizer)
     return float(loss)
 
 
 @contextmanager
-def _as_before(job: Job) -> Iterator[None]:
+def _as_before(run: Run) -> Iterator[None]:
     """Afterwards the network and the random state are what they were.
 
     The weights wait in a file: nobody has planned memory for a copy.
     """
     random_states = read_random_states()
-    with TemporaryDirectory(".tmp", ".weights.", job.folder.path) as folder:
+    with TemporaryDirectory(".tmp", ".weights.", run.folder.path) as folder:
         file = Path(folder) / "weights.safetensors"
-        write_atomically(file, lambda target: write_tensors(target, job.model.state_dict(), {}))
+        write_atomically(file, lambda target: write_tensors(target, run.model.state_dict(), {}))
         yield
-        job.model.load_state_dict(checkpoints.read_state(file))
-    job.model.zero_grad()
+        run.model.load_state_dict(checkpoints.read_state(file))
+    run.model.zero_grad()
     set_random_states(random_states)

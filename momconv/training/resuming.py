@@ -13,11 +13,11 @@ from momconv.errors import DataError, ModelFileError, MomconvError, UsageError
 from momconv.files import model_file
 from momconv.files.atomic import remove, write_bytes, write_text
 from momconv.opening import is_special, read_regular
+from momconv.planner.outlook import Fixed
 from momconv.recipe import KEYS, SECTIONS, Recipe, dump_recipe, recall_recipe
 from momconv.training import network
 from momconv.training.images import list_new, recall_images
-from momconv.training.job import Job
-from momconv.training.optimisation import make_optimizer, require_stages
+from momconv.training.optimisation import require_stages
 from momconv.training.planning import (
     BatchPlan,
     Setting,
@@ -25,12 +25,12 @@ from momconv.training.planning import (
     plan_batches,
     tell_of_plan,
 )
-from momconv.training.progress import Progress, require_validation
+from momconv.training.progress import require_validation
 from momconv.training.provenance import describe_machine, read_provenance, tell_of_differences
+from momconv.training.run import Assignment, Run, make_run
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import publish, remember_documents, save, write_plan
 from momconv.training.state import load_newest, read_documents
-from momconv.training.task import Task
 from momconv.words import describe_classes, name_some, plural, printable
 from momconv.zoo import checkpoints
 
@@ -46,8 +46,8 @@ _FIXED = [
 ]
 
 
-def resume(task: Task) -> tuple[Job, Progress]:
-    """A run as it was when its state was saved, but for what the recipe changes.
+def resume(assignment: Assignment) -> Run:
+    """Return the run as it was when its state was saved, but for what the recipe changes.
 
     Raises:
         UsageError: It changes what the run is about.
@@ -55,57 +55,53 @@ def resume(task: Task) -> tuple[Job, Progress]:
         DataError: The images have changed.
         ResourceError: The run does not fit the memory any more.
     """
-    recipe, run = task.recipe, task.run
-    run.require_state()
-    if task.processes.leads:
-        run.make()
-        mend(run, task.listener.tell)
-    before = recall_recipe(run.config)
-    _refuse_changes(before, recipe, run)
-    saved = load_newest(run, task.listener.tell, partial(network.make_own, recipe.model))
-    model, progress = saved.model, saved.progress
-    splits = recall_images(run.split, recipe.data.path, task.listener, progress=progress)
+    recipe, folder, listener = assignment.recipe, assignment.folder, assignment.listener
+    folder.require_state()
+    if assignment.processes.leads:
+        folder.make()
+        mend(folder, listener.tell)
+    before = recall_recipe(folder.config)
+    _refuse_changes(before, recipe, folder)
+    saved = load_newest(folder, listener.tell, partial(network.make_own, recipe.model))
+    model = saved.model
+    splits = recall_images(folder.split, recipe.data.path, listener, progress=saved.progress)
     require_stages(model, recipe.train)
     require_validation(recipe, splits)
-    _tell_of_changes(task, splits, before)
-    network.place(model, task.device)
+    _tell_of_images(assignment, splits, before)
+    _tell_of_another_machine(assignment)
+    network.place(model, assignment.device)
     network.start_training(model, recipe.train)
-    setting = task.describe_setting(splits, model, fixed=("gamma", "resolution", "freeze"))
-    plan = _recall_plan(run, setting, model)
-    optimizer = make_optimizer(model, recipe.train)
-    saved.restore_optimizer(optimizer, model)
+    fixed: tuple[Fixed, ...] = ("gamma", "resolution", "freeze")
+    setting = assignment.describe_setting(model, len(splits.train.samples), fixed)
+    plan = _recall_plan(folder, setting, model)
+    run = make_run(assignment, splits, model, plan, saved.progress)
+    saved.restore_optimizer(run.optimizer, model)
     saved.restore_random_states()
-    job = task.make_job(splits, model, optimizer, plan)
-    job.restore_extras(saved.extras)
-    remember_documents(job)
-    _write_down(job, progress, before)
-    _tell_of_resuming(job, progress, before)
-    return job, progress
+    run.restore_extras(saved.extras)
+    remember_documents(run)
+    _write_down(run, before)
+    _tell_of_resuming(run, before)
+    return run
 
 
-def _write_down(job: Job, progress: Progress, before: Recipe) -> None:
+def _write_down(run: Run, before: Recipe) -> None:
     """Let the state have what has changed, and the folder the files that follow from the state."""
-    recipe = job.recipe.with_absolute_paths()
+    recipe = run.recipe.with_absolute_paths()
     if recipe.train.resolved_lr != before.train.resolved_lr:
-        progress.lr_factor = 1.0
-    if job.processes.leads:
-        _tell_of_damage(job.folder.last, job.listener.tell)
-    if _give_up_lost_model(job, progress) or recipe != before:
-        save(job, progress)
-    if job.processes.leads:
-        write_text(job.folder.config, dump_recipe(recipe))
-    write_plan(job)
-    publish(job, progress)
+        run.progress.lr_factor = 1.0
+    if run.processes.leads:
+        _tell_of_damage(run.folder.last, run.listener.tell)
+    if _give_up_lost_model(run) or recipe != before:
+        save(run)
+    if run.processes.leads:
+        write_text(run.folder.config, dump_recipe(recipe))
+    write_plan(run)
+    publish(run)
 
 
-def _tell_of_changes(task: Task, splits: Splits, before: Recipe) -> None:
-    _tell_of_images(task, splits, before)
-    _tell_of_another_machine(task)
-
-
-def _tell_of_images(task: Task, splits: Splits, before: Recipe) -> None:
+def _tell_of_images(assignment: Assignment, splits: Splits, before: Recipe) -> None:
     """What is not as it was where the images lie: the folder itself, further images and classes."""
-    data, tell = task.recipe.with_absolute_paths().data, task.listener.tell
+    data, tell = assignment.recipe.with_absolute_paths().data, assignment.listener.tell
     root = data.path or splits.train.root
     if data.path != before.data.path:
         then = printable(before.data.path or splits.train.root)
@@ -120,8 +116,8 @@ def _tell_of_images(task: Task, splits: Splits, before: Recipe) -> None:
         return
     classes = [name for name in new.train.classes if name not in splits.train.classes]
     of_classes = f", of {describe_classes(classes)}, which are new too" if classes else ""
-    folder = shlex.quote(str(task.run.find_unused()))
-    command = f"momconv finetune --from {shlex.quote(str(task.run.best))} -o {folder}"
+    folder = shlex.quote(str(assignment.folder.find_unused()))
+    command = f"momconv finetune --from {shlex.quote(str(assignment.folder.best))} -o {folder}"
     if data.path:
         command += f" --data {shlex.quote(str(data.path))}"
     are = "is" if len(added) == 1 else "are"
@@ -131,33 +127,34 @@ def _tell_of_images(task: Task, splits: Splits, before: Recipe) -> None:
     )
 
 
-def _tell_of_another_machine(task: Task) -> None:
-    if not task.run.provenance.is_file():
+def _tell_of_another_machine(assignment: Assignment) -> None:
+    if not assignment.folder.provenance.is_file():
         return
-    began = read_provenance(task.run.provenance)
-    now = began.model_copy(update={"machine": describe_machine(task.device)})
-    tell_of_differences(began, now, task.listener)
+    began = read_provenance(assignment.folder.provenance)
+    now = began.model_copy(update={"machine": describe_machine(assignment.device)})
+    tell_of_differences(began, now, assignment.listener)
 
 
-def _recall_plan(run: RunFolder, setting: Setting, model: nn.Module) -> BatchPlan:
-    if not run.plan.is_file():
+def _recall_plan(folder: RunFolder, setting: Setting, model: nn.Module) -> BatchPlan:
+    if not folder.plan.is_file():
         return plan_batches(model, setting)
-    return plan_again(BatchPlan.from_json(read_regular(run.plan)), setting, model)
+    return plan_again(BatchPlan.from_json(read_regular(folder.plan)), setting, model)
 
 
-def _give_up_lost_model(job: Job, progress: Progress) -> bool:
+def _give_up_lost_model(run: Run) -> bool:
     """Whether ``best`` is not the model of the best epoch, which then counts no more; it is told.
 
     That of the last epoch is in the state, as long as the next one has not begun.
     """
-    best, path = progress.find_best(job.recipe.train.monitor), job.folder.best
+    progress = run.progress
+    best, path = progress.find_best(run.recipe.train.monitor), run.folder.best
     if best is None or (best is progress.history[-1] and not progress.step):
         return False
     problem = _find_problem(path, best.epoch)
     if problem is None:
         return False
     progress.lost = progress.epoch if progress.step else progress.epoch - 1
-    job.listener.tell(
+    run.listener.tell(
         f"warning: the best model, of epoch {best.epoch}, is lost: {problem}\n"
         f"from now on the best of epoch {progress.lost + 1} and later ones counts"
     )
@@ -175,7 +172,7 @@ def _find_problem(path: Path, epoch: int) -> str | None:
     return None
 
 
-def _refuse_changes(before: Recipe, now: Recipe, run: RunFolder) -> None:
+def _refuse_changes(before: Recipe, now: Recipe, folder: RunFolder) -> None:
     changes = list_changes(before, now.with_absolute_paths(), _FIXED)
     if now.train.lr == "auto":
         changes.append(f"train.lr from {before.train.resolved_lr:g} to auto")
@@ -183,28 +180,29 @@ def _refuse_changes(before: Recipe, now: Recipe, run: RunFolder) -> None:
         raise UsageError(
             f"a run that goes on cannot change {', '.join(changes)}",
             kind="usage.resume_changes",
-            fix=f"{run.resume_command}\n-o {shlex.quote(str(run.find_unused()))}",
+            fix=f"{folder.resume_command}\n-o {shlex.quote(str(folder.find_unused()))}",
         )
 
 
-def _tell_of_resuming(job: Job, progress: Progress, before: Recipe) -> None:
-    epochs = job.recipe.train.epochs
+def _tell_of_resuming(run: Run, before: Recipe) -> None:
+    progress = run.progress
+    epochs = run.recipe.train.epochs
     if progress.epoch >= epochs:
-        more = f"To go on: {job.folder.resume_command} --epochs {2 * progress.epoch}"
-        job.listener.tell(
-            f"note: {job.folder.path} is complete ({progress.epoch}/{epochs}). {more}"
+        more = f"To go on: {run.folder.resume_command} --epochs {2 * progress.epoch}"
+        run.listener.tell(
+            f"note: {run.folder.path} is complete ({progress.epoch}/{epochs}). {more}"
         )
         return
-    if changes := list_changes(before, job.recipe, KEYS):
-        job.listener.tell(f"note: changed since: {', '.join(changes)}")
-    where = f"epoch {progress.epoch + 1}/{epochs}, step {progress.step}/{job.steps_per_epoch}"
-    job.listener.tell(f"note: going on in {where}")
-    tell_of_plan(job.plan, job.model, job.listener)
+    if changes := list_changes(before, run.recipe, KEYS):
+        run.listener.tell(f"note: changed since: {', '.join(changes)}")
+    where = f"epoch {progress.epoch + 1}/{epochs}, step {progress.step}/{run.steps_per_epoch}"
+    run.listener.tell(f"note: going on in {where}")
+    tell_of_plan(run.plan, run.model, run.listener)
     if epochs != before.train.epochs:
-        lr = job.rate_at(progress.epoch, progress.step)
-        job.listener.tell(
+        lr = run.rate_at(progress.epoch, progress.step)
+        run.listener.tell(
             f"note: {epochs} epochs instead of {before.train.epochs}: the schedule "
-            f"({job.recipe.train.schedule}) now ends there, and the learning rate goes on at "
+            f"({run.recipe.train.schedule}) now ends there, and the learning rate goes on at "
             f"{lr:.3g}"
         )
 

@@ -21,78 +21,80 @@ from momconv.files import model_file
 from momconv.files.atomic import write_text
 from momconv.recipe import Recipe, dump_recipe
 from momconv.training.interruption import Interrupted, TimeUp
-from momconv.training.job import Job
 from momconv.training.network import anneal, make_own
 from momconv.training.progress import EpochRow, Progress, Rollback
+from momconv.training.run import Run
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_newest, save_state
 from momconv.units import parse_duration
 
 
-def save(job: Job, progress: Progress) -> None:
+def save(run: Run) -> None:
     """Write the state; then, for people, the models and the numbers."""
-    _save_state(job, progress)
-    publish(job, progress)
+    _save_state(run)
+    publish(run)
 
 
-def begin(job: Job, progress: Progress) -> None:
+def begin(run: Run) -> None:
     """Write the first state, once the folder has what the run begins with."""
-    remember_documents(job)
-    _save_state(job, progress)
+    remember_documents(run)
+    _save_state(run)
 
 
-def remember_documents(job: Job) -> None:
+def remember_documents(run: Run) -> None:
     """Let all states have what the run began with, as it is in the folder now."""
-    kept = [path for path in (job.folder.provenance, job.folder.split) if path.is_file()]
-    job.documents = {path.name: path.read_bytes() for path in kept}
+    run.has_begun = True
+    kept = [path for path in (run.folder.provenance, run.folder.split) if path.is_file()]
+    run.documents = {path.name: path.read_bytes() for path in kept}
 
 
-def save_event(job: Job, progress: Progress) -> None:
+def save_event(run: Run) -> None:
     """Write the state after what went wrong in a step, then the plan and the numbers.
 
     A run that is killed afterwards goes on with what was changed because of it.
     """
-    _save_state(job, progress)
-    write_plan(job)
-    if job.processes.leads:
-        write_history(job.folder, progress)
+    _save_state(run)
+    write_plan(run)
+    if run.processes.leads:
+        write_history(run.folder, run.progress)
 
 
-def _save_state(job: Job, progress: Progress) -> None:
-    if job.processes.leads:
-        extras, documents = job.read_extras(), _collect_documents(job)
-        save_state(job.folder, job.model, job.optimizer, progress, extras, documents)
+def _save_state(run: Run) -> None:
+    if run.processes.leads:
+        extras, documents = run.read_extras(), _collect_documents(run)
+        save_state(run.folder, run.model, run.optimizer, run.progress, extras, documents)
 
 
-def _collect_documents(job: Job) -> dict[str, bytes]:
+def _collect_documents(run: Run) -> dict[str, bytes]:
     """What the run needs to go on besides tensors and counters, as the files for people say it."""
-    recipe = dump_recipe(job.recipe.with_absolute_paths())
-    texts = {job.folder.config.name: recipe, job.folder.plan.name: job.plan.to_json()}
-    return job.documents | {name: text.encode() for name, text in texts.items()}
+    recipe = dump_recipe(run.recipe.with_absolute_paths())
+    texts = {run.folder.config.name: recipe, run.folder.plan.name: run.plan.to_json()}
+    return run.documents | {name: text.encode() for name, text in texts.items()}
 
 
-def publish(job: Job, progress: Progress) -> None:
+def publish(run: Run) -> None:
     """Write the models and the numbers that belong to the state."""
-    if not job.processes.leads:
+    progress = run.progress
+    if not run.processes.leads:
         return
     epoch_ended = progress.history and not progress.step
-    best = progress.find_best(job.recipe.train.monitor)
+    best = progress.find_best(run.recipe.train.monitor)
     if epoch_ended and best is progress.history[-1]:
-        _save_model(job, job.folder.best, progress)
-    _save_model(job, job.folder.last, progress)
-    write_history(job.folder, progress)
-    if job.recipe.log.tensorboard:
-        write_board(job.folder, progress.history)
+        _save_model(run, run.folder.best)
+    _save_model(run, run.folder.last)
+    write_history(run.folder, progress)
+    if run.recipe.log.tensorboard:
+        write_board(run.folder, progress.history)
 
 
-def write_plan(job: Job) -> None:
+def write_plan(run: Run) -> None:
     """Write how batches are split now."""
-    if job.processes.leads:
-        write_text(job.folder.plan, job.plan.to_json())
+    if run.processes.leads:
+        write_text(run.folder.plan, run.plan.to_json())
 
 
 @contextmanager
-def saving_on_failure(job: Job, progress: Progress) -> Iterator[None]:
+def saving_on_failure(run: Run) -> Iterator[None]:
     """Save if what happens inside is interrupted, or fails for whatever reason.
 
     Not if the numbers are spoilt, or a step is half done: then the last saved state is the one to
@@ -103,77 +105,78 @@ def saving_on_failure(job: Job, progress: Progress) -> Iterator[None]:
     except NotFinite:
         raise
     except (Interrupted, TimeUp, MomconvError):
-        if job.is_whole:
-            save(job, progress)
+        if run.is_whole:
+            save(run)
         raise
     except Exception:
-        _save_if_possible(job, progress)
+        _save_if_possible(run)
         raise
 
 
-def _save_if_possible(job: Job, progress: Progress) -> None:
+def _save_if_possible(run: Run) -> None:
     """Save, and tell how to go on, after what nobody expected, which may be in the way of that."""
-    saved = job.is_whole
+    saved = run.is_whole
     with suppress(Exception):
         if saved:
-            save(job, progress)
+            save(run)
     where = "this step" if saved else "the last time that the run was saved"
-    job.listener.tell(f"note: the state of {where} is kept. To go on: {job.folder.resume_command}")
+    run.listener.tell(f"note: the state of {where} is kept. To go on: {run.folder.resume_command}")
 
 
 @contextmanager
-def indivisible(job: Job) -> Iterator[None]:
-    """What is inside is done as a whole, or else the job is not whole any more."""
-    job.is_whole = False
+def indivisible(run: Run) -> Iterator[None]:
+    """What is inside is done as a whole, or else the run is not whole any more."""
+    run.is_whole = False
     yield
-    job.is_whole = True
+    run.is_whole = True
 
 
-def anneal_networks(job: Job, progress: Progress) -> None:
+def anneal_networks(run: Run) -> None:
     """Give the network and its average the γ of the next step."""
-    done = progress.epoch + progress.step / job.steps_per_epoch
-    for network in job.networks:
-        anneal(network, job.recipe.momentum, done)
+    done = run.progress.epoch + run.progress.step / run.steps_per_epoch
+    for network in run.networks:
+        anneal(network, run.recipe.momentum, done)
 
 
 class NotFinite(MomconvError):
     """A loss, a gradient or a weight is infinite or not a number."""
 
 
-def go_back(job: Job, progress: Progress) -> None:
+def go_back(run: Run) -> None:
     """Return to the state that was saved last.
 
     Raises:
         ModelFileError: It is damaged or gone.
     """
-    with job.processes.leader_first():
-        make = partial(make_own, job.recipe.model)
-        saved = load_newest(job.folder, job.listener.tell, make)
-    with indivisible(job):
-        job.model.load_state_dict(saved.model.state_dict())
-        job.optimizer.zero_grad()
-        job.renew_scaler()
-        saved.restore_optimizer(job.optimizer, job.model)
-        job.restore_extras(saved.extras)
+    with run.processes.leader_first():
+        make = partial(make_own, run.recipe.model)
+        saved = load_newest(run.folder, run.listener.tell, make)
+    with indivisible(run):
+        run.model.load_state_dict(saved.model.state_dict())
+        run.optimizer.zero_grad()
+        run.renew_scaler()
+        saved.restore_optimizer(run.optimizer, run.model)
+        run.restore_extras(saved.extras)
         saved.restore_random_states()
-        progress.go_back(saved.progress)
-        anneal_networks(job, progress)
+        run.progress.go_back(saved.progress)
+        anneal_networks(run)
 
 
-def go_back_and_slow_down(job: Job, progress: Progress, error: NotFinite) -> None:
+def go_back_and_slow_down(run: Run, error: NotFinite) -> None:
     """Return to the state that was saved last, with half the learning rate, but only once.
 
     Raises:
         NotFinite: It happened before.
     """
+    progress = run.progress
     if progress.lr_factor < 1:
         raise error
     progress.rollbacks.append(Rollback(progress.epoch + 1, progress.step + 1))
     what = error.message.partition("\n")[0]
-    go_back(job, progress)
+    go_back(run)
     progress.lr_factor = 0.5
-    save(job, progress)
-    job.listener.tell(
+    save(run)
+    run.listener.tell(
         f"warning: {what}; going back to epoch {progress.epoch + 1}, step {progress.step}, and on "
         "with half the learning rate"
     )
@@ -185,30 +188,31 @@ class Autosave:
     To be called after each step. Nothing but the state is written, which changes nothing in a run.
     """
 
-    def __init__(self, job: Job, progress: Progress) -> None:
-        self._job, self._progress = job, progress
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._saved = time.monotonic()
 
     def __call__(self) -> None:
         """Save if it is time."""
         if self._is_due():
-            _save_state(self._job, self._progress)
+            _save_state(self._run)
             self._saved = time.monotonic()
 
     def _is_due(self) -> bool:
-        every = self._job.recipe.train.save_every
+        every = self._run.recipe.train.save_every
         if isinstance(every, int):
-            return self._progress.step % every == 0
+            return self._run.progress.step % every == 0
         return time.monotonic() - self._saved >= parse_duration(every)
 
 
-def _save_model(job: Job, path: Path, progress: Progress) -> None:
+def _save_model(run: Run, path: Path) -> None:
+    progress = run.progress
     metrics = asdict(progress.history[-1]) if progress.history else None
     finished: dict[str, object] = {"epochs": progress.epoch, "metrics": metrics}
     if progress.step:
         finished["steps_into_next"] = progress.step
-    data = {"fingerprint": job.splits.fingerprint}
-    model_file.save(job.networks[-1], path, {"training": finished, "data": data})
+    data = {"fingerprint": run.splits.fingerprint}
+    model_file.save(run.networks[-1], path, {"training": finished, "data": data})
 
 
 def write_history(folder: RunFolder, progress: Progress) -> None:

@@ -23,15 +23,14 @@ from momconv.training.images import (
     remember_images,
     require_folder,
 )
-from momconv.training.job import Job
-from momconv.training.omission import omit
-from momconv.training.optimisation import describe_frozen, make_optimizer, require_stages
+from momconv.training.omission import leave_out
+from momconv.training.optimisation import describe_frozen, require_stages
 from momconv.training.planning import BatchPlan, Setting, plan_batches, tell_of_plan
-from momconv.training.progress import Listener, Progress, require_validation
+from momconv.training.progress import Listener, require_validation
 from momconv.training.provenance import Provenance, find_provenance, tell_of_differences
 from momconv.training.rate_finder import find_rate
+from momconv.training.run import Assignment, Run, make_run
 from momconv.training.saving import begin
-from momconv.training.task import Task
 from momconv.zoo.description import Preprocessing, describe, mark_as_seen
 
 _NO_MOMENTUM = (
@@ -41,27 +40,32 @@ _NO_MOMENTUM = (
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """What a new run works with, before anything of it is written."""
+class Prepared:
+    """A run that can begin, and what its files say of it."""
 
-    task: Task  # with what the plan changed
+    run: Run
     images: CheckedImages
     provenance: Provenance
-    model: nn.Module
-    plan: BatchPlan
 
 
-def prepare(task: Task) -> Ready:
-    """Check images, network, memory and disk; nothing is written.
+def prepare(
+    assignment: Assignment, *, overwrite: bool = False, like: Provenance | None = None
+) -> Prepared:
+    """Check images, network, memory and disk. Nothing is written.
+
+    Args:
+        assignment: What was asked for.
+        overwrite: Whether its folder may hold another run.
+        like: Of a run that this one is to be compared to, which the listener hears of.
 
     Raises:
         MomconvError: The run cannot be.
     """
-    recipe, run, listener = task.recipe, task.run, task.listener
+    recipe, listener, device = assignment.recipe, assignment.listener, assignment.device
     folder = require_folder(recipe.data)
-    run.require_outside(folder)
-    run.require_unused(overwrite=task.overwrite)
-    run.require_room(0)
+    assignment.folder.require_outside(folder)
+    assignment.folder.require_unused(overwrite=overwrite)
+    assignment.folder.require_room(0)
     found = find_images(folder, recipe.data, listener)
     model = network.load(recipe, listener.tell)
     require_stages(model, recipe.train)
@@ -70,67 +74,70 @@ def prepare(task: Task) -> Ready:
     images = keep_readable(found, recipe.data, listener, describe(model).seen)
     _check_images(recipe, images.splits, listener)
     _settle_ranges(model, images, listener)
-    provenance = find_provenance(recipe, model, images.report.fingerprint, task.device)
-    if task.like:
-        tell_of_differences(task.like, provenance, listener)
+    provenance = find_provenance(recipe, model, images.report.fingerprint, device)
+    if like:
+        tell_of_differences(like, provenance, listener)
     if recipe.data.resolution is not None:
         listener.tell(f"note: {_describe_resizing(describe(model).preprocessing)}")
-    network.fit_head(model, images.splits.train.classes)
-    trained_on = (images.findings[sample.path].sha256 for sample in images.splits.train.samples)
-    mark_as_seen(model, trained_on)
-    network.place(model, task.device)
+    train = images.splits.train
+    network.fit_head(model, train.classes)
+    mark_as_seen(model, (images.findings[sample.path].sha256 for sample in train.samples))
+    network.place(model, device)
     network.start_training(model, recipe.train)
     if frozen := describe_frozen(model):
         listener.tell(frozen)
-    task, plan = _plan(task, images.splits, model)
-    task.choose_workers(images.splits, plan)  # so that it fails now if at all
-    return Ready(task, images, provenance, model, plan)
+    changed, plan = _plan(assignment, model, len(train.samples))
+    run = make_run(replace(assignment, recipe=changed), images.splits, model, plan)
+    return Prepared(run, images, provenance)
 
 
-def start(task: Task) -> tuple[Job, Progress]:
-    """A run at its beginning, with a folder from which it can be resumed.
+def start(
+    assignment: Assignment, *, overwrite: bool = False, like: Provenance | None = None
+) -> Run:
+    """Begin a run, with a folder from which it can be resumed.
 
     Raises:
         MomconvError: As ``prepare``, or an image, memory or disk is lost since.
     """
-    ready = prepare(task)
-    task, splits, model, plan = ready.task, ready.images.splits, ready.model, ready.plan
-    recipe, run, listener = task.recipe, task.run, task.listener
-    progress = Progress()
-    if needs_calibration(model, recipe):
-        _calibrate(ready, progress)
-    job = task.make_job(splits, model, make_optimizer(model, recipe.train), plan)
-    if task.overwrite:
-        run.clear()
-    run.make()
-    if recipe.train.lr == "auto":
-        _choose_rate(job, progress)
-    write_text(run.config, dump_recipe(job.recipe.with_absolute_paths()))
-    write_text(run.provenance, ready.provenance.model_dump_json(indent=1) + "\n")
-    write_text(run.plan, job.plan.to_json())
-    remember_images(ready.images, require_folder(recipe.data), run, listener)
-    begin(job, progress)
-    return job, progress
+    prepared = prepare(assignment, overwrite=overwrite, like=like)
+    run, folder = prepared.run, assignment.folder
+    if needs_calibration(run.model, run.recipe):
+        _calibrate(run)
+        run.equip()
+    if overwrite:
+        folder.clear()
+    folder.make()
+    if run.recipe.train.lr == "auto":
+        _choose_rate(run)
+    write_text(folder.config, dump_recipe(run.recipe.with_absolute_paths()))
+    write_text(folder.provenance, prepared.provenance.model_dump_json(indent=1) + "\n")
+    write_text(folder.plan, run.plan.to_json())
+    remember_images(prepared.images, require_folder(run.recipe.data), folder, run.listener)
+    begin(run)
+    return run
 
 
-def _plan(task: Task, splits: Splits, model: nn.Module) -> tuple[Task, BatchPlan]:
-    """How the run fits the memory; it is told. ``model`` gets the γ that it takes.
+def _plan(assignment: Assignment, model: nn.Module, images: int) -> tuple[Recipe, BatchPlan]:
+    """Plan how a run fits the memory, and tell. The network gets what that changes.
+
+    Returns the recipe with what it changes, too.
 
     Raises:
         ResourceError: It does not, or what it writes does not fit the disk.
     """
-    task.run.require_room(_disk_bytes(model, task.recipe))
-    fixed: tuple[Fixed, ...] = ("gamma",) if _has_fixed_gamma(task.recipe) else ()
-    may_change = [change for change in task.recipe.train.may_change if change not in fixed]
-    asked = task.describe_setting(splits, model, fixed)
+    before, listener = assignment.recipe, assignment.listener
+    assignment.folder.require_room(_disk_bytes(model, before))
+    fixed: tuple[Fixed, ...] = ("gamma",) if _has_fixed_gamma(before) else ()
+    may_change = [change for change in before.train.may_change if change not in fixed]
+    asked = assignment.describe_setting(model, images, fixed)
     plan = plan_batches(model, replace(asked, may_change=tuple(may_change)))
-    recipe = _change(task.recipe, asked, plan)
+    recipe = _change(before, asked, plan)
     if plan.gamma is not None:
         set_gamma(model, plan.gamma, gain=recipe.momentum.gain)
-    if recipe != task.recipe:
-        task.listener.tell(_describe_changes(recipe))
-    tell_of_plan(plan, model, task.listener)
-    return replace(task, recipe=recipe), plan
+    if recipe != before:
+        listener.tell(_describe_changes(recipe))
+    tell_of_plan(plan, model, listener)
+    return recipe, plan
 
 
 def _change(recipe: Recipe, asked: Setting, plan: BatchPlan) -> Recipe:
@@ -175,45 +182,44 @@ def _disk_bytes(model: nn.Module, recipe: Recipe) -> int:
     return 3 * (static.weights + static.optimizer + static.ema) + 3 * static.weights
 
 
-def _choose_rate(job: Job, progress: Progress) -> None:
+def _choose_rate(run: Run) -> None:
     """Look for a learning rate, which from then on is the recipe's own."""
-    network.start_training(job.model, job.recipe.train)
-    found = find_rate(job, progress)
-    rate = found or job.recipe.train.resolved_lr
-    job.recipe = job.recipe.change(train={"lr": rate})
-    job.optimizer = make_optimizer(job.model, job.recipe.train)
-    job.listener.tell(
+    network.start_training(run.model, run.recipe.train)
+    found = find_rate(run)
+    rate = found or run.recipe.train.resolved_lr
+    run.recipe = run.recipe.change(train={"lr": rate})
+    run.equip()
+    run.listener.tell(
         f"note: learning rate {rate:g}, a tenth of that with the lowest loss (lr_finder.csv)"
         if found
         else f"warning: the loss fell at no rate (lr_finder.csv), so it is the default, {rate:g}"
     )
 
 
-def _calibrate(ready: Ready, progress: Progress) -> None:
+def _calibrate(run: Run) -> None:
     """Adapt the converted network to its original, which is loaded for that and then dropped.
 
     It weighs no more than the gradients, which do not exist yet. In single precision, in which this
     is done, an image takes up to twice what it takes in half precision.
     """
-    task, splits, plan = ready.task, ready.images.splits, ready.plan
-    recipe, listener, half = task.recipe, task.listener, plan.setting.precision != "fp32"
+    recipe, plan, half = run.recipe, run.plan, run.plan.setting.precision != "fp32"
     original = network.load_plain(recipe.model, recipe.data.resolution)
-    network.place(original, task.device)
+    network.place(original, run.device)
     alone = plan  # one process calibrates, which then takes more than its share of a batch
-    if task.processes.count > 1:
-        alone = plan_batches(ready.model, replace(plan.setting, processes=1))
+    if run.processes.count > 1:
+        alone = plan_batches(run.model, replace(plan.setting, processes=1))
     calibrate_on(
-        splits.train,
-        ready.model,
+        run.splits.train,
+        run.model,
         original,
         recipe.train,
         batch_size=max(1, alone.micro_batch // 2) if half else alone.micro_batch,
-        workers=task.choose_workers(splits, plan),
-        listener=listener,
-        leave_out=partial(omit, progress, "train", splits, recipe=recipe.data, listener=listener),
+        workers=run.workers,
+        listener=run.listener,
+        leave_out=partial(leave_out, run, "train"),
     )
     if alone is not plan:
-        plan.apply(ready.model)
+        plan.apply(run.model)
 
 
 def _check_images(recipe: Recipe, splits: Splits, listener: Listener) -> None:

@@ -22,7 +22,7 @@ from momconv.training.batches import (
     split_order,
     weigh_images,
 )
-from momconv.training.job import Job
+from momconv.training.run import Run
 from momconv.zoo.description import describe
 
 
@@ -47,28 +47,28 @@ class Step:
 class Steps:
     """Reads the steps of an epoch, in the order that its number and the seed give."""
 
-    def __init__(self, job: Job) -> None:
-        images = job.splits.train
+    def __init__(self, run: Run) -> None:
+        images = run.splits.train
         self._weights = None
-        if job.recipe.data.balance == "sampler":
+        if run.recipe.data.balance == "sampler":
             self._weights, images = weigh_images(images), repeat(images)
-        preprocessing = describe(job.model).preprocessing
-        data = job.recipe.data
+        preprocessing = describe(run.model).preprocessing
+        data = run.recipe.data
         transform = training_transform(preprocessing, level=data.augment, flip=data.flip)
         self._dataset = LabelledImages(
-            images, transform, seed=job.recipe.train.seed, ranges=preprocessing.ranges
+            images, transform, seed=run.recipe.train.seed, ranges=preprocessing.ranges
         )
         self._micro_batches = MicroBatches()
-        self._mixer = Mixer(job.recipe.train, len(images.classes))
+        self._mixer = Mixer(run.recipe.train, len(images.classes))
         self._loader = make_loader(
             self._dataset,
-            workers=job.workers,
+            workers=run.workers,
             batch_sampler=self._micro_batches,
-            persistent_workers=job.workers > 0,
-            pin_memory=job.device.type == "cuda",
+            persistent_workers=run.workers > 0,
+            pin_memory=run.device.type == "cuda",
         )
-        self._job, self._recipe = job, job.recipe.train
-        self._count = len(job.splits.train.samples)
+        self._run, self._recipe = run, run.recipe.train
+        self._count = len(run.splits.train.samples)
 
     def read(
         self, epoch: int, *, first: int, left_out: Collection[int] = frozenset()
@@ -93,7 +93,7 @@ class Steps:
         Nobody keeps what it was before, so it never takes memory twice.
         """
         images, labels = part
-        if self._job.device.type == "cpu":
+        if self._run.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
         return images, labels
 
@@ -102,11 +102,11 @@ class Steps:
 
         All processes have equally many if BatchNorm sees those of all at once.
         """
-        together, processes = self._recipe.sync_bn, self._job.processes
-        fewest = 1 if together else fewest_images(self._job.model)
+        together, processes = self._recipe.sync_bn, self._run.processes
+        fewest = 1 if together else fewest_images(self._run.model)
         own = processes.share(len(batch), fewest=fewest)
         largest = math.ceil(len(batch) / processes.count) if together else None
-        share, micro_batch = batch[own.start : own.stop], self._job.plan.micro_batch
+        share, micro_batch = batch[own.start : own.stop], self._run.plan.micro_batch
         parts = split_batch(share, micro_batch, largest=largest)
         return self._mixer.extend(parts, before=batch[own.start - 1])
 
@@ -115,9 +115,9 @@ class Steps:
 
         That is, where images are left out or every process needs one.
         """
-        fewest = self._job.processes.count if self._recipe.sync_bn else 0
+        fewest = self._run.processes.count if self._recipe.sync_bn else 0
         if left_out:
-            fewest = max(fewest, fewest_images(self._job.model))
+            fewest = max(fewest, fewest_images(self._run.model))
             batches = [[i for i in batch if i % self._count not in left_out] for batch in batches]
         order = [*itertools.chain(*batches)]
         for batch in batches:

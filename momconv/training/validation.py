@@ -6,15 +6,14 @@ from momconv.data.decoding import UnreadableImage
 from momconv.errors import OutOfMemory
 from momconv.evaluation import Scores, evaluate
 from momconv.exhaustion import naming_exhaustion
-from momconv.training.job import Job
 from momconv.training.memory import out_of_memory
 from momconv.training.network import uncompiled
 from momconv.training.omission import keep_rest, leave_out
-from momconv.training.progress import Progress
+from momconv.training.run import Run
 
 
 def validate(
-    job: Job, progress: Progress, report: Callable[[int, str], None], check: Callable[[], None]
+    run: Run, report: Callable[[int, str], None], check: Callable[[], None]
 ) -> Scores | None:
     """The scores on the held-out images; None without any.
 
@@ -25,41 +24,41 @@ def validate(
         OutOfMemory: Not even one image does.
         DataError: Too many images cannot be decoded any more.
     """
-    if not job.splits.val.samples:
+    if not run.splits.val.samples:
         return None
 
     def tell(done: int, total: int) -> None:
         report(0, f"validating {done}/{total}")
-        if job.processes.count == 1:
+        if run.processes.count == 1:
             check()
 
     while True:
-        size = min(job.evaluation_batch, job.plan.micro_batch)
+        size = min(run.evaluation_batch, run.plan.micro_batch)
         try:
             # Uncompiled, as in momconv eval.
             with (
-                uncompiled(wanted=job.recipe.train.compile),
-                job.processes.noticing_losses(),
+                uncompiled(wanted=run.recipe.train.compile),
+                run.processes.noticing_losses(),
                 naming_exhaustion(),
             ):
                 return evaluate(
-                    job.networks[-1],
-                    keep_rest(job.splits, progress).val,
+                    run.networks[-1],
+                    keep_rest(run).val,
                     batch_size=size,
-                    device=job.device,
-                    workers=job.workers,
-                    precision=job.plan.setting.precision if job.device.type == "cuda" else "fp32",
+                    device=run.device,
+                    workers=run.workers,
+                    precision=run.plan.setting.precision if run.device.type == "cuda" else "fp32",
                     progress=tell,
                 )
         except UnreadableImage as error:
-            leave_out(job, progress, "val", error)
+            leave_out(run, "val", error)
             continue
         except OutOfMemory as error:
             if size == 1:
                 doing = "validating 1 image at a time"
-                raise out_of_memory(job, error, doing, "--device cpu") from None
-            job.evaluation_batch = size // 2
-        job.listener.tell(
-            f"warning: {job.device} ran out of memory while validating {size} images at once; it "
+                raise out_of_memory(run, error, doing, "--device cpu") from None
+            run.evaluation_batch = size // 2
+        run.listener.tell(
+            f"warning: {run.device} ran out of memory while validating {size} images at once; it "
             f"is done again, with {size // 2}"
         )

@@ -10,15 +10,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from momconv.data.folder import find_splits
 from momconv.recipe import Recipe, load_recipe
+from momconv.training import run
 from momconv.training.finetuning import Result, finetune
-from momconv.training.job import Job
-from momconv.training.optimisation import make_optimizer
 from momconv.training.planning import BatchPlan, Setting
 from momconv.training.progress import SILENT, EpochRow, Listener
+from momconv.training.run import Assignment, Run
 from momconv.training.run_folder import RunFolder
 
 SMALL = [
@@ -65,26 +64,21 @@ PLAN = BatchPlan(
 )
 
 
-def make_job(
+def make_run(
     data: Path,
     model: nn.Module,
     *changes: str,
     plan: BatchPlan = PLAN,
-    optimizer: Optimizer | None = None,
-) -> Job:
-    """What a run on ``data`` works with, without a folder."""
-    recipe = small(data, *changes)
-    return Job(
-        recipe=recipe,
-        folder=RunFolder(Path()),
-        splits=find_splits(data),
-        model=model,
-        optimizer=optimizer or make_optimizer(model, recipe.train),
-        plan=plan,
+    folder: Path = Path(),
+) -> Run:
+    """A run on ``data``, with all that it works with, before it begins."""
+    assignment = Assignment(
+        recipe=small(data, *changes),
+        folder=RunFolder(folder),
         device=torch.device("cpu"),
-        workers=0,
         listener=SILENT,
     )
+    return run.make_run(assignment, find_splits(data), model, plan)
 
 
 def read_metrics(folder: Path) -> list[dict[str, str]]:

@@ -23,13 +23,13 @@ from momconv.momentum.sequential import momentum_stages
 from momconv.planner.prediction import peak_memory
 from momconv.recipe import load_recipe
 from momconv.surgery.conversion import convert
-from momconv.training import network, task
+from momconv.training import network, run
 from momconv.training.finetuning import Result, finetune
 from momconv.training.gradients import take_step
 from momconv.training.images import recall_images
 from momconv.training.interruption import Interrupted, TimeUp
-from momconv.training.job import Job
 from momconv.training.progress import Listener
+from momconv.training.run import Run
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state
 from momconv.zoo.description import describe
@@ -48,7 +48,7 @@ def straight(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
 def test_shared_memory_is_looked_at_before_the_first_step(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task, "count_workers_that_fit", lambda *_: 1)
+    monkeypatch.setattr(run, "count_workers_that_fit", lambda *_: 1)
     with pytest.raises(ResourceError, match="3 processes that read micro-batches of ") as refused:
         finetune(small(colours, "data.workers=3"), tmp_path / "run")
     assert refused.value.fix is not None
@@ -287,10 +287,10 @@ def test_weights_that_diverge_are_noticed_without_validation(
     """In the very last step, after which no loss would show it."""
     steps = itertools.count(1)
 
-    def step(job: Job, lr: float) -> None:
-        take_step(job, lr)
+    def step(run: Run, lr: float) -> None:
+        take_step(run, lr)
         if next(steps) % 4 == 0:
-            job.model.get_parameter("linear.bias").data[0] = math.inf
+            run.model.get_parameter("linear.bias").data[0] = math.inf
 
     monkeypatch.setattr("momconv.training.loop.take_step", step)
     recipe = small(colours, "train.epochs=1", "data.val_frac=0", "train.batch_size=6")

@@ -6,13 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import PLAN, Log, make_job
+from runs import PLAN, Log, make_run
 
 from momconv.determinism import describe_tf32
 from momconv.planner.allowance import find_allowance
 from momconv.training import validation
 from momconv.training.memory import compare_peak, enforcing_limit
-from momconv.training.progress import Progress
 from momconv.training.validation import validate
 from momconv.zoo.networks import build
 
@@ -58,11 +57,11 @@ def test_the_peak_is_compared_with_the_plan(
     colours: Path, device: str, measured: float | None, told: list[str]
 ) -> None:
     peak = None if measured is None else int(measured * GIB)
-    job = make_job(colours, build("cifar_resnet20", 3))
-    job.plan = replace(PLAN, predicted_bytes=GIB, measured_bytes=peak)
+    run = make_run(colours, build("cifar_resnet20", 3))
+    run.plan = replace(PLAN, predicted_bytes=GIB, measured_bytes=peak)
     log = Log()
-    job.listener, job.device = log, torch.device(device)
-    compare_peak(job)
+    run.listener, run.device = log, torch.device(device)
+    compare_peak(run)
     assert len(log.told) == len(told)
     assert all(text.startswith(start) for text, start in zip(log.told, told, strict=True))
 
@@ -73,10 +72,10 @@ def test_on_a_gpu_validation_computes_as_training_does(
 ) -> None:
     asked: dict[str, object] = {}
     monkeypatch.setattr(validation, "evaluate", lambda *_, **options: asked.update(options))
-    job = make_job(colours, build("cifar_resnet20", 3))
-    job.plan = replace(PLAN, setting=replace(PLAN.setting, precision="bf16"))
-    job.device = torch.device(device)
-    validate(job, Progress(), lambda *_: None, lambda: None)
+    run = make_run(colours, build("cifar_resnet20", 3))
+    run.plan = replace(PLAN, setting=replace(PLAN.setting, precision="bf16"))
+    run.device = torch.device(device)
+    validate(run, lambda *_: None, lambda: None)
     assert asked["precision"] == precision
 
 

@@ -17,7 +17,7 @@ from runs import (
     Signals,
     assert_same,
     assert_same_tensors,
-    make_job,
+    make_run,
     small,
 )
 from safetensors.torch import load_file
@@ -57,11 +57,11 @@ def test_micro_batches_of_any_sizes_add_up_to_the_gradient_of_the_mean(
     F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
     theirs = gradients(model)
     model.zero_grad()
-    job, parts = (
-        make_job(colours, model),
+    run, parts = (
+        make_run(colours, model),
         zip(images.split(sizes), labels.split(sizes), strict=True),
     )
-    loss = sum(add_gradients(job, x, y, len(y) / 7) for x, y in parts)
+    loss = sum(add_gradients(run, x, y, len(y) / 7) for x, y in parts)
     ours = gradients(model)
     assert len(ours) == len(theirs) == len(list(model.parameters()))
     for our, their in zip(ours, theirs, strict=True):
@@ -76,9 +76,9 @@ def test_in_bf16_the_network_computes_in_bf16(colours: Path) -> None:
     model.get_submodule("conv1").register_forward_hook(
         lambda _m, _a, output: seen.append(output.dtype)
     )
-    job = make_job(colours, model)
-    job.plan = replace(PLAN, setting=replace(SETTING, precision="bf16"))
-    add_gradients(job, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), 1.0)
+    run = make_run(colours, model)
+    run.plan = replace(PLAN, setting=replace(SETTING, precision="bf16"))
+    add_gradients(run, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), 1.0)
     assert seen == [torch.bfloat16]
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
@@ -86,15 +86,15 @@ def test_in_bf16_the_network_computes_in_bf16(colours: Path) -> None:
 def test_a_clipped_gradient_moves_the_weights_by_at_most_its_norm(colours: Path) -> None:
     torch.manual_seed(0)
     model = build("cifar_resnet20", 3).train()
-    job = make_job(colours, model)
+    run = make_run(colours, model)
     plain = ["train.momentum=0", "train.weight_decay=0"]
     for clip, expected in (("0.01", 0.01), ("1e6", None)):
-        job.recipe = small(colours, *plain, f"train.clip={clip}")
-        job.optimizer = make_optimizer(model, job.recipe.train)
-        add_gradients(job, torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), 1.0)
+        run.recipe = small(colours, *plain, f"train.clip={clip}")
+        run.optimizer = make_optimizer(model, run.recipe.train)
+        add_gradients(run, torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), 1.0)
         norm = get_total_norm(gradients(model))
         before = [parameter.detach().clone() for parameter in model.parameters()]
-        take_step(job, 1.0)
+        take_step(run, 1.0)
         moved = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
         assert float(get_total_norm(moved)) == pytest.approx(expected or float(norm), rel=1e-3)
         assert norm > 0.01
@@ -328,9 +328,9 @@ def test_measuring_gives_no_gradient_to_what_has_none(
     colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = WithIdlePart()
-    job = make_job(colours, model, optimizer=SGD(model.parameters(), 0.1))
-    monkeypatch.setattr(memory, "write_plan", lambda job: None)
-    memory.measure_gradients(job, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), 1.0)
+    run = make_run(colours, model)
+    monkeypatch.setattr(memory, "write_plan", lambda run: None)
+    memory.measure_gradients(run, torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), 1.0)
     assert model.used.weight.grad is not None
     assert model.idle.weight.grad is None
 

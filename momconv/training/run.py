@@ -1,0 +1,194 @@
+"""A run: what was asked for, how far it is, and what it works with."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
+
+from momconv.data.dataset import count_workers, count_workers_that_fit
+from momconv.data.folder import Splits
+from momconv.errors import ResourceError
+from momconv.planner.micro_batch import count_steps
+from momconv.planner.outlook import Fixed
+from momconv.recipe import Recipe
+from momconv.training.batches import weigh_classes
+from momconv.training.optimisation import (
+    Average,
+    choose_precision,
+    make_optimizer,
+    make_scaler,
+    rate_at,
+    read_scaler,
+    restore_scaler,
+)
+from momconv.training.planning import BatchPlan, Setting
+from momconv.training.processes import ALONE, Processes
+from momconv.training.progress import Listener, Progress
+from momconv.training.run_folder import RunFolder
+from momconv.units import format_bytes
+from momconv.zoo.description import describe
+
+
+@dataclass(slots=True, kw_only=True)
+class Assignment:
+    """What a process is asked for, before there are images, network and plan."""
+
+    recipe: Recipe  # with what was found or had to be changed
+    folder: RunFolder
+    device: torch.device
+    listener: Listener
+    processes: Processes = ALONE
+
+    def describe_setting(self, model: nn.Module, images: int, fixed: tuple[Fixed, ...]) -> Setting:
+        """Return what the plan for epochs of so many ``images`` depends on."""
+        recipe, train, processes = self.recipe, self.recipe.train, self.processes
+        return Setting(
+            images=images,
+            batch_size=train.batch_size,
+            micro_batch=train.micro_batch,
+            resolution=describe(model).preprocessing.resolution,
+            strategy=recipe.momentum.strategy,
+            precision=choose_precision(train, self.device),
+            optimizer=train.optimizer,
+            device=str(self.device),
+            memory=train.memory,
+            headroom=train.headroom,
+            ema=train.ema > 0,
+            processes=processes.count,
+            sharers=processes.on_this_machine if self.device.type == "cpu" else 1,
+            fixed=fixed,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Run(Assignment):
+    """A run, as all that happens in it sees and changes it; ``make_run`` makes it."""
+
+    # What it works with.
+    splits: Splits
+    model: nn.Module
+    plan: BatchPlan  # changes when memory runs out
+    workers: int  # processes that read images
+    optimizer: Optimizer = field(init=False)
+    average: Average | None = field(init=False)
+    scaler: GradScaler = field(init=False)
+    class_weights: Tensor | None = field(init=False)  # of the loss
+
+    # How far it is.
+    progress: Progress = field(default_factory=Progress)
+    has_begun: bool = False  # whether its folder has a state
+    is_whole: bool = True  # whether weights and counters are of the same moment, so can be saved
+    head_only: bool = False  # whether the rest waits, in this epoch, for train.freeze_epochs
+    evaluation_batch: int = 32  # images, at most
+    documents: dict[str, bytes] = field(default_factory=dict)  # what the run began with, by file
+    redone: tuple[int, int] | None = None  # epoch and step that were not reproducible at first
+    measured_sizes: set[int] = field(default_factory=set)  # of the epoch's micro-batches, on a CPU
+    ends: float = math.inf  # by time.monotonic
+
+    def __post_init__(self) -> None:
+        self.equip()
+
+    def equip(self) -> None:
+        """Make anew what changes the weights, for the network as it is now."""
+        self.optimizer = make_optimizer(self.model, self.recipe.train)
+        decay = self.recipe.train.ema
+        self.average = Average(self.model, decay) if decay else None
+        self.scaler = make_scaler(self.plan.setting.precision, self.device)
+        self.class_weights = None
+        if self.recipe.data.balance == "loss":
+            weights = weigh_classes(list(self.splits.train.counts().values()))
+            self.class_weights = torch.tensor(weights, device=self.device)
+
+    def read_extras(self) -> dict[str, Tensor]:
+        """What is part of the state besides network and optimiser."""
+        average = self.average.tensors() if self.average else {}
+        parts = {"ema/": average, "scaler/": read_scaler(self.scaler)}
+        return {prefix + key: value for prefix, own in parts.items() for key, value in own.items()}
+
+    def restore_extras(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of ``read_extras``."""
+        parts: dict[str, dict[str, Tensor]] = {"ema": {}, "scaler": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = value
+        if self.average:
+            self.average.restore(parts["ema"])
+        restore_scaler(self.scaler, parts["scaler"])
+
+    def renew_scaler(self) -> None:
+        """Let the scaler forget the gradients of a step that came to nothing, but not its factor.
+
+        It would refuse to unscale the next ones, or to end a step of which it has seen none.
+        """
+        remembered = read_scaler(self.scaler)
+        self.scaler = make_scaler(self.plan.setting.precision, self.device)
+        restore_scaler(self.scaler, remembered)
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The network, and its average if there is one; the last of them is the result."""
+        return [self.model, *([self.average.model] if self.average else [])]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The optimisation steps of an epoch."""
+        return count_steps(len(self.splits.train.samples), self.recipe.train.batch_size)
+
+    def rate_at(self, epoch: int, step: int) -> float:
+        """The learning rate of a step."""
+        done = epoch * self.steps_per_epoch + step
+        return rate_at(self.recipe.train, done, self.steps_per_epoch)
+
+
+def make_run(
+    assignment: Assignment,
+    splits: Splits,
+    model: nn.Module,
+    plan: BatchPlan,
+    progress: Progress | None = None,
+) -> Run:
+    """Return the run of an ``assignment``, at its beginning unless there is ``progress``.
+
+    Raises:
+        ResourceError: Shared memory has no room for the processes that the recipe asks for.
+    """
+    return Run(
+        recipe=assignment.recipe,
+        folder=assignment.folder,
+        device=assignment.device,
+        listener=assignment.listener,
+        processes=assignment.processes,
+        splits=splits,
+        model=model,
+        plan=plan,
+        workers=_choose_workers(assignment, len(splits.train.samples), plan),
+        progress=progress or Progress(),
+    )
+
+
+def _choose_workers(assignment: Assignment, images: int, plan: BatchPlan) -> int:
+    """How many processes read images; not more than shared memory has room for.
+
+    Raises:
+        ResourceError: It has no room for those that the recipe asks for.
+    """
+    wanted, processes = assignment.recipe.data.workers, assignment.processes
+    most = (
+        count_workers(images // processes.count, assignment.device) // processes.on_this_machine
+        if wanted == "auto"
+        else wanted
+    )
+    batch_bytes = plan.sizes[0] * 3 * 4 * plan.setting.resolution**2
+    fitting = count_workers_that_fit(most, batch_bytes * processes.on_this_machine)
+    if fitting < most and wanted != "auto":
+        raise ResourceError(
+            f"{most} processes that read micro-batches of {format_bytes(batch_bytes)} need more"
+            " shared memory than there is",
+            kind="memory.shared",
+            fix=f"--workers {fitting}\ndocker run --shm-size=8g …",
+        )
+    return fitting
