@@ -102,8 +102,12 @@ def _to_row(check: str, figure: Figure) -> Row:
 
 
 def present(rows: Sequence[Row]) -> list[Row]:
-    """The numbers, without how long each check took."""
-    return [row for row in rows if row["value"] != MISSING and row["figure"] != "seconds"]
+    """The numbers and what is not as it should be, without how long each check took."""
+    return [
+        row
+        for row in rows
+        if (row["value"] != MISSING or row["goal"] == "missed") and row["figure"] != "seconds"
+    ]
 
 
 def summarise(rows: Sequence[Row]) -> list[Row]:

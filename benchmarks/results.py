@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks import finetuning, gpu, memory, speed, transfer
-from benchmarks.tables import MISSING, Log, Row, find_logs, number
+from benchmarks.tables import MISSING, RESULTS, Log, Row, find_logs, number
 
 DOCUMENT = Path(__file__).parent / "RESULTS.md"
 
@@ -114,12 +114,12 @@ def render() -> str:
     return "\n".join([INTRODUCTION, *render_losses(), *map(render_section, SECTIONS)])
 
 
-def render_section(title: str) -> str:
-    """How a program measures, and its results on every machine."""
+def render_section(title: str, folder: Path = RESULTS) -> str:
+    """How a program measures, and its results on every machine, which are in ``folder``."""
     text = inspect.getdoc(import_module(f"benchmarks.{title}"))
     parts = [f"## {title.capitalize()}", f"`python -m benchmarks.{title}`", f"{text}"]
     present = SECTIONS[title]
-    for log in find_logs(title):
+    for log in find_logs(title, folder):
         parts.append(f"### {title.capitalize()} on {log.machine}, {log.torch}")
         parts.append(f"[all rows](results/{log.path.name})")
         if log.picture.is_file():
@@ -131,8 +131,11 @@ def render_section(title: str) -> str:
 
 def render_table(rows: Sequence[Row]) -> str:
     """A Markdown table."""
+    if not rows:
+        return "No rows."
     columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *(list(row.values()) for row in rows)]
+    cells = ([cell.replace("|", "\\|") for cell in row.values()] for row in rows)
+    lines = [columns, ["---"] * len(columns), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

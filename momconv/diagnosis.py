@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from momconv._version import __version__
+from momconv.determinism import describe_tf32
 from momconv.errors import MomconvError
 from momconv.files.atomic import write_text
 from momconv.files.model_file import load, save
@@ -148,6 +149,7 @@ def _look_at_gpu(gpu: torch.device) -> Iterator[Finding]:
     amount = f"{format_bytes(free)} of {format_bytes(total)} free"
     named = f"{device.name}, compute {device.major}.{device.minor}, {amount}"
     yield Finding(str(gpu), ok=free > _MEMORY, found=named, fix=_FREE_GPU, needed=False)
+    yield Finding(f"fp32 on {gpu}", ok=True, found=describe_tf32(gpu))
     with warnings.catch_warnings(action="ignore"):  # they are told here
         obstacle = seam.find_obstacle(gpu)
     yield Finding(

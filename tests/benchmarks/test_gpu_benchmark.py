@@ -11,7 +11,8 @@ import torch
 
 from benchmarks import gpu, gpu_checks
 from benchmarks.gpu_checks import CHECKS, TABLE, Check, Figure, Place
-from benchmarks.tables import Row
+from benchmarks.results import render_section
+from benchmarks.tables import Log, Row
 from momconv.momentum.faster import fused
 from momconv.planner import allowance
 
@@ -58,6 +59,21 @@ def test_no_check_stops_another() -> None:
     assert list(summary) == list(names)
     assert (summary["succeed"]["goals reached"], summary["succeed"]["goals missed"]) == ("1", "1")
     assert summary["succeed"]["the first of them"] == "b: number 2 why"
+
+
+def test_what_a_gpu_gave_is_shown_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 3060")
+    rows = run(Check("succeed", succeed, 60), Check("fail", fail, 60))
+    Log.of(gpu.TITLE, torch.device("cuda", 0), tmp_path).merge(rows, gpu.KEY)
+    text = render_section("gpu", tmp_path)
+    assert "### Gpu on NVIDIA-GeForce-RTX-3060, torch-" in text
+    first, second, third, fourth = text.strip().splitlines()[-4:]
+    assert first == "| succeed | a | number | 1.5 | reached |  |"
+    assert second == "| succeed | b | number | 2 | missed | why |"
+    assert third == "| fail | a | number | 1 | – |  |"
+    assert fourth.endswith("| missed | OutOfMemoryError: CUDA out of memory. |")
 
 
 def test_when_time_is_up_the_rest_is_left_out() -> None:

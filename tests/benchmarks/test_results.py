@@ -45,6 +45,8 @@ def test_losses_name_the_methods_with_smaller_numbers_in_the_same_case(
 
 def test_a_table_is_markdown() -> None:
     assert render_table([{"a": "1", "b": "2"}]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+    assert render_table([{"a": "1|2"}]).endswith("| 1\\|2 |")
+    assert render_table([]) == "No rows."
 
 
 def test_a_pivot_has_a_row_for_each_case_and_a_column_for_each_method(rows: list[Row]) -> None:

@@ -117,6 +117,7 @@ def test_gradients_that_cannot_be_compared_are_no_failure(monkeypatch: pytest.Mo
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     device = SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**36, 2**37))
 
 
@@ -124,7 +125,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """It works all the same."""
     monkeypatch.setattr(seam, "find_obstacle", lambda _: "RuntimeError: no C compiler")
-    card, triton = diagnosis._look_at_gpu(torch.device("cuda", 1))
+    card, fp32, triton = diagnosis._look_at_gpu(torch.device("cuda", 1))
     assert card == Finding(
         "cuda:1",
         ok=True,
@@ -132,11 +133,12 @@ def test_a_gpu_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         fix=card.fix,
         needed=False,
     )
+    assert (fp32.name, fp32.found) == ("fp32 on cuda:1", "TF32 in convolutions")
     assert (triton.name, triton.ok, triton.needed) == ("Triton on cuda:1", False, False)
     assert triton.found == "RuntimeError: no C compiler"
     assert "gcc" in str(triton.fix)
     monkeypatch.setattr(seam, "find_obstacle", lambda _: None)
-    assert [f.ok for f in diagnosis._look_at_gpu(torch.device("cuda", 1))] == [True, True]
+    assert [f.ok for f in diagnosis._look_at_gpu(torch.device("cuda", 1))] == [True, True, True]
 
 
 @pytest.mark.usefixtures("gpu")
