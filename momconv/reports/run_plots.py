@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 
 from momconv.data.dataset import LabelledImages
@@ -33,6 +33,7 @@ _EXAMPLES = 15  # images
 _COLUMNS = 5  # of them
 _CELL = 240  # pixels of an image with its words
 _SIDE = 190  # pixels of the image
+_TEXT = 13  # pixels of the words' height
 _DPI = 100
 _LENGTH = 24  # characters of a class
 
@@ -120,17 +121,19 @@ def draw_rates(table: Path, chosen: float, path: Path) -> None:
 
 
 def _draw_images(images: Iterable[Image.Image], texts: Sequence[str], path: Path) -> None:
+    from matplotlib.font_manager import findfont
+
+    font = ImageFont.truetype(findfont("DejaVu Sans"), _TEXT)  # which comes with matplotlib
     width, height = _COLUMNS * _CELL, math.ceil(len(texts) / _COLUMNS) * _CELL
     sheet = Image.new("RGB", (width, height), "white")
-    with _figure(path, (width / _DPI, height / _DPI)) as figure:
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.axis("off")
-        for number, (image, text) in enumerate(zip(images, texts, strict=True)):
-            x, y = _CELL * (number % _COLUMNS), _CELL * (number // _COLUMNS)
-            small = _shrink(image)
-            sheet.paste(small, (x + (_CELL - small.width) // 2, y))
-            axes.text(x + _CELL / 2, y + _SIDE + 4, text, fontsize=9, ha="center", va="top")
-        axes.imshow(sheet, aspect="auto")
+    draw = ImageDraw.Draw(sheet)
+    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        x, y = _CELL * (number % _COLUMNS), _CELL * (number // _COLUMNS)
+        small = _shrink(image)
+        sheet.paste(small, (x + (_CELL - small.width) // 2, y))
+        place = (x + _CELL / 2, y + _SIDE + 4)
+        draw.text(place, text, "black", font, anchor="ma", align="center")
+    write_atomically(path, lambda target: sheet.save(target, "PNG"))
 
 
 def _shrink(image: Image.Image) -> Image.Image:
