@@ -35,7 +35,7 @@ from momconv.zoo.description import describe
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ARCHITECTURE = "cifar_resnet32"
+ARCHITECTURE = "cifar_resnet20"
 SIDE = 32  # pixels
 GAMMA = 0.9
 
@@ -59,7 +59,7 @@ def demonstrate(
     folder: Path,
     *,
     images: int | None = None,
-    epochs: tuple[int, int] = (8, 3),
+    epochs: tuple[int, int] = (6, 2),
     listener: Listener = SILENT,
 ) -> Demo:
     """Run the demo in ``folder``.

@@ -21,9 +21,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     (folder / "digits" / "train" / "old").mkdir(parents=True)
     (folder / "converted.safetensors").write_text("old")
     (folder / "mine.txt").write_text("mine")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "ARCHITECTURE", "cifar_resnet20")
-        return demonstrate(folder, images=180, epochs=(1, 1))
+    return demonstrate(folder, images=180, epochs=(1, 1))
 
 
 def test_the_networks_are_what_they_are_said_to_be(done: Demo) -> None:

@@ -21,7 +21,6 @@ def test_it_ends_with_a_table_and_a_command(
         return demonstrate(folder, images=120, epochs=(1, 1), listener=listener)
 
     demonstrate = demo.demonstrate
-    monkeypatch.setattr(demo, "ARCHITECTURE", "cifar_resnet20")
     monkeypatch.setattr(demo, "demonstrate", short)
     monkeypatch.chdir(tmp_path)
     ran = run(Path("out"))
