@@ -11,6 +11,11 @@ from PIL import Image
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the file that takes longest, with which no process should be left alone."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interruptible() -> None:
     """A shell starts what runs in its background with SIGINT ignored, which is inherited."""

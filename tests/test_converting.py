@@ -31,8 +31,9 @@ class Log(Listener):
 
 
 def test_a_network_is_converted_adapted_certified_and_written(
-    colours: Path, tmp_path: Path
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("momconv.surgery.calibration._STEPS", 2)
     path, log = tmp_path / "converted.safetensors", Log()
     done = convert_network(SCHEME, Means(calibrate=colours), path, log)
     assert (done.gamma, done.certificate.gradients_exact) == (0.9, True)
