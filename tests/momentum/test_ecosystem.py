@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from networks import gradient_of, images, square, stack
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from momconv import MomentumSequential, set_strategy
@@ -34,7 +35,8 @@ def train_one_shard(rank: int, folder: str) -> None:
 
 
 def test_two_processes_compute_the_gradient_of_the_joint_batch(tmp_path: Path) -> None:
-    spawn(train_one_shard, (str(tmp_path),), nprocs=PROCESSES)
+    get_context("forkserver").set_forkserver_preload([__name__])  # imported once for both
+    start_processes(train_one_shard, (str(tmp_path),), nprocs=PROCESSES, start_method="forkserver")
     theirs = torch.load(tmp_path / "gradients.pt")
     net = stack(4).eval()
 
