@@ -145,7 +145,7 @@ def test_the_speed_is_found_only_where_there_is_a_choice(deep: nn.Module) -> Non
 def low_gamma() -> nn.Module:
     """Needs much side information."""
     with torch.device("meta"):
-        return momconv.convert(build("cifar_resnet56"), 0.1, stages="all").train()
+        return momconv.convert(build("cifar_resnet32"), 0.1, stages="all").train()
 
 
 def plan_at(model: nn.Module, limit: int, slowness: dict[str, float], **asked: Any) -> Any:
@@ -165,7 +165,7 @@ def test_where_more_fits_gamma_changes_or_precision_whichever_is_faster(
     monkeypatch.setattr("momconv.planner.prediction.peak_within", lambda *_: 0)
     in_bf16 = peak_memory(low_gamma, 5, SIDE, "bf16", strategy="momentum").total
     with torch.device("meta"):
-        larger = momconv.convert(build("cifar_resnet56"), 0.95, stages="all").train()
+        larger = momconv.convert(build("cifar_resnet32"), 0.95, stages="all").train()
     limit = int(max(peak_of(larger, 5, "momentum"), in_bf16) * 1.0102)
     slow, quick = {"fp32": 1e-9, "bf16": 1e-8}, {"fp32": 1e-8, "bf16": 1e-9}
     for allowed, speeds, gamma, precision, sizes in (
