@@ -82,16 +82,14 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     where = find_device(device)
     others, description = compare or [], read_description(file)
     load = _Loader(Function(network, arg), description)
-    for other in others:
-        _require_same_classes(file, description, other, load.describe(other))
+    compared = [_describe_alike(other, file, load) for other in others]
     found = find_evaluation_set(
         data, description.classes, split=split, unknown=unknown_classes, labels=labels
     )
     _note_classes(file, found, description)
-    records = [description.seen, *(load.describe(other).seen for other in others)]
     images, exposure = leave_out_seen(
         _check(found, max_bad_fraction, description.preprocessing),
-        records,
+        [known.seen for known in (description, *compared)],
         keep_all=split == "train",
     )
     if exposure.counted:
@@ -190,14 +188,13 @@ class _Loader:
         return read_description(path) if is_converted(path) else describe(self(path))
 
 
-def _require_same_classes(
-    file: Path, ours: "Description", other: Path, theirs: "Description"
-) -> None:
-    """Do nothing if the networks in both files tell the same classes apart, as far as is known.
+def _describe_alike(other: Path, file: Path, load: _Loader) -> "Description":
+    """What is in ``other``, where a network tells the same classes apart as that in ``file``.
 
     Raises:
-        ModelFileError: They do not.
+        ModelFileError: It does not, as far as is known.
     """
+    ours, theirs = load.first, load.describe(other)
     named = ours.classes is not None and theirs.classes is not None
     if ours.num_classes != theirs.num_classes or (named and ours.classes != theirs.classes):
         raise ModelFileError(
@@ -205,6 +202,7 @@ def _require_same_classes(
             kind="model_file.other_classes",
             fix=f"momconv inspect {shlex.quote(str(file))}",
         )
+    return theirs
 
 
 def _judge(file: Path, scores: "Scores", least: float | None) -> ThresholdNotMet | None:
