@@ -8,6 +8,7 @@ demo: .venv/installed
 	$(BIN)/momconv demo
 
 # A process and one thread for each core: more threads would only get in each other's way.
+# Files are given out as they are collected, the longest first (tests/conftest.py).
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
