@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+settings.register_profile("repeatable", derandomize=True)  # the same inputs each time
+settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

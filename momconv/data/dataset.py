@@ -167,6 +167,17 @@ def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
         raise
 
 
+def end_workers(loader: "DataLoader[Any]") -> None:
+    """End the processes that read for ``loader``, if they wait for more.
+
+    As part of cyclic garbage, such as of an exception, the loader does not tell them to end, and
+    the program waits for them when it ends.
+    """
+    if loader._iterator is not None:
+        loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+        loader._iterator = None
+
+
 def _explain_death(iterator: object, error: Exception) -> None:
     """Raise what a reading process died of, if it did; DataLoader says it in a long text only."""
     codes = {process.exitcode for process in getattr(iterator, "_workers", ())}

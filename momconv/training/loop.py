@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
 import torch
@@ -70,8 +70,9 @@ def train(run: Run) -> None:
         DataError: Too many images cannot be decoded any more.
         ResourceError: Memory or disk is exhausted.
     """
-    steps, report, autosave = Steps(run), _Report(run), Autosave(run)
+    report, autosave = _Report(run), Autosave(run)
     with (
+        closing(Steps(run)) as steps,
         catching_signals(run.listener.tell) as check,
         saving_on_failure(run),
         offering_to_resume(run),

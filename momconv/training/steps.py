@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from momconv.data.dataset import LabelledImages, make_loader, read_batches
+from momconv.data.dataset import LabelledImages, end_workers, make_loader, read_batches
 from momconv.data.transforms import training_transform
 from momconv.planner.outlook import has_batch_norm
 from momconv.training.batches import (
@@ -86,6 +86,10 @@ class Steps:
             indices = [index % self._count for index in batch]
             parts_of_step = self._mixer.mix(own, epoch=epoch, step=first + step)
             yield Step(indices, map(self._lay_out, parts_of_step))
+
+    def close(self) -> None:
+        """End the processes that read."""
+        end_workers(self._loader)
 
     def _lay_out(self, part: Part) -> Part:
         """``part`` as the network wants it; a GPU lays it out itself, after the transfer.

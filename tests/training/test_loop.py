@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,6 +165,7 @@ def test_a_step_that_ran_out_of_memory_is_done_again_in_smaller_parts(
     assert read_plan(tmp_path / "run")["micro_batch"] == 2
     event = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[0])
     assert event == {"event": "out_of_memory", "epoch": 1, "step": 3, "micro_batch": 2}
+    assert not [child for child in active_children() if child.daemon]  # no process reads any more
 
 
 def test_with_frozen_batchnorm_smaller_parts_come_to_the_same(
