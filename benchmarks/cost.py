@@ -44,7 +44,7 @@ def measure(case: Case, device: torch.device) -> Iterator[Row]:
     model = convert(make_network(case.network), stages="all").to(device)
     training = Training(case.resolution, case.precision, device=device.type)
     speeds = {
-        "calibrated": measure_speed(model, training, device, available_bytes(device)),
+        "calibrated": measure_speed(model, training, available_bytes(device)),
         "assumed": estimate_speed(device.type, case.precision),
     }
     predictor, strategies = Predictor(model, training), tuple(STRATEGIES)

@@ -1,9 +1,9 @@
 """What steps of a network would take, in memory and time, under each way to run them."""
 
-from collections.abc import Callable, Collection
-from dataclasses import KW_ONLY, dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,68 +11,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from momconv.errors import UsageError
 from momconv.momentum.sequential import MomentumSequential, momentum_stages
 from momconv.planner.cost import Speed, estimate_speed
-from momconv.planner.micro_batch import largest_part, split_evenly
+from momconv.planner.micro_batch import split_evenly
+from momconv.planner.plan import Request
 from momconv.planner.prediction import PeakMemory, Prediction, Predictor, Training
 from momconv.vocabulary import STRATEGIES, StrategyChoice
 
 GAMMAS = (0.95, 0.99)  # with less side information than the default
-Change = Literal["gamma", "precision"]
-Fixed = Literal["gamma", "resolution", "freeze"]
 FEW = 8  # images; the statistics of fewer are noise
 SLACK = 0.01  # of the limit; predictions were off by at most 0.1 % (benchmarks/RESULTS.md)
 _WORTH_TRYING = 1.1  # of the limit, for an estimate
 _CHANGE_COST = 0.05  # of the time, that a change of γ or precision has to save
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is to be planned for.
-
-    Attributes:
-        training: What a step is.
-        batch_size: Images of an optimisation step.
-        limit_bytes: For everything, what is loaded already included.
-        micro_batch: A number to keep to, or "auto".
-        strategy: One to keep to, or "auto" for the fastest that fits.
-        images: Of an epoch, whose last batch may be larger by one; None: one batch.
-        find_speed: Asked for the device's speed where strategies or precisions have to be compared;
-            None: it is estimated.
-        may_change: What may be changed to be faster.
-        fixed: What cannot be changed by who reads of a plan that does not fit.
-    """
-
-    training: Training
-    _: KW_ONLY
-    batch_size: int
-    limit_bytes: int
-    micro_batch: int | Literal["auto"] = "auto"
-    strategy: StrategyChoice = "auto"
-    images: int | None = None
-    find_speed: Callable[[Training], Speed] | None = None
-    may_change: Collection[Change] = ()
-    fixed: Collection[Fixed] = ()
-
-    @property
-    def batch(self) -> int:
-        """The images of a full batch."""
-        return min(self.batch_size, self.images or self.batch_size)
-
-    @property
-    def sizes(self) -> list[int]:
-        """The micro-batches to consider, evenly filled, the largest first."""
-        if self.micro_batch != "auto":
-            return [min(self.micro_batch, self.batch)]
-        evenly = {split_evenly(self.batch, size)[0] for size in range(1, self.batch + 1)}
-        return sorted(evenly, reverse=True)
-
-    @property
-    def usable_bytes(self) -> int:
-        """The limit, less what predictions may be off by."""
-        return int(self.limit_bytes * (1 - SLACK))
-
-    def largest_part(self, micro_batch: int) -> int:
-        """The images that go through the network at once, at most."""
-        return largest_part(self.images or self.batch_size, self.batch_size, micro_batch)
+FindSpeed = Callable[[Training, int], Speed]  # of the device, within a limit of bytes
 
 
 class Rank(NamedTuple):
@@ -89,10 +38,20 @@ class Rank(NamedTuple):
 class Outlook:
     """What steps of a network are predicted to take."""
 
-    def __init__(self, model: nn.Module, request: Request, gamma: float | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        request: Request,
+        limit_bytes: int,
+        find_speed: FindSpeed | None = None,
+        *,
+        gamma: float | None = None,
+    ) -> None:
         """``gamma`` is for the stages that have a smaller one."""
-        self.request, self.gamma = request, gamma
-        self._predictor = Predictor(model, request.training)
+        self.request, self.limit_bytes, self.gamma = request, limit_bytes, gamma
+        self.usable_bytes = int(limit_bytes * (1 - SLACK))
+        self._find_speed = find_speed
+        self._predictor = Predictor(model, request)
         self.model = self._predictor.model
         self.strategies = list_strategies(model, request.strategy)
         if gamma is not None:
@@ -108,7 +67,7 @@ class Outlook:
         """Whether a step with such micro-batches is within the limit."""
         if not self._may_fit(strategy, micro_batch):
             return False
-        return self.predict(strategy, micro_batch).peak.total <= self.request.usable_bytes
+        return self.predict(strategy, micro_batch).peak.total <= self.usable_bytes
 
     def _may_fit(self, strategy: StrategyChoice, micro_batch: int) -> bool:
         """Whether a prediction is worth its time: what a step allocates is almost linear."""
@@ -117,7 +76,7 @@ class Outlook:
         images, (peak, *_) = self.latest[strategy]
         linear = (peak.step + peak.batch) * self.request.largest_part(micro_batch) / images
         estimate = peak.total - peak.step - peak.batch + linear
-        return estimate <= _WORTH_TRYING * self.request.usable_bytes
+        return estimate <= _WORTH_TRYING * self.usable_bytes
 
     def predict(self, strategy: StrategyChoice, micro_batch: int) -> Prediction:
         """A step with micro-batches of at most so many images."""
@@ -140,29 +99,27 @@ class Outlook:
         if strategy not in self.latest:
             self.predict(strategy, micro_batch)
         images, prediction = self.latest[strategy]
-        parts = split_evenly(self.request.batch, micro_batch)
+        parts = split_evenly(self.request.share, micro_batch)
         seconds = sum(speed.seconds(prediction.work.scale(part / images)) for part in parts)
-        return Rank(max(0, self._enough - micro_batch), seconds / self.request.batch)
+        return Rank(max(0, self._enough - micro_batch), seconds / self.request.share)
 
     @property
     def _enough(self) -> int:
         """The images to go through the network at once, if possible."""
-        batch = self.request.batch
+        batch = self.request.share
         return batch if has_batch_norm(self.model) else min(FEW, batch)
 
     @property
     def estimated_speed(self) -> Speed:
         """Of devices of the kind."""
-        training = self.request.training
-        return estimate_speed(training.device, training.precision)
+        return estimate_speed(self.request.device, self.request.precision)
 
     @cached_property
     def speed(self) -> Speed:
         """Of the device, measured if that was asked for and there is something to compare."""
-        request = self.request
-        is_compared = len(self.latest) > 1 or "precision" in request.may_change
-        if request.find_speed is not None and is_compared:
-            return request.find_speed(request.training)
+        is_compared = len(self.latest) > 1 or "precision" in self.request.may_change
+        if self._find_speed is not None and is_compared:
+            return self._find_speed(self.request, self.limit_bytes)
         return self.estimated_speed
 
     def _predict(self, strategy: StrategyChoice, images: int, **changes: Any) -> Prediction:
@@ -172,17 +129,16 @@ class Outlook:
         except ValueError as error:
             if images > 1:
                 raise
-            training = replace(self.request.training, **changes)
-            raise _cannot_take_one(training, self.request.batch_size, error) from error
+            raise _cannot_take_one(replace(self.request, **changes), error) from error
 
 
-def _cannot_take_one(training: Training, batch_size: int, error: ValueError) -> UsageError:
+def _cannot_take_one(request: Request, error: ValueError) -> UsageError:
     """The error for BatchNorm of a feature map that has shrunk to one pixel."""
     return UsageError(
-        f"at {training.resolution} pixels the network cannot be trained on micro-batches of "
+        f"at {request.resolution} pixels the network cannot be trained on micro-batches of "
         f"1 image\n{error}",
         kind="usage.micro_batch_of_one",
-        fix="--micro-batch 2" if batch_size > 1 else "--batch-size 2",
+        fix="--micro-batch 2" if request.share_size > 1 else "--batch-size 2",
     )
 
 

@@ -126,7 +126,7 @@ def profile(
 def _find_speed(model: nn.Module, training: Training, *, measuring: bool) -> Speed:
     device = torch.device(training.device)
     if measuring:
-        return measure_speed(model, training, device, available_bytes(device))
+        return measure_speed(model, training, available_bytes(device))
     return estimate_speed(device.type, training.precision)
 
 

@@ -31,7 +31,7 @@ def does_not_fit(outlook: Outlook) -> ResourceError:
     return ResourceError(
         f"a micro-batch of {plural(images, 'image')} does not fit: it needs "
         f"{format_bytes(peak.total)} ({leanest}), the limit is "
-        f"{format_bytes(request.limit_bytes)}\n{_break_down(peak)}",
+        f"{format_bytes(outlook.limit_bytes)}\n{_break_down(peak)}",
         kind="memory.does_not_fit",
         fix="\n".join(_find_fixes(_Attempt(outlook, leanest, size, peak))),
     )
@@ -68,7 +68,7 @@ class _Attempt:
         """Whether it would under ``changes``, or does now that the network is changed."""
         outlook = self.outlook
         peak = outlook.try_out(strategy or self.strategy, size or self.size, **changes)
-        return peak.total <= outlook.request.usable_bytes
+        return peak.total <= outlook.usable_bytes
 
 
 def _find_fixes(attempt: _Attempt) -> Iterator[str]:
@@ -79,7 +79,7 @@ def _find_fixes(attempt: _Attempt) -> Iterator[str]:
         yield "--strategy auto"
     if request.micro_batch != "auto" and attempt.size > 2 and attempt.would_fit(size=2):
         yield "--micro-batch auto"
-    if request.training.precision == "fp32" and attempt.would_fit(precision="bf16"):
+    if request.precision == "fp32" and attempt.would_fit(precision="bf16"):
         yield "--set train.precision=bf16"
     yield f"--memory {math.ceil(attempt.peak.total / (1 - SLACK) / 2**20)}MiB"
     searches = {"resolution": _find_side, "gamma": _find_gamma, "freeze": _find_stages_to_freeze}
@@ -92,8 +92,8 @@ def _find_side(attempt: _Attempt) -> Iterator[str]:
     """The largest resolution that fits, if one is found."""
     request, peak = attempt.outlook.request, attempt.peak
     needed = peak.step + peak.batch
-    share = max(0, request.usable_bytes - peak.total + needed) / needed
-    largest = math.floor(request.training.resolution * math.sqrt(share) / _GRID) * _GRID
+    share = max(0, attempt.outlook.usable_bytes - peak.total + needed) / needed
+    largest = math.floor(request.resolution * math.sqrt(share) / _GRID) * _GRID
     for side in range(largest, 0, -_GRID)[:_TRIES]:
         try:
             if attempt.would_fit(resolution=side):

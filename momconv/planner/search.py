@@ -10,56 +10,20 @@ So that a plan can be repeated, times that were measured decide only what change
 is the strategy, and whether a precision is faster, where that may change.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Literal
 
-import torch
 from torch import nn
 
 from momconv.errors import ResourceError
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.allowance import held_bytes
-from momconv.planner.measurement import available_bytes
-from momconv.planner.micro_batch import split_evenly
-from momconv.planner.outlook import GAMMAS, Change, Outlook, Rank, Request
-from momconv.planner.prediction import PeakMemory, Training
+from momconv.planner.outlook import GAMMAS, FindSpeed, Outlook, Rank
+from momconv.planner.plan import Change, Plan, Request
 from momconv.planner.refusal import does_not_fit
-from momconv.units import parse_bytes
 from momconv.vocabulary import STRATEGIES, OptimizerName, Precision, StrategyChoice
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """How a batch goes through a network within a limit of memory.
-
-    Attributes:
-        strategy: For ``momconv.set_strategy``; "store" if the model has nothing to set.
-        batch_size: Images of an optimisation step.
-        micro_batch: The most images that go through the network at once.
-        peak: What is alive at the peak of a step with the largest micro-batch, predicted.
-        limit_bytes: The limit.
-        precision: The one that was asked for, unless it was allowed to change.
-        gamma: A larger one for the model's momentum stages, if that was allowed and needed.
-        seconds_per_image: The time of a step, about; see cost.py.
-        is_calibrated: Whether that comes from steps that were measured on the device.
-    """
-
-    strategy: StrategyChoice
-    batch_size: int
-    micro_batch: int
-    peak: PeakMemory
-    limit_bytes: int
-    precision: Precision
-    gamma: float | None
-    seconds_per_image: float
-    is_calibrated: bool
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The images of each micro-batch."""
-        return split_evenly(self.batch_size, self.micro_batch)
 
 
 def plan(  # noqa: PLR0913 (each is a fact about the training)
@@ -94,40 +58,44 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
         ResourceError: Nothing fits; the error says what would.
         UsageError: An argument is not allowed, or one image alone cannot be trained on.
     """
-    if memory is None:
-        place = torch.device(device)
-        memory = available_bytes(place) + held_bytes(model, place)
-    limit = parse_bytes(memory) if isinstance(memory, str) else memory
-    training = Training(resolution, precision, optimizer, device=device)
     request = Request(
-        training,
+        resolution,
+        precision,
+        optimizer,
+        device=device,
         batch_size=batch_size,
-        limit_bytes=limit,
         micro_batch=micro_batch,
         strategy=strategy,
-        may_change=may_change,
+        memory=memory,
+        may_change=tuple(may_change),
     )
     return search(model, request)
 
 
-def search(model: nn.Module, request: Request) -> Plan:
-    """The plan for a request; see :func:`plan`.
+def search(model: nn.Module, request: Request, find_speed: FindSpeed | None = None) -> Plan:
+    """Return the plan for a request; see :func:`plan`.
+
+    Args:
+        model: As there.
+        request: What is asked for.
+        find_speed: Asked for the device's speed where strategies or precisions have to be compared;
+            None: it is estimated.
 
     Raises:
         ResourceError: Nothing fits; the error says what would.
         UsageError: One image alone cannot be trained on.
     """
+    limit = request.find_limit(model)
     found: list[tuple[Rank, Plan]] = []
     refusals: list[ResourceError] = []
     for precision in _list_precisions(request):
-        training = replace(request.training, precision=precision)
+        outlook = partial(Outlook, model, replace(request, precision=precision), limit, find_speed)
         try:
-            rank, plan = _search(model, replace(request, training=training))
+            rank, plan = _search(model, outlook)
         except ResourceError as error:
             refusals.append(error)
         else:
-            is_changed = precision != request.training.precision
-            found.append((rank.at_cost(is_changed=is_changed), plan))
+            found.append((rank.at_cost(is_changed=precision != request.precision), plan))
     if not found:
         raise refusals[0]
     return min(found, key=itemgetter(0))[1]
@@ -135,20 +103,23 @@ def search(model: nn.Module, request: Request) -> Plan:
 
 def _list_precisions(request: Request) -> list[Precision]:
     """Those to consider, what was asked for first."""
-    asked = request.training.precision
+    asked = request.precision
     return ["fp32", "bf16"] if asked == "fp32" and "precision" in request.may_change else [asked]
 
 
-def _search(model: nn.Module, request: Request) -> tuple[Rank, Plan]:
-    """The best plan in a precision by estimated times, and how good it is by measured ones."""
-    own = Outlook(model, request)
-    strategy, size = own.strategies[0], request.sizes[0]
-    if own.fits(strategy, size):  # it does the least
-        return _choose(own, strategy, size)
-    outlooks = [own, *(Outlook(model, request, gamma) for gamma in _list_gammas(model, request))]
+def _search(model: nn.Module, look: Callable[..., Outlook]) -> tuple[Rank, Plan]:
+    """Return the best plan in a precision by estimated times, and how good it is by measured ones.
+
+    ``look`` gives the outlook on a γ.
+    """
+    own = look()
+    strategy, sizes = own.strategies[0], own.request.sizes
+    if own.fits(strategy, sizes[0]):  # it does the least
+        return _choose(own, strategy, sizes[0])
+    outlooks = [own, *(look(gamma=gamma) for gamma in _list_gammas(model, own.request))]
     options = [
         (outlook, strategy, size)
-        for size in request.sizes
+        for size in sizes
         for outlook in outlooks
         for strategy in outlook.strategies
     ]
@@ -180,12 +151,12 @@ def _choose(outlook: Outlook, strategy: StrategyChoice, micro_batch: int) -> tup
     rank, request = outlook.rank(strategy, micro_batch, outlook.speed), outlook.request
     peak = outlook.predict(strategy, micro_batch).peak
     return rank, Plan(
+        request=replace(request, may_change=(), fixed=()),  # decided now
         strategy=strategy,
-        batch_size=request.batch,
         micro_batch=micro_batch,
+        predicted_bytes=peak.total,
         peak=peak,
-        limit_bytes=request.limit_bytes,
-        precision=request.training.precision,
+        limit_bytes=outlook.limit_bytes,
         gamma=outlook.gamma,
         seconds_per_image=rank.seconds,
         is_calibrated=outlook.speed.is_measured,

@@ -19,12 +19,13 @@ _LONGER = 1.5  # times the step with few; of less, launches and the clock's nois
 _LARGEST_SIDE = 96  # pixels
 
 
-def measure_speed(model: nn.Module, training: Training, device: torch.device, limit: int) -> Speed:
-    """The speed of ``device``, on which ``model`` is, with as many images as that takes.
+def measure_speed(model: nn.Module, training: Training, limit: int) -> Speed:
+    """The speed of the device, on which ``model`` is, with as many images as that takes.
 
     It is estimated where ``limit`` bytes are too few for them, or nothing makes a step longer. The
     model stores its activations then; its other state is afterwards what it was.
     """
+    device = torch.device(training.device)
     if momentum_stages(model):
         set_strategy(model, "store")
     side = _find_side(model, training.resolution)

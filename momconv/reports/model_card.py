@@ -119,15 +119,15 @@ def _describe_training(result: Result, recipe: Recipe) -> Iterator[str]:
     train, plan = recipe.train, result.plan
     settings = {
         "epochs": f"{result.epochs}, of which number {result.best_epoch.epoch} is the best",
-        "batch": f"{plan.setting.batch} in micro-batches of {plan.micro_batch}",
+        "batch": f"{plan.request.batch} in micro-batches of {plan.micro_batch}",
         "optimiser": f"{OPTIMIZERS[train.optimizer].class_name}, "
         f"learning rate up to {train.resolved_lr:g}, "
         f"weight decay {train.weight_decay:g}",
         "label smoothing": f"{train.label_smoothing:g}",
-        "precision": plan.setting.precision,
+        "precision": plan.precision,
         **_list_changes(recipe),
         "seed": train.seed,
-        "device": plan.setting.device,
+        "device": plan.request.device,
         "memory at the peak": _describe_memory(result),
     }
     yield "## Training\n"

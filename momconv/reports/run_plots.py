@@ -18,8 +18,8 @@ from momconv.data.folder import ImageSet
 from momconv.data.transforms import training_transform
 from momconv.evaluation import Mistake, Scores
 from momconv.files.atomic import write_atomically
+from momconv.planner.plan import Plan
 from momconv.recipe import Recipe
-from momconv.training.planning import BatchPlan
 from momconv.training.progress import EpochRow
 from momconv.words import printable
 from momconv.zoo.description import Preprocessing
@@ -142,7 +142,7 @@ def _shrink(image: Image.Image) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def draw_memory(plan: BatchPlan, path: Path) -> None:
+def draw_memory(plan: Plan, path: Path) -> None:
     """The peak of a training step, as predicted and as measured, and the limit."""
     amounts = {"predicted": plan.predicted_bytes, "measured": plan.measured_bytes}
     known = {name: amount / 2**20 for name, amount in amounts.items() if amount is not None}

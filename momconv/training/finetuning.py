@@ -12,6 +12,7 @@ from momconv.data.folder import Splits
 from momconv.data.report import DataReport
 from momconv.determinism import deterministic
 from momconv.errors import ModelFileError, ResourceError
+from momconv.planner.plan import Plan
 from momconv.recipe import Recipe, recall_recipe
 from momconv.states import keeping_random_state
 from momconv.training import network, resuming, starting
@@ -20,7 +21,7 @@ from momconv.training.loop import train
 from momconv.training.memory import enforcing_limit
 from momconv.training.omission import keep_rest
 from momconv.training.optimisation import choose_precision
-from momconv.training.planning import BatchPlan, plan_together
+from momconv.training.planning import plan_together
 from momconv.training.processes import Processes, find_own_device, joined
 from momconv.training.progress import SILENT, EpochRow, Listener
 from momconv.training.provenance import Provenance, read_provenance
@@ -42,7 +43,7 @@ class Result:
     epochs: int
     history: tuple[EpochRow, ...]
     splits: Splits
-    plan: BatchPlan
+    plan: Plan
 
 
 def finetune(
@@ -123,7 +124,7 @@ class Rehearsal:
     """What a run would work with."""
 
     report: DataReport
-    plan: BatchPlan
+    plan: Plan
 
 
 def rehearse(

@@ -21,7 +21,7 @@ def add_gradients(run: Run, images: Tensor, labels: Tensor, share: float) -> Ten
     smoothing = run.recipe.train.label_smoothing
     if run.class_weights is not None:
         labels, smoothing = weigh_labels(labels, run.class_weights, smoothing), 0.0
-    with autocast(run.plan.setting.precision, run.device):
+    with autocast(run.plan.precision, run.device):
         outputs = run.model(images)
         total = F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
         loss = share / len(labels) * total

@@ -14,8 +14,8 @@ from momconv.exhaustion import EXHAUSTED, naming_exhaustion
 from momconv.planner.allowance import find_allowance
 from momconv.planner.measurement import measure, static_bytes
 from momconv.planner.outlook import SLACK
+from momconv.planner.plan import Plan
 from momconv.training.gradients import add_gradients
-from momconv.training.planning import BatchPlan
 from momconv.training.progress import Halving
 from momconv.training.run import Run
 from momconv.training.saving import write_plan
@@ -200,7 +200,7 @@ def out_of_memory(run: Run, error: OutOfMemory, doing: str, remedy: str) -> OutO
     )
 
 
-def _find_other_memory(plan: BatchPlan) -> str:
+def _find_other_memory(plan: Plan) -> str:
     """What was needed, if that is known; or less, for a leaner strategy, if there is one."""
     if plan.measured_bytes is not None and plan.is_exceeded:
         wanted = plan.measured_bytes / (1 - SLACK)

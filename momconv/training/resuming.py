@@ -13,18 +13,12 @@ from momconv.errors import DataError, ModelFileError, MomconvError, UsageError
 from momconv.files import model_file
 from momconv.files.atomic import remove, write_bytes, write_text
 from momconv.opening import is_special, read_regular
-from momconv.planner.outlook import Fixed
+from momconv.planner.plan import Fixed, Plan, Request
 from momconv.recipe import KEYS, SECTIONS, Recipe, dump_recipe, recall_recipe
 from momconv.training import network
 from momconv.training.images import list_new, recall_images
 from momconv.training.optimisation import require_stages
-from momconv.training.planning import (
-    BatchPlan,
-    Setting,
-    plan_again,
-    plan_batches,
-    tell_of_plan,
-)
+from momconv.training.planning import plan_again, plan_batches, tell_of_plan
 from momconv.training.progress import require_validation
 from momconv.training.provenance import describe_machine, read_provenance, tell_of_differences
 from momconv.training.run import Assignment, Run, make_run
@@ -72,8 +66,8 @@ def resume(assignment: Assignment) -> Run:
     network.place(model, assignment.device)
     network.start_training(model, recipe.train)
     fixed: tuple[Fixed, ...] = ("gamma", "resolution", "freeze")
-    setting = assignment.describe_setting(model, len(splits.train.samples), fixed)
-    plan = _recall_plan(folder, setting, model)
+    request = assignment.request_plan(model, len(splits.train.samples), fixed)
+    plan = _recall_plan(folder, request, model)
     run = make_run(assignment, splits, model, plan, saved.progress)
     saved.restore_optimizer(run.optimizer, model)
     saved.restore_random_states()
@@ -135,10 +129,10 @@ def _tell_of_another_machine(assignment: Assignment) -> None:
     tell_of_differences(began, now, assignment.listener)
 
 
-def _recall_plan(folder: RunFolder, setting: Setting, model: nn.Module) -> BatchPlan:
+def _recall_plan(folder: RunFolder, request: Request, model: nn.Module) -> Plan:
     if not folder.plan.is_file():
-        return plan_batches(model, setting)
-    return plan_again(BatchPlan.from_json(read_regular(folder.plan)), setting, model)
+        return plan_batches(model, request)
+    return plan_again(Plan.from_json(read_regular(folder.plan)), request, model)
 
 
 def _give_up_lost_model(run: Run) -> bool:
@@ -337,7 +331,7 @@ def _read(path: Path) -> bytes | None:
 
 def _is_plan(content: bytes | None) -> bool:
     try:
-        BatchPlan.from_json(content or b"")
+        Plan.from_json(content or b"")
     except ModelFileError:
         return False
     return True

@@ -13,7 +13,7 @@ from momconv.data.dataset import count_workers, count_workers_that_fit
 from momconv.data.folder import Splits
 from momconv.errors import ResourceError
 from momconv.planner.micro_batch import count_steps
-from momconv.planner.outlook import Fixed
+from momconv.planner.plan import Change, Fixed, Plan, Request
 from momconv.recipe import Recipe
 from momconv.training.batches import weigh_classes
 from momconv.training.optimisation import (
@@ -25,7 +25,6 @@ from momconv.training.optimisation import (
     read_scaler,
     restore_scaler,
 )
-from momconv.training.planning import BatchPlan, Setting
 from momconv.training.processes import ALONE, Processes
 from momconv.training.progress import Listener, Progress
 from momconv.training.run_folder import RunFolder
@@ -43,23 +42,30 @@ class Assignment:
     listener: Listener
     processes: Processes = ALONE
 
-    def describe_setting(self, model: nn.Module, images: int, fixed: tuple[Fixed, ...]) -> Setting:
-        """Return what the plan for epochs of so many ``images`` depends on."""
+    def request_plan(
+        self,
+        model: nn.Module,
+        images: int,
+        fixed: tuple[Fixed, ...],
+        may_change: tuple[Change, ...] = (),
+    ) -> Request:
+        """Return what is asked of the plan for epochs of so many ``images``."""
         recipe, train, processes = self.recipe, self.recipe.train, self.processes
-        return Setting(
+        return Request(
+            describe(model).preprocessing.resolution,
+            choose_precision(train, self.device),
+            train.optimizer,
+            ema=train.ema > 0,
+            device=str(self.device),
             images=images,
             batch_size=train.batch_size,
             micro_batch=train.micro_batch,
-            resolution=describe(model).preprocessing.resolution,
             strategy=recipe.momentum.strategy,
-            precision=choose_precision(train, self.device),
-            optimizer=train.optimizer,
-            device=str(self.device),
             memory=train.memory,
             headroom=train.headroom,
-            ema=train.ema > 0,
             processes=processes.count,
             sharers=processes.on_this_machine if self.device.type == "cpu" else 1,
+            may_change=may_change,
             fixed=fixed,
         )
 
@@ -71,7 +77,7 @@ class Run(Assignment):
     # What it works with.
     splits: Splits
     model: nn.Module
-    plan: BatchPlan  # changes when memory runs out
+    plan: Plan  # changes when memory runs out
     workers: int  # processes that read images
     optimizer: Optimizer = field(init=False)
     average: Average | None = field(init=False)
@@ -97,7 +103,7 @@ class Run(Assignment):
         self.optimizer = make_optimizer(self.model, self.recipe.train)
         decay = self.recipe.train.ema
         self.average = Average(self.model, decay) if decay else None
-        self.scaler = make_scaler(self.plan.setting.precision, self.device)
+        self.scaler = make_scaler(self.plan.precision, self.device)
         self.class_weights = None
         if self.recipe.data.balance == "loss":
             weights = weigh_classes(list(self.splits.train.counts().values()))
@@ -125,7 +131,7 @@ class Run(Assignment):
         It would refuse to unscale the next ones, or to end a step of which it has seen none.
         """
         remembered = read_scaler(self.scaler)
-        self.scaler = make_scaler(self.plan.setting.precision, self.device)
+        self.scaler = make_scaler(self.plan.precision, self.device)
         restore_scaler(self.scaler, remembered)
 
     @property
@@ -148,7 +154,7 @@ def make_run(
     assignment: Assignment,
     splits: Splits,
     model: nn.Module,
-    plan: BatchPlan,
+    plan: Plan,
     progress: Progress | None = None,
 ) -> Run:
     """Return the run of an ``assignment``, at its beginning unless there is ``progress``.
@@ -170,7 +176,7 @@ def make_run(
     )
 
 
-def _choose_workers(assignment: Assignment, images: int, plan: BatchPlan) -> int:
+def _choose_workers(assignment: Assignment, images: int, plan: Plan) -> int:
     """How many processes read images; not more than shared memory has room for.
 
     Raises:
@@ -182,7 +188,7 @@ def _choose_workers(assignment: Assignment, images: int, plan: BatchPlan) -> int
         if wanted == "auto"
         else wanted
     )
-    batch_bytes = plan.sizes[0] * 3 * 4 * plan.setting.resolution**2
+    batch_bytes = plan.sizes[0] * 3 * 4 * plan.request.resolution**2
     fitting = count_workers_that_fit(most, batch_bytes * processes.on_this_machine)
     if fitting < most and wanted != "auto":
         raise ResourceError(

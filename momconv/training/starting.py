@@ -10,7 +10,7 @@ from momconv.data.inspection import find_guessed, find_outside
 from momconv.data.values import find_ranges, settle_ranges, warn_of_values
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
-from momconv.planner.outlook import Fixed
+from momconv.planner.plan import Fixed, Plan
 from momconv.recipe import Recipe, dump_recipe
 from momconv.surgery.conversion import set_gamma
 from momconv.training import network
@@ -25,7 +25,7 @@ from momconv.training.images import (
 )
 from momconv.training.omission import leave_out
 from momconv.training.optimisation import describe_frozen, require_stages
-from momconv.training.planning import BatchPlan, Setting, plan_batches, tell_of_plan
+from momconv.training.planning import plan_batches, tell_of_plan
 from momconv.training.progress import Listener, require_validation
 from momconv.training.provenance import Provenance, find_provenance, tell_of_differences
 from momconv.training.rate_finder import find_rate
@@ -117,10 +117,8 @@ def start(
     return run
 
 
-def _plan(assignment: Assignment, model: nn.Module, images: int) -> tuple[Recipe, BatchPlan]:
-    """Plan how a run fits the memory, and tell. The network gets what that changes.
-
-    Returns the recipe with what it changes, too.
+def _plan(assignment: Assignment, model: nn.Module, images: int) -> tuple[Recipe, Plan]:
+    """Plan how a run fits the memory, and tell. Recipe and network get what that changes.
 
     Raises:
         ResourceError: It does not, or what it writes does not fit the disk.
@@ -128,25 +126,19 @@ def _plan(assignment: Assignment, model: nn.Module, images: int) -> tuple[Recipe
     before, listener = assignment.recipe, assignment.listener
     assignment.folder.require_room(_disk_bytes(model, before))
     fixed: tuple[Fixed, ...] = ("gamma",) if _has_fixed_gamma(before) else ()
-    may_change = [change for change in before.train.may_change if change not in fixed]
-    asked = assignment.describe_setting(model, images, fixed)
-    plan = plan_batches(model, replace(asked, may_change=tuple(may_change)))
-    recipe = _change(before, asked, plan)
+    may_change = tuple(change for change in before.train.may_change if change not in fixed)
+    request = assignment.request_plan(model, images, fixed, may_change)
+    plan = plan_batches(model, request)
+    recipe = before.change(
+        momentum={"gamma": plan.gamma} if plan.gamma is not None else {},
+        train={"precision": plan.precision} if plan.precision != request.precision else {},
+    )
     if plan.gamma is not None:
         set_gamma(model, plan.gamma, gain=recipe.momentum.gain)
     if recipe != before:
         listener.tell(_describe_changes(recipe))
     tell_of_plan(plan, model, listener)
     return recipe, plan
-
-
-def _change(recipe: Recipe, asked: Setting, plan: BatchPlan) -> Recipe:
-    """The recipe with what the plan had to change, as if it had been asked for."""
-    if plan.gamma is not None:
-        recipe = recipe.change(momentum={"gamma": plan.gamma})
-    if plan.setting.precision != asked.precision:
-        recipe = recipe.change(train={"precision": plan.setting.precision})
-    return recipe
 
 
 def _describe_changes(recipe: Recipe) -> str:
@@ -202,12 +194,12 @@ def _calibrate(run: Run) -> None:
     It weighs no more than the gradients, which do not exist yet. In single precision, in which this
     is done, an image takes up to twice what it takes in half precision.
     """
-    recipe, plan, half = run.recipe, run.plan, run.plan.setting.precision != "fp32"
+    recipe, plan, half = run.recipe, run.plan, run.plan.precision != "fp32"
     original = network.load_plain(recipe.model, recipe.data.resolution)
     network.place(original, run.device)
     alone = plan  # one process calibrates, which then takes more than its share of a batch
     if run.processes.count > 1:
-        alone = plan_batches(run.model, replace(plan.setting, processes=1))
+        alone = plan_batches(run.model, replace(plan.request, processes=1))
     calibrate_on(
         run.splits.train,
         run.model,

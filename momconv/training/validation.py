@@ -47,7 +47,7 @@ def validate(
                     batch_size=size,
                     device=run.device,
                     workers=run.workers,
-                    precision=run.plan.setting.precision if run.device.type == "cuda" else "fp32",
+                    precision=run.plan.precision if run.device.type == "cuda" else "fp32",
                     progress=tell,
                 )
         except UnreadableImage as error:

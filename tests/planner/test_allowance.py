@@ -69,7 +69,8 @@ def test_a_plan_within_free_memory_has_all_of_it_beside_the_context(
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30 * MIB)
     limits: list[int] = []
     monkeypatch.setattr(
-        "momconv.planner.search.search", lambda _, request: limits.append(request.limit_bytes)
+        "momconv.planner.search.search",
+        lambda model, request: limits.append(request.find_limit(model)),
     )
     plan(nn.Linear(3, 5), 32, device="cuda")
     assert limits == [int(1020 * MIB * 0.9) + 300 * MIB]

@@ -76,7 +76,7 @@ def test_a_clock_that_is_too_coarse_still_gives_a_speed() -> None:
 def test_a_calibrated_speed_is_measured_and_the_network_stays_as_it_was() -> None:
     model = momconv.convert(build("cifar_resnet20"), 0.9).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    speed = measure_speed(model, Training(32), CPU, 2**30)
+    speed = measure_speed(model, Training(32), 2**30)
     assert speed.is_measured
     assert speed.per_flop > 0
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -101,7 +101,7 @@ def test_a_speed_is_fitted_to_steps_that_differ(
         return 0.05 + (0.0002 if len(ran) % 2 else -0.0002) + per_image * images
 
     monkeypatch.setattr("momconv.planner.speed.time_step", time_step)
-    speed = measure_speed(Flat(), Training(2), CPU, 2**30)
+    speed = measure_speed(Flat(), Training(2), 2**30)
     assert ran[-1] == most
     if per_image:
         assert speed.is_measured
@@ -113,4 +113,4 @@ def test_a_speed_is_fitted_to_steps_that_differ(
 
 def test_steps_that_would_not_fit_are_not_run() -> None:
     model = build("cifar_resnet20").train()
-    assert measure_speed(model, Training(32), CPU, 2**20) == estimate_speed("cpu", "fp32")
+    assert measure_speed(model, Training(32), 2**20) == estimate_speed("cpu", "fp32")

@@ -14,7 +14,7 @@ import momconv
 from momconv.errors import ResourceError, UsageError
 from momconv.momentum.sequential import momentum_stages
 from momconv.planner.cost import Speed
-from momconv.planner.outlook import Request
+from momconv.planner.plan import Request
 from momconv.planner.prediction import Predictor, Training, peak_memory
 from momconv.planner.search import plan, search
 from momconv.recipe import TrainRecipe, load_recipe
@@ -51,8 +51,11 @@ def test_everything_is_stored_where_it_fits(deep: nn.Module) -> None:
     made = plan(deep, SIDE, "8GiB")
     assert (made.strategy, made.sizes) == ("store", (32,))
     again = plan(deep, SIDE, "8GiB", strategy="checkpoint")
+    assert made.seconds_per_image
+    assert again.seconds_per_image
     assert 0 < made.seconds_per_image < again.seconds_per_image
-    assert made.peak.total == peak_of(deep, 32, "store")
+    assert made.peak
+    assert made.peak.total == made.predicted_bytes == peak_of(deep, 32, "store")
     assert made.limit_bytes == 8 * 2**30
 
 
@@ -62,7 +65,7 @@ def test_the_fastest_strategy_that_takes_the_whole_batch_wins(
 ) -> None:
     made = plan(deep, SIDE, room_for(deep, 32, strategy))
     assert (made.strategy, made.sizes) == (strategy, (32,))
-    assert made.peak.total <= made.limit_bytes
+    assert made.predicted_bytes <= made.limit_bytes
 
 
 def test_where_none_does_batchnorm_gets_as_many_images_as_possible(deep: nn.Module) -> None:
@@ -101,7 +104,7 @@ def test_the_mode_of_the_network_does_not_matter_and_stays(deep: nn.Module) -> N
 def test_without_a_limit_what_is_free_counts() -> None:
     made = plan(build("cifar_resnet20"), SIDE)
     assert made.sizes == (32,)
-    assert made.limit_bytes > made.peak.total
+    assert made.limit_bytes > made.predicted_bytes
 
 
 def test_a_leaner_strategy_wins_if_it_is_faster(deep: nn.Module) -> None:
@@ -110,13 +113,8 @@ def test_a_leaner_strategy_wins_if_it_is_faster(deep: nn.Module) -> None:
     assert peak_of(deep, 32, "store") > limit
 
     def choose(speed: Speed) -> str:
-        request = Request(
-            Training(SIDE),
-            batch_size=32,
-            limit_bytes=int(limit * 1.015),
-            find_speed=lambda _: speed,
-        )
-        return search(deep, request).strategy
+        request = Request(SIDE, batch_size=32, memory=int(limit * 1.015))
+        return search(deep, request, lambda *_: speed).strategy
 
     def seconds(strategy: Any, speed: Speed) -> float:
         return speed.seconds(Predictor(deep, Training(SIDE)).predict(32, strategy).work)
@@ -127,18 +125,17 @@ def test_a_leaner_strategy_wins_if_it_is_faster(deep: nn.Module) -> None:
 
 
 def test_the_speed_is_found_only_where_there_is_a_choice(deep: nn.Module) -> None:
-    def fail(_: Training) -> Speed:
+    def fail(*_: object) -> Speed:
         raise AssertionError
 
     for strategy, memory in (("auto", 2**33), ("checkpoint", room_for(deep, 8, "checkpoint"))):
         request = Request(
-            Training(SIDE),
+            SIDE,
             batch_size=32,
-            limit_bytes=memory,
+            memory=memory,
             strategy=strategy,  # type: ignore[arg-type]
-            find_speed=fail,
         )
-        assert search(deep, request).seconds_per_image > 0
+        assert (search(deep, request, fail).seconds_per_image or 0) > 0
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +148,8 @@ def low_gamma() -> nn.Module:
 def plan_at(model: nn.Module, limit: int, slowness: dict[str, float], **asked: Any) -> Any:
     """The plan where a byte takes so long in each precision."""
     speeds = {name: Speed(0, 0, seconds, is_measured=True) for name, seconds in slowness.items()}
-    find_speed = lambda training: speeds[training.precision]  # noqa: E731
-    return search(
-        model,
-        Request(Training(SIDE), batch_size=5, limit_bytes=limit, find_speed=find_speed, **asked),
-    )
+    request = Request(SIDE, batch_size=5, memory=limit, **asked)
+    return search(model, request, lambda training, _: speeds[training.precision])
 
 
 def test_where_more_fits_gamma_changes_or_precision_whichever_is_faster(
@@ -211,11 +205,8 @@ def test_what_was_measured_decides_among_strategies_alone() -> None:
     start_training(model, TrainRecipe(freeze_bn=True))
     limit = room_for(model, 20, "checkpoint")
     speeds = (Speed(0, 0, 1e-9), Speed(1e-3, 0, 0), Speed(0, 1e-9, 0), Speed(1, 1e-9, 1e-3))
-    request = Request(Training(SIDE), batch_size=32, limit_bytes=limit)
-    made = [
-        search(model, replace(request, find_speed=lambda _, s=speed: s))  # type: ignore[misc]
-        for speed in speeds
-    ]
+    request = Request(SIDE, batch_size=32, memory=limit)
+    made = [search(model, request, lambda *_, s=speed: s) for speed in speeds]  # type: ignore[misc]
     assert len({(p.micro_batch, p.gamma, p.precision) for p in made}) == 1
 
 
@@ -285,14 +276,15 @@ def test_what_cannot_be_changed_is_not_advised() -> None:
         model = momconv.convert(build("cifar_resnet56"), 0.1).train()
     peak = peak_memory(model, 32, SIDE, "bf16", strategy="momentum").total
     request = Request(
-        Training(SIDE, "bf16"),
+        SIDE,
+        "bf16",
         batch_size=32,
-        limit_bytes=int(peak * 0.98),
+        memory=int(peak * 0.98),
         micro_batch=32,
         strategy="momentum",
     )
     with pytest.raises(ResourceError) as refused:
-        search(model, replace(request, fixed=["gamma", "freeze", "resolution"]))
+        search(model, replace(request, fixed=("gamma", "freeze", "resolution")))
     options = [line.split()[0] for line in (refused.value.fix or "").splitlines()]
     assert options == ["--micro-batch", "--memory"]
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from momconv.data.folder import find_splits
+from momconv.planner.plan import Plan, Request
 from momconv.recipe import Recipe, load_recipe
 from momconv.training import run
 from momconv.training.finetuning import Result, finetune
-from momconv.training.planning import BatchPlan, Setting
 from momconv.training.progress import SILENT, EpochRow, Listener
 from momconv.training.run import Assignment, Run
 from momconv.training.run_folder import RunFolder
@@ -43,19 +43,9 @@ def resume(folder: Path, *changes: str, listener: Listener | None = None) -> Res
     return finetune(recipe, folder, resume=True, listener=listener or Log())
 
 
-SETTING = Setting(
-    images=18,
-    batch_size=5,
-    micro_batch=5,
-    resolution=32,
-    strategy="store",
-    precision="fp32",
-    optimizer="sgd",
-    device="cpu",
-    memory=None,
-)
-PLAN = BatchPlan(
-    setting=SETTING,
+REQUEST = Request(32, images=18, batch_size=5, micro_batch=5, strategy="store")
+PLAN = Plan(
+    request=REQUEST,
     strategy="store",
     stages="store",
     micro_batch=5,
@@ -68,7 +58,7 @@ def make_run(
     data: Path,
     model: nn.Module,
     *changes: str,
-    plan: BatchPlan = PLAN,
+    plan: Plan = PLAN,
     folder: Path = Path(),
 ) -> Run:
     """A run on ``data``, with all that it works with, before it begins."""

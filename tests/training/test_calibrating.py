@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SETTING, Log, Signals, assert_same_tensors, read_metrics, small
+from runs import REQUEST, Log, Signals, assert_same_tensors, read_metrics, small
 from torch import nn
 
 from momconv.data.folder import read_classes_folder
@@ -205,8 +205,8 @@ def test_calibrating_takes_no_more_memory_than_the_planned_step(
 ) -> None:
     """With the original beside it, but without gradients of the weights and optimiser state."""
     model, cpu = convert(load_network("cifar_resnet20", trained)), torch.device("cpu")
-    setting = replace(SETTING, images=24, batch_size=8, micro_batch="auto", strategy="auto")
-    plan = plan_batches(model.train(), setting)
+    request = replace(REQUEST, images=24, batch_size=8, micro_batch="auto", strategy="auto")
+    plan = plan_batches(model.train(), request)
 
     def work() -> None:
         original = load_network("cifar_resnet20", trained)

@@ -73,7 +73,7 @@ def test_on_a_gpu_validation_computes_as_training_does(
     asked: dict[str, object] = {}
     monkeypatch.setattr(validation, "evaluate", lambda *_, **options: asked.update(options))
     run = make_run(colours, build("cifar_resnet20", 3))
-    run.plan = replace(PLAN, setting=replace(PLAN.setting, precision="bf16"))
+    run.plan = replace(PLAN, request=replace(PLAN.request, precision="bf16"))
     run.device = torch.device(device)
     validate(run, lambda *_: None, lambda: None)
     assert asked["precision"] == precision

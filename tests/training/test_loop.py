@@ -12,7 +12,7 @@ import pytest
 import torch
 from runs import (
     PLAN,
-    SETTING,
+    REQUEST,
     Copies,
     Log,
     Signals,
@@ -78,7 +78,7 @@ def test_in_bf16_the_network_computes_in_bf16(colours: Path) -> None:
         lambda _m, _a, output: seen.append(output.dtype)
     )
     run = make_run(colours, model)
-    run.plan = replace(PLAN, setting=replace(SETTING, precision="bf16"))
+    run.plan = replace(PLAN, request=replace(REQUEST, precision="bf16"))
     add_gradients(run, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]), 1.0)
     assert seen == [torch.bfloat16]
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}

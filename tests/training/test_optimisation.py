@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import (
     PLAN,
-    SETTING,
+    REQUEST,
     Log,
     Signals,
     assert_same,
@@ -30,6 +30,7 @@ from momconv.evaluation import evaluate
 from momconv.files import model_file
 from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.planner.measurement import measure_step
+from momconv.planner.plan import Plan
 from momconv.planner.prediction import peak_memory
 from momconv.recipe import TrainRecipe
 from momconv.surgery.conversion import convert
@@ -51,7 +52,6 @@ from momconv.training.optimisation import (
     set_rate,
     share_of_rate,
 )
-from momconv.training.planning import BatchPlan
 from momconv.training.progress import Progress
 from momconv.training.run import Run
 from momconv.training.run_folder import RunFolder
@@ -271,7 +271,7 @@ def make_fp16_run(colours: Path, strategy: str, folder: Path = Path()) -> Run:
     torch.manual_seed(0)
     model = convert(build("cifar_resnet20", 3), 0.9).train()
     set_strategy(model, strategy)  # type: ignore[arg-type]  # it is one
-    plan = replace(PLAN, setting=replace(SETTING, precision="fp16"), measured_bytes=1)
+    plan = replace(PLAN, request=replace(REQUEST, precision="fp16"), measured_bytes=1)
     return make_run(colours, model, "train.label_smoothing=0", plan=plan, folder=folder)
 
 
@@ -360,7 +360,7 @@ def test_memory_that_runs_out_in_the_average_is_no_end_under_fp16(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_fp16_run(colours, "store").model
-    plan = replace(PLAN, setting=replace(SETTING, precision="fp16"), measured_bytes=1)
+    plan = replace(PLAN, request=replace(REQUEST, precision="fp16"), measured_bytes=1)
     run = make_run(colours, model, "train.ema=0.9", plan=plan, folder=tmp_path)
     run.scaler = GradScaler("cpu", init_scale=1024.0)
     save(run)
@@ -419,7 +419,7 @@ def test_a_run_s_results_are_the_average_which_resuming_keeps_exactly(
 
 def test_the_plan_counts_the_average(colours: Path, tmp_path: Path) -> None:
     finetune(small(colours, "train.ema=0.9", "train.epochs=1"), tmp_path)
-    plan = BatchPlan.from_json((tmp_path / "plan.json").read_text())
+    plan = Plan.from_json((tmp_path / "plan.json").read_text())
     model = model_file.load(tmp_path / "last.safetensors").train()
     place(model, torch.device("cpu"))
     peak = peak_memory(model, 3, 32, strategy=plan.strategy, ema=True)
