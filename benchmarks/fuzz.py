@@ -34,9 +34,10 @@ from torch.nn import functional as F
 from benchmarks.tables import Log, Out, show
 from momconv.data.decoding import decode_bytes
 from momconv.data.examination import Finding
-from momconv.data.folder import ImageSet, Sample, Splits
+from momconv.data.folder import Folder
 from momconv.data.inspection import Inspection
 from momconv.data.report import report
+from momconv.data.source import ImageSet, Sample, Splits
 from momconv.data.table import read_table
 from momconv.errors import MomconvError, OutOfMemory
 from momconv.files import model_file
@@ -227,8 +228,8 @@ def _write_split(folder: Path) -> bytes:
     paths = [folder / "a" / f"{number}.png" for number in range(4)]
     for path in paths:
         path.write_bytes(b"")
-    images = ImageSet(folder, ("a", "b"), tuple(Sample(path, 0) for path in paths))
-    empty = ImageSet(folder, ("a", "b"), ())
+    images = ImageSet(Folder(folder), ("a", "b"), tuple(Sample(path, 0) for path in paths))
+    empty = ImageSet(Folder(folder), ("a", "b"), ())
     found = report(Inspection(empty, {}), Inspection(empty, {}), [], [])
     findings = dict.fromkeys(paths, Finding(sha256(b"").hexdigest()))
     checked = CheckedImages(Splits(images, empty, ()), found, findings)

@@ -30,7 +30,8 @@ from torchvision.transforms._presets import ImageClassification
 
 from benchmarks.tables import Log, Out, Row, show
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
-from momconv.data.folder import ImageSet, Sample
+from momconv.data.folder import Folder
+from momconv.data.source import ImageSet, Sample
 from momconv.data.transforms import evaluation_transform, training_transform
 from momconv.zoo.description import Preprocessing
 
@@ -87,7 +88,7 @@ def make_loaders(case: Case, workers: int) -> tuple["DataLoader[Any]", "DataLoad
     """Torchvision's and momconv's, of the same files."""
     reference = ImageFolder(str(case.folder), case.theirs())
     samples = tuple(Sample(Path(path), label) for path, label in reference.samples)
-    images = ImageSet(case.folder, tuple(reference.classes), samples)
+    images = ImageSet(Folder(case.folder), tuple(reference.classes), samples)
     ours = LabelledImages(images, case.ours(), seed=0 if case.train else None)
     return (
         DataLoader(reference, BATCH, num_workers=workers),

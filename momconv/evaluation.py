@@ -25,7 +25,8 @@ from torchmetrics.classification import (
 
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.decoding import UnreadableImage
-from momconv.data.folder import SPLITS, ImageSet
+from momconv.data.folder import SPLITS
+from momconv.data.source import ImageSet
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError
 from momconv.exhaustion import Parts

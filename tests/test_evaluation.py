@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from momconv.data.folder import ImageSet, read_classes_folder
+from momconv.data.folder import read_classes_folder
+from momconv.data.source import ImageSet
 from momconv.errors import DataError, UsageError
 from momconv.evaluation import Scores, evaluate, wilson_interval
 from momconv.zoo.description import Description, Preprocessing, attach

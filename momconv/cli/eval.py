@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from momconv.data.folder import ImageSet
+    from momconv.data.source import ImageSet
     from momconv.data.unseen import Exposure
     from momconv.evaluation import Scores
     from momconv.zoo.description import Description, Preprocessing

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from momconv.data.calibration_images import CalibrationImages, choose, choose_images
-from momconv.data.folder import ImageSet, find_evaluation_set, list_images
+from momconv.data.folder import find_evaluation_set, list_images
+from momconv.data.source import ImageSet
 from momconv.errors import DataError
 from momconv.words import plural, printable
 from momconv.zoo.description import Description
@@ -111,7 +112,7 @@ def find_verification_images(
     fits = found is not None and len(found.classes) == description.num_classes
     found = found or _find(folder)
     if found is not None:
-        paths, labels = [sample.path for sample in found.samples], found.labels
+        paths, labels = found.paths, found.labels
     else:
         paths, labels = list_images(folder), []
     note = None

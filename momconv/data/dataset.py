@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from momconv.data.decoding import Picture, UnreadableImage, blame, read_picture
-from momconv.data.folder import ImageSet
+from momconv.data.decoding import Picture, UnreadableImage, blame, decode_bytes, read_bytes
+from momconv.data.source import ImageSet
 from momconv.data.transforms import Transform
 from momconv.errors import ResourceError
 from momconv.zoo.description import ValueRanges
@@ -51,7 +51,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         seed: int | None,
         ranges: ValueRanges = _NO_RANGES,
     ) -> None:
-        self.paths = [sample.path for sample in image_set.samples]
+        self.source = image_set.source
+        self.paths = image_set.paths
         self.labels = image_set.labels
         self.transform = transform
         self.seed = seed
@@ -76,15 +77,19 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
     def _prepare(self, index: int) -> Tensor:
         if self.seed is None:
-            return prepare(self.paths[index], self.transform, self.ranges)[0]
+            return self._read(index)
         # Only the CPU's generator: torch.manual_seed and fork_rng would go through the GPUs' too.
         generator = torch.default_generator
         before = generator.get_state()
         generator.manual_seed(_mix(self.seed, int(self._epoch), index))
         try:
-            return prepare(self.paths[index], self.transform, self.ranges)[0]
+            return self._read(index)
         finally:
             generator.set_state(before)
+
+    def _read(self, index: int) -> Tensor:
+        path, read = self.paths[index], self.source.read
+        return prepare(path, self.transform, self.ranges, read)[0]
 
     def raise_failure(self) -> None:
         """Raise the error of the file that a worker could not prepare, once, if there is one.
@@ -99,13 +104,20 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             raise UnreadableImage(self.paths[index], "could not be read")  # but is back now
 
 
-def prepare(path: Path, transform: Transform, ranges: ValueRanges) -> tuple[Tensor, Picture]:
-    """The transformed image in ``path``, and what it was before; ``ranges`` is as for ``decode``.
+def prepare(
+    path: Path,
+    transform: Transform,
+    ranges: ValueRanges,
+    read: Callable[[Path], bytes] = read_bytes,
+) -> tuple[Tensor, Picture]:
+    """Return the transformed image in ``path``, and what it was before.
+
+    ``ranges`` is as for ``decode``.
 
     Raises:
         UnreadableImage: It cannot be decoded, or transformed.
     """
-    picture = read_picture(path, ranges)
+    picture = decode_bytes(read(path), path, ranges)
     try:
         return transform(picture.image), picture
     except RuntimeError:  # PyTorch's, which are about the process

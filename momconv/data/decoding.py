@@ -22,7 +22,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
-from momconv.data.folder import FORMATS
 from momconv.data.values import Values, guess_range, summarise, to_eight_bits
 from momconv.errors import DataError
 from momconv.opening import open_regular
@@ -31,6 +30,15 @@ from momconv.zoo.description import ValueRange, ValueRanges
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+Image.init()
+# Formats that Pillow names but that hold no pixels it can read by itself. (EPS starts Ghostscript.)
+_NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+_COMMON = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # tried first: each has a signature
+FORMATS = (*_COMMON, *(name for name in Image.ID if name not in {*_COMMON, *_NOT_PICTURES}))
+SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name not in _NOT_PICTURES
+)
 
 # What Pillow's readers raise when the bytes are not what they should be.
 _DAMAGE = (

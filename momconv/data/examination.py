@@ -2,21 +2,22 @@
 
 Reading and decoding a large folder takes minutes, and nothing changes between two runs. What was
 found is therefore kept in a cache outside the data folder, one file for each folder of images, and
-believed as long as a file's size, times and inode are the same.
+believed as long as the source identifies the file as the same.
 """
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import PIL
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from momconv.data.decoding import UnreadableImage, decode_bytes, read_bytes
+from momconv.data.source import Source
 from momconv.data.values import Values
 from momconv.errors import ResourceError
 from momconv.files.atomic import write_text
@@ -24,10 +25,9 @@ from momconv.files.cache import cache_folder
 from momconv.names import encode_name
 
 _DECODER = f"2 Pillow {PIL.__version__}"  # the first number is to be raised when decoding changes
-_RECENT = 2 * 10**9  # nanoseconds, in which a file may change again without its times changing
 
 Progress = Callable[[int, int], None]
-_Stamp = tuple[int, int, int, int]
+_Stamp = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,41 +59,35 @@ class _Cache(BaseModel):
 
 
 def examine_all(
-    root: Path, paths: Sequence[Path], progress: Progress | None = None
+    source: Source, paths: Sequence[Path], progress: Progress | None = None
 ) -> dict[Path, Finding]:
-    """What is in each of ``paths``, which are below ``root``.
+    """Return what is in each of ``paths``, which are the source's.
 
     ``progress`` is called with the number of files done and the number of all.
     """
-    known = _recall(root)
-    names = {path: encode_name(os.path.relpath(path, root)) for path in paths}
-    stamps = {path: _stamp(path) for path in paths}
+    known = _recall(source.root)
+    names = {path: encode_name(os.path.relpath(path, source.root)) for path in paths}
+    stamps = {path: source.identify(path) for path in paths}
     found = {
         path: known[name][1]
         for path, name in names.items()
         if name in known and known[name][0] == stamps[path]
     }
     new = [path for path in paths if path not in found]
-    for path, finding in _examine_new(new):
+    for path, finding in _examine_new(source, new):
         found[path] = finding
         if progress:
             progress(len(found), len(paths))
-    if new:
-        began = time.time_ns()
-        settled = {
-            names[path]: (stamp, found[path])
-            for path, stamp in stamps.items()
-            if stamp and stamp[1] < began - _RECENT
-        }
-        _remember(root, {**known, **settled})
+    if settled := {names[path]: (stamp, found[path]) for path in new if (stamp := stamps[path])}:
+        _remember(source.root, {**known, **settled})
     return {path: found[path] for path in paths}
 
 
-def examine(path: Path) -> Finding:
-    """What is in ``path``."""
+def examine(path: Path, read: Callable[[Path], bytes] = read_bytes) -> Finding:
+    """Return what is in ``path``."""
     sha256 = ""
     try:
-        data = read_bytes(path)
+        data = read(path)
         sha256 = hashlib.sha256(data).hexdigest()
         picture = decode_bytes(data, path)
     except UnreadableImage as error:
@@ -102,21 +96,12 @@ def examine(path: Path) -> Finding:
     return Finding(sha256, None, picture.stored, size, converted, picture.values)
 
 
-def _examine_new(paths: Sequence[Path]) -> Iterator[tuple[Path, Finding]]:
+def _examine_new(source: Source, paths: Sequence[Path]) -> Iterator[tuple[Path, Finding]]:
     pool = ThreadPoolExecutor()
     try:
-        yield from zip(paths, pool.map(examine, paths), strict=True)
+        yield from zip(paths, pool.map(partial(examine, read=source.read), paths), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupted check must not decode all the rest
-
-
-def _stamp(path: Path) -> _Stamp | None:
-    """What changes when the file does; None if it cannot be told."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _recall(root: Path) -> Mapping[str, tuple[_Stamp, Finding]]:

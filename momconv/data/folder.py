@@ -11,86 +11,79 @@ was left out or decided is told in notes. Nothing is ever written into a data fo
 import difflib
 import os
 import shlex
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
-from PIL import Image
-
+from momconv.data.decoding import SUFFIXES, read_bytes
+from momconv.data.source import ImageSet, Listing, Splits, Unknown, read_classes
 from momconv.data.splits import hold_out
 from momconv.data.table import find_table, list_tables, read_table
 from momconv.errors import DataError
 from momconv.names import decode_name, encode_name
 from momconv.opening import is_special
-from momconv.words import describe_classes, list_some, name_some, plural, printable
-
-Image.init()
-# Formats that Pillow names but that hold no pixels it can read by itself. (EPS starts Ghostscript.)
-_NOT_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
-_COMMON = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # tried first: each has a signature
-FORMATS = (*_COMMON, *(name for name in Image.ID if name not in {*_COMMON, *_NOT_PICTURES}))
-SUFFIXES = frozenset(
-    suffix for suffix, name in Image.registered_extensions().items() if name not in _NOT_PICTURES
-)
+from momconv.words import list_some, name_some, plural, printable
 
 _LEFT_BY_PROGRAMS = {"__MACOSX", "__pycache__"}  # .ipynb_checkpoints is hidden anyway
 _TRAIN = ("train", "training")
 _VAL = ("val", "valid", "validation", "dev")
 SPLITS = {*_TRAIN, *_VAL, "test"}
-Unknown = Literal["error", "skip"]  # what to do with a class that the other side does not have
 _FEW = 5  # images of a class, below which a warning is due
 _SHOWN = 5  # paths that a message names
 _KINDS = 8  # suffixes that a message lists
+_RECENT = 2 * 10**9  # nanoseconds, in which a file may change again without its times changing
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One image file and the number of its class."""
-
-    path: Path
-    label: int
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSet:
-    """Image files below ``root`` with their classes; ``notes`` say what was left out, and why."""
+class Folder:
+    """A folder that has one folder for each class, as a source of images."""
 
     root: Path
-    classes: tuple[str, ...]
-    samples: tuple[Sample, ...]
-    notes: tuple[str, ...] = ()
 
-    @property
-    def labels(self) -> list[int]:
-        """The class number of every sample."""
-        return [sample.label for sample in self.samples]
+    def list(self) -> Listing:
+        """Return the images of every class folder that has any, and what was passed over.
 
-    def counts(self) -> dict[str, int]:
-        """The number of samples of every class, in the order of the classes."""
-        count = Counter(self.labels)
-        return {name: count[label] for label, name in enumerate(self.classes)}
+        Raises:
+            DataError: ``root`` is missing or has none.
+        """
+        return _read_class_folders(self.root)
 
-    def select(self, indices: Iterable[int]) -> "ImageSet":
-        """The same classes with only the samples at ``indices``."""
-        return replace(self, samples=tuple(self.samples[index] for index in indices))
+    def read(self, path: Path) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            UnreadableImage: It cannot be read, is no regular file or too large to be a picture.
+        """
+        return read_bytes(path)
+
+    def identify(self, path: Path) -> tuple[int, ...] | None:
+        """Return size, times and inode of a file; None if it was written just now, or is gone."""
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        if status.st_mtime_ns >= time.time_ns() - _RECENT:
+            return None
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 @dataclass(frozen=True, slots=True)
-class Splits:
-    """What to train on and what to validate on; both have the same classes."""
+class TableFolder(Folder):
+    """A folder of images whose classes a table says."""
 
-    train: ImageSet
-    val: ImageSet
-    notes: tuple[str, ...]
-    fingerprint: str | None = None  # of the files' content, once they were read
-    unused: tuple[Path, ...] = ()  # images that were found and are in neither
+    table: Path
 
-    @property
-    def uncovered(self) -> list[str]:
-        """The classes of which no image is validated on, if any image is."""
-        return [name for name, count in self.val.counts().items() if not count and self.val.samples]
+    def list(self) -> Listing:
+        """Return the images of every class in the table, and what was passed over.
+
+        Raises:
+            DataError: ``root`` is missing, or the table does not name its images and their classes.
+        """
+        _require_folder(self.root)
+        return read_table(self.table, self.root, list_images(self.root))
 
 
 def find_splits(  # noqa: PLR0913 (one for each choice)
@@ -187,14 +180,15 @@ def read_classes_folder(
         DataError: ``root`` is missing, is no such folder, has no images, or has a class that is
             not in ``classes`` and must not be skipped.
     """
-    found, notes = _read_class_folders(root)
+    source = Folder(root)
+    found, _ = listing = source.list()
     if all(name.lower() in SPLITS and name not in (classes or ()) for name in found):
         raise DataError(
             f"{printable(root)} holds splits, not classes: {_listed(found)}",
             kind="data.wrong_level",
             fix=f"name one of them, as in {printable(root / min(found))}",
         )
-    return _number(root, found, notes, classes, owner=owner, unknown=unknown)
+    return read_classes(source, classes, listing=listing, owner=owner, unknown=unknown)
 
 
 def read_table_set(
@@ -209,14 +203,14 @@ def read_table_set(
     Raises:
         DataError: ``root`` is missing, or ``table`` does not name its images and their classes.
     """
-    _require_folder(root)
-    found, notes = read_table(table, root, list_images(root))
+    source = TableFolder(root, table)
+    found, _ = listing = source.list()
     if classes is None and len(found) < 2:
         raise DataError(
             f"found 1 class in {printable(table)}: {_listed(found)}\ntraining needs at least 2",
             kind="data.too_few_classes",
         )
-    return _number(root, found, notes, classes, owner="the model", unknown=unknown)
+    return read_classes(source, classes, listing=listing, unknown=unknown)
 
 
 def _find_table(root: Path) -> Path | None:
@@ -226,30 +220,6 @@ def _find_table(root: Path) -> Path | None:
         return None
     images = sorted(_images(root))
     return find_table(root, images) if images else None
-
-
-def _number(
-    root: Path,
-    found: dict[str, list[Path]],
-    notes: tuple[str, ...],
-    classes: Sequence[str] | None,
-    *,
-    owner: str,
-    unknown: Unknown,
-) -> ImageSet:
-    """The images that were ``found`` by class, with the numbers of their classes."""
-    names = tuple(found) if classes is None else tuple(classes)
-    others = {name: found.pop(name) for name in [*found] if name not in names}
-    if others and (unknown == "error" or not found):
-        raise _unknown_classes(root, others, owner, may_skip=bool(found))
-    if others:
-        notes += (f"warning: ignoring {_counted(others, owner)}",)
-    missing = [name for name in names if name not in found]
-    if missing:
-        notes += (f"warning: {printable(root)} has no images of {describe_classes(missing)}",)
-    number = {name: label for label, name in enumerate(names)}
-    samples = (Sample(path, number[name]) for name, paths in found.items() for path in paths)
-    return ImageSet(root, names, tuple(samples), notes)
 
 
 def list_images(root: Path) -> list[Path]:
@@ -314,7 +284,7 @@ def _first(names: Sequence[str], folders: Mapping[str, Path]) -> Path | None:
     return next((folders[name] for name in names if name in folders), None)
 
 
-def _read_class_folders(root: Path) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
+def _read_class_folders(root: Path) -> Listing:
     """The images of every class folder that has any, and notes on what was passed over."""
     _require_folder(root)
     every = {encode_name(folder.name): list(_walk(folder, root)) for folder in _subfolders(root)}
@@ -439,24 +409,6 @@ def _offer_tables(folders: Iterable[Path]) -> tuple[str, str]:
     told = f"\nno classes were found in {name_some(tables, _SHOWN)}; --labels says why"
     fixes = [f"--labels {shlex.quote(str(path))}\n" for path in tables[:_SHOWN]]
     return told if tables else "", "".join(fixes)
-
-
-def _unknown_classes(
-    root: Path, unknown: Mapping[str, list[Path]], owner: str, *, may_skip: bool
-) -> DataError:
-    return DataError(
-        f"{printable(root.name or root)} has {_counted(unknown, owner)}\nin {printable(root)}; to "
-        f"learn it takes training images of {_listed(unknown)}",
-        kind="data.unknown_class",
-        fix="--unknown-classes skip" if may_skip else None,
-    )
-
-
-def _counted(unknown: Mapping[str, list[Path]], owner: str) -> str:
-    """Such as ``1 class that train does not have: wolf (1 image)``."""
-    counted = [f"{printable(n)} ({plural(len(paths), 'image')})" for n, paths in unknown.items()]
-    shown = ", ".join(list_some(counted, _SHOWN))
-    return f"{plural(len(unknown), 'class')} that {owner} does not have: {shown}"
 
 
 def _refuse_empty(root: Path) -> NoReturn:

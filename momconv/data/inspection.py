@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from momconv.data.examination import Finding, examine_all
-from momconv.data.folder import ImageSet
+from momconv.data.source import ImageSet
 from momconv.data.values import count_outside
 from momconv.errors import DataError
 from momconv.words import describe_classes, itemise, plural, printable
@@ -51,8 +51,8 @@ def check_images(
         DataError: more than ``max_bad_fraction`` of the images cannot be read; or, with
             ``every_class``, none of a class.
     """
-    paths = [sample.path for sample in image_set.samples]
-    findings = examine_all(image_set.root, paths, progress)
+    paths = image_set.paths
+    findings = examine_all(image_set.source, paths, progress)
     good = [index for index, path in enumerate(paths) if findings[path].problem is None]
     readable = image_set.select(good)
     bad = [f"{printable(p)}: {f.problem}" for p, f in findings.items() if f.problem]
@@ -114,7 +114,7 @@ def leave_out_trained_on(
 
     All are kept if nothing else is left. The second part says what was done.
     """
-    paths = [sample.path for sample in val.images.samples]
+    paths = val.images.paths
     known = (seen or SeenImages()).find(val.findings[path].sha256 for path in paths)
     before = [p for p in paths if val.findings[p].sha256 in known and p not in duplicates]
     left = [n for n, path in enumerate(paths) if path not in {*duplicates, *before}]

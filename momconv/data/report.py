@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from momconv.data.folder import ImageSet
 from momconv.data.inspection import Inspection
+from momconv.data.source import ImageSet
 from momconv.names import encode_name
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from momconv.data.examination import examine_all
-from momconv.data.folder import ImageSet
+from momconv.data.source import ImageSet
 from momconv.words import plural
 from momconv.zoo.description import describe
 from momconv.zoo.seen import SeenImages
@@ -80,11 +80,11 @@ def leave_out_seen(
     known = [seen for seen in records if seen is not None and seen.digests]
     if not known:
         return images, Exposure(0, 0, recorded, complete)
-    paths = [sample.path for sample in images.samples]
-    sha256s = [finding.sha256 for finding in examine_all(images.root, paths).values()]
+    found = examine_all(images.source, images.paths)
+    sha256s = [finding.sha256 for finding in found.values()]
     every = set[str]().union(*(seen.find(sha256s) for seen in known))
     unseen = [index for index, sha256 in enumerate(sha256s) if sha256 not in every]
-    count = len(paths) - len(unseen)
+    count = len(sha256s) - len(unseen)
     if keep_all or not unseen:
         return images, Exposure(0, count, recorded, complete)
     return images.select(unseen), Exposure(count, 0, recorded, complete)

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from momconv.data.dataset import LabelledImages
 from momconv.data.decoding import decode
-from momconv.data.folder import ImageSet
+from momconv.data.source import ImageSet
 from momconv.data.transforms import training_transform
 from momconv.evaluation import Mistake, Scores
 from momconv.files.atomic import write_atomically

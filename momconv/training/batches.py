@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from torchvision.transforms import v2
 
-from momconv.data.folder import ImageSet
+from momconv.data.source import ImageSet
 from momconv.data.splits import shuffle
 from momconv.planner.micro_batch import count_steps, split_evenly
 from momconv.recipe import DataRecipe, TrainRecipe

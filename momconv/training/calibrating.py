@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.decoding import UnreadableImage
-from momconv.data.folder import ImageSet
+from momconv.data.source import ImageSet
 from momconv.data.transforms import evaluation_transform
 from momconv.recipe import Recipe, TrainRecipe
 from momconv.surgery.calibration import Calibration, calibrate

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from momconv.data.folder import Splits
 from momconv.data.report import DataReport
+from momconv.data.source import Splits
 from momconv.determinism import deterministic
 from momconv.errors import ModelFileError, ResourceError
 from momconv.planner.plan import Plan

@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from momconv.data.examination import Finding, examine_all
-from momconv.data.folder import ImageSet, Sample, Splits, find_splits
+from momconv.data.folder import Folder, find_splits
 from momconv.data.inspection import (
     Inspection,
     check_images,
@@ -20,6 +20,7 @@ from momconv.data.inspection import (
     warn_of_duplicates,
 )
 from momconv.data.report import DataReport, fingerprint, name_classes, report
+from momconv.data.source import ImageSet, Sample, Splits
 from momconv.data.splits import hold_out
 from momconv.errors import DataError, ModelFileError, UsageError
 from momconv.files.atomic import write_text
@@ -263,8 +264,8 @@ def _tell(notes: Iterable[str], recipe: DataRecipe, listener: Listener) -> None:
 
 
 def _examine(images: ImageSet, listener: Listener) -> dict[Path, Finding]:
-    paths = [sample.path for sample in images.samples]
-    return examine_all(images.root, paths, partial(listener.advance, "comparing the images"))
+    tell = partial(listener.advance, "comparing the images")
+    return examine_all(images.source, images.paths, tell)
 
 
 def _require_folders(*folders: Path) -> None:
@@ -306,9 +307,8 @@ def _relate(path: Path, root: Path) -> Path:
 
 def _from_part(part: _Part, classes: tuple[str, ...], root: Path) -> ImageSet:
     folder, number = root / part.folder, {name: label for label, name in enumerate(classes)}
-    return ImageSet(
-        folder, classes, tuple(Sample(folder / f.path, number[f.class_name]) for f in part.files)
-    )
+    samples = (Sample(folder / file.path, number[file.class_name]) for file in part.files)
+    return ImageSet(Folder(folder), classes, tuple(samples))
 
 
 def _read(path: Path) -> _Split:

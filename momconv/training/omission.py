@@ -11,11 +11,10 @@ from pathlib import Path
 
 from momconv.data.decoding import UnreadableImage
 from momconv.data.examination import Finding, examine
-from momconv.data.folder import ImageSet, Splits
 from momconv.data.inspection import refuse_many_unreadable
+from momconv.data.source import ImageSet, Source, Splits
 from momconv.errors import DataError
 from momconv.names import encode_name
-from momconv.opening import open_regular
 from momconv.training.progress import Listener, Omission, Progress, SplitName
 from momconv.training.run import Run
 from momconv.training.saving import save_event
@@ -39,12 +38,12 @@ def leave_out(run: Run, split: SplitName, error: UnreadableImage) -> None:
     image = find_number(images, error)
     go_on = run.folder.resume_command if run.has_begun else None
     _refuse_lost_folder(images, path, progress.left_out(split), go_on)
-    reason = _find_reason(path)
+    reason = _find_reason(images.source, path)
     if recipe.strict:
         raise UnreadableImage(path, reason)
     total = len(images.samples)
     paths = [images.samples[number].path for number in (*progress.left_out(split), image)]
-    problems = [f"{printable(other)}: {_find_reason(other)}" for other in paths]
+    problems = [f"{printable(other)}: {_find_reason(images.source, other)}" for other in paths]
     refuse_many_unreadable(problems, total, recipe.max_bad_fraction)
     step = progress.step + 1 if split == "train" else None
     progress.omissions.append(Omission(progress.epoch + 1, step, split, image, encode_name(path)))
@@ -97,36 +96,36 @@ def _refuse_lost_folder(
     Raises:
         DataError: They cannot.
     """
-    if _is_readable(path):
+    source = images.source
+    if _is_readable(source, path):
         return
     samples = enumerate(images.samples)
     others = [s.path for n, s in samples if n not in left_out and s.path != path]
     near = [other for other in others if other.parent == path.parent] or others
     asked = near[:: max(1, len(near) // _ASKED)]
-    gone = sum(not _is_readable(other) for other in asked)
+    gone = sum(not _is_readable(source, other) for other in asked)
     if path.parent.is_dir() and 2 * gone <= len(asked):
         return
     folder = path.parent if images.root.is_dir() else images.root
     raise DataError(
         f"the images in {printable(folder)} cannot be read any more, such as {printable(path)}: "
-        f"{_find_reason(path)}\nonce they are back, the run can go on with all of them",
+        f"{_find_reason(source, path)}\nonce they are back, the run can go on with all of them",
         kind="data.lost_folder",
         fix=go_on,
     )
 
 
-def _is_readable(path: Path) -> bool:
+def _is_readable(source: Source, path: Path) -> bool:
     """Whether the content of ``path`` can be read, whatever it is."""
     try:
-        with open_regular(path) as file:
-            file.read(1)
-    except OSError:
+        source.read(path)
+    except UnreadableImage:
         return False
     return True
 
 
-def _find_reason(path: Path) -> str:
-    return examine(path).problem or "could not be read"  # the file may be back by now
+def _find_reason(source: Source, path: Path) -> str:
+    return examine(path, source.read).problem or "could not be read"  # the file may be back by now
 
 
 def keep_rest(run: Run) -> Splits:
@@ -146,4 +145,4 @@ def select(splits: Splits, split: SplitName) -> ImageSet:
 
 def find_number(images: ImageSet, error: UnreadableImage) -> int:
     """The number of the image that the ``error`` is about."""
-    return [sample.path for sample in images.samples].index(error.path)
+    return images.paths.index(error.path)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from momconv.data.folder import Splits
+from momconv.data.source import Splits
 from momconv.errors import UsageError
 from momconv.recipe import Recipe, TrainRecipe
 from momconv.vocabulary import Monitor

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from momconv.data.folder import Splits
+from momconv.data.source import Splits
 from momconv.errors import DataError, ModelFileError, MomconvError, UsageError
 from momconv.files import model_file
 from momconv.files.atomic import remove, write_bytes, write_text

@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from momconv.data.dataset import count_workers, count_workers_that_fit
-from momconv.data.folder import Splits
+from momconv.data.source import Splits
 from momconv.errors import ResourceError
 from momconv.planner.micro_batch import count_steps
 from momconv.planner.plan import Change, Fixed, Plan, Request

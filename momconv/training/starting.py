@@ -5,8 +5,8 @@ from functools import partial
 
 from torch import nn
 
-from momconv.data.folder import Splits
 from momconv.data.inspection import find_guessed, find_outside
+from momconv.data.source import Splits
 from momconv.data.values import find_ranges, settle_ranges, warn_of_values
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
@@ -151,7 +151,7 @@ def _describe_changes(recipe: Recipe) -> str:
 def _settle_ranges(model: nn.Module, images: CheckedImages, listener: Listener) -> None:
     """Let ``model`` know what is black and white in the training images, if these are not 8-bit."""
     findings = images.findings
-    paths = [sample.path for sample in images.splits.train.samples]
+    paths = images.splits.train.paths
     told = settle_ranges(
         model, find_ranges(values for path in paths if (values := findings[path].values))
     )

@@ -22,8 +22,9 @@ from momconv.data.dataset import (
     read_batches,
 )
 from momconv.data.decoding import UnreadableImage
-from momconv.data.folder import ImageSet, find_evaluation_set, find_splits, list_images
+from momconv.data.folder import find_evaluation_set, find_splits, list_images
 from momconv.data.inspection import check_images
+from momconv.data.source import ImageSet
 from momconv.data.transforms import evaluation_transform, training_transform
 from momconv.errors import DataError, ResourceError
 from momconv.zoo.description import Preprocessing

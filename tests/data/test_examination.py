@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ from pictures import save_picture
 
 from momconv.data import examination
 from momconv.data.examination import Finding, examine_all
+from momconv.data.folder import Folder
 
 
 @pytest.fixture
@@ -15,9 +17,9 @@ def looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     names: list[str] = []
     examine = examination.examine
 
-    def remember(path: Path) -> Finding:
+    def remember(path: Path, read: Callable[[Path], bytes]) -> Finding:
         names.append(path.name)
-        return examine(path)
+        return examine(path, read)
 
     monkeypatch.setattr(examination, "examine", remember)
     return names
@@ -33,14 +35,14 @@ def save_old(path: Path, number: int) -> Path:
 def test_a_file_is_opened_again_only_when_it_changed(tmp_path: Path, looked_at: list[str]) -> None:
     paths = [save_old(tmp_path / "data" / f"{n}.png", n) for n in range(3)]
     (tmp_path / "data" / "4.png").touch()
-    first = examine_all(tmp_path / "data", paths)
+    first = examine_all(Folder(tmp_path / "data"), paths)
     assert first[paths[0]].stored == "PNG RGB"
     assert first[paths[0]].size == (12, 10)
     save_old(paths[1], 7)
     paths.append(save_old(tmp_path / "data" / "3.png", 3))
     looked_at.clear()
     seen: list[tuple[int, int]] = []
-    second = examine_all(tmp_path / "data", paths, lambda *done: seen.append(done))
+    second = examine_all(Folder(tmp_path / "data"), paths, lambda *done: seen.append(done))
     assert looked_at == ["1.png", "3.png"]
     assert seen == [(3, 4), (4, 4)]
     assert second[paths[0]] == first[paths[0]]
@@ -53,7 +55,7 @@ def test_what_was_written_just_now_is_not_believed_to_stay(
     path = save_picture(tmp_path / "data" / "0.png")
     os.utime(path, (2**33, 2**33))
     for _ in range(2):
-        examine_all(tmp_path / "data", [path])
+        examine_all(Folder(tmp_path / "data"), [path])
     assert looked_at == ["0.png", "0.png"]
 
 
@@ -62,10 +64,10 @@ def test_a_damaged_or_old_cache_is_not_used(
     tmp_path: Path, looked_at: list[str], text: bytes
 ) -> None:
     path = save_old(tmp_path / "data" / "0.png", 0)
-    expected = examine_all(tmp_path / "data", [path])
+    expected = examine_all(Folder(tmp_path / "data"), [path])
     (cache,) = (tmp_path / "cache").glob("images/*.json")
     cache.write_bytes(text)
-    assert examine_all(tmp_path / "data", [path]) == expected
+    assert examine_all(Folder(tmp_path / "data"), [path]) == expected
     assert looked_at == ["0.png", "0.png"]
 
 
@@ -74,10 +76,10 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 ) -> None:
     (tmp_path / "cache").touch()
     path = save_old(tmp_path / "data" / "0.png", 0)
-    assert examine_all(tmp_path / "data", [path])[path].problem is None
+    assert examine_all(Folder(tmp_path / "data"), [path])[path].problem is None
 
 
 def test_what_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
     missing = tmp_path / "0.png"
-    found = examine_all(tmp_path, [missing])[missing]
+    found = examine_all(Folder(tmp_path), [missing])[missing]
     assert found == Finding("", "No such file or directory")

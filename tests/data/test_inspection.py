@@ -5,8 +5,9 @@ import pytest
 from pictures import save_classes, save_picture
 from PIL import Image
 
-from momconv.data.folder import ImageSet, read_classes_folder
+from momconv.data.folder import read_classes_folder
 from momconv.data.inspection import check_images, find_duplicates, warn_of_duplicates
+from momconv.data.source import ImageSet
 from momconv.errors import DataError
 
 

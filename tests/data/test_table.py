@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from momconv.data.folder import ImageSet, find_evaluation_set, find_splits
+from momconv.data.folder import find_evaluation_set, find_splits
+from momconv.data.source import ImageSet
 from momconv.errors import DataError
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from momconv.data.calibration_images import CalibrationImages, choose_images
-from momconv.data.folder import ImageSet, read_classes_folder
+from momconv.data.folder import read_classes_folder
+from momconv.data.source import ImageSet
 from momconv.errors import DataError
 from momconv.evaluation import evaluate
 from momconv.momentum.sequential import MomentumSequential

@@ -10,7 +10,8 @@ from runs import Log, Signals, assert_same_tensors, read_metrics, small
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from momconv.data.folder import ImageSet, Sample
+from momconv.data.folder import Folder
+from momconv.data.source import ImageSet, Sample
 from momconv.planner.micro_batch import count_steps
 from momconv.recipe import DataRecipe, TrainRecipe
 from momconv.training.batches import (
@@ -136,7 +137,7 @@ def test_a_run_that_mixes_goes_on_exactly(colours: Path, tmp_path: Path) -> None
 
 def images(*counts: int) -> ImageSet:
     samples = [Sample(Path(f"{n}/{i}"), n) for n, count in enumerate(counts) for i in range(count)]
-    return ImageSet(Path(), tuple("abcdef"[: len(counts)]), tuple(samples))
+    return ImageSet(Folder(Path()), tuple("abcdef"[: len(counts)]), tuple(samples))
 
 
 @given(st.lists(st.integers(0, 3000), min_size=2, max_size=6).filter(any))
