@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import make_run
 
 from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import read_classes_folder
@@ -13,12 +14,8 @@ from momconv.data.inspection import check_images
 from momconv.data.source import ImageSet, Listing, Splits, read_classes
 from momconv.errors import DataError
 from momconv.evaluation import evaluate
-from momconv.planner.plan import Plan, Request
-from momconv.recipe import load_recipe
 from momconv.training.loop import train
-from momconv.training.progress import SILENT
-from momconv.training.run import Assignment, Run, make_run
-from momconv.training.run_folder import RunFolder
+from momconv.training.run import Run
 from momconv.training.saving import begin
 from momconv.zoo.networks import build
 
@@ -86,23 +83,10 @@ def test_scores_are_those_of_the_same_images_in_a_folder(
     assert found == [mistake.path for mistake in theirs.mistakes]
 
 
-def train_on(images: ImageSet, place: Path) -> Run:
+def train_on(images: ImageSet, colours: Path, folder: Path) -> Run:
     torch.manual_seed(0)
-    settings = ["data.workers=0", "train.epochs=1", "train.batch_size=5", "train.device=cpu"]
-    assignment = Assignment(
-        recipe=load_recipe(None, settings),
-        folder=RunFolder(place),
-        device=torch.device("cpu"),
-        listener=SILENT,
-    )
-    plan = Plan(
-        request=Request(32, images=len(images.samples), batch_size=5),
-        strategy="store",
-        micro_batch=5,
-        predicted_bytes=2**20,
-        limit_bytes=2**30,
-    )
-    run = make_run(assignment, Splits(images, images, ()), build("cifar_resnet20", 3), plan)
+    run = make_run(colours, build("cifar_resnet20", 3), "train.epochs=1", folder=folder)
+    run.splits = Splits(images, images, ())
     run.folder.make()
     begin(run)
     train(run)
@@ -110,10 +94,10 @@ def train_on(images: ImageSet, place: Path) -> Run:
 
 
 def test_training_comes_to_the_same_as_on_a_folder(
-    folder: ImageSet, memory: ImageSet, tmp_path: Path
+    folder: ImageSet, memory: ImageSet, colours: Path, tmp_path: Path
 ) -> None:
-    ours = train_on(memory, tmp_path / "memory")
-    theirs = train_on(folder, tmp_path / "folder")
+    ours = train_on(memory, colours, tmp_path / "memory")
+    theirs = train_on(folder, colours, tmp_path / "folder")
     after = ours.model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in theirs.model.state_dict().items())
     assert ours.progress.history[0].val_loss == theirs.progress.history[0].val_loss
