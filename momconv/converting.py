@@ -72,7 +72,7 @@ class Scheme:
         return f"{file_stem(self.model)}-g{gamma}.safetensors"
 
     def apply(self, original: nn.Module, gamma: float) -> nn.Module:
-        """The converted network."""
+        """Return the converted network."""
         stages = self.stages if self.stages in ("auto", "all") else self.stages.split(",")
         return convert(original, gamma, stages, self.velocity, gain=self.gain)
 
@@ -230,7 +230,7 @@ class _Workshop:
             adaptation.distill(self.images.adapting, epochs or Distillation(minutes=length))
 
     def certify(self, network: nn.Module) -> Certificate:
-        """What ``network`` is worth, which moves to the CPU, as the original does.
+        """Return what ``network`` is worth, which moves to the CPU, as the original does.
 
         Raises:
             InversionError: Its gradients are not exact.
@@ -311,7 +311,7 @@ def _describe_calibration(adaptation: Adaptation, images: AdaptationImages) -> C
 
 
 def _command(scheme: Scheme, means: Means, path: Path) -> str:
-    """What converts the network like this, but for γ and the length of the work."""
+    """Return what converts the network like this, but for γ and the length of the work."""
     words = ["momconv", "convert", scheme.model, "--weights", scheme.weights]
     words += write_options(scheme.arguments)
     words += ["--resolution", str(scheme.resolution)] if scheme.resolution != 224 else []

@@ -15,13 +15,13 @@ _FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 
 
 def list_recipes() -> dict[str, Path]:
-    """The file of each recipe by its name, in alphabetical order."""
+    """Return the file of each recipe by its name, in alphabetical order."""
     folder = next(folder for folder in _FOLDERS if folder.is_dir())
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
-    """The file of the recipe ``name``.
+    """Return the file of the recipe ``name``.
 
     Raises:
         UsageError: There is none of that name.

@@ -32,7 +32,7 @@ def deterministic(*, wanted: bool) -> Iterator[None]:
 
 
 def describe_tf32(device: torch.device) -> str:
-    """Where a GPU rounds the factors of products in fp32 to 11 bits, as newer ones can."""
+    """Return where the GPU rounds the factors of products in fp32 to 11 bits, as newer ones can."""
     settings = {
         "convolutions": torch.backends.cudnn.allow_tf32,
         "linear layers": torch.backends.cuda.matmul.allow_tf32,

@@ -72,7 +72,7 @@ class Finding:
         return self.needed and not self.ok
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows."""
+        """Return the same as values that JSON knows."""
         return asdict(self) | {"fix": None if self.ok else self.fix}
 
 
@@ -165,7 +165,7 @@ _FREE_GPU = "end what else runs on it, or take another with --device"
 
 
 def _ask_driver(query: str) -> list[str]:
-    """The lines that NVIDIA's tool answers; none without it."""
+    """Return the lines that NVIDIA's tool answers; none without it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -178,7 +178,7 @@ def _ask_driver(query: str) -> list[str]:
 
 
 def _name_process(line: str) -> str:
-    """What holds a GPU's memory, from its process number and the amount."""
+    """Return what holds a GPU's memory, from its process number and the amount."""
     number, _, amount = line.partition(",")
     try:
         name = psutil.Process(int(number)).name()
@@ -276,12 +276,12 @@ def _try_network() -> Iterator[Finding]:
 
 
 def _first_line(error: Exception) -> str:
-    """What went wrong, in a line."""
+    """Return what went wrong, in a line."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _run(device: torch.device) -> str:
-    """What a small network does right.
+    """Return what a small network does right.
 
     Raises:
         Exception: Any, if it does something wrong.

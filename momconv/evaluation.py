@@ -97,7 +97,7 @@ class Scores:
         return [score.name for score in self.classes if not score.support]
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows, without what is said of each image."""
+        """Return the same as values that JSON knows, without what is said of each image."""
         mistakes = [
             asdict(mistake) | {"path": encode_name(mistake.path)} for mistake in self.mistakes
         ]
@@ -106,7 +106,7 @@ class Scores:
         return document
 
     def agreement(self, other: "Scores") -> float:
-        """The fraction of the images of which both networks say the same."""
+        """Return the fraction of the images of which both networks say the same."""
         pairs = zip(self.said, other.said, strict=True)
         return sum(a == b != NONE for a, b in pairs) / self.n
 
@@ -121,7 +121,7 @@ def evaluate(  # noqa: PLR0913 (one for each choice)
     precision: Precision = "fp32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """The scores of ``model``, in eval mode, with the preprocessing that it describes.
+    """Return the scores of ``model``, in eval mode, with the preprocessing that it describes.
 
     All ``images`` count; ``momconv.keep_unseen`` leaves out those that the model was trained on.
 
@@ -191,14 +191,14 @@ def _check(images: ImageSet, num_classes: int) -> None:
 
 
 def _find_share(images: ImageSet) -> tuple[int, int]:
-    """Which share this process takes, of how many; where there are too few images, all of them."""
+    """Return which share of how many this process takes: all of the images if they are too few."""
     if not dist.is_initialized() or len(images.samples) < dist.get_world_size():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def _gather(own: Sequence[T], count: int) -> list[T]:
-    """What ``count`` processes found on their shares, in the order of the images."""
+    """Return what ``count`` processes found on their shares, in the order of the images."""
     if count == 1:
         return list(own)
     shares: list[list[T]] = [[] for _ in range(count)]
@@ -208,7 +208,7 @@ def _gather(own: Sequence[T], count: int) -> list[T]:
 
 
 def _read_together(loader: "DataLoader[Any]", count: int) -> Iterator[Any]:
-    """The batches of a loader; a file that cannot be read fails all of ``count`` processes.
+    """Yield the batches of a loader; a file that cannot be read fails all of ``count`` processes.
 
     Raises:
         UnreadableImage: Some process could not read the file that it names.
@@ -269,7 +269,7 @@ def _summarise(
 def _find_mistakes(
     images: ImageSet, said: Sequence[int], confidences: Sequence[float]
 ) -> tuple[Mistake, ...]:
-    """The mistakes that the network is surest of; without an answer it is sure of nothing."""
+    """Return the mistakes that the network is surest of, without images that it cannot answer."""
     every = zip(images.samples, said, confidences, strict=True)
     wrong = [entry for entry in every if entry[0].label != entry[1] and math.isfinite(entry[2])]
     wrong.sort(key=lambda entry: -entry[2])
@@ -280,7 +280,7 @@ def _find_mistakes(
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:
-    """The 95 % confidence interval of the share that ``hits`` of ``n`` estimate (Wilson 1927).
+    """Return the 95 % confidence interval of the share that ``hits`` of ``n`` show (Wilson 1927).
 
     >>> [round(bound, 3) for bound in wilson_interval(8, 10)]
     [0.49, 0.943]

@@ -48,7 +48,7 @@ _reserve: list[mmap.mmap] = []
 
 
 def is_exhaustion(error: BaseException | None) -> bool:
-    """Whether ``error``, or what it came from, says that memory has run out."""
+    """Return whether ``error``, or what it came from, says that memory has run out."""
     if error is None or isinstance(error, MomconvError):
         return isinstance(error, OutOfMemory)
     return _says_so(error) or is_exhaustion(error.__cause__ or error.__context__)
@@ -67,7 +67,7 @@ def _says_so(error: BaseException) -> bool:
 
 
 def is_short_of(size: int) -> bool:
-    """Whether the system does not even promise so many bytes."""
+    """Return whether the system does not even promise so many bytes."""
     try:
         mmap.mmap(-1, size).close()
     except (OSError, MemoryError):
@@ -76,7 +76,7 @@ def is_short_of(size: int) -> bool:
 
 
 def explain(error: BaseException) -> OutOfMemory:
-    """What to tell of an exhaustion, which may have happened anywhere."""
+    """Return what to tell of an exhaustion, which may have happened anywhere."""
     if isinstance(error, OutOfMemory):
         return error
     words = " ".join(f"{type(error).__name__}: {error}".split())

@@ -27,7 +27,7 @@ def encode_name(name: str | Path) -> str:
 
 
 def decode_name(text: str) -> str:
-    r"""The inverse of ``encode_name``.
+    r"""Return the inverse of ``encode_name``.
 
     >>> decode_name(encode_name("l\udce4rche")) == "l\udce4rche"
     True
@@ -36,7 +36,7 @@ def decode_name(text: str) -> str:
 
 
 def show_byte(char: str) -> str:
-    """The byte that was read as ``char``, written out."""
+    """Return the byte that was read as ``char``, written out."""
     return f"\\x{ord(char) - _OFFSET:02x}" if _FIRST <= char <= _LAST else char
 
 

@@ -10,7 +10,7 @@ _AT_ONCE = getattr(os, "O_NONBLOCK", 0)  # a named pipe that nobody writes to op
 
 
 def is_special(path: Path) -> bool:
-    """Whether ``path`` is a named pipe, a socket or a device, or a link to one."""
+    """Return whether ``path`` is a named pipe, a socket or a device, or a link to one."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
@@ -19,7 +19,7 @@ def is_special(path: Path) -> bool:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """The file ``path``, open for reading.
+    """Return the file ``path``, open for reading.
 
     Raises:
         OSError: It cannot be opened, or is no regular file.
@@ -34,7 +34,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of the file ``path``.
+    """Return the content of the file ``path``.
 
     Raises:
         OSError: It cannot be read, or is no regular file.
@@ -44,7 +44,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def open_at_once(name: str, flags: int) -> int:
-    """An ``opener`` for :func:`open` that waits for nobody at the other end of a pipe."""
+    """Return an ``opener`` for :func:`open` that waits for nobody at the other end of a pipe."""
     return os.open(name, flags | _AT_ONCE)
 
 

@@ -39,7 +39,7 @@ class Prediction:
     guesses: tuple[Guess, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows."""
+        """Return the same as values that JSON knows."""
         return {
             "path": encode_name(self.path),
             "guesses": [asdict(guess) for guess in self.guesses],
@@ -54,7 +54,7 @@ class Unreadable:
     error: str
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows."""
+        """Return the same as values that JSON knows."""
         return {"path": encode_name(self.path), "error": self.error}
 
 
@@ -84,7 +84,7 @@ def predict(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
-    """The ``top`` most probable classes of each image, with the preprocessing that ``model`` names.
+    """Return the ``top`` most probable classes of each image, preprocessed as ``model`` says.
 
     Where memory runs out, fewer images go through the network at once.
 
@@ -136,7 +136,7 @@ def predict(
 
 
 def list_files(paths: Iterable[Path]) -> list[Path]:
-    """The files among ``paths``, and every image below the folders among them, each once.
+    """Return the files among ``paths``, and every image below the folders among them, each once.
 
     What does not exist may be a pattern, in which ``**`` stands for any folders.
 
@@ -160,7 +160,7 @@ def _match(pattern: Path) -> list[Path]:
 
 
 def name_outputs(description: Description) -> tuple[str, ...]:
-    """A name for each of the network's outputs, its number where it has no other."""
+    """Return a name for each of the network's outputs, its number where it has no other."""
     return description.classes or tuple(map(str, range(description.num_classes)))
 
 

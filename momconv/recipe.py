@@ -347,7 +347,7 @@ class Recipe(_Section):
     log: LogRecipe = LogRecipe()
 
     def change(self, **sections: Mapping[str, Any]) -> Self:
-        """A copy in which fields of the sections have other values, which are not validated.
+        """Return a copy in which fields of the sections have other values, which are not validated.
 
         >>> Recipe().change(train={"epochs": 2}, data={"workers": 0}).train.epochs
         2
@@ -356,7 +356,7 @@ class Recipe(_Section):
         return self.model_copy(update=changed)
 
     def with_absolute_paths(self) -> Self:
-        """The recipe as it must be to be replayed from another working directory."""
+        """Return the recipe as it must be to be replayed from another working directory."""
         data = {name: getattr(self.data, name) for name in _PATHS}
         return self.change(
             data={name: folder and folder.absolute() for name, folder in data.items()},
@@ -405,7 +405,7 @@ def load_recipe(
     environment: Mapping[str, str] = MappingProxyType({}),
     options: Mapping[str, object] = MappingProxyType({}),
 ) -> Recipe:
-    """The recipe in the YAML file ``path`` (or the defaults), changed by ``overrides``.
+    """Return the recipe in the YAML file ``path`` (or the defaults), changed by ``overrides``.
 
     Between the two stand variables of the ``environment`` such as ``MOMCONV_TRAIN__LR``, and then
     ``options``, which are values by key that are not YAML.
@@ -441,7 +441,7 @@ def shorten(recipe: Recipe) -> Recipe:
 
 
 def recall_recipe(path: Path) -> Recipe:
-    """The recipe that :func:`dump_recipe` wrote, to be read and not to be run."""
+    """Return the recipe that :func:`dump_recipe` wrote, to be read and not to be run."""
     return _validate(_read_file(path))
 
 
@@ -492,7 +492,7 @@ def _refuse_code(settings: dict[str, _Setting], given: dict[str, _Setting]) -> N
 
 
 def names_code(network: str) -> bool:
-    """Whether ``network`` is the name of a function of the user's."""
+    """Return whether ``network`` is the name of a function of the user's."""
     return ":" in network and not network.startswith("timm:")
 
 
@@ -511,7 +511,7 @@ class _TextLoader(yaml.SafeLoader):
     }
 
     def construct_text(self, node: yaml.ScalarNode) -> str | None:
-        """The text of a scalar, if it is what its tag says, or ``None``."""
+        """Return the text of a scalar, if it is what its tag says, or ``None``."""
         text: str = self.construct_scalar(node)
         implicit = self.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
         if node.tag == _NULL == implicit:
@@ -549,7 +549,7 @@ def _read_file(path: Path) -> dict[str, _Setting]:
 
 
 def _decode(data: bytes, path: Path) -> str:
-    """The text in a file, in UTF-8 or, with a mark at its beginning, in UTF-16."""
+    """Return the text in a file, in UTF-8 or, with a mark at its beginning, in UTF-16."""
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if wide else "utf-8-sig")
@@ -571,7 +571,7 @@ def _read_override(override: str) -> dict[str, _Setting]:
 
 
 def _read_environment(environment: Mapping[str, str]) -> dict[str, _Setting]:
-    """What the variables that are named after keys say, as ``MOMCONV_TRAIN__LR``."""
+    """Return what the variables that are named after keys say, as ``MOMCONV_TRAIN__LR``."""
     found: dict[str, _Setting] = {}
     for name, text in environment.items():
         if not name.startswith(_VARIABLE):
@@ -597,7 +597,7 @@ def _require_no_key(name: str, text: str) -> None:
 
 
 def _parse(text: str, source: str, key: str = "") -> dict[str, _Setting]:
-    """The settings in the YAML document ``text``, or in the value that it gives to ``key``."""
+    """Return the settings in the YAML document ``text``, or in the value of ``key`` that it is."""
     settings: dict[str, _Setting] = {}
     try:
         loader = _TextLoader(text)
@@ -660,7 +660,7 @@ def _check_key(setting: _Setting) -> None:
 
 
 def _nearest_key(key: str) -> str | None:
-    """The known key most like ``key``, or like it in the part behind the section."""
+    """Return the known key most like ``key``, or like it in the part behind the section."""
     nearest = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8)
     if nearest:
         return nearest[0]
@@ -690,7 +690,7 @@ _NOUNS = {
 
 
 def _allowed(schema: dict[str, Any]) -> str:
-    """What a JSON schema allows, in words.
+    """Return what a JSON schema allows, in words.
 
     >>> _allowed({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]})
     'an integer ≥ 1 or auto'
@@ -721,7 +721,7 @@ def _not_yaml(problem: str, line: int, source: str, key: str) -> UsageError:
 
 
 def _missing(path: Path) -> UsageError:
-    """The error for a recipe that does not exist, with the file or folder most like it."""
+    """Return the error for a recipe that does not exist, with the file or folder most like it."""
     folder = next(parent for parent in path.parents if parent.is_dir())
     name = path.relative_to(folder).parts[0]
     names = [found.name for found in folder.glob("*") if found.exists()]

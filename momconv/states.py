@@ -14,7 +14,7 @@ def in_eval_mode(*models: nn.Module) -> AbstractContextManager[None]:
 
 
 def in_training_mode(*models: nn.Module) -> AbstractContextManager[None]:
-    """The same in training mode."""
+    """Return a context in training mode, after which all training flags are as before."""
     return _in_mode(models, training=True)
 
 
@@ -31,12 +31,12 @@ def _in_mode(models: Sequence[nn.Module], *, training: bool) -> Iterator[None]:
 
 
 def keeping_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """The random generators of the CPU and of ``device`` are afterwards what they were."""
+    """Return a context after which the random generators of CPU and ``device`` are as before."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def keep_buffers(model: nn.Module) -> Callable[[], None]:
-    """What gives the buffers of ``model`` the values of now again."""
+    """Return a function that restores the buffers of ``model`` to their present values."""
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ _BY_LOWER_CASE = {unit.lower(): factor for unit, factor in _UNITS.items()}
 
 
 def parse_bytes(text: str, option: str = "") -> int:
-    """The number of bytes in ``text``, which may be the value of an ``option``.
+    """Return the number of bytes in ``text``, which may be the value of an ``option``.
 
     >>> parse_bytes("3GiB"), parse_bytes("1.5 GB"), parse_bytes("512M"), parse_bytes("7")
     (3221225472, 1500000000, 536870912, 7)
@@ -64,7 +64,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_duration(text: str, option: str = "") -> float:
-    """The seconds in ``text``, which may be the value of an ``option``.
+    """Return the seconds in ``text``, which may be the value of an ``option``.
 
     >>> parse_duration("5min"), parse_duration("1.5 h"), parse_duration("30s")
     (300.0, 5400.0, 30.0)
@@ -84,7 +84,7 @@ def parse_duration(text: str, option: str = "") -> float:
 
 
 def parse_share(text: str, option: str = "") -> float:
-    """The fraction that ``text`` says, which may be the value of an ``option``.
+    """Return the fraction that ``text`` says, which may be the value of an ``option``.
 
     >>> parse_share("1%"), parse_share("0.05"), parse_share("2.5 %")
     (0.01, 0.05, 0.025)
@@ -109,7 +109,7 @@ _LONGEST_PATH, _LONGEST_NAME = 4096, 255  # bytes, on Linux
 
 
 def parse_path(text: str | Path) -> Path:
-    """The path in ``text``, where ``~`` is the home folder.
+    """Return the path in ``text``, where ``~`` is the home folder.
 
     Raises:
         UsageError: No file can have that name.

@@ -63,7 +63,7 @@ def _write_out(char: str) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """A number of things.
+    """Return a number of things.
 
     >>> plural(1, "class"), plural(2, "class"), plural(0, "image")
     ('1 class', '2 classes', '0 images')
@@ -73,7 +73,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def name_some(names: Sequence[str | Path], most: int = 5) -> str:
-    """The first ``most`` of the names in a line, and how many more there are.
+    """Return the first ``most`` of the names in a line, and how many more there are.
 
     >>> name_some(["a", "b", "c"]), name_some(["a", "b", "c"], 1)
     ('a, b, c', 'a and 2 more')
@@ -83,7 +83,7 @@ def name_some(names: Sequence[str | Path], most: int = 5) -> str:
 
 
 def describe_classes(names: Sequence[str]) -> str:
-    """How many classes, and a few of their names.
+    """Return how many classes, and a few of their names.
 
     >>> describe_classes(["ant"]), describe_classes(["ant", "bee"])
     ('1 class: ant', '2 classes: ant, bee')
@@ -92,7 +92,7 @@ def describe_classes(names: Sequence[str]) -> str:
 
 
 def list_some(lines: Sequence[str], most: int) -> list[str]:
-    """The first ``most`` of the lines, and how many more there are.
+    """Return the first ``most`` of the lines, and how many more there are.
 
     >>> list_some(["a", "b", "c"], 3), list_some(["a", "b", "c"], 1)
     (['a', 'b', 'c'], ['a', 'and 2 more'])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from momconv.data.folder import read_classes_folder
+from momconv.data.folder import Folder, read_classes_folder
 from momconv.data.source import ImageSet
 from momconv.errors import DataError, UsageError
 from momconv.evaluation import Scores, evaluate, wilson_interval
@@ -159,7 +159,7 @@ def test_more_classes_than_the_model_has_are_named(images: ImageSet) -> None:
 @pytest.mark.parametrize("name", ["photos/val", "photos/Test", "photos"])
 def test_images_for_validation_are_not_offered_for_training(images: ImageSet, name: str) -> None:
     with pytest.raises(DataError) as refused:
-        evaluate(build("cifar_resnet20"), replace(images, root=Path(name)))
+        evaluate(build("cifar_resnet20"), replace(images, source=Folder(Path(name))))
     assert refused.value.fix == "momconv finetune --from FILE --data photos"
 
 

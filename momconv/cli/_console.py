@@ -191,7 +191,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def _expand(name: str, value: Any) -> Any:
-    """The ``value`` of an option or argument, without ``~`` where it is a path."""
+    """Return the ``value`` of an option or argument, without ``~`` where it is a path."""
     if isinstance(value, list):
         return [_expand(name, part) for part in value]
     if isinstance(value, Path):
@@ -223,7 +223,7 @@ class _Failure:
 
 
 def describe_error(error: MomconvError) -> dict[str, Any]:
-    """What a JSON document says of an ``error``, for a command that prints its results too."""
+    """Return what a JSON document says of an ``error``, of a command that prints results too."""
     return _failure(error).to_json()
 
 

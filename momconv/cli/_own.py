@@ -16,13 +16,13 @@ class Function:
     arguments: list[str] | None
 
     def load(self, file: Path) -> "nn.Module":
-        """The network in ``file``."""
+        """Return the network in ``file``."""
         from momconv.files.model_file import load
 
         return load(file, self.make_for(file))
 
     def make_for(self, file: Path) -> "nn.Module | None":
-        """What it makes, if ``file`` holds such a network."""
+        """Return what it makes, if ``file`` holds such a network."""
         from momconv.files.model_file import read_description
         from momconv.zoo.own import is_own, make, parse_arguments
 

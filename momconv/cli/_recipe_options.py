@@ -15,7 +15,7 @@ _ORDER = ("data", "model", "train", "momentum", "log")
 
 
 def find_options() -> dict[str, Option]:
-    """The option that sets each key, of those that have one, in the order of the help."""
+    """Return the option that sets each key, of those that have one, in the order of the help."""
     found = {
         f"{section}.{name}": option
         for section in _ORDER
@@ -47,14 +47,14 @@ def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def read_options(given: Mapping[str, Any]) -> dict[str, object]:
-    """The values that were ``given`` to such a command, by the keys that they set."""
+    """Return the values that were ``given`` to such a command, by the keys that they set."""
     values = ((key, given[to_parameter(key)]) for key in find_options())
     unset: tuple[object, ...] = (None, (), [])
     return {key: value for key, value in values if value not in unset}
 
 
 def to_parameter(key: str) -> str:
-    """The name in the program of the option that sets ``key``."""
+    """Return the name in the program of the option that sets ``key``."""
     return key.replace(".", "__")
 
 
@@ -64,7 +64,7 @@ def _find_field(key: str) -> FieldInfo:
 
 
 def _annotate(option: Option, field: FieldInfo) -> Any:
-    """The type of an option, whose text pydantic will read, with what Typer is to show of it."""
+    """Return the type of an option whose text pydantic reads, with what Typer shows of it."""
     is_list = isinstance(field.default, list)
     kind = bool if field.annotation is bool else list[str] if is_list else str
     default = "yes" if field.default is True else field.default

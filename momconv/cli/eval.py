@@ -180,7 +180,7 @@ class _Loader:
         )
 
     def describe(self, path: Path) -> "Description":
-        """What is in ``path``."""
+        """Return what is in ``path``."""
         from momconv.files.model_file import read_description
         from momconv.zoo.checkpoints import is_converted
         from momconv.zoo.description import describe
@@ -247,7 +247,7 @@ def _note_classes(file: Path, images: "ImageSet", description: "Description") ->
 
 
 def _check(images: "ImageSet", max_bad_fraction: float, p: "Preprocessing") -> "ImageSet":
-    """Those of ``images`` that can be read."""
+    """Return those of ``images`` that can be read."""
     from momconv.data.inspection import check_images, find_guessed, find_outside
     from momconv.data.values import warn_of_values
 

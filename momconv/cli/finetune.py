@@ -158,7 +158,7 @@ class _Choices:
 
 
 def _mend(run: "RunFolder") -> Path:
-    """The recipe of the run, as it is in its state; whoever goes on with it is told the rest."""
+    """Return the recipe of the run from its state, once its files are mended and that is told."""
     from momconv.training.processes import is_leader
     from momconv.training.resuming import mend
 
@@ -183,7 +183,7 @@ def _find_unused(folder: Path) -> Path:
 
 
 def _find_like(recipe: Path | None) -> Path:
-    """The file that says what the run of the ``recipe`` began with."""
+    """Return the file that says what the run of the ``recipe`` began with."""
     from momconv.training.run_folder import RunFolder
 
     if recipe is None:
@@ -332,7 +332,7 @@ def _refuse_contradictions(given: Mapping[str, object]) -> None:
 
 
 def _flag(name: str) -> str:
-    """How an option is typed that sets a key of the recipe, or that is called ``name``."""
+    """Return how an option is typed that sets a key of the recipe, or that is called ``name``."""
     option = find_options().get(name)
     return option.flags if option else f"--{name.replace('_', '-')}"
 
@@ -365,7 +365,7 @@ def _go_on(folder: Path, recipe: Recipe) -> str:
 
 
 def _name_own(recipe: Recipe) -> str:
-    """The options that a command needs for a network of the user's own, after a space."""
+    """Return the options that a command needs for a network of the user's own, after a space."""
     from momconv.zoo.own import is_own, write_options
 
     name, arguments = recipe.model.name, recipe.model.arguments

@@ -99,7 +99,7 @@ def predict(  # noqa: PLR0913 (one for each option)
 
 
 def _read_list(paths: Iterable[Path]) -> list[Path]:
-    """The ``paths``, with those on the lines of stdin in place of ``-``."""
+    """Return the ``paths``, with those on the lines of stdin in place of ``-``."""
     listed: list[Path] = []
     for path in paths:
         lines = sys.stdin.buffer.read().splitlines() if str(path) == "-" else [os.fsencode(path)]

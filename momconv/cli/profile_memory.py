@@ -120,7 +120,7 @@ def _require_outputs(plot: Path | None, csv: Path | None) -> None:
 
 
 def _split(texts: list[str]) -> list[str]:
-    """The parts between the commas of all."""
+    """Return the parts between the commas of all."""
     return [part.strip() for text in texts for part in text.split(",")]
 
 
@@ -135,7 +135,7 @@ def _parse_size(text: str) -> int:
 
 
 def _load(function: Function, model: str, gamma: float | None, device: str) -> "nn.Module":
-    """The converted network; one by name gets random weights, as memory does not depend on them."""
+    """Return the converted network; one by name with random weights: memory is the same."""
     from momconv.momentum.sequential import momentum_stages
     from momconv.surgery.conversion import convert
     from momconv.zoo.networks import build, outline

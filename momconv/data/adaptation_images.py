@@ -44,7 +44,7 @@ class AdaptationImages:
 def gather_images(
     adapting: Path | None, measuring: Path | None, description: Description, count: int, seed: int
 ) -> AdaptationImages:
-    """At most ``count`` images from either folder, a random choice.
+    """Return a random choice of at most ``count`` images from either folder.
 
     Without a folder to measure on, a fifth of the others is held out for that, and without any
     folder it is a little noise.
@@ -103,7 +103,7 @@ class VerificationImages:
 def find_verification_images(
     folder: Path, description: Description, count: int, seed: int
 ) -> VerificationImages:
-    """At most ``count`` images of ``folder``, or of its validation split, a random choice.
+    """Return a random choice of at most ``count`` images of ``folder`` or its validation split.
 
     Raises:
         DataError: The folder is missing or holds no image.
@@ -133,7 +133,7 @@ def find_verification_images(
 
 
 def _find(folder: Path, classes: tuple[str, ...] | None = None) -> ImageSet | None:
-    """The images of a folder of classes, such as ``classes``; None if it is none."""
+    """Return the images of a folder of classes, such as ``classes``; None if it is none."""
     try:
         return find_evaluation_set(folder, classes)
     except DataError:

@@ -26,7 +26,7 @@ _KEPT = 2**28  # bytes of decoded images: 5000 of 64×64
 
 
 def choose_images(folder: Path, count: int, seed: int) -> list[Path]:
-    """At most ``count`` of the images anywhere below ``folder``, a random choice of all of them.
+    """Return a random choice of at most ``count`` of the images anywhere below ``folder``.
 
     Raises:
         DataError: The folder is missing or holds no image.
@@ -35,12 +35,12 @@ def choose_images(folder: Path, count: int, seed: int) -> list[Path]:
 
 
 def choose(paths: Sequence[Path], count: int, seed: int) -> list[Path]:
-    """At most ``count`` of ``paths``, a random choice of all of them."""
+    """Return a random choice of at most ``count`` of ``paths``."""
     return shuffle(paths, seed)[:count]
 
 
 def find_ranges_of(paths: Sequence[Path]) -> ValueRanges:
-    """What is black and white in all images of ``paths`` together that are not 8-bit."""
+    """Return what is black and white in all images of ``paths`` together that are not 8-bit."""
     with ThreadPoolExecutor() as pool:
         return find_ranges(values for values in pool.map(read_values, paths) if values)
 
@@ -85,7 +85,7 @@ class CalibrationImages:
         return (images for images, _ in self.read())
 
     def read(self) -> Iterator[tuple[Tensor, list[Path]]]:
-        """The batches, each with the files that its images are from.
+        """Yield the batches, each with the files that its images are from.
 
         Raises:
             DataError: No file can be read.
@@ -101,7 +101,7 @@ class CalibrationImages:
         self._kept = kept if self._fits else None
 
     def read_sha256s(self) -> Iterator[str]:
-        """The SHA-256 of each file that can be read, in hexadecimal."""
+        """Yield the SHA-256 of each file that can be read, in hexadecimal."""
         for path in self.paths:
             with suppress(UnreadableImage):
                 yield hashlib.sha256(read_bytes(path)).hexdigest()
@@ -126,7 +126,7 @@ class CalibrationImages:
             )
 
     def _bounds(self) -> list[tuple[int, int]]:
-        """Where each batch starts and stops, such that all are of one size, or one less."""
+        """Return where each batch starts and stops, such that all are of one size, or one less."""
         ends = [len(self.paths) * n // self._batches for n in range(self._batches + 1)]
         return list(pairwise(ends))
 

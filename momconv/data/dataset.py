@@ -127,7 +127,7 @@ def prepare(
 
 
 def make_loader(dataset: Dataset[Any], *, workers: int, **options: Any) -> "DataLoader[Any]":
-    """A loader that neither draws from the global random state nor dies of a Ctrl-C before us."""
+    """Return a loader that leaves the global random state alone, and Ctrl-C to its parent."""
     return DataLoader(
         dataset,
         num_workers=workers,
@@ -138,7 +138,7 @@ def make_loader(dataset: Dataset[Any], *, workers: int, **options: Any) -> "Data
 
 
 def count_workers(images: int, device: torch.device) -> int:
-    """How many processes should read so many images: one processor is left to the network.
+    """Return how many processes should read so many images: one processor is left to the network.
 
     A network on a CPU needs more of them, and is not faster than a few can read.
     """
@@ -147,7 +147,7 @@ def count_workers(images: int, device: torch.device) -> int:
 
 
 def count_workers_that_fit(workers: int, batch_bytes: int) -> int:
-    """How many of so many processes can hand over batches of that size through shared memory.
+    """Return how many of the processes can hand over batches of that size in shared memory.
 
     Each has two on the way, and one is in use.
     """
@@ -158,7 +158,7 @@ def count_workers_that_fit(workers: int, batch_bytes: int) -> int:
 
 
 def read_batches(loader: "DataLoader[Any]") -> Iterator[Any]:
-    """The batches of a loader of ``LabelledImages``.
+    """Yield the batches of a loader of ``LabelledImages``.
 
     Raises:
         UnreadableImage: a file cannot be decoded, whichever process found out.
@@ -228,12 +228,12 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
 
 
 def _shared(number: int) -> Tensor:
-    """A number that worker processes and their parent see and set."""
+    """Return a number that worker processes and their parent see and set."""
     shared: Tensor = torch.tensor(number).share_memory_()
     return shared
 
 
 def _mix(*numbers: int) -> int:
-    """A seed that differs for all different ``numbers`` and is the same on every machine."""
+    """Return a seed that differs for all different ``numbers`` and is the same on every machine."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return int.from_bytes(digest[:8], "little")

@@ -99,7 +99,7 @@ class Picture:
 
 
 def decode(path: Path, ranges: ValueRanges = _NONE) -> Image.Image:
-    """The image in ``path`` as 8-bit RGB, upright, on white, the first frame if it moves.
+    """Return the image in ``path`` as 8-bit RGB, upright, on white, the first frame if it moves.
 
     Values that are not 8-bit are black to white in ``ranges``, or else in the range that is usual.
 
@@ -110,7 +110,7 @@ def decode(path: Path, ranges: ValueRanges = _NONE) -> Image.Image:
 
 
 def read_picture(path: Path, ranges: ValueRanges = _NONE) -> Picture:
-    """The same, and what was found on the way.
+    """Return the same, and what was found on the way.
 
     Raises:
         UnreadableImage: as ``decode``.
@@ -119,7 +119,7 @@ def read_picture(path: Path, ranges: ValueRanges = _NONE) -> Picture:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of ``path``.
+    """Return the content of ``path``.
 
     Raises:
         UnreadableImage: it cannot be read, is no regular file or too large to be a picture.
@@ -134,7 +134,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def decode_bytes(data: bytes, path: Path, ranges: ValueRanges = _NONE) -> Picture:
-    """The picture in ``data``, which are those of ``path``; see ``decode``.
+    """Return the picture in ``data``, which are those of ``path``; see ``decode``.
 
     Raises:
         UnreadableImage: as ``decode``.
@@ -156,7 +156,7 @@ def decode_bytes(data: bytes, path: Path, ranges: ValueRanges = _NONE) -> Pictur
 
 
 def blame(path: Path, error: Exception) -> Exception:
-    """What to raise for an ``error`` that came up while the image in ``path`` was worked on.
+    """Return what to raise for an ``error`` that came up while the image in ``path`` was worked on.
 
     That is the error itself where memory has run out, which is no fault of the image.
     """
@@ -170,7 +170,7 @@ def blame(path: Path, error: Exception) -> Exception:
 
 
 def read_values(path: Path) -> Values | None:
-    """What values the image in ``path`` has, if not 8-bit ones and if it can be read."""
+    """Return what values the image in ``path`` has, if not 8-bit ones and if it can be read."""
     try:
         data = read_bytes(path)
         with _quiet:
@@ -204,7 +204,7 @@ def _load(image: ImageFile, lower: Image.Image | None, ranges: ValueRanges) -> P
 
 
 def _open_lower_bytes(image: ImageFile, data: bytes) -> Image.Image | None:
-    """The lower bytes of 16-bit colours, of which Pillow keeps the upper ones; None of others.
+    """Return the lower bytes of 16-bit colours, which Pillow drops; None of other images.
 
     It takes those that it gets in the other order of bytes for the upper ones.
     """
@@ -218,7 +218,7 @@ def _open_lower_bytes(image: ImageFile, data: bytes) -> Image.Image | None:
 
 
 def _swap_bytes(arguments: Any) -> Any:
-    """The arguments of one of Pillow's decoders, for the other order of bytes."""
+    """Return the arguments of one of Pillow's decoders, for the other order of bytes."""
     if isinstance(arguments, tuple):
         return tuple(map(_swap_bytes, arguments))
     if not isinstance(arguments, str) or not arguments.startswith(("RGB;16", "RGBA;16")):
@@ -228,7 +228,7 @@ def _swap_bytes(arguments: Any) -> Any:
 
 
 def _describe_damage(data: bytes) -> str:
-    """How the bytes of an image, which cannot be decoded, are damaged."""
+    """Return how the bytes of an image, which cannot be decoded, are damaged."""
     file = _File(data)
     with suppress(*_DAMAGE):
         Image.open(file, formats=FORMATS).load()
@@ -236,7 +236,7 @@ def _describe_damage(data: bytes) -> str:
 
 
 def _describe_other(data: bytes) -> str:
-    """What a file is that no reader of pictures knows."""
+    """Return what a file is that no reader of pictures knows."""
     if not data:
         return "empty file"
     if data[:4] in _TIFF:
@@ -311,7 +311,7 @@ def _turn_upright(image: Image.Image) -> bool:
 
 
 def _read_values(image: Image.Image, lower: Image.Image | None) -> "NDArray[Any]":
-    """The values of a grey image, or those of 16-bit colours."""
+    """Return the values of a grey image, or those of 16-bit colours."""
     values: NDArray[Any] = np.asarray(image)
     if lower is not None:
         upper: NDArray[Any] = values[..., :3].astype(np.uint16)
@@ -325,7 +325,7 @@ def _read_values(image: Image.Image, lower: Image.Image | None) -> "NDArray[Any]
 
 
 def _read_no_data(image: Image.Image) -> float | None:
-    """The value that stands for no data by what the file says, as GDAL writes it."""
+    """Return the value that stands for no data by what the file says, as GDAL writes it."""
     try:
         value = float(str(_read_tags(image).get(_GDAL_NO_DATA)).strip(" \0"))
     except ValueError:
@@ -348,7 +348,7 @@ def _name_values(image: Image.Image, lower: Image.Image | None) -> str:
 def _to_eight_bits(
     image: Image.Image, values: "NDArray[Any]", bounds: ValueRange, no_data: float | None
 ) -> tuple[Image.Image, int]:
-    """The image with its ``values`` on 0…255 from ``bounds``, and how many were outside."""
+    """Return the image with its ``values`` on 0…255 from ``bounds``, and how many were outside."""
     levels, outside = to_eight_bits(values, bounds, no_data)
     scaled = Image.fromarray(levels)
     if image.mode == "RGBA":

@@ -96,7 +96,7 @@ def find_splits(  # noqa: PLR0913 (one for each choice)
     unknown: Unknown = "error",
     labels: Path | None = None,
 ) -> Splits:
-    """The training and the validation images below ``root``, or in the folders ``train``, ``val``.
+    """Return the training and validation images below ``root``, or in ``train`` and ``val``.
 
     A table ``labels`` says their classes instead of folders; without folders of classes, one that
     lies in ``root`` or beside it is found.
@@ -139,7 +139,7 @@ def find_evaluation_set(
     unknown: Unknown = "error",
     labels: Path | None = None,
 ) -> ImageSet:
-    """The images to evaluate on: a split of ``root`` if it has splits, else ``root`` itself.
+    """Return the images to evaluate on: a split of ``root`` if it has splits, else ``root`` itself.
 
     A table of ``labels`` is as for ``find_splits``.
 
@@ -171,7 +171,7 @@ def read_classes_folder(
     owner: str = "the model",
     unknown: Unknown = "error",
 ) -> ImageSet:
-    """The images of a folder that has one folder for each class.
+    """Return the images of a folder that has one folder for each class.
 
     ``classes`` fixes the numbers: folders are matched to it by name. ``owner`` is who knows those
     classes, for messages.
@@ -214,7 +214,7 @@ def read_table_set(
 
 
 def _find_table(root: Path) -> Path | None:
-    """The table of the images below ``root``, where folders do not say their classes."""
+    """Return the table of the images below ``root``, where folders do not say their classes."""
     _require_folder(root)
     if sum(any(True for _ in _images(folder)) for folder in _subfolders(root)) > 1:
         return None
@@ -223,7 +223,7 @@ def _find_table(root: Path) -> Path | None:
 
 
 def list_images(root: Path) -> list[Path]:
-    """Every image below ``root``, whatever the folders between, sorted by path.
+    """Return every image below ``root``, whatever the folders between, sorted by path.
 
     Raises:
         DataError: ``root`` is missing, is not a folder or holds no image.
@@ -233,7 +233,7 @@ def list_images(root: Path) -> list[Path]:
 
 
 def _walk(root: Path, *above: Path) -> Iterator[Path]:
-    """Every visible file below ``root``. Each folder is entered once, the folders ``above`` never.
+    """Yield every visible file below ``root``; enter each folder once, those ``above`` never.
 
     Both matter only where links lead back to a folder. Dead links, pipes and devices are files too:
     who reads them says what they are.
@@ -270,7 +270,7 @@ def _subfolders(root: Path) -> list[Path]:
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """The folders of the splits by their lower-case names, empty where ``root`` has no splits.
+    """Return the folders of the splits by lower-case name; none where ``root`` has no splits.
 
     A class may be called "train" too (beside "bus" and "car"), so one such name is not enough.
     """
@@ -285,7 +285,7 @@ def _first(names: Sequence[str], folders: Mapping[str, Path]) -> Path | None:
 
 
 def _read_class_folders(root: Path) -> Listing:
-    """The images of every class folder that has any, and notes on what was passed over."""
+    """Return the images of every class folder that has any, and notes on what was passed over."""
     _require_folder(root)
     every = {encode_name(folder.name): list(_walk(folder, root)) for folder in _subfolders(root)}
     special = [path for paths in every.values() for path in filter(is_special, paths)]
@@ -404,7 +404,7 @@ def _require_two_classes(train: ImageSet) -> None:
 
 
 def _offer_tables(folders: Iterable[Path]) -> tuple[str, str]:
-    """A line on tables in ``folders``, in which no classes were found, and lines with fixes."""
+    """Return a line on tables in ``folders`` without classes, and lines with fixes."""
     tables = [p for folder in folders for p in list_tables(folder) if p.suffix.lower() != ".txt"]
     told = f"\nno classes were found in {name_some(tables, _SHOWN)}; --labels says why"
     fixes = [f"--labels {shlex.quote(str(path))}\n" for path in tables[:_SHOWN]]

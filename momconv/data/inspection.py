@@ -32,7 +32,7 @@ class Inspection:
     notes: tuple[str, ...] = ()
 
     def unreadable(self) -> dict[Path, str]:
-        """The files that cannot be decoded, and why."""
+        """Return the files that cannot be decoded, and why."""
         return {path: found.problem for path, found in self.findings.items() if found.problem}
 
 
@@ -66,7 +66,7 @@ def check_images(
 
 
 def find_outside(findings: Mapping[Path, Finding], ranges: ValueRanges) -> dict[Path, int]:
-    """About how many values of each image are outside of the ``ranges``, where any are."""
+    """Return about how many values of each image are outside of the ``ranges``, where any are."""
     found = {
         path: count_outside(finding.values, bounds)
         for path, finding in findings.items()
@@ -85,7 +85,7 @@ def find_guessed(findings: Mapping[Path, Finding], ranges: ValueRanges) -> set[P
 
 
 def find_duplicates(train: Inspection, val: Inspection) -> list[tuple[Path, Path]]:
-    """Each validation image that is a training image too, byte for byte, behind that one."""
+    """Return each validation image that is a training image too, byte for byte, behind that one."""
     first: dict[str, Path] = {}
     for sample in train.images.samples:
         first.setdefault(train.findings[sample.path].sha256, sample.path)
@@ -97,7 +97,7 @@ def find_duplicates(train: Inspection, val: Inspection) -> list[tuple[Path, Path
 
 
 def warn_of_duplicates(duplicates: Sequence[tuple[Path, Path]], validation: int) -> tuple[str, ...]:
-    """A line on what ``find_duplicates`` found among so many validation images."""
+    """Return a line on what ``find_duplicates`` found among so many validation images."""
     if not duplicates:
         return ()
     ours, theirs = duplicates[0]
@@ -110,7 +110,7 @@ def warn_of_duplicates(duplicates: Sequence[tuple[Path, Path]], validation: int)
 def leave_out_trained_on(
     val: Inspection, duplicates: Collection[Path], seen: SeenImages | None
 ) -> tuple[Inspection, tuple[str, ...]]:
-    """What is held out without ``duplicates`` of training images and what was ``seen`` before.
+    """Return the held-out images but for ``duplicates`` of training images and those ``seen``.
 
     All are kept if nothing else is left. The second part says what was done.
     """

@@ -62,7 +62,7 @@ class DataReport:
         return self.train.unreadable | self.val.unreadable
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows."""
+        """Return the same as values that JSON knows."""
         return asdict(self)
 
 
@@ -72,7 +72,7 @@ def report(
     duplicates: Sequence[tuple[Path, Path]],
     notes: Sequence[str],
 ) -> DataReport:
-    """What was found in both splits."""
+    """Return what was found in both splits."""
     digests = [
         (split, name, inspection.findings[path].sha256)
         for split, inspection in (("train", train), ("val", val))
@@ -88,7 +88,7 @@ def report(
 
 
 def name_classes(images: ImageSet) -> list[tuple[Path, str]]:
-    """Every file with the name of its class."""
+    """Return every file with the name of its class."""
     return [(sample.path, images.classes[sample.label]) for sample in images.samples]
 
 

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def hold_out(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """The indices to train on and the indices to validate on, both ascending.
+    """Return the indices to train on and the indices to validate on, both ascending.
 
     Each class gives ``fraction`` of its images, rounded, but at least one if it has two, and never
     its last one. With ``fraction`` 0 nothing is held out. The choice depends only on the arguments:

@@ -46,7 +46,7 @@ class _Table:
 
 
 def find_table(root: Path, images: Sequence[Path]) -> Path | None:
-    """The table in ``root`` or beside it that gives most of ``images`` a class; None without one.
+    """Return the table in or beside ``root`` that gives most of ``images`` a class, if any.
 
     Raises:
         DataError: There are several.
@@ -66,14 +66,14 @@ def find_table(root: Path, images: Sequence[Path]) -> Path | None:
 
 
 def list_tables(folder: Path) -> list[Path]:
-    """The files in ``folder`` that may be tables."""
+    """Return the files in ``folder`` that may be tables."""
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
 
 
 def read_table(
     path: Path, root: Path, images: Sequence[Path]
 ) -> tuple[dict[str, list[Path]], tuple[str, ...]]:
-    """Those of ``images``, below ``root``, that the table ``path`` names, by their classes.
+    """Return those of ``images``, below ``root``, that the table ``path`` names, by their classes.
 
     The second part says what was passed over.
 
@@ -105,7 +105,7 @@ def read_table(
 
 
 def _match(table: _Table, known: "_Names") -> tuple[dict[Path, list[_Row]], list[str]]:
-    """The rows of each image, and what else rows name."""
+    """Return the rows of each image, and the names in rows of none."""
     labels: dict[Path, list[_Row]] = {}
     missing = []
     for row in table.rows:
@@ -169,7 +169,7 @@ class _Names:
             self._alike.setdefault(_fold(name), set()).update(called)
 
     def find(self, text: str) -> Path | None:
-        """The image that is called ``text``, if that is one."""
+        """Return the image that is called ``text``, if that is one."""
         name = text.replace("\\", "/").removeprefix("./")
         if name in self._paths:
             return self._paths[name]
@@ -185,7 +185,7 @@ class _Names:
 
 
 def _fold(name: str) -> str:
-    """The same for names that differ in upper and lower case, or in how accents are written."""
+    """Return one key for names that differ in case alone, or in how accents are written."""
     return normalize("NFC", name).casefold()
 
 
@@ -199,7 +199,7 @@ def _fits(path: Path, root: Path, images: Sequence[Path]) -> bool:
 
 
 def _has_columns(path: Path) -> bool:
-    """Whether the first line of ``path`` names them: what else lies there may be of any size."""
+    """Return whether the first line of ``path`` names the columns; the rest may be of any size."""
     try:
         with open_regular(path) as file:
             first = _decode(file.read(_LONGEST_HEADER)).splitlines()[:1]
@@ -209,7 +209,7 @@ def _has_columns(path: Path) -> bool:
 
 
 def _read(path: Path) -> _Table | None:
-    """What is in ``path``; None where it has not the columns.
+    """Return what is in ``path``; None where it has not the columns.
 
     Raises:
         DataError: It cannot be read.
@@ -222,7 +222,7 @@ def _read(path: Path) -> _Table | None:
 
 
 def _parse(path: Path, text: Sequence[str]) -> _Table | None:
-    """The table in the lines ``text`` of ``path``, with the first delimiter that gives columns."""
+    """Return the table in the ``text`` of ``path``, by the first delimiter that gives columns."""
     for delimiter in ",;\t|":
         lines = csv.reader(text, delimiter=delimiter)
         try:
@@ -256,6 +256,6 @@ def _collect(
 
 
 def _find_column(header: Sequence[str], names: Sequence[str]) -> int | None:
-    """The column with the first of ``names`` that there is."""
+    """Return the column with the first of ``names`` that there is."""
     lower = [name.lower().replace(" ", "_") for name in header]
     return next((lower.index(name) for name in names if name in lower), None)

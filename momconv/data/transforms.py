@@ -27,14 +27,14 @@ Augmentation = Literal["none", "light", "trivial", "randaug"]
 
 
 def evaluation_transform(p: Preprocessing) -> v2.Compose:
-    """The centre crop of ``p.resolution`` pixels, after the shorter side is made ``p.resize``."""
+    """Return the transform: shorter side to ``p.resize``, then centre crop of ``p.resolution``."""
     return v2.Compose([_Resize(p), _CentreCrop(p.resolution), NormalisedTensor(p)])
 
 
 def training_transform(
     p: Preprocessing, *, level: Augmentation = "light", flip: bool = True
 ) -> v2.Compose:
-    """What an image goes through in training.
+    """Return what an image goes through in training.
 
     Args:
         p: As for evaluation.

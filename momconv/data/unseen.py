@@ -30,7 +30,7 @@ class Exposure:
     complete: bool
 
     def describe(self, scored: int) -> str:
-        """What is to be known of a score on so many images."""
+        """Return what is to be known of a score on so many images."""
         if self.counted:
             return (
                 f"{self.counted} of {plural(scored, 'image')} were trained on, so this does not "
@@ -49,7 +49,7 @@ class Exposure:
         return text
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows."""
+        """Return the same as values that JSON knows."""
         return {
             "left_out": self.left_out,
             "counted": self.counted,
@@ -61,7 +61,7 @@ class Exposure:
 def keep_unseen(
     images: ImageSet, *models: nn.Module, keep_all: bool = False
 ) -> tuple[ImageSet, Exposure]:
-    """Those of ``images`` that none of ``models`` was trained on, known by their content.
+    """Return those of ``images`` that none of ``models`` was trained on, known by their content.
 
     All are kept if all were trained on, or with ``keep_all``. To be called before the images are
     evaluated on; files that were looked at before are not read again.

@@ -55,7 +55,7 @@ class Values:
 
 
 def summarise(values: "NDArray[Any]", no_data: float | None = None) -> Values:
-    """The quantiles of ``values``, in which ``no_data`` stands for none."""
+    """Return the quantiles of ``values``, in which ``no_data`` stands for none."""
     kind: Kind = "floats" if values.dtype.kind == "f" else "integers"
     some = values.ravel()[:: math.ceil(values.size / _MOST_VALUES) or 1].astype(np.float64)
     some = _drop_no_data(some[np.isfinite(some) & (some != no_data)])
@@ -66,7 +66,7 @@ def summarise(values: "NDArray[Any]", no_data: float | None = None) -> Values:
 
 
 def find_ranges(images: Iterable[Values]) -> ValueRanges:
-    """What is black and white in all ``images``, each of which counts the same."""
+    """Return what is black and white in all ``images``, each of which counts the same."""
     kinds: dict[Kind, list[Values]] = {"integers": [], "floats": []}
     for values in images:
         if values.quantiles:
@@ -79,7 +79,7 @@ def find_ranges(images: Iterable[Values]) -> ValueRanges:
 
 
 def guess_range(values: Values) -> ValueRange:
-    """The usual range that holds the ``values`` of an image, or their own.
+    """Return the usual range that holds the ``values`` of an image, or their own.
 
     This is for a network that keeps no range for them.
     """
@@ -113,7 +113,7 @@ def to_eight_bits(
 
 
 def count_outside(values: Values, bounds: ValueRange) -> int:
-    """About how many of the ``values`` of an image are outside of ``bounds``; 0 if none is."""
+    """Return about how many of the ``values`` of an image are outside of ``bounds``."""
     low, high = bounds
     if not values.quantiles or (values.quantiles[0] >= low and values.quantiles[-1] <= high):
         return 0
@@ -142,7 +142,7 @@ def settle_ranges(model: nn.Module, found: ValueRanges) -> tuple[str, ...]:
 
 
 def describe_ranges(ranges: ValueRanges) -> str:
-    """What is black and white, in words; empty where all is as in 8-bit images."""
+    """Return what is black and white, in words; empty where all is as in 8-bit images."""
     named = {"integers": ranges.integers, "floating-point values": ranges.floats}
     return ", ".join(
         f"{name} from {bounds[0]:g} (black) to {bounds[1]:g} (white)"
@@ -186,7 +186,7 @@ def _drop_no_data(values: "NDArray[np.float64]") -> "NDArray[np.float64]":
 
 
 def _is_no_data(end: float, others: "NDArray[np.float64]") -> bool:
-    """Whether ``end``, below or above all ``others``, stands for no data."""
+    """Return whether ``end``, below or above all ``others``, stands for no data."""
     low, high = float(others.min()), float(others.max())
     gap, spread = max(low - end, end - high), high - low
     if end in _NO_DATA and gap >= spread / 2:

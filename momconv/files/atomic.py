@@ -95,7 +95,7 @@ def write_atomically(
 
 
 def _begin(path: Path) -> str:
-    """How the temporary files of ``path`` begin: with its name, and where processes have numbers.
+    """Return how names of the temporary files of ``path`` begin: its name, then this machine.
 
     >>> import re
     >>> bool(re.fullmatch("[.]a[.]txt[.][0-9a-f]{8}_", _begin(Path("a.txt"))))
@@ -106,7 +106,7 @@ def _begin(path: Path) -> str:
 
 @cache
 def _here() -> str:
-    """Where the numbers of processes mean what they do here: this machine, or container."""
+    """Return where the numbers of processes mean what they do here: this machine, or container."""
     try:
         numbers = os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -125,7 +125,7 @@ def _remove_left(path: Path) -> None:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether ``path`` is named like a file on its way to another name."""
+    """Return whether ``path`` is named like a file on its way to another name."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
@@ -191,13 +191,13 @@ def _require_place(path: Path) -> None:
 
 
 def find_aside(path: Path) -> Path:
-    """The first unused name beside ``path`` for what is in its place."""
+    """Return the first unused name beside ``path`` for what is in its place."""
     names = (path.with_name(f"{path.name}.old{n or ''}") for n in itertools.count())
     return next(name for name in names if not os.path.lexists(name))
 
 
 def _unwritable(path: Path, error: OSError) -> ResourceError:
-    """The error for a file that cannot be written, with the room that there is if that is why."""
+    """Return the error for a file that cannot be written, with the free space if that is why."""
     if error.errno in _FULL:
         free = format_bytes(shutil.disk_usage(path.parent).free)
         return ResourceError(

@@ -62,7 +62,7 @@ def claim(folder: Path, tell: Callable[[str], None], *, fix: str | None = None) 
 
 
 def is_claimed(folder: Path) -> bool:
-    """Whether another process has ``folder`` just now."""
+    """Return whether another process has ``folder`` just now."""
     if not (folder / NAME).is_file():
         return False
     try:

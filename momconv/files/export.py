@@ -72,12 +72,12 @@ class Export:
 
 
 def config_path(path: Path) -> Path:
-    """The JSON file beside ``path``."""
+    """Return the JSON file beside ``path``."""
     return path.with_suffix(".json")
 
 
 def to_config(description: Description) -> dict[str, Any]:
-    """What goes in and comes out, with timm's keys."""
+    """Return what goes in and comes out, with timm's keys."""
     p = description.preprocessing
     return {
         "architecture": description.architecture,
@@ -148,7 +148,7 @@ def _draw(description: Description) -> Tensor:
 
 
 def _apply(run: _Run, images: Tensor) -> Tensor:
-    """The logits of all images at once, and of each alone: a file must take any batch."""
+    """Return the logits of all images at once, and of each alone: a file must take any batch."""
     return torch.cat([run(images), *(run(image[None]) for image in images)])
 
 
@@ -227,7 +227,7 @@ def _write_and_check(
     images: Tensor,
     expected: Tensor,
 ) -> float:
-    """The largest difference between ``expected`` and what the file makes of ``images``."""
+    """Return the largest difference between ``expected`` and what the file makes of ``images``."""
     differences: list[float] = []
 
     def write_checked(target: Path) -> None:

@@ -83,7 +83,7 @@ def save(model: nn.Module, path: str | Path, extra: Mapping[str, object] | None 
 
 
 def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
-    """The network that ``save`` wrote, in eval mode.
+    """Return the network that ``save`` wrote, in eval mode.
 
     Args:
         path: The file.
@@ -112,7 +112,7 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What the file says about itself, as values that JSON knows; it is verified.
+    """Return what the file says about itself, as values that JSON knows; it is verified.
 
     Raises:
         ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
@@ -121,7 +121,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def read_skeleton(path: str | Path, network: nn.Module | None = None) -> nn.Module:
-    """The network in ``path`` on the meta device, without its tensors.
+    """Return the network in ``path`` on the meta device, without its tensors.
 
     ``network`` is as for :func:`load`.
 
@@ -139,7 +139,7 @@ def read_skeleton(path: str | Path, network: nn.Module | None = None) -> nn.Modu
 
 
 def read_description(path: str | Path) -> Description:
-    """What the network in ``path`` is, without making it.
+    """Return what the network in ``path`` is, without making it.
 
     Raises:
         ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
@@ -169,7 +169,7 @@ def _read_verified(path: Path) -> _Metadata:
 
 
 def _read(path: Path) -> _Metadata:
-    """The validated metadata of ``path``."""
+    """Return the validated metadata of ``path``."""
     found = checkpoints.read_metadata(path) if checkpoints.is_safetensors(path) else {}
     values = {k.removeprefix(_PREFIX): v for k, v in found.items() if k.startswith(_PREFIX)}
     if "schema" not in values:
@@ -190,7 +190,7 @@ def _read(path: Path) -> _Metadata:
 
 
 def _build(metadata: _Metadata, path: Path, network: nn.Module | None) -> nn.Module:
-    """The network that ``metadata`` describe, with the weights that it was made with."""
+    """Return the network that ``metadata`` describe, with the weights that it was made with."""
     require_made(path, metadata.description, network)
     try:
         return apply_schemes(remake(metadata.description, network), metadata.stages)

@@ -52,7 +52,7 @@ def save_plain(model: nn.Module, path: Path) -> None:
 
 
 def load_command(description: Description, path: Path) -> str:
-    """The Python that reads what ``save_plain`` wrote to ``path``."""
+    """Return the Python that reads what ``save_plain`` wrote to ``path``."""
     file, architecture = str(path), description.architecture
     if own.is_own(architecture):
         arguments = own.parse_arguments(description.arguments)

@@ -45,7 +45,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 @cache
 def _name(dtype: torch.dtype) -> str:
-    """What the format calls ``dtype``."""
+    """Return what the format calls ``dtype``."""
     written = safetensors.torch.save({"": torch.empty(0, dtype=dtype)})
     name: str = json.loads(written[8:])[""]["dtype"]
     return name

@@ -44,7 +44,7 @@ DEFAULT = Allowance(context=512 * _MIB, workspace=(64 + 2 + 20) * _MIB, fragment
 
 @cache
 def read_table() -> dict[str, Allowance]:
-    """What was measured, by the GPU's name."""
+    """Return what was measured, by the GPU's name."""
     rows = json.loads(TABLE.read_text(encoding="utf-8"))
     return {name: Allowance(**row) for name, row in rows.items()}
 
@@ -57,7 +57,7 @@ def find_allowance(device: torch.device) -> Allowance:
 
 
 def held_bytes(model: nn.Module, device: torch.device) -> int:
-    """What training ``model`` has on ``device`` already: the weights there, and a GPU's context."""
+    """Return the bytes that ``device`` holds already: weights of ``model``, a GPU's context."""
     tensors = (*model.parameters(), *model.buffers())
     weights = sum(tensor.nbytes for tensor in tensors if tensor.device.type == device.type)
     return weights + (find_allowance(device).context if device.type == "cuda" else 0)

@@ -44,7 +44,7 @@ _CHUNK = 128  # input channels that are transposed at a time, for a kernel of a 
 
 
 def forward(conv: Convolution) -> int:
-    """The scratch of a forward pass."""
+    """Return the scratch of a forward pass."""
     if conv.is_tiled:
         return _product(_Product.of_output(conv))
     skipping = conv.columns if conv.is_strided else 0
@@ -52,7 +52,7 @@ def forward(conv: Convolution) -> int:
 
 
 def input_gradient(conv: Convolution) -> int:
-    """The scratch of the gradient of the input."""
+    """Return the scratch of the gradient of the input."""
     if needs_strided_gradient(conv):
         return _strided_product(conv)
     if conv.is_tiled and not conv.is_strided:
@@ -63,13 +63,13 @@ def input_gradient(conv: Convolution) -> int:
 
 
 def needs_strided_gradient(conv: Convolution) -> bool:
-    """Whether the input's gradient is computed channels-last, one pixel of a stride at a time."""
+    """Return whether the input's gradient is computed channels-last, pixel by pixel of a stride."""
     wide = conv.groups == 1 or conv.is_depthwise or conv.inputs >= BLOCK
     return conv.is_strided and wide and supports("avx512_bf16")
 
 
 def weight_gradient(conv: Convolution) -> int:
-    """The scratch of the gradient of the weight."""
+    """Return the scratch of the gradient of the weight."""
     if conv.is_small_depthwise:
         return torch.get_num_threads() * FLOAT * conv.weight.numel() + _NESTED
     if conv.is_tiled:
@@ -87,7 +87,7 @@ def _untiled(conv: Convolution, sums: int) -> int:
 
 
 def _lists(conv: Convolution) -> int:
-    """Each thread's list of matrices, and its tiles."""
+    """Return the bytes of each thread's list of matrices, and of its tiles."""
     if conv.is_tiled:
         return torch.get_num_threads() * (_LIST + _TILES) + 2 * _PAGE
     return torch.get_num_threads() * _LIST + _PAGE
@@ -156,7 +156,7 @@ class _Product:
 
 
 def _merge(conv: Convolution) -> int:
-    """How many pixels of a line are taken for channels, as is possible for separate kernels."""
+    """Return how many pixels of a line count as channels, as separate kernels allow."""
     if any(conv.padding) or conv.groups > 1 or conv.inputs % 2:
         return 1
     sizes = conv.x.shape[3], conv.kernel[1], conv.stride[1]
@@ -209,7 +209,7 @@ def _cover(rows: int, width: int, gap: int) -> int:
 
 
 def _rows(product: _Product, block: int) -> int:
-    """The rows of the output that a thread computes at a time: such as fit into a cache."""
+    """Return the rows of the output that a thread computes at a time: such as fit into a cache."""
     (height, width), wide = product.made, product.padded[1]
     read, made = _BF16 * product.channels * wide, _BF16 * block * width
     rows = min(height, max(1, int(_L2_FOR_ROWS * _cache("l2") / (2 * read + made))))
@@ -227,7 +227,7 @@ def _cache(name: str) -> int:
 
 
 def _strided_product(conv: Convolution) -> int:
-    """Each thread copies the output's gradient of an image with its border, and has sums."""
+    """Return the bytes of each thread's padded output gradient of one image, and of its sums."""
     area = 1
     sides = conv.x.shape[2:], conv.y.shape[2:], conv.kernel, conv.stride, conv.padding
     for read, made, kernel, stride, padding in zip(*sides, strict=True):
@@ -291,7 +291,7 @@ class _Lines:
         return PAIRS if self.conv.is_tiled else BLOCK
 
     def share(self) -> _Share:
-        """How the work is divided among threads."""
+        """Return how the work is divided among threads."""
         threads = torch.get_num_threads() // self.conv.groups
         if threads < 2:
             return _Share(1, 1, 1)
@@ -316,7 +316,7 @@ class _Lines:
         return _Share(images, 1, min(threads // images, max(1, self.inputs // self.step)))
 
     def _cost(self, share: _Share) -> float:
-        """What a thread reads and writes, weighted as oneDNN does."""
+        """Return what a thread reads and writes, weighted as oneDNN does."""
         area, ratio = math.prod(self.conv.kernel), self.outputs / self.inputs
         x_line = self.x_lines * self.x_pixels / self.y_lines
         lines = len(self.conv.x) * self.y_lines

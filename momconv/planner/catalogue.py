@@ -38,7 +38,7 @@ class Entry(Saving):
 def list_entries(
     names: Iterable[str], progress: Callable[[int, str], None] | None = None
 ) -> list[Entry]:
-    """The entries of networks, in the same order.
+    """Return the entries of networks, in the same order.
 
     Each is predicted once and then kept in ``$MOMCONV_CACHE`` or ``$XDG_CACHE_HOME/momconv``.
 
@@ -59,7 +59,7 @@ def list_entries(
 
 
 def predict_entry(name: str) -> Entry:
-    """What is to be said about the network ``name``; only shapes are computed."""
+    """Return what is to be said about the network ``name``; only shapes are computed."""
     plain = outline(name)
     model = convert(plain, stages="all")
     lengths = [len(run) for stage in momentum_stages(model).values() for run in stage.runs or ()]
@@ -79,7 +79,7 @@ def _file() -> Path:
 
 
 def _read() -> dict[str, Entry]:
-    """What is kept; nothing if that was damaged."""
+    """Return what is kept; nothing if that was damaged."""
     if not _file().is_file():
         return {}
     try:

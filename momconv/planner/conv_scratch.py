@@ -28,7 +28,7 @@ _STRIDED_BYTES = 28 * 2**10  # the fixed part of the scratch of a strided convol
 
 
 def forward(args: tuple[Any, ...], results: Sequence[Tensor]) -> int:
-    """The most bytes alive in a convolution of images; 0 (unknown) in one of anything else."""
+    """Return the most bytes alive in a convolution of images; 0 (unknown) in any other one."""
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
     if weight.dim() != _IMAGE_WEIGHT:
         return 0
@@ -40,7 +40,7 @@ def forward(args: tuple[Any, ...], results: Sequence[Tensor]) -> int:
 
 
 def backward(args: tuple[Any, ...], results: Sequence[Tensor]) -> int:
-    """The most bytes alive in the gradient of a convolution, as :func:`forward`."""
+    """Return the most bytes alive in the gradient of a convolution, as :func:`forward`."""
     gradient, x, weight, bias_sizes, stride, padding, dilation, transposed, *rest = args
     if weight.dim() != _IMAGE_WEIGHT:
         return 0
@@ -124,14 +124,14 @@ def _onednn_input_gradient(conv: Convolution) -> int:
 
 
 def _needs_strided_gradient(conv: Convolution) -> bool:
-    """Whether oneDNN computes the input's gradient channels-last, by matrix products."""
+    """Return whether oneDNN computes the input's gradient channels-last, by matrix products."""
     if conv.is_bf16:
         return bf16_scratch.needs_strided_gradient(conv)
     return conv.is_strided and (conv.groups == 1 or conv.inputs >= _WIDE_GROUP)
 
 
 def _strided_scratch(conv: Convolution) -> int:
-    """Each thread's padded output gradient of one image, for all outputs."""
+    """Return the bytes of each thread's padded output gradient of one image, for all outputs."""
     height, width = conv.y.shape[2:]
     area = height * in_blocks(width + conv.kernel[1] // 2)
     outputs = conv.y.shape[1]
@@ -155,13 +155,13 @@ def _onednn_weight_gradient(conv: Convolution) -> int:
 
 
 def _needs_columns(conv: Convolution) -> bool:
-    """Whether oneDNN has no direct algorithm: of groups that do not fill its blocks."""
+    """Return whether oneDNN has no direct algorithm: of groups that do not fill its blocks."""
     fills = conv.inputs == in_blocks(conv.inputs)
     return conv.groups > 1 and not (conv.is_depthwise or conv.is_tiled or fills)
 
 
 def _gradient_needs_columns(conv: Convolution) -> bool:
-    """The same for the weight's gradient: also of kernels of a certain size.
+    """Return the same for the weight's gradient: also of kernels of a certain size.
 
     Without AVX-512 these are all that are larger than the image.
     """
@@ -174,7 +174,7 @@ def _gradient_needs_columns(conv: Convolution) -> bool:
 
 
 def _column_scratch(conv: Convolution) -> int:
-    """Each thread's matrix and sums, whose bytes oneDNN takes for floats."""
+    """Return the bytes of each thread's matrix and sums, which oneDNN takes for floats."""
     threads = torch.get_num_threads()
     sums = threads + 1 if conv.is_bf16 else threads
     return sums * FLOAT * conv.weight.nbytes + threads * conv.columns + _COLUMN_BYTES

@@ -135,20 +135,20 @@ def in_pairs(channels: int) -> int:
 
 
 def ceil_div(number: int, divisor: int) -> int:
-    """The quotient, rounded up."""
+    """Return the quotient, rounded up."""
     return -(-number // divisor)
 
 
 def round_up(number: int, step: int) -> int:
-    """The next multiple of ``step``."""
+    """Return the next multiple of ``step``."""
     return ceil_div(number, step) * step
 
 
 def has_avx512() -> bool:
-    """Whether PyTorch uses vectors of 512 bits."""
+    """Return whether PyTorch uses vectors of 512 bits."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def supports(instructions: str) -> bool:
-    """Whether the processor has ``instructions``."""
+    """Return whether the processor has ``instructions``."""
     return bool(torch.cpu.get_capabilities().get(instructions))

@@ -43,7 +43,7 @@ class Work:
         )
 
     def scale(self, factor: float) -> "Work":
-        """The same operations on ``factor`` times as many images."""
+        """Return the same operations on ``factor`` times as many images."""
         return Work(self.operations, self.flops * factor, self.bytes * factor)
 
 
@@ -57,12 +57,12 @@ class Speed:
     is_measured: bool = False
 
     def seconds(self, work: Work) -> float:
-        """About the time that ``work`` takes."""
+        """Return about the time that ``work`` takes."""
         throughput = self.per_flop * work.flops + self.per_byte * work.bytes
         return self.per_operation * work.operations + throughput
 
     def fit(self, few: tuple[Work, float], many: tuple[Work, float]) -> Self:
-        """The speed at which two steps with few and many images take the measured seconds.
+        """Return the speed at which two steps with few and many images take the measured seconds.
 
         Flops and bytes keep their ratio: the steps of a network cannot tell them apart.
 
@@ -86,14 +86,14 @@ class Speed:
 
 
 def estimate_speed(device_type: str, precision: Precision) -> Speed:
-    """The order of magnitude: a few cores of a server, or a GPU for data centres."""
+    """Return the order of magnitude: a few cores of a server, or a GPU for data centres."""
     if device_type == "cpu":
         return Speed(1e-5, 1 / 60e9, 1 / 10e9)
     return Speed(1e-5, 1 / (20e12 if precision == "fp32" else 200e12), 1 / 1.5e12)
 
 
 def count_work(func: OpOverload, args: Any, results: Sequence[Tensor]) -> Work:
-    """What ``func(*args)`` does, which gave ``results``."""
+    """Return what ``func(*args)`` does, which gave ``results``."""
     if func.is_view or func.overloadpacket in _ALLOCATIONS:
         return Work()
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]

@@ -9,7 +9,7 @@ from momconv.words import plural, quoted
 
 
 def find_device(name: str = "auto") -> torch.device:
-    """The device ``name``; "auto" is the first GPU, and the CPU where there is none.
+    """Return the device ``name``; "auto" is the first GPU, and the CPU where there is none.
 
     A GPU that has a number becomes the current one, whose random generator is saved and which
     pinned memory belongs to; else they would be those of GPU 0, whatever the network is on.

@@ -70,7 +70,7 @@ class Imitator(Generic[_T]):
         self._memories: dict[Hashable, _Memory[_T]] = {}
 
     def copy(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """A copy of ``model`` on ``device`` whose parameters and buffers are fakes."""
+        """Return a copy of ``model`` on ``device`` whose parameters and buffers are fakes."""
         memo: dict[int, Any] = {}
         for tensor in (*model.parameters(), *model.buffers()):
             fake = self._make(_New(tensor.shape, tensor.stride(), tensor.dtype, device))
@@ -121,7 +121,7 @@ class Imitator(Generic[_T]):
         return Answer(value, tensors, memory.finding)
 
     def _straighten(self, result: FakeTensor) -> FakeTensor:
-        """A contiguous result, with the strides that a kernel gives to dimensions of one element.
+        """Return a contiguous result whose dimensions of one element have a kernel's strides.
 
         Fakes have the argument's there, of which convolutions may read another layout.
         """
@@ -137,7 +137,7 @@ class Imitator(Generic[_T]):
 
 
 def _is_plain(func: OpOverload, args: Any) -> bool:
-    """Whether its kernel goes through contiguous tensors element by element, into a new one."""
+    """Return whether its kernel goes through contiguous tensors one by one, to a new one."""
     if torch.Tag.pointwise not in func.tags or func._schema.is_mutable:
         return False
     if func is aten.clone.default:  # with all strides
@@ -146,7 +146,7 @@ def _is_plain(func: OpOverload, args: Any) -> bool:
 
 
 def _sign(value: Any) -> Hashable:
-    """What the results of an operation can depend on, of one of its arguments.
+    """Return what the results of an operation can depend on, of one of its arguments.
 
     Raises:
         _Unknown: Its value counts.
@@ -165,7 +165,7 @@ def _sign(value: Any) -> Hashable:
 
 
 def _classify(func: OpOverload, result: Any, inputs: Sequence[Tensor]) -> _Kind:
-    """What kind of result it is.
+    """Return what kind of result it is.
 
     Raises:
         _Unknown: None of them.

@@ -44,7 +44,7 @@ class AsOnGpu(TorchFunctionMode):
 
 
 def _widen(tensor: Tensor) -> Tensor:
-    """Half precision in single precision."""
+    """Return half precision widened to single precision."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

@@ -39,7 +39,7 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def measure(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that ``work`` keeps alive on ``device`` while it runs."""
+    """Return the most bytes that ``work`` keeps alive on ``device`` while it runs."""
     if device.type == "cuda":
         return _count_on_cuda(work, device)
     return max(accumulate(_record(work, device), initial=0))
@@ -48,7 +48,7 @@ def measure(work: Callable[[], object], device: torch.device) -> int:
 def measure_step(
     model: nn.Module, batch: int, resolution: int, *, precision: Precision, device: torch.device
 ) -> int:
-    """The peak bytes of a training step of ``model``, in its current mode, on random images.
+    """Return the peak bytes of a training step of ``model``, in its current mode, on random images.
 
     Weights, gradients, optimiser state and images do not count. Gradients exist beforehand, as in
     every micro-batch but the first, and are added to in place. Afterwards the model's
@@ -70,7 +70,7 @@ def per_image(
     precision: Precision,
     device: torch.device,
 ) -> Line:
-    """The line through the peaks of batches of 2 and 3, which are measured.
+    """Return the line through the peaks of batches of 2 and 3, which are measured.
 
     A batch of 1 is no good: BatchNorm refuses it where an image shrinks to a pixel, and small
     convolutions take another algorithm.
@@ -85,7 +85,7 @@ def per_image(
 def time_step(
     model: nn.Module, batch: int, resolution: int, precision: Precision, device: torch.device
 ) -> float:
-    """The seconds of one training step as in ``measure_step``, after another to warm up."""
+    """Return the seconds of one training step as in ``measure_step``, after another to warm up."""
     with _keeping_state(model, device), keeping_freed_memory(device):
         images = torch.randn(batch, 3, resolution, resolution, device=device)
         labels = torch.zeros(batch, dtype=torch.long, device=device)
@@ -99,7 +99,7 @@ def time_step(
 
 
 def static_bytes(model: nn.Module, optimizer: OptimizerName, *, ema: bool = False) -> StaticBytes:
-    """The bytes of weights, gradients, optimiser state and average while ``model`` is trained."""
+    """Return the bytes of weights, gradients, optimiser state and average in training."""
     parameters = list(model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
@@ -108,7 +108,7 @@ def static_bytes(model: nn.Module, optimizer: OptimizerName, *, ema: bool = Fals
 
 
 def available_bytes(device: torch.device, headroom: float = _HEADROOM) -> int:
-    """The bytes that new tensors may take on ``device``, ``headroom`` of the free memory kept back.
+    """Return the bytes that new tensors may take on ``device``: what is free, less ``headroom``.
 
     What is already alive, such as a loaded model, is not part of them.
     """
@@ -166,7 +166,7 @@ def run_step(
 
 
 def _record(work: Callable[[], object], device: torch.device) -> list[int]:
-    """The bytes that ``work`` allocates or, negative, releases again, in order."""
+    """Return the bytes that ``work`` allocates or, negative, releases again, in order."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes on stderr
     with profile(profile_memory=True) as profiler:
         work()
@@ -204,7 +204,7 @@ def _count_on_cuda(work: Callable[[], object], device: torch.device) -> int:
 
 
 def _free_in_cgroups() -> Iterator[int]:
-    """What the control groups of this process still grant, those that limit memory at all."""
+    """Yield what the control groups of this process still grant, those that limit memory at all."""
     for folder in _find_cgroups():
         for limit, used, cache in _CGROUP_NAMES:
             if (folder / limit).is_file() and (text := (folder / limit).read_text()) != "max\n":
@@ -218,7 +218,7 @@ def _read_cache(folder: Path, name: str) -> int:
 
 
 def _find_cgroups() -> Iterator[Path]:
-    """The groups of this process that may limit its memory, innermost first."""
+    """Yield the groups of this process that may limit its memory, innermost first."""
     if not _OWN_CGROUPS.is_file():  # not Linux
         return
     for line in _OWN_CGROUPS.read_text().splitlines():

@@ -20,7 +20,7 @@ class Line:
 
     @classmethod
     def through(cls, first: tuple[int, int], second: tuple[int, int]) -> Self:
-        """The line through two ``(images, bytes)``, in whole bytes and never below them.
+        """Return the line through two ``(images, bytes)``, in whole bytes and never below them.
 
         >>> Line.through((1, 110), (3, 130))
         Line(fixed_bytes=100, bytes_per_image=10)
@@ -30,11 +30,11 @@ class Line:
         return cls(max(0, low - slope * few), slope)
 
     def at(self, batch: int) -> int:
-        """The bytes of ``batch`` images."""
+        """Return the bytes of ``batch`` images."""
         return self.fixed_bytes + self.bytes_per_image * batch
 
     def largest_batch(self, budget_bytes: int) -> int:
-        """The most images that take at most ``budget_bytes``; 0 where not even one fits."""
+        """Return the most images that take at most ``budget_bytes``; 0 where not even one fits."""
         return max(0, (budget_bytes - self.fixed_bytes) // self.bytes_per_image)
 
 
@@ -46,7 +46,7 @@ class Curve:
 
     @classmethod
     def through(cls, first: tuple[int, Sequence[int]], second: tuple[int, Sequence[int]]) -> Self:
-        """The curve of a step from two ``(images, bytes at each of its moments)``.
+        """Return the curve of a step from two ``(images, bytes at each of its moments)``.
 
         >>> curve = Curve.through((2, [100, 40]), (4, [100, 80]))
         >>> curve.at(3), curve.at(6), curve.largest_batch(200)
@@ -67,11 +67,11 @@ class Curve:
         return max(line.bytes_per_image for line in self.lines)
 
     def at(self, batch: int) -> int:
-        """The peak bytes of ``batch`` images."""
+        """Return the peak bytes of ``batch`` images."""
         return max(line.at(batch) for line in self.lines)
 
     def largest_batch(self, budget_bytes: int) -> int:
-        """The most images whose peak is at most ``budget_bytes``; 0 where not even one fits."""
+        """Return the most images whose peak is at most ``budget_bytes``; 0 if not even one fits."""
         return min(line.largest_batch(budget_bytes) for line in self.lines)
 
 
@@ -94,7 +94,7 @@ class StaticBytes:
 
 
 def count_steps(count: int, batch_size: int) -> int:
-    """How many batches an epoch of ``count`` images has.
+    """Return how many batches an epoch of ``count`` images has.
 
     A single image left over joins the batch before, as BatchNorm may not be able to take it alone.
 
@@ -121,7 +121,7 @@ def split_evenly(batch: int, micro_batch: int) -> tuple[int, ...]:
 
 
 def largest_part(count: int, batch_size: int, micro_batch: int) -> int:
-    """The images of the largest micro-batch in an epoch of ``count`` images."""
+    """Return the images of the largest micro-batch in an epoch of ``count`` images."""
     steps = count_steps(count, batch_size)
     last = count - (steps - 1) * batch_size
     batches = {last, batch_size} if steps > 1 else {last}

@@ -31,7 +31,7 @@ class Rank(NamedTuple):
     seconds: float  # of an image
 
     def at_cost(self, *, is_changed: bool) -> "Rank":
-        """The rank of what is worth less where it is not what was asked for."""
+        """Return the rank of what is worth less where it is not what was asked for."""
         return self._replace(seconds=self.seconds * (1 + _CHANGE_COST * is_changed))
 
 
@@ -64,13 +64,13 @@ class Outlook:
         self.latest: dict[StrategyChoice, tuple[int, Prediction]] = {}  # with the images
 
     def fits(self, strategy: StrategyChoice, micro_batch: int) -> bool:
-        """Whether a step with such micro-batches is within the limit."""
+        """Return whether a step with such micro-batches is within the limit."""
         if not self._may_fit(strategy, micro_batch):
             return False
         return self.predict(strategy, micro_batch).peak.total <= self.usable_bytes
 
     def _may_fit(self, strategy: StrategyChoice, micro_batch: int) -> bool:
-        """Whether a prediction is worth its time: what a step allocates is almost linear."""
+        """Return whether a prediction is worth its time: what a step allocates is almost linear."""
         if strategy not in self.latest:
             return True
         images, (peak, *_) = self.latest[strategy]
@@ -79,14 +79,14 @@ class Outlook:
         return estimate <= _WORTH_TRYING * self.usable_bytes
 
     def predict(self, strategy: StrategyChoice, micro_batch: int) -> Prediction:
-        """A step with micro-batches of at most so many images."""
+        """Return a step with micro-batches of at most so many images."""
         images = self.request.largest_part(micro_batch)
         if self.latest.get(strategy, (0,))[0] != images:
             self.latest[strategy] = images, self._predict(strategy, images)
         return self.latest[strategy][1]
 
     def try_out(self, strategy: StrategyChoice, micro_batch: int, **changes: Any) -> PeakMemory:
-        """The same under ``changes``, or of a model that was changed; not to be remembered."""
+        """Return the peak under ``changes``, or of a changed model, which is not remembered."""
         return self._predict(strategy, self.request.largest_part(micro_batch), **changes).peak
 
     def find_fastest(self, micro_batch: int) -> StrategyChoice:
@@ -95,7 +95,7 @@ class Outlook:
         return min(fitting, key=lambda name: self.rank(name, micro_batch, self.speed))
 
     def rank(self, strategy: StrategyChoice, micro_batch: int, speed: Speed) -> Rank:
-        """How good a choice is, if it fits."""
+        """Return how good a choice is, if it fits."""
         if strategy not in self.latest:
             self.predict(strategy, micro_batch)
         images, prediction = self.latest[strategy]
@@ -133,7 +133,7 @@ class Outlook:
 
 
 def _cannot_take_one(request: Request, error: ValueError) -> UsageError:
-    """The error for BatchNorm of a feature map that has shrunk to one pixel."""
+    """Return the error for BatchNorm of a feature map that has shrunk to one pixel."""
     return UsageError(
         f"at {request.resolution} pixels the network cannot be trained on micro-batches of "
         f"1 image\n{error}",
@@ -143,7 +143,7 @@ def _cannot_take_one(request: Request, error: ValueError) -> UsageError:
 
 
 def list_strategies(model: nn.Module, asked: StrategyChoice) -> list[StrategyChoice]:
-    """Those to choose from; the first of them does the least."""
+    """Return those to choose from; the first of them does the least."""
     if not momentum_stages(model):
         return ["store"]
     turns = {row.turn: name for name, row in STRATEGIES.items() if row.turn is not None}
@@ -159,5 +159,5 @@ def raise_gamma(model: nn.Module, gamma: float) -> dict[MomentumSequential, floa
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether what ``model`` computes for an image depends on the others."""
+    """Return whether what ``model`` computes for an image depends on the others."""
     return any(isinstance(module, _BatchNorm) and module.training for module in model.modules())

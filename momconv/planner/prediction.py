@@ -189,7 +189,7 @@ class Predictor:
     def predict(
         self, batch: int, strategy: StrategyChoice | None = None, **changes: Any
     ) -> Prediction:
-        """A step with ``batch`` images, under ``changes`` of what a step is.
+        """Return a step with ``batch`` images, under ``changes`` of what a step is.
 
         Raises:
             UsageError: What the model computes depends on values, or the strategy is unknown.
@@ -220,7 +220,7 @@ class Predictor:
         return Prediction(peak, moments, trace.places, trace.work)
 
     def _rules(self) -> AbstractContextManager[object]:
-        """The types and the memory of a GPU that is asked about and is not there."""
+        """Return the types and the memory of a GPU that is asked about and is not there."""
         return AsOnGpu() if self._kind != self._device.type else nullcontext()
 
 
@@ -288,7 +288,7 @@ class _Trace(TorchDispatchMode):
             run_step(model, images, labels, precision, self._enter_loss)
 
     def report(self, **parts: int) -> PeakMemory:
-        """What was alive at the peak, next to the ``parts`` that the step does not allocate."""
+        """Return what was alive at the peak, beside ``parts`` that the step does not allocate."""
         alive: dict[int, _Tensor] = {}
         for address, tensor in self._changes[: self._peak.changes]:
             if tensor is None:
@@ -378,7 +378,7 @@ def _forget_gradient(parameter: Tensor) -> None:
 
 
 def _is_accumulating() -> bool:
-    """Whether autograd is adding a gradient; on fakes it may copy it, in the real step never."""
+    """Return whether autograd is adding a gradient, which on fakes alone it may copy."""
     node = torch._C._current_autograd_node()
     return node is not None and node.name() == _ACCUMULATION
 
@@ -405,7 +405,7 @@ def _watching_random_states(tell: Callable[[Tensor], None]) -> Iterator[None]:
 
 
 def _draws(func: OpOverload, args: Any, kwargs: Any) -> bool:
-    """Whether ``func`` draws random numbers; attention does not where it drops nothing."""
+    """Return whether ``func`` draws random numbers; attention does not where it drops nothing."""
     if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
         return bool(args[3] if len(args) > 3 else kwargs.get("dropout_p", 0))
     return torch.Tag.nondeterministic_seeded in func.tags

@@ -56,7 +56,7 @@ class Profile:
         return self.predicted if self.measured is None else Curve((self.measured,))
 
     def predict_rate(self, images: int, speed: Speed) -> float | None:
-        """About the images a second in steps with so many; None without any."""
+        """Return about the images a second in steps with so many; None without any."""
         return images / speed.seconds(self.work.scale(images / EXAMPLE)) if images else None
 
 
@@ -74,7 +74,7 @@ class MemoryProfile:
         return next(profile for profile in self.profiles if profile.variant == variant)
 
     def relative_seconds(self, variant: Variant) -> float:
-        """The time of a step with ``EXAMPLE`` images as a multiple of plain's, about."""
+        """Return the time of a step with ``EXAMPLE`` images as a multiple of plain's, about."""
         plain, other = (self.speed.seconds(self[name].work) for name in ("plain", variant))
         return other / plain
 
@@ -137,7 +137,7 @@ def _become(model: nn.Module, variant: Variant, gammas: dict[str, float]) -> Non
 
 
 def _follow(prediction: Prediction, stages: Sequence[str]) -> Iterator[tuple[float, int]]:
-    """How far each operation is on the way through the stages and back, and what is alive then."""
+    """Yield how far each operation is through the stages and back, and what is alive then."""
     operations, seen = Counter(prediction.places), Counter[tuple[bool, str]]()
     for place, alive in zip(prediction.places, prediction.moments, strict=True):
         in_forward, stage = place
@@ -148,7 +148,7 @@ def _follow(prediction: Prediction, stages: Sequence[str]) -> Iterator[tuple[flo
 
 
 def _measure(found: Profile, model: nn.Module, training: Training) -> Profile:
-    """The profile with what small steps of ``model`` take."""
+    """Return the profile with what small steps of ``model`` take."""
     device = torch.device(training.device)
     step = per_image(model, training.resolution, precision=training.precision, device=device)
     static = static_bytes(model, training.optimizer)

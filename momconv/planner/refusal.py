@@ -18,7 +18,7 @@ _TRIES = 3  # resolutions, or stages to freeze, that are tried out
 
 
 def does_not_fit(outlook: Outlook) -> ResourceError:
-    """The error, with a breakdown of the leanest strategy and options that would fit.
+    """Return the error, with a breakdown of the leanest strategy and options that would fit.
 
     ``outlook`` is of no further use: its network has frozen stages.
     """
@@ -65,7 +65,7 @@ class _Attempt:
     def would_fit(
         self, strategy: StrategyChoice | None = None, size: int | None = None, **changes: Any
     ) -> bool:
-        """Whether it would under ``changes``, or does now that the network is changed."""
+        """Return whether it would under ``changes``, or does now that the network is changed."""
         outlook = self.outlook
         peak = outlook.try_out(strategy or self.strategy, size or self.size, **changes)
         return peak.total <= outlook.usable_bytes
@@ -89,7 +89,7 @@ def _find_fixes(attempt: _Attempt) -> Iterator[str]:
 
 
 def _find_side(attempt: _Attempt) -> Iterator[str]:
-    """The largest resolution that fits, if one is found."""
+    """Yield the largest resolution that fits, if one is found."""
     request, peak = attempt.outlook.request, attempt.peak
     needed = peak.step + peak.batch
     share = max(0, attempt.outlook.usable_bytes - peak.total + needed) / needed
@@ -104,7 +104,7 @@ def _find_side(attempt: _Attempt) -> Iterator[str]:
 
 
 def _find_gamma(attempt: _Attempt) -> Iterator[str]:
-    """The least larger γ that fits, if one is found."""
+    """Yield the least larger γ that fits, if one is found."""
     for gamma in GAMMAS:
         smaller = raise_gamma(attempt.outlook.model, gamma)
         fits = smaller and attempt.would_fit()
@@ -116,7 +116,7 @@ def _find_gamma(attempt: _Attempt) -> Iterator[str]:
 
 
 def _find_stages_to_freeze(attempt: _Attempt) -> Iterator[str]:
-    """The fewest stages from the input on without whose training it fits, if they are found."""
+    """Yield the fewest first stages that have to be frozen for it to fit, if they are found."""
     model = attempt.outlook.model
     *names, _head = find_stages(model)
     for count in range(1, min(_TRIES, len(names)) + 1):

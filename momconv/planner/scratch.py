@@ -26,14 +26,14 @@ Rule = Callable[[Arguments, Sequence[Tensor]], int]
 
 
 def peak_within(func: OpOverload, args: Arguments, results: Sequence[Tensor]) -> int:
-    """The most bytes that ``func(*args)`` adds to the live memory while it runs; 0 if unknown."""
+    """Return the most bytes that ``func(*args)`` adds to the live memory; 0 if unknown."""
     if func in _RULES:
         return _RULES[func](args, results)
     return _casts(args, results) if torch.Tag.pointwise in func.tags else 0
 
 
 def _casts(args: Arguments, results: Sequence[Tensor]) -> int:
-    """An elementwise operation on mixed types first copies its arguments to the common type."""
+    """Return the bytes of arguments of mixed types that are copied to the common type first."""
     tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.dim()]
     if len({tensor.dtype for tensor in tensors}) < 2:
         return 0
@@ -43,7 +43,7 @@ def _casts(args: Arguments, results: Sequence[Tensor]) -> int:
 
 
 def _batch_norm_backward(args: Arguments, results: Sequence[Tensor]) -> int:
-    """A second gradient of the input, which is copied into the first."""
+    """Return the bytes with a second gradient of the input, which is copied into the first."""
     x = args[1]
     return _bytes(*results) + (_bytes(x) if results and results[0].shape == x.shape else 0)
 
@@ -67,7 +67,7 @@ def _sum(args: Arguments, results: Sequence[Tensor]) -> int:
 
 
 def _mean(args: Arguments, results: Sequence[Tensor]) -> int:
-    """Half precision is averaged in single precision, in a copy."""
+    """Return the bytes with a copy in single precision, in which half precision is averaged."""
     x = args[0]
     copied = x.element_size() < FLOAT and x.dtype.is_floating_point
     return _bytes(*results) + (FLOAT * (x.numel() + results[0].numel()) if copied else 0)
@@ -77,7 +77,7 @@ def _mean(args: Arguments, results: Sequence[Tensor]) -> int:
 
 
 def _attention(args: Arguments, results: Sequence[Tensor]) -> int:
-    """Each thread's block of scores, their maxima and sums, and of the output."""
+    """Return the bytes of each thread's block of scores, their maxima and sums, and the output."""
     query, key = args[:2]
     rows, columns = _score_block(query, key)
     scores = rows * columns
@@ -86,7 +86,7 @@ def _attention(args: Arguments, results: Sequence[Tensor]) -> int:
 
 
 def _attention_backward(args: Arguments, results: Sequence[Tensor]) -> int:
-    """Each thread's block of scores and of their gradients."""
+    """Return the bytes of each thread's block of scores and of their gradients."""
     gradient, query, key = args[:3]
     rows, columns = _score_block(query, key)
     scratch = 2 * rows * columns

@@ -102,7 +102,7 @@ def search(model: nn.Module, request: Request, find_speed: FindSpeed | None = No
 
 
 def _list_precisions(request: Request) -> list[Precision]:
-    """Those to consider, what was asked for first."""
+    """Return those to consider, what was asked for first."""
     asked = request.precision
     return ["fp32", "bf16"] if asked == "fp32" and "precision" in request.may_change else [asked]
 

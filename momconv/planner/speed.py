@@ -20,7 +20,7 @@ _LARGEST_SIDE = 96  # pixels
 
 
 def measure_speed(model: nn.Module, training: Training, limit: int) -> Speed:
-    """The speed of the device, on which ``model`` is, with as many images as that takes.
+    """Return the speed of the device, on which ``model`` is, with as many images as that takes.
 
     It is estimated where ``limit`` bytes are too few for them, or nothing makes a step longer. The
     model stores its activations then; its other state is afterwards what it was.
@@ -51,7 +51,7 @@ def _double(first: int, last: int) -> Iterator[int]:
 
 
 def _find_side(model: nn.Module, resolution: int) -> int:
-    """A smaller resolution, if it is known that the model takes it."""
+    """Return a smaller resolution, if it is known that the model takes it."""
     if find_description(model) is None:
         return resolution
     smaller = min(_LARGEST_SIDE, resolution)

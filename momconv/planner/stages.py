@@ -15,7 +15,7 @@ _TRUNK = 0.9  # of the modules
 
 
 def assign_modules(model: nn.Module) -> dict[nn.Module, str]:
-    """The stage of each module that is one, or a part of one, in the order of ``model``."""
+    """Return the stage of each module that is one, or a part of one, in the order of ``model``."""
     children = list(_unfold(model))
     deep = [i for i, (_, child) in enumerate(children) if isinstance(child, nn.Sequential)]
     if not deep:
@@ -27,7 +27,7 @@ def assign_modules(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _unfold(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The children by name; in place of one that is nearly all, its own, if some are sequences."""
+    """Yield the children by name; of one that is nearly all, its own, if some are sequences."""
     for name, child in module.named_children():
         share = len(list(child.modules())) / len(list(module.modules()))
         if share > _TRUNK and any(isinstance(part, nn.Sequential) for part in child.children()):

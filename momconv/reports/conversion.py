@@ -116,14 +116,14 @@ class Conversion:
         return tuple(commands)
 
     def show(self) -> Iterator[RenderableType]:
-        """A table of the stages, one of the steps, and what else was done."""
+        """Yield a table of the stages, one of the steps, and what else was done."""
         yield tabulate_stages(self.stages, self.parameters, self.certificate)
         yield Text()
         yield from show_steps(self.steps)
         yield from show_facts(_facts(self))
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows."""
+        """Return the same as values that JSON knows."""
         tried = [{"gamma": a.gamma, "drift": a.drift.to_json()} for a in self.tried]
         return {
             **asdict(self),
@@ -212,12 +212,12 @@ class Reversion:
     python: str
 
     def show(self) -> Iterator[RenderableType]:
-        """The steps, and what else is to be known."""
+        """Yield the steps, and what else is to be known."""
         yield from show_steps(self.steps)
         yield from show_facts(_describe_reversion(self))
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows."""
+        """Return the same as values that JSON knows."""
         return {
             **asdict(self),
             "source": str(self.source),
@@ -242,7 +242,7 @@ def _describe_reversion(reversion: Reversion) -> Iterator[tuple[str, str]]:
 def tabulate_stages(
     stages: Sequence[Stage], parameters: int, certificate: Certificate | None
 ) -> Table:
-    """A row for each stage of a network with so many ``parameters`` in all."""
+    """Return a row for each stage of a network with so many ``parameters`` in all."""
     table = Table("stage", box=None, pad_edge=False)
     for title in ("blocks", "with momentum", "parameters", "γ", "headroom", "bits a block"):
         table.add_column(title, justify="right")
@@ -280,7 +280,7 @@ def _measured(stage: StageCertificate | None) -> tuple[str, ...]:
 
 
 def show_steps(steps: Sequence[Step]) -> Iterator[RenderableType]:
-    """A table of what every step did, if there are several."""
+    """Yield a table of what every step did, if there are several."""
     if len(steps) < 2:
         return
     table = Table("step", box=None, pad_edge=False)
@@ -295,7 +295,7 @@ def show_steps(steps: Sequence[Step]) -> Iterator[RenderableType]:
 
 
 def describe_drift(drift: Drift, origin: str) -> str:
-    """One line."""
+    """Return one line."""
     return (
         f"same top-1 as the original on {drift.agreement:.1%} of {plural(drift.images, 'image')} "
         f"{origin}; KL {drift.divergence:.4f} nats, logits moved by {drift.distance:.1%}"
@@ -303,5 +303,5 @@ def describe_drift(drift: Drift, origin: str) -> str:
 
 
 def show_facts(facts: Iterable[tuple[str, str]]) -> Iterator[RenderableType]:
-    """A line with its label for each."""
+    """Return a line with its label for each."""
     return (Text(f"{label:<11}{text}") for label, text in facts)

@@ -62,13 +62,13 @@ class Inspection:
     not_finite: tuple[str, ...]
 
     def show(self) -> Iterator[RenderableType]:
-        """A table of the stages, and what else is known."""
+        """Yield a table of the stages, and what else is known."""
         yield tabulate_stages(self.stages, self.parameters, self.certificate)
         yield Text()
         yield from show_facts(_facts(self))
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows."""
+        """Return the same as values that JSON knows."""
         certificate = self.certificate and self.certificate.to_json()
         document = {**asdict(self), "path": encode_name(self.path), "certificate": certificate}
         if seen := self.description.seen:
@@ -77,7 +77,7 @@ class Inspection:
 
 
 def inspect_file(path: Path, own: nn.Module | None = None) -> Inspection:
-    """What the model file ``path`` says about itself, which is checked but not tried.
+    """Return what the model file ``path`` says about itself, which is checked but not tried.
 
     Args:
         path: The file.
@@ -106,7 +106,7 @@ def inspect_file(path: Path, own: nn.Module | None = None) -> Inspection:
 
 
 def describe_input(p: Preprocessing) -> str:
-    """How an image becomes the input, in the order in which it is done."""
+    """Return how an image becomes the input, in the order in which it is done."""
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (p.mean, p.std))
     values = f"{ranges}, " if (ranges := describe_ranges(p.ranges)) else ""
     return (
@@ -116,7 +116,7 @@ def describe_input(p: Preprocessing) -> str:
 
 
 def _check(path: Path, name: str, kind: Any, value: object) -> Any:
-    """The ``value`` that someone wrote under ``name``, as a ``kind``."""
+    """Return the ``value`` that someone wrote under ``name``, as a ``kind``."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
@@ -168,7 +168,7 @@ def _list_classes(description: Description) -> str:
 
 
 def _describe(record: Mapping[str, Any]) -> str:
-    """What a run recorded, flat.
+    """Return what a run recorded, flat.
 
     >>> _describe({"epochs": 2, "metrics": {"val_top1": 0.51234}})
     'epochs 2, val_top1 0.5123'
@@ -183,7 +183,7 @@ def _describe(record: Mapping[str, Any]) -> str:
 
 
 def show_models(entries: Iterable[Entry]) -> Table:
-    """A row for each network that momconv converts."""
+    """Return a row for each network that momconv converts."""
     caption = f"MiB for an image in a training step of {IMAGES}, predicted"
     table = Table("network", box=None, pad_edge=False, caption=caption, caption_justify="left")
     for title in ("parameters", "pixels", "runs", "deepest", "store", "auto", "saved"):

@@ -27,7 +27,7 @@ _COLOURS = ("cyan", "blue", "green", "yellow", "magenta", "red")
 def show_memory(
     profile: MemoryProfile, budgets: Mapping[str, int], batch_sizes: Sequence[int] = ()
 ) -> Iterator[RenderableType]:
-    """The peak of each variant, what is alive at it, and what follows from that.
+    """Yield the peak of each variant, what is alive at it, and what follows from that.
 
     ``budgets`` are bytes by what the user called them.
     """
@@ -55,7 +55,7 @@ def show_memory(
 
 
 def _explain_speed(profile: MemoryProfile) -> str:
-    """Where the predicted times come from."""
+    """Return where the predicted times come from."""
     if profile.speed.is_measured:
         return "predicted from two small steps; time: relative to plain"
     return "about, for a typical device of this kind; time: relative to plain"
@@ -84,7 +84,7 @@ def _tabulate_rates(profile: MemoryProfile, budgets: Mapping[str, int]) -> Table
 def _predict_rates(
     p: Profile, profile: MemoryProfile, budgets: Mapping[str, int]
 ) -> dict[str, float | None]:
-    """The images a second in each budget; None where not even one fits."""
+    """Return the images a second in each budget; None where not even one fits."""
     return {
         name: p.predict_rate(p.peak.largest_batch(size), profile.speed)
         for name, size in budgets.items()
@@ -127,7 +127,7 @@ def judge(profile: MemoryProfile) -> str:
 def to_json(
     profile: MemoryProfile, budgets: Mapping[str, int], batch_sizes: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """The profile as values that JSON knows."""
+    """Return the profile as values that JSON knows."""
     static = profile.static
     return {
         "static_bytes": {
@@ -149,7 +149,7 @@ def to_json(
 def to_csv(
     profile: MemoryProfile, budgets: Mapping[str, int], batch_sizes: Sequence[int] = ()
 ) -> str:
-    """A line for each variant."""
+    """Return a line for each variant."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(
@@ -209,7 +209,7 @@ def _tabulate_peaks(
 
 
 def _tabulate_alive(profile: MemoryProfile) -> Table:
-    """Where each peak is, and the largest kinds of tensors at it."""
+    """Return where each peak is, and the largest kinds of tensors at it."""
     table = Table(
         "strategy", "peak in", "GiB", "tensors", "made by", "in", box=None, pad_edge=False
     )
@@ -236,7 +236,7 @@ def _shorten(stage: str) -> str:
 
 
 def _parts(peak: PeakMemory) -> dict[str, int]:
-    """What grows with the images, by the name in the legend."""
+    """Return what grows with the images, by the name in the legend."""
     return {
         **peak.activations,
         "images": peak.batch,

@@ -26,7 +26,7 @@ def compose_card(
     scores: Scores | None,
     plots: Sequence[Path],
 ) -> str:
-    """The card as Markdown with front matter.
+    """Return the card as Markdown with front matter.
 
     Args:
         result: What the run came to.
@@ -136,7 +136,7 @@ def _describe_training(result: Result, recipe: Recipe) -> Iterator[str]:
 
 
 def _list_changes(recipe: Recipe) -> dict[str, object]:
-    """What else was asked for, by its key; paths of this machine are nobody's business."""
+    """Return what else was asked for, by its key; paths of this machine are nobody's business."""
     told = {"train.epochs", "train.batch_size", "train.seed", "train.device", "train.memory"}
     if recipe.model.from_file is not None:  # which says what the network is
         told |= {"model.name", "model.weights", "model.arguments"}

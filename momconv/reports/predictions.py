@@ -12,7 +12,7 @@ from momconv.words import printable
 
 
 def tabulate_predictions(predictions: Predictions) -> Table:
-    """A row for each image: the class that is said, and those that come next."""
+    """Return a row for each image: the class that is said, and those that come next."""
     table = Table("image", box=None, pad_edge=False)
     table.columns[0].overflow = "fold"
     table.add_column("class", overflow="fold")
@@ -27,7 +27,7 @@ def tabulate_predictions(predictions: Predictions) -> Table:
 
 
 def to_csv(predictions: Predictions) -> str:
-    """A line for each image, with two columns for each class that is named, or the error."""
+    """Return a line for each image, with two columns for each class that is named, or the error."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     ranks = range(1, 1 + max((len(image.guesses) for image in predictions.images), default=0))

@@ -70,7 +70,7 @@ def _report(result: Result, progress: Callable[[int, int], None] | None) -> None
 
 
 def _draw(result: Result, description: Description, scores: Scores | None) -> list[Path]:
-    """The pictures that were drawn; one of an earlier end of the run that has none now is gone."""
+    """Return the pictures that were drawn, and remove earlier ones that are not drawn now."""
     run = RunFolder(result.folder)
     run.plots.mkdir(exist_ok=True)
     names = ("curves", "confusion", "worst-errors", "memory", "training-images", "rates")

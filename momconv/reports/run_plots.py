@@ -157,7 +157,7 @@ def draw_memory(plan: Plan, path: Path) -> None:
 
 
 def _choose_classes(scores: Scores) -> list[int]:
-    """All classes, or those that are most often taken for others, or others for them."""
+    """Return all classes, or those that are most often taken for others, or others for them."""
     numbers = range(len(scores.classes))
     if len(numbers) <= _MOST_CLASSES:
         return list(numbers)

@@ -18,7 +18,7 @@ _MOST_COLUMNS = 10  # above, the confusions as a list
 
 
 def show_scores(scores: Scores, remark: str = "") -> Iterator[RenderableType]:
-    """The figures for all images, for each class, what is taken for what, the worst mistakes.
+    """Yield the figures for all images, for each class, what is taken for what, the worst mistakes.
 
     A ``remark`` on all of it stands below the first ones.
     """
@@ -51,7 +51,7 @@ def show_scores(scores: Scores, remark: str = "") -> Iterator[RenderableType]:
 
 
 def confusion_to_csv(scores: Scores) -> str:
-    """How many images of each class, a line, are said to be of each class, a column."""
+    """Return how many images of each class, a line, are said to be of each class, a column."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     names = [printable(score.name) for score in scores.classes]
@@ -62,7 +62,7 @@ def confusion_to_csv(scores: Scores) -> str:
 
 
 def compare_scores(scores: Mapping[Path, Scores]) -> Iterator[RenderableType]:
-    """Several networks on the same images, side by side, and on how many they say the same."""
+    """Yield the scores of several networks side by side, and on how many images they agree."""
     numbers = range(1, 1 + len(scores))
     titles = ("top-1", "95 % interval", "macro F1", "calibration error", "loss")
     table = _make_table("", *titles, *(f"same as {n}" for n in numbers[:-1]))
@@ -109,7 +109,7 @@ def _tabulate_confusions(scores: Scores, confusions: list[tuple[int, int, int]])
 
 
 def _find_confusions(scores: Scores) -> list[tuple[int, int, int]]:
-    """The largest entries beside the diagonal, as (images, true, predicted)."""
+    """Return the largest entries beside the diagonal, as (images, true, predicted)."""
     wrong = [
         (count, true, predicted)
         for true, row in enumerate(scores.confusion)

@@ -31,7 +31,7 @@ class Step:
     drift: Drift
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows."""
+        """Return the same as values that JSON knows."""
         return {"name": self.name, "drift": self.drift.to_json()}
 
 

@@ -89,7 +89,7 @@ def adapt_statistics(
     original: nn.Module | None = None,
     images: Images | None = None,
 ) -> int:
-    """The first half of :func:`calibrate`; ``images`` are those of ``batches``.
+    """Return the first half of :func:`calibrate`; ``images`` are those of ``batches``.
 
     Returns:
         How many BatchNorm layers have new statistics.
@@ -106,7 +106,7 @@ def refine(
     most_images: int | None = None,
     progress: Progress | None = None,
 ) -> Imitation:
-    """The second half of :func:`calibrate`, for which ``images`` must hold some out."""
+    """Return the second half of :func:`calibrate`, for which ``images`` must hold some out."""
     with trainable_gains(model) as gains:
         steps = _count_steps(most_images)
         groups = [(gains + norm_parameters(model), _RATE * math.sqrt(_STEPS / steps))]

@@ -73,7 +73,7 @@ class Certificate:
     stages: tuple[StageCertificate, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows."""
+        """Return the same as values that JSON knows."""
         return {**asdict(self), "drift": self.drift.to_json()}
 
 
@@ -115,7 +115,7 @@ def certify(model: nn.Module, original: nn.Module, batches: Iterable[Batch]) -> 
 
 
 def _conclude(equal: dict[str, bool | None]) -> bool | None:
-    """Whether all gradients are exact, if that can be said of all."""
+    """Return whether all gradients are exact, if that can be said of all."""
     if False in equal.values():
         return False
     return True if equal and None not in equal.values() else None
@@ -152,7 +152,7 @@ def _compare(ones: dict[str, list[Tensor]], others: dict[str, list[Tensor]]) -> 
 
 
 def _record(model: nn.Module, images: Tensor, strategy: Strategy) -> dict[str, list[Tensor]]:
-    """What one training step leaves behind, by stage."""
+    """Return what one training step leaves behind, by stage."""
     model = copy.deepcopy(model).train()
     set_strategy(model, strategy)
     model.zero_grad()
@@ -175,7 +175,7 @@ def _record(model: nn.Module, images: Tensor, strategy: Strategy) -> dict[str, l
 
 
 def _keeping(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
-    """A hook that keeps a stage's input, and lets its gradient be kept."""
+    """Return a hook that keeps a stage's input, and lets its gradient be kept."""
 
     def keep(_stage: nn.Module, args: tuple[Tensor, ...]) -> None:
         if name not in inputs:  # not again when an outer stage recomputes this one
@@ -194,7 +194,7 @@ def _owner(name: str, stages: Iterable[str]) -> str:
 
 
 def _inverted(model: nn.Module) -> dict[str, MomentumSequential]:
-    """The stages that have runs with momentum."""
+    """Return the stages that have runs with momentum."""
     stages = momentum_stages(model)
     return {name: stage for name, stage in stages.items() if stage.gamma and stage.runs}
 
@@ -215,7 +215,7 @@ def _watching(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _behind_and_within(stage: MomentumSequential) -> list[nn.Module]:
-    """What has the x of the runs as input: their blocks, and the block after each.
+    """Return what has the x of the runs as input: their blocks, and the block after each.
 
     After the last block it is the stage's own output.
     """
@@ -245,7 +245,7 @@ def _certify(
 
 
 def remainder_bits(gamma: float, steps: int) -> int:
-    """The bits of remainder that a run keeps for each element of x.
+    """Return the bits of remainder that a run keeps for each element of x.
 
     >>> remainder_bits(0.9, 3), remainder_bits(0.9, 8), remainder_bits(0.5, 8)
     (8, 8, 16)

@@ -50,7 +50,7 @@ def convert(
     gain: bool = True,
     inputs: Sequence[Tensor] | None = None,
 ) -> nn.Module:
-    """A copy of ``model`` in which runs of residual blocks follow the momentum rule.
+    """Return a copy of ``model`` in which runs of residual blocks follow the momentum rule.
 
     Every ``nn.Sequential`` with a run becomes a MomentumSequential of the same blocks, so the
     state-dict keys stay as they are; so does an ``nn.ModuleList`` whose blocks the model calls in
@@ -91,7 +91,7 @@ def convert(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """The plain network, of torchvision's own class, with the parameters and buffers of ``model``.
+    """Return the plain network, of its original class, with the tensors of ``model``.
 
     It computes something else: it has neither momentum nor the gains of the blocks.
     """
@@ -149,7 +149,7 @@ class Stage:
 
 
 def summarise(model: nn.Module) -> list[Stage]:
-    """The stages of a model, converted or not, in its order.
+    """Return the stages of a model, converted or not, in its order.
 
     They are the Sequentials that are in no other, not counting those around momentum stages.
     """
@@ -173,7 +173,7 @@ def _summarise(name: str, stage: nn.Sequential) -> Stage:
 
 
 def read_schemes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What :func:`apply_schemes` needs to convert the plain network again, as JSON values."""
+    """Return what :func:`apply_schemes` needs to convert the plain network again, as JSON."""
     return {
         name: {
             "gamma": stage.gamma,
@@ -248,7 +248,7 @@ def _unfitting(reason: str) -> ModelFileError:
 
 
 def _with_gains(run: Run, stage: MomentumSequential) -> Run:
-    """The run with gains by which every residual ends up in x with weight 1, as in the ResNet."""
+    """Return the run with gains that give each residual weight 1 in x, as in the ResNet."""
     if stage.gamma == 0:
         return run
     ones = (1.0,) * len(run.gains)
@@ -257,7 +257,7 @@ def _with_gains(run: Run, stage: MomentumSequential) -> Run:
 
 
 def _on_top(run: Run, gains: Sequence[float], restoring: Sequence[float]) -> Run:
-    """The run with its gains times what ``gains`` have on top of the ``restoring`` ones."""
+    """Return the run with its gains times what ``gains`` have on top of the ``restoring`` ones."""
     factors = (gain / old for gain, old in zip(gains, restoring, strict=True))
     together = zip(run.gains, factors, strict=True)
     return replace(run, gains=tuple(new * factor for new, factor in together))
@@ -273,7 +273,7 @@ def _two_images(model: nn.Module) -> Tensor:
 
 
 def _find_broken_loops(model: nn.Module, found: Runs, inputs: Sequence[Tensor]) -> list[str]:
-    """The sequences whose loops do not compute the same if a run is called as one block."""
+    """Return the sequences whose loops do not compute the same if a run is called as one block."""
     loops = [name for name in found if has_loop(model.get_submodule(name))]
     expected = list_operations(model, inputs) if loops else []
     return [name for name in loops if _try_out(model, name, found[name], inputs) != expected]
@@ -282,7 +282,7 @@ def _find_broken_loops(model: nn.Module, found: Runs, inputs: Sequence[Tensor]) 
 def _try_out(
     model: nn.Module, name: str, runs: list[range], inputs: Sequence[Tensor]
 ) -> list[object] | None:
-    """What ``model`` computes with a stage in the place of a list; None if it is not called."""
+    """Return what ``model`` computes with a stage in place of a list; None if it is not called."""
     trial, calls = _wrap(copy.deepcopy(model), {name: runs}, 0, "zero"), list[object]()
     trial.get_submodule(name).register_forward_pre_hook(lambda *args: calls.append(args))
     operations = list_operations(trial, inputs)

@@ -80,7 +80,7 @@ def distill(  # noqa: PLR0913 (one for each choice)
 
 
 def _augment(images: Tensor, *, seed: int) -> Tensor:
-    """Every image on its own mirrored half of the time, and moved by up to an eighth."""
+    """Return every image on its own mirrored half of the time, and moved by up to an eighth."""
     side = images.shape[-1]
     change = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(side, padding=side // _PADDING)])
     with torch.random.fork_rng(devices=[]):

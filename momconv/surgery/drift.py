@@ -20,7 +20,7 @@ NONE = -1  # in place of a class
 
 
 def answers(logits: Tensor) -> Tensor:
-    """The class of each row (images,), ``NONE`` where no probabilities come of it.
+    """Return the class of each row (images,), ``NONE`` where no probabilities come of it.
 
     >>> answers(torch.tensor([[0.0, 1.0], [torch.nan, 1.0], [torch.inf, 1.0], [-torch.inf, 1.0]]))
     tensor([ 1, -1, -1,  1])
@@ -50,16 +50,16 @@ class Drift:
         return 1 - self.disagreements / self.images
 
     def is_within(self, share: float) -> bool:
-        """Whether at most this share of the images disagrees."""
+        """Return whether at most this share of the images disagrees."""
         return self.disagreements <= round(share * self.images, 9)
 
     def to_json(self) -> dict[str, Any]:
-        """The same as values that JSON knows."""
+        """Return the same as values that JSON knows."""
         return {**asdict(self), "agreement": self.agreement}
 
 
 def measure_drift(logits: Tensor, reference: Tensor) -> Drift:
-    """How far ``logits`` are from ``reference``; both (images, classes)."""
+    """Return how far ``logits`` are from ``reference``; both (images, classes)."""
     z, other = reference.double(), logits.double()
     said, original = answers(other), answers(z)
     p, q = F.log_softmax(z, 1), F.log_softmax(other, 1)
@@ -103,17 +103,17 @@ class Reference:
             )
 
     def compare(self, model: nn.Module) -> Drift:
-        """How far the outputs of ``model`` are from the network's."""
+        """Return how far the outputs of ``model`` are from the network's."""
         return measure_drift(_predict(model, self._batches), self._logits)
 
 
 def split(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """The images and, where there are any, the labels."""
+    """Return the images and, where there are any, the labels."""
     return (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
 
 
 def require_images(batches: list[Tensor]) -> Tensor:
-    """All of ``batches`` in one.
+    """Return all of ``batches`` in one.
 
     Raises:
         DataError: There are none.

@@ -75,7 +75,7 @@ class Images:
             self.steps += math.ceil(kept / CHUNK)
 
     def read(self) -> Iterator[Tensor]:
-        """The images of one step after the other, in an order that the number of passes gives."""
+        """Yield the images of one step after the other, in an order that depends on the pass."""
         for number, batch in enumerate(self._batches):
             order = torch.randperm(_kept(number, batch), generator=self._generator)
             for indices in order.chunk(math.ceil(len(order) / CHUNK)):
@@ -83,7 +83,7 @@ class Images:
 
 
 def _kept(number: int, batch: Tensor) -> int:
-    """How many images of a batch are for training; the others are held out."""
+    """Return how many images of a batch are for training; the others are held out."""
     return len(batch) - (len(batch) // _HELD_OUT if number < _HELD_OUT_BATCHES else 0)
 
 
@@ -134,7 +134,7 @@ def _add_gradients(optimizer: Adam, pair: "_Pair", parts: Sequence[Tensor]) -> N
 
 
 def _share_of_rate(step: int, share: float) -> float:
-    """The factor of the learning rate: a linear warm-up, then half a cosine to 0."""
+    """Return the factor of the learning rate: a linear warm-up, then half a cosine to 0."""
     return min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * share)) / 2
 
 
@@ -151,7 +151,7 @@ class _Pair:
 
     @torch.no_grad()
     def _run(self, model: nn.Module, images: Tensor) -> Tensor:
-        """The logits, which do not depend on what else goes through ``model`` at once."""
+        """Return the logits, which do not depend on what else goes through ``model`` at once."""
         return self._parts.forward(model, images, self._device)
 
     def loss(self, images: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def _divergence(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _trace(model: nn.Module, stages: Sequence[str], images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The logits and what came out of ``stages``."""
+    """Return the logits and what came out of ``stages``."""
     features: list[Tensor] = []
     with ExitStack() as hooks:
         for name in stages:
@@ -294,7 +294,7 @@ class Schedule:
         self._began = time.monotonic()
 
     def share(self, done: int) -> float:
-        """Which share of the work is done after so many steps; 1 also if the time is over."""
+        """Return the share of the work that is done after so many steps; 1 if the time is over."""
         elapsed = time.monotonic() - self._began
         share = min(1.0, max(done / self.total, elapsed / self._seconds))
         if self._progress:
@@ -304,7 +304,7 @@ class Schedule:
 
 
 def read_repeatedly(images: Images, schedule: Schedule) -> Iterator[Step]:
-    """The images of each step, in as many passes as it takes."""
+    """Yield the images of each step, in as many passes as it takes."""
     chunks = chain.from_iterable(images.read() for _ in count())
     for done, chunk in enumerate(chunks):
         share = schedule.share(done)

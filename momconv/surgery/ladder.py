@@ -28,7 +28,7 @@ class Choice:
 
 
 def find_gamma(attempt: Callable[[float], Adaptation], max_drift: float) -> Choice:
-    """The adaptation with the largest γ of ``LADDER`` on which few enough images disagree.
+    """Return the adaptation with the largest γ of ``LADDER`` on which few enough images disagree.
 
     A smaller γ is taken to drift less, so bisection tries three of the seven at most. A
     KeyboardInterrupt during an attempt ends the search with the best that was good enough.

@@ -76,7 +76,7 @@ class _Beginning(nn.Module):
         self._repeating = repeating
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:  # noqa: FBT001
-        """Those outside the stages: of the others none is called."""
+        """Yield those outside the stages: of the others none is called."""
         stages: set[nn.Module] = {*momentum_stages(self.model).values()}
         yield self
         for _, module in self.model.named_modules(stages, remove_duplicate=remove_duplicate):
@@ -158,7 +158,7 @@ def _is_recomputed(model: nn.Module) -> bool:
 
 
 def _find_leaves(outputs: Iterable[Tensor], images: Tensor) -> list[Tensor]:
-    """The parameters with which these were computed from the images, those that are trained.
+    """Return the parameters with which these were computed from the images, those that are trained.
 
     The others of the network may change before the stem is repeated: an optimiser may step while
     backward is under way.

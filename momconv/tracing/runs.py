@@ -65,7 +65,7 @@ class Observation:
 
 
 def find_runs(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) -> list[range]:
-    """Two or more consecutive residual blocks that keep the shape of their input.
+    """Return two or more consecutive residual blocks that keep the shape of their input.
 
     The blocks are traced from x on fake tensors: nothing is computed, no memory is taken, and no
     buffer or random state changes. There is a warning where none are found.
@@ -93,7 +93,7 @@ def find_runs(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) 
 def group_runs(
     blocks: Sequence[nn.Module], calls: dict[nn.Module, list[ObservedCall]]
 ) -> list[range]:
-    """The runs among ``blocks``, each of which must take over where the one before it ends."""
+    """Return the runs among ``blocks``, each of which goes on where the one before it ends."""
     of_each = [_calls_at(n, blocks, calls) for n in range(len(blocks))]
     groups: list[list[int]] = [[]]
     for n, own in enumerate(of_each):
@@ -106,7 +106,7 @@ def group_runs(
 
 
 def explain_no_run(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[ObservedCall]]) -> str:
-    """Why there is no run among ``blocks``: what the last block of their commonest class does."""
+    """Return why there is no run among ``blocks``: what the last of the commonest class does."""
     kind, _ = Counter(map(type, blocks)).most_common(1)[0]
     last = max(n for n, block in enumerate(blocks) if type(block) is kind)
     return f"{kind.__name__} {last} {_explain(calls[blocks[last]])}"
@@ -159,20 +159,20 @@ def call_on_fakes(
 def _calls_at(
     n: int, blocks: Sequence[nn.Module], calls: dict[nn.Module, list[ObservedCall]]
 ) -> list[ObservedCall]:
-    """The calls of the block at place n; one with several places is called at each in turn."""
+    """Return the calls of the block at place n; one with several places has a call at each."""
     places = [m for m, block in enumerate(blocks) if block is blocks[n]]
     return calls[blocks[n]][places.index(n) :: len(places)]
 
 
 def _is_member(calls: list[ObservedCall]) -> bool:
-    """Whether a block was called, and each time kept its input's shape and added to it."""
+    """Return whether a block was called, and each time kept its input's shape and added to it."""
     return bool(calls) and all(
         call.is_residual and call.output.shape == call.x.shape for call in calls
     )
 
 
 def _follows(before: list[ObservedCall], after: list[ObservedCall]) -> bool:
-    """Whether each call gets the output of the one before, and the same further arguments."""
+    """Return whether each call gets the output of the one before and equal other arguments."""
     return len(before) == len(after) and all(
         second.x is first.output
         and first.structure == second.structure
@@ -207,7 +207,7 @@ class _Flow:
         self._states: dict[int, tuple[object, bool | None]] = {id(x): (x, False)}
 
     def has_added(self, y: object) -> bool:
-        """Whether y holds x and something that was added to it."""
+        """Return whether y holds x and something that was added to it."""
         return bool(self._state(y))
 
     def follow(self, func: OpOverload, inputs: Sequence[Tensor], results: list[Tensor]) -> None:

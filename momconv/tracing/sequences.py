@@ -27,7 +27,7 @@ _CANNOT_TAKE_THEM = (
 
 
 def find_sequences(model: nn.Module) -> dict[str, nn.Module]:
-    """What may contain runs: lists, Sequentials, and dictionaries that call what is in them.
+    """Return what may contain runs: lists, Sequentials, and dictionaries that call what is in them.
 
     Nobody knows what a Sequential does that has a forward of its own.
     """
@@ -35,12 +35,12 @@ def find_sequences(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def list_blocks(sequence: nn.Module) -> list[nn.Module]:
-    """Its blocks, also one that comes twice."""
+    """Return its blocks, also one that comes twice."""
     return [block for block in sequence._modules.values() if block is not None]
 
 
 def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, str]]:
-    """The runs in the sequences of ``model``, and why there are none where there could be.
+    """Return the runs in the sequences of ``model``, and why there are none where there could be.
 
     No run is inside a block of another. Of two inside one another the longer counts: what is kept
     beside the blocks is kept once a run. Sequentials that are called are listed without runs too.
@@ -65,12 +65,12 @@ def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, 
 
 
 def has_loop(sequence: nn.Module) -> bool:
-    """Whether somebody's code calls the blocks, rather than that of ``nn.Sequential``."""
+    """Return whether somebody's code calls the blocks, rather than that of ``nn.Sequential``."""
     return isinstance(sequence, nn.ModuleList | nn.ModuleDict)
 
 
 def list_operations(model: nn.Module, inputs: Sequence[Tensor]) -> list[object]:
-    """What ``model`` computes: its operations in their order, and the shapes of their inputs.
+    """Return what ``model`` computes: its operations in order, and the shapes of their inputs.
 
     In evaluation, then in training: what is between two blocks may depend on that.
     """
@@ -85,7 +85,7 @@ def list_operations(model: nn.Module, inputs: Sequence[Tensor]) -> list[object]:
 def _observe(
     model: nn.Module, inputs: Sequence[Tensor], refused: dict[str, str], prefix: str = ""
 ) -> list[tuple[str, nn.Module, Observation]]:
-    """A pass through ``model`` or, where it cannot take the inputs, those of its parts that can.
+    """Return a pass through ``model``, or through those of its parts that take the inputs.
 
     A detector wants a list of images, for example, but has a backbone.
     """
@@ -121,7 +121,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _outweighs(model: nn.Module, found: Runs, name: str, run: range) -> bool:
-    """Whether ``run`` is no shorter than those inside its blocks, which are then dropped."""
+    """Return whether ``run`` is no shorter than those inside its blocks, which are then dropped."""
     sequence = model.get_submodule(name)
     leaves = [*sequence._modules][run.start : run.stop]
     blocks = [_join(name, leaf) for leaf in leaves]

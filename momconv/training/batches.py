@@ -31,7 +31,7 @@ _UNEQUAL = 3  # times as many images in the largest class as in the smallest
 
 
 def split_epoch(count: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """The images 0 … count − 1, shuffled, in batches of ``batch_size``; the last may be smaller.
+    """Return the images 0 … count − 1, shuffled, in batches; the last may be smaller.
 
     >>> [len(batch) for batch in split_epoch(9, 4, seed=0, epoch=0)]
     [4, 5]
@@ -40,7 +40,7 @@ def split_epoch(count: int, batch_size: int, *, seed: int, epoch: int) -> list[l
 
 
 def split_order(order: Sequence[int], batch_size: int) -> list[list[int]]:
-    """The images of an epoch in batches of ``batch_size``; the last may be smaller.
+    """Return the images of an epoch in batches of ``batch_size``; the last may be smaller.
 
     A single image left over joins the batch before, as BatchNorm may not be able to take it alone.
     """
@@ -99,14 +99,14 @@ class Mixer:
         self._seed = recipe.seed
 
     def extend(self, parts: Sequence[Sequence[int]], *, before: int) -> list[list[int]]:
-        """The images to read for ``parts`` of a batch, in which ``before`` is in front of them."""
+        """Return the images to read for ``parts`` of a batch, of which ``before`` is in front."""
         if not (parts and self._transforms):
             return [list(part) for part in parts]
         first, *rest = map(list, parts)
         return [[before, *first], *rest]
 
     def mix(self, parts: Iterator[Part], *, epoch: int, step: int) -> Iterator[Part]:
-        """The ``parts`` of a step as :meth:`extend` had them read, mixed.
+        """Return the ``parts`` of a step as :meth:`extend` had them read, mixed.
 
         Labels become probabilities of the classes.
         """
@@ -115,7 +115,7 @@ class Mixer:
         return map(_Mixing(partial(self._draw, epoch=epoch, step=step)), parts)
 
     def _draw(self, images: Tensor, *, epoch: int, step: int) -> tuple[Any, dict[str, Any]]:
-        """A transform, and the numbers that it draws for a batch."""
+        """Return a transform, and the numbers that it draws for a batch."""
         text = f"mix {self._seed} {epoch} {step}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
         with torch.random.fork_rng(devices=[]):
@@ -145,7 +145,7 @@ class _Mixing:
 
 
 def weigh_classes(counts: Sequence[int]) -> list[float]:
-    """A weight for the images of each class, by its effective number (Cui et al. 2019), mean 1.
+    """Return a weight for each class by its effective number (Cui et al. 2019), of mean 1.
 
     Few images weigh in inverse proportion to their number; far beyond 1 / (1 − β), all the same.
 
@@ -158,7 +158,7 @@ def weigh_classes(counts: Sequence[int]) -> list[float]:
 
 
 def weigh_images(images: ImageSet) -> list[float]:
-    """The weight of each image, that of its class."""
+    """Return the weight of each image, that of its class."""
     weights = weigh_classes(list(images.counts().values()))
     return [weights[label] for label in images.labels]
 
@@ -193,7 +193,7 @@ def draw(weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
 
 
 def describe_imbalance(images: ImageSet, recipe: DataRecipe) -> str | None:
-    """What to tell about classes of unequal size, if they are or something is done about it."""
+    """Return what to tell of classes of unequal size, if they are or something is done about it."""
     counts = {name: count for name, count in images.counts().items() if count}
     largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     ratio = counts[largest] / counts[smallest]

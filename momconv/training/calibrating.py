@@ -29,7 +29,7 @@ _TITLES = (_OF_ORIGINAL, "adapting it to momentum", "holding out images")  # of 
 
 
 def needs_calibration(model: nn.Module, recipe: Recipe) -> bool:
-    """Whether ``model`` was converted just now, with weights worth keeping, and nobody minds."""
+    """Return whether ``model`` was converted just now, from trained weights, and it is wanted."""
     start, wanted = recipe.model, recipe.momentum.calibrate
     just_converted = start.from_file is None and start.weights != "none"
     return wanted and just_converted and read_gamma(model) > 0

@@ -92,7 +92,7 @@ def finetune(
 
 
 def _conclude(run: Run) -> Result:
-    """What ``run`` came to.
+    """Return what ``run`` came to.
 
     Raises:
         ModelFileError: The best model is lost.

@@ -83,7 +83,7 @@ class CheckedImages:
 
 
 def require_folder(recipe: DataRecipe) -> Path:
-    """The folder of images.
+    """Return the folder of images.
 
     Raises:
         UsageError: The recipe names none.
@@ -99,7 +99,7 @@ def require_folder(recipe: DataRecipe) -> Path:
 
 
 def find_images(root: Path, recipe: DataRecipe, listener: Listener) -> Splits:
-    """The images below ``root``, divided into training and validation, not yet opened.
+    """Return the images below ``root``, divided into training and validation, not yet opened.
 
     Raises:
         DataError: The folder cannot be used.
@@ -118,14 +118,14 @@ def find_images(root: Path, recipe: DataRecipe, listener: Listener) -> Splits:
 
 
 def _list_rest(splits: Splits, *kept: ImageSet) -> tuple[Path, ...]:
-    """The images of ``splits`` that are not in those that are ``kept``."""
+    """Return the images of ``splits`` that are not in those that are ``kept``."""
     known = {sample.path for images in kept for sample in images.samples}
     every = (sample.path for part in (splits.train, splits.val) for sample in part.samples)
     return tuple(path for path in every if path not in known)
 
 
 def _limit(images: ImageSet, recipe: DataRecipe) -> ImageSet:
-    """A part of each class, but at least one image; and then so many, evenly from all classes."""
+    """Return a part of each class, of at least one image, then at most so many of all, evenly."""
     kept, _ = hold_out(images.labels, 1 - recipe.limit, recipe.split_seed)
     count = min(recipe.max_images or len(kept), len(kept))
     return images.select(kept[n * len(kept) // count] for n in range(count))
@@ -134,7 +134,7 @@ def _limit(images: ImageSet, recipe: DataRecipe) -> ImageSet:
 def keep_readable(
     splits: Splits, recipe: DataRecipe, listener: Listener, seen: SeenImages | None = None
 ) -> CheckedImages:
-    """The images that can be decoded: each is, once, before a long run depends on it.
+    """Return the images that can be decoded; each is tried once, before a run depends on it.
 
     Held-out images that the run trains on too, or that the network has ``seen`` before, are left
     out, unless all are.
@@ -182,7 +182,7 @@ def recall_images(
     *,
     progress: Progress | None = None,
 ) -> Splits:
-    """The images that ``remember_images`` wrote to ``path``, which may be below ``root`` now.
+    """Return the images that ``remember_images`` wrote to ``path``, now perhaps below ``root``.
 
     Those that were left out according to ``progress`` may be anything; which are back, it learns.
 
@@ -209,7 +209,7 @@ def recall_images(
 
 
 def list_new(known: Splits, root: Path, recipe: DataRecipe) -> Splits:
-    """The images below ``root`` that came after the run of the images ``known`` began.
+    """Return the images below ``root`` that came after the run of the images ``known`` began.
 
     Raises:
         DataError: The folder cannot be used any more.

@@ -311,7 +311,7 @@ def _require_finite(run: Run, loss: Tensor, step: Step) -> None:
 
 
 def _has_diverged(run: Run, scores: Scores | None) -> bool:
-    """Whether an epoch came to what is not finite. Then the run goes on from an earlier state.
+    """Return whether an epoch diverged, after which the run goes on from an earlier state.
 
     Raises:
         NotFinite: It happened before.

@@ -26,7 +26,7 @@ _LEANER = 0.9  # times the memory with which a plan failed
 
 
 def has_to_measure(run: Run, images: int) -> bool:
-    """Whether nothing says yet what a micro-batch of so many takes, on a CPU, where nobody counts.
+    """Return whether what a micro-batch of so many takes is unknown yet, as it may be on a CPU.
 
     Equal shapes take equal memory. A limit that was asked for is checked once more in each epoch.
     Where only the head learns, it is less than planned.
@@ -178,19 +178,19 @@ def reset_peak(run: Run) -> None:
 
 
 def peak_bytes(run: Run) -> int:
-    """The peak since the epoch began; on the CPU, where nobody counts, of the first step."""
+    """Return the peak since the epoch began; on the CPU, that of the first step."""
     if run.device.type == "cuda":
         return torch.cuda.max_memory_allocated(run.device)
     return run.plan.measured_bytes or run.plan.predicted_bytes
 
 
 def halved(run: Run) -> int:
-    """The next smaller micro-batch."""
+    """Return the next smaller micro-batch."""
     return max(fewest_images(run.model), run.plan.micro_batch // 2)
 
 
 def out_of_memory(run: Run, error: OutOfMemory, doing: str, remedy: str) -> OutOfMemory:
-    """What ends a run if no smaller batch helps against ``error``; the ``remedy`` may."""
+    """Return what ends a run if no smaller batch helps against ``error``; the ``remedy`` may."""
     *_, words = error.message.splitlines()
     return OutOfMemory(
         f"{run.device} ran out of memory {doing}, and there are no smaller ones; the state before "
@@ -201,7 +201,7 @@ def out_of_memory(run: Run, error: OutOfMemory, doing: str, remedy: str) -> OutO
 
 
 def _find_other_memory(plan: Plan) -> str:
-    """What was needed, if that is known; or less, for a leaner strategy, if there is one."""
+    """Return what was needed, if that is known; or less, for a leaner strategy, if there is one."""
     if plan.measured_bytes is not None and plan.is_exceeded:
         wanted = plan.measured_bytes / (1 - SLACK)
     else:

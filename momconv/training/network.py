@@ -25,7 +25,7 @@ _BACKEND = "inductor"  # of torch.compile
 
 
 def load(recipe: Recipe, tell: Callable[[str], None] = lambda _text: None) -> nn.Module:
-    """The recipe's network with momentum stages, for its resolution.
+    """Return the recipe's network with momentum stages, for its resolution.
 
     ``tell`` hears what of a file was taken.
 
@@ -56,7 +56,7 @@ def load_plain(
     resolution: int | None,
     tell: Callable[[str], None] = lambda _text: None,
 ) -> nn.Module:
-    """The network as it was before its conversion; its head may be a new one."""
+    """Return the network as it was before its conversion; its head may be a new one."""
     arguments = own.parse_arguments(recipe.arguments)
     side = resolution or own.RESOLUTION
     return load_network(
@@ -65,7 +65,7 @@ def load_plain(
 
 
 def make_own(recipe: ModelRecipe) -> nn.Module | None:
-    """What the recipe's function makes, which files of such a network need; None without one."""
+    """Return what the recipe's function makes, which files of it need; None without one."""
     if not own.is_own(recipe.name):
         return None
     return own.make(recipe.name, own.parse_arguments(recipe.arguments))

@@ -116,7 +116,7 @@ def _refuse_lost_folder(
 
 
 def _is_readable(source: Source, path: Path) -> bool:
-    """Whether the content of ``path`` can be read, whatever it is."""
+    """Return whether the content of ``path`` can be read, whatever it is."""
     try:
         source.read(path)
     except UnreadableImage:
@@ -129,7 +129,7 @@ def _find_reason(source: Source, path: Path) -> str:
 
 
 def keep_rest(run: Run) -> Splits:
-    """The images of the run that are not left out."""
+    """Return the images of the run that are not left out."""
 
     def rest(split: SplitName) -> ImageSet:
         images, left_out = select(run.splits, split), run.progress.left_out(split)
@@ -139,10 +139,10 @@ def keep_rest(run: Run) -> Splits:
 
 
 def select(splits: Splits, split: SplitName) -> ImageSet:
-    """The images of the ``split``."""
+    """Return the images of the ``split``."""
     return splits.train if split == "train" else splits.val
 
 
 def find_number(images: ImageSet, error: UnreadableImage) -> int:
-    """The number of the image that the ``error`` is about."""
+    """Return the number of the image that the ``error`` is about."""
     return images.paths.index(error.path)

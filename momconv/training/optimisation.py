@@ -21,7 +21,7 @@ _SCALER_STATE = ("scale", "_growth_tracker")
 
 
 def make_optimizer(model: nn.Module, recipe: TrainRecipe) -> Optimizer:
-    """The recipe's, with the rate and the weight decay of each group of parameters."""
+    """Return the recipe's optimiser, with the rate and the weight decay of each group."""
     groups, row = _group_parameters(model, recipe), OPTIMIZERS[recipe.optimizer]
     # The fused kernels need no temporary copy of all gradients, which nobody has planned for.
     arguments = {"fused": groups[0]["params"][0].is_cuda, **row.arguments(recipe.momentum)}
@@ -36,7 +36,7 @@ def set_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def rate_at(recipe: TrainRecipe, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of the run's step ``step``, from 0.
+    """Return the learning rate of the run's step ``step``, from 0.
 
     A pure function rather than a scheduler with a state: a run that goes on for more epochs than
     first planned follows the longer schedule from where it is.
@@ -51,7 +51,7 @@ def rate_at(recipe: TrainRecipe, step: int, steps_per_epoch: int) -> float:
 
 
 def share_of_rate(step: int, *, warmup: int, total: int) -> float:
-    """The factor of the learning rate at ``step``: a linear warm-up, then half a cosine to 0.
+    """Return the factor of the rate at ``step``: a linear warm-up, then half a cosine to 0.
 
     >>> [round(share_of_rate(step, warmup=2, total=6), 2) for step in range(6)]
     [0.5, 1.0, 1.0, 0.85, 0.5, 0.15]
@@ -62,7 +62,7 @@ def share_of_rate(step: int, *, warmup: int, total: int) -> float:
 
 
 def share_of_cycle(step: int, *, total: int) -> float:
-    """The factor of the learning rate at ``step`` of one cycle (Smith and Topin 2017).
+    """Return the factor of the learning rate at ``step`` of one cycle (Smith and Topin 2017).
 
     As PyTorch's ``OneCycleLR`` by default: from 1/25 up by half a cosine in 30 % of the steps, then
     down by another to a ten-thousandth of where it began. The optimiser's momentum stays.
@@ -77,12 +77,12 @@ def share_of_cycle(step: int, *, total: int) -> float:
 
 
 def _move(start: float, end: float, share: float) -> float:
-    """Where half a cosine from ``start`` to ``end`` is after this share of its length."""
+    """Return where half a cosine from ``start`` to ``end`` is after this share of its length."""
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def choose_precision(recipe: TrainRecipe, device: torch.device) -> Precision:
-    """The recipe's precision; "auto" is bf16 on GPUs that compute in it, and fp32 elsewhere.
+    """Return the recipe's precision; "auto" is bf16 on GPUs that compute in it, and fp32 elsewhere.
 
     Raises:
         UsageError: It is fp16, and the device is no GPU.
@@ -122,7 +122,7 @@ def require_stages(model: nn.Module, recipe: TrainRecipe) -> None:
 
 
 def describe_frozen(model: nn.Module) -> str | None:
-    """What to tell of the share of the parameters that learn; None if all do."""
+    """Return what to tell of the share of the parameters that learn; None if all do."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trained == total:
@@ -131,7 +131,7 @@ def describe_frozen(model: nn.Module) -> str | None:
 
 
 def _group_parameters(model: nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
-    """The trainable parameters as an optimiser's groups; ``scale`` is the factor of their rate.
+    """Return the trainable parameters as an optimiser's groups, with the ``scale`` of their rate.
 
     A stage k steps below the head has the factor ``layer_decay``ᵏ (Clark et al. 2020, ELECTRA).
     Normalisation layers do not decay, as in torchvision's recipes of 2021
@@ -157,7 +157,7 @@ def _scale_stages(model: nn.Module, recipe: TrainRecipe) -> dict[str, float]:
 
 
 def make_scaler(precision: Precision, device: torch.device) -> GradScaler:
-    """A factor of the loss that keeps small gradients within the range of fp16, and adapts.
+    """Return a factor of the loss that keeps small gradients within the range of fp16, and adapts.
 
     In other precisions, one that does nothing.
     """
@@ -165,7 +165,7 @@ def make_scaler(precision: Precision, device: torch.device) -> GradScaler:
 
 
 def read_scaler(scaler: GradScaler) -> dict[str, Tensor]:
-    """All that ``scaler`` remembers; nothing if it does nothing."""
+    """Return all that ``scaler`` remembers; nothing if it does nothing."""
     state = scaler.state_dict()
     return {name: torch.tensor(state[name], dtype=torch.float64) for name in _SCALER_STATE if state}
 
@@ -203,7 +203,7 @@ class Average:
         self._averaged.update_parameters(model)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that it remembers."""
+        """Return all that it remembers."""
         return dict(self._averaged.state_dict())
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

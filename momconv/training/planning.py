@@ -18,7 +18,7 @@ from momconv.training.progress import Listener
 
 
 def plan_batches(model: nn.Module, request: Request) -> Plan:
-    """The fastest strategy and the largest micro-batch that fit, unless they are asked for.
+    """Return the fastest strategy and the largest micro-batch that fit, unless they are asked for.
 
     ``model`` is planned for as it is, in training mode, and gets the strategy.
 
@@ -32,7 +32,7 @@ def plan_batches(model: nn.Module, request: Request) -> Plan:
 
 
 def _name_strategies(model: nn.Module) -> str:
-    """How backward gets the activations of each stage of ``model``."""
+    """Return how backward gets the activations of each stage of ``model``."""
     stages: dict[str, list[str]] = {}
     for name, stage in momentum_stages(model).items():
         stages.setdefault(stage.strategy, []).append(name)
@@ -42,7 +42,7 @@ def _name_strategies(model: nn.Module) -> str:
 
 
 def plan_again(plan: Plan, request: Request, model: nn.Module) -> Plan:
-    """The plan for a run that goes on under ``request``, if possible with the same micro-batch.
+    """Return the plan of a resumed run under ``request``, if possible with its micro-batch.
 
     Strategies give the same values, bit for bit, but BatchNorm sees the micro-batch.
     """
@@ -73,7 +73,7 @@ def plan_together(plan: Plan, model: nn.Module, processes: Processes) -> Plan:
 
 
 def warn_of_noise(plan: Plan, model: nn.Module) -> str | None:
-    """What to tell if BatchNorm sees only a few images of a batch."""
+    """Return what to tell if BatchNorm sees only a few images of a batch."""
     fewest = plan.sizes[-1]
     if fewest >= min(FEW, plan.request.batch) or not has_batch_norm(model):
         return None

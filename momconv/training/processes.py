@@ -94,7 +94,7 @@ class Processes:
             tensor /= self.count
 
     def largest(self, *numbers: int) -> list[int]:
-        """The largest of each number among the processes.
+        """Return the largest of each number among the processes.
 
         Raises:
             ResourceError: A process is gone.
@@ -149,17 +149,17 @@ ALONE = Processes()
 
 
 def is_alone() -> bool:
-    """Whether torchrun did not start this process, perhaps with others."""
+    """Return whether torchrun did not start this process, perhaps with others."""
     return not dist.is_torchelastic_launched()
 
 
 def is_leader() -> bool:
-    """Whether this is the process that writes and speaks, if torchrun started several."""
+    """Return whether this is the process that writes and speaks, if torchrun started several."""
     return is_alone() or os.environ["RANK"] == "0"
 
 
 def find_own_device(name: str) -> torch.device:
-    """The device ``name``; of several processes on one machine, each gets a GPU of its own.
+    """Return the device ``name``; of several processes on one machine, each gets a GPU of its own.
 
     Raises:
         UsageError: ``name`` is not a device that momconv computes on.

@@ -31,7 +31,7 @@ class EpochRow:
     val_classes: int | None = None  # those that have held-out images, which the figures cover
 
     def judge(self, monitor: Monitor) -> float:
-        """How good the epoch is, the higher the better; −∞ where nothing says so.
+        """Return how good the epoch is, the higher the better; −∞ where nothing says so.
 
         That is also so where the loss is not finite, whatever else is measured.
         """
@@ -93,7 +93,7 @@ class Progress:
         return len(self.history)
 
     def find_best(self, monitor: Monitor) -> EpochRow | None:
-        """The first epoch that ``monitor`` finds best; without validation, the last one.
+        """Return the first epoch that ``monitor`` finds best; without validation, the last one.
 
         While γ changes this is the last one too: the others scored another network. An epoch whose
         model is lost is none of them.
@@ -105,7 +105,7 @@ class Progress:
         return max(same, key=lambda row: row.judge(monitor))
 
     def left_out(self, split: SplitName) -> set[int]:
-        """The numbers of the images of the ``split`` that the run goes on without."""
+        """Return the numbers of the images of the ``split`` that the run goes on without."""
         return {o.image for o in self.omissions if o.split == split and not o.returned}
 
     def take_back(self, split: SplitName, images: Collection[int]) -> None:
@@ -150,7 +150,7 @@ SILENT = Listener()
 
 
 def has_stalled(history: Sequence[EpochRow], recipe: TrainRecipe) -> bool:
-    """Whether the last ``patience`` epochs brought nothing better than the best by ``min_delta``.
+    """Return whether no epoch of the last ``patience`` was better by ``min_delta``.
 
     While γ changes nothing counts: earlier epochs scored another network.
     """

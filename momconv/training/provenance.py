@@ -39,7 +39,7 @@ class Provenance(BaseModel):
 def find_provenance(
     recipe: Recipe, model: nn.Module, fingerprint: str, device: torch.device
 ) -> Provenance:
-    """What a run of ``model`` on the images of the ``fingerprint`` starts with here."""
+    """Return what a run of ``model`` on the images of the ``fingerprint`` starts with here."""
     file, description = recipe.model.from_file, describe(model)
     return Provenance(
         started=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -52,7 +52,7 @@ def find_provenance(
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
-    """The versions of what computes, and on what."""
+    """Return the versions of what computes, and on what."""
     is_gpu = device.type == "cuda"
     return {
         "momconv": __version__,
@@ -65,7 +65,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
 
 
 def read_provenance(path: Path) -> Provenance:
-    """What is in the file ``path``.
+    """Return what is in the file ``path``.
 
     Raises:
         ModelFileError: It is missing or damaged.
@@ -81,7 +81,7 @@ def read_provenance(path: Path) -> Provenance:
 
 
 def list_differences(before: Provenance, now: Provenance) -> list[str]:
-    """What is not as it was, in words."""
+    """Return what is not as it was, in words."""
     then = before.machine
     machine = {k: (then.get(k), value) for k, value in now.machine.items()}
     pairs = machine | {

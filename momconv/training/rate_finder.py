@@ -50,7 +50,7 @@ class Point:
 
 
 def find_rate(run: Run) -> float | None:
-    """A good highest learning rate for the ``run`` that is about to start.
+    """Return a good highest learning rate for the ``run`` that is about to start.
 
     None if the loss was lowest at the first, and so fell at no rate.
 
@@ -80,7 +80,7 @@ def find_rate(run: Run) -> float | None:
 
 
 def count_trials(run_steps: int) -> int:
-    """The steps of the search before a run of so many, which it should not outlast.
+    """Return the steps of the search before a run of so many, which it should not outlast.
 
     >>> count_trials(1000), count_trials(200), count_trials(8)
     (60, 50, 20)
@@ -89,7 +89,7 @@ def count_trials(run_steps: int) -> int:
 
 
 def choose_rate(points: Sequence[Point]) -> float | None:
-    """A tenth of the rate at which the smoothed loss is lowest (fastai's ``minimum``).
+    """Return a tenth of the rate at which the smoothed loss is lowest (fastai's ``minimum``).
 
     None if that is the first, of which the loss knows nothing yet.
 
@@ -127,7 +127,7 @@ def _search(run: Run, rates: Sequence[float]) -> Iterator[Point]:
 
 
 def _try(run: Run, rates: Sequence[float]) -> Iterator[tuple[float, float]]:
-    """Each rate and the loss before its step."""
+    """Yield each rate and the loss before its step."""
     steps = Steps(run)
     n = 0
     for epoch in itertools.count():

@@ -136,7 +136,7 @@ def _recall_plan(folder: RunFolder, request: Request, model: nn.Module) -> Plan:
 
 
 def _give_up_lost_model(run: Run) -> bool:
-    """Whether ``best`` is not the model of the best epoch, which then counts no more; it is told.
+    """Return whether ``best`` is not the best epoch's model; if so, tell, and count it no more.
 
     That of the last epoch is in the state, as long as the next one has not begun.
     """
@@ -156,7 +156,7 @@ def _give_up_lost_model(run: Run) -> bool:
 
 
 def _find_problem(path: Path, epoch: int) -> str | None:
-    """Why ``path`` is not the model of that ``epoch``."""
+    """Return why ``path`` is not the model of that ``epoch``."""
     try:
         record = model_file.read_metadata(path).get("training")
     except ModelFileError as error:
@@ -265,7 +265,7 @@ def _mend_config(path: Path, wanted: bytes, tell: Callable[[str], None]) -> None
 
 
 def _recall_whole(path: Path, wanted: bytes) -> Recipe | None:
-    """The recipe in ``path``, if it has all keys of that in ``wanted``."""
+    """Return the recipe in ``path``, if it has all keys of that in ``wanted``."""
     try:
         complete = _list_keys(read_regular(path)) >= _list_keys(wanted)
         return recall_recipe(path) if complete else None
@@ -312,7 +312,7 @@ def _remove_damaged(run: RunFolder, tell: Callable[[str], None]) -> None:
 
 
 def list_changes(before: Recipe, now: Recipe, keys: Iterable[str] = KEYS) -> list[str]:
-    """Which of the ``keys`` have other values now, in words."""
+    """Return which of the ``keys`` have other values now, in words."""
     return [
         f"{key} from {getattr(old, name)} to {getattr(new, name)}"
         for key, (section, name) in {k: k.split(".") for k in keys}.items()
@@ -322,7 +322,7 @@ def list_changes(before: Recipe, now: Recipe, keys: Iterable[str] = KEYS) -> lis
 
 
 def _read(path: Path) -> bytes | None:
-    """What is in ``path``; None where there is no such file, or it cannot be read."""
+    """Return what is in ``path``; None where there is no such file, or it cannot be read."""
     try:
         return read_regular(path)
     except OSError:

@@ -110,7 +110,7 @@ class Run(Assignment):
             self.class_weights = torch.tensor(weights, device=self.device)
 
     def read_extras(self) -> dict[str, Tensor]:
-        """What is part of the state besides network and optimiser."""
+        """Return what is part of the state besides network and optimiser."""
         average = self.average.tensors() if self.average else {}
         parts = {"ema/": average, "scaler/": read_scaler(self.scaler)}
         return {prefix + key: value for prefix, own in parts.items() for key, value in own.items()}
@@ -145,7 +145,7 @@ class Run(Assignment):
         return count_steps(len(self.splits.train.samples), self.recipe.train.batch_size)
 
     def rate_at(self, epoch: int, step: int) -> float:
-        """The learning rate of a step."""
+        """Return the learning rate of a step."""
         done = epoch * self.steps_per_epoch + step
         return rate_at(self.recipe.train, done, self.steps_per_epoch)
 
@@ -177,7 +177,7 @@ def make_run(
 
 
 def _choose_workers(assignment: Assignment, images: int, plan: Plan) -> int:
-    """How many processes read images; not more than shared memory has room for.
+    """Return how many processes read images; not more than shared memory has room for.
 
     Raises:
         ResourceError: It has no room for those that the recipe asks for.

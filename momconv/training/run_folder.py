@@ -23,7 +23,7 @@ def _ignore(_: str) -> None:
 
 
 def name_folder(recipe: Recipe) -> Path:
-    """The default folder of a run, below the working directory."""
+    """Return the default folder of a run, below the working directory."""
     file = recipe.model.from_file
     model = file.stem if file else own.file_stem(recipe.model.name)
     data = recipe.data.path.absolute().name if recipe.data.path else "images"
@@ -31,7 +31,7 @@ def name_folder(recipe: Recipe) -> Path:
 
 
 def find_last_run() -> Path:
-    """The folder below ``runs`` whose state was saved last.
+    """Return the folder below ``runs`` whose state was saved last.
 
     Raises:
         ModelFileError: There is none.
@@ -47,7 +47,7 @@ def find_last_run() -> Path:
 
 
 def _find_states(folder: Path) -> list[Path]:
-    """What runs below ``folder`` can be resumed from.
+    """Return what runs below ``folder`` can be resumed from.
 
     A process that is killed while it saves may leave nothing but the state before.
     """
@@ -353,7 +353,7 @@ class RunFolder:
         }
 
     def _others(self, known: Collection[Path]) -> list[Path]:
-        """What the folder holds besides."""
+        """Return what the folder holds besides."""
         known = {*known, self.path / claim.NAME}
         return [
             path
@@ -362,5 +362,5 @@ class RunFolder:
         ]
 
     def _is_strange(self, path: Path) -> bool:
-        """Whether ``path`` is a folder, as no run makes any of this name."""
+        """Return whether ``path`` is a folder, as no run makes any of this name."""
         return path.is_dir() and path not in (self.board, self.plots) and not is_temporary(path)

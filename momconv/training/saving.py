@@ -66,7 +66,7 @@ def _save_state(run: Run) -> None:
 
 
 def _collect_documents(run: Run) -> dict[str, bytes]:
-    """What the run needs to go on besides tensors and counters, as the files for people say it."""
+    """Return what the run needs to go on besides tensors and counters, as files for people."""
     recipe = dump_recipe(run.recipe.with_absolute_paths())
     texts = {run.folder.config.name: recipe, run.folder.plan.name: run.plan.to_json()}
     return run.documents | {name: text.encode() for name, text in texts.items()}
@@ -232,7 +232,7 @@ def write_history(folder: RunFolder, progress: Progress) -> None:
 
 
 def _finite(row: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The row without numbers that JSON does not have."""
+    """Return the row without numbers that JSON does not have."""
     return {k: v if v is None or math.isfinite(v) else None for k, v in row.items()}
 
 

@@ -169,7 +169,7 @@ def _describe_resizing(p: Preprocessing) -> str:
 
 
 def _disk_bytes(model: nn.Module, recipe: Recipe) -> int:
-    """What a run writes: two states, two models, and a file before it replaces another."""
+    """Return what a run writes: two states, two models, and a file before it replaces another."""
     static = static_bytes(model, recipe.train.optimizer, ema=recipe.train.ema > 0)
     return 3 * (static.weights + static.optimizer + static.ema) + 3 * static.weights
 
@@ -221,5 +221,5 @@ def _check_images(recipe: Recipe, splits: Splits, listener: Listener) -> None:
 
 
 def _has_fixed_gamma(recipe: Recipe) -> bool:
-    """Whether γ is that of a network that was converted before, or anneals."""
+    """Return whether γ is that of a network that was converted before, or anneals."""
     return recipe.model.from_file is not None or recipe.momentum.anneal > 0

@@ -119,7 +119,7 @@ class SavedState:
 def load_newest(
     folder: RunFolder, tell: Callable[[str], None], make: Callable[[], nn.Module | None]
 ) -> SavedState:
-    """The newest whole state of a run.
+    """Return the newest whole state of a run.
 
     A damaged one is put aside, so that it never takes the place of the one before.
 
@@ -146,7 +146,7 @@ def load_newest(
 
 
 def read_documents(folder: RunFolder) -> dict[str, bytes]:
-    """The documents in the newest state of a run that has them whole; nothing else is looked at.
+    """Return the documents in the newest state that has them whole; read nothing else of it.
 
     An earlier momconv wrote none.
 
@@ -200,7 +200,7 @@ def load_state(path: Path, network: nn.Module | None = None) -> SavedState:
 
 
 def read_random_states() -> dict[str, Tensor]:
-    """The states of PyTorch's generators, by device."""
+    """Return the states of PyTorch's generators, by device."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -231,7 +231,7 @@ def _verify(path: Path) -> None:
 
 
 def _find_unfitting(model: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
-    """A name in the optimiser's state that no parameter has, or not in this shape."""
+    """Return a name in the optimiser's state that no parameter has, or not in this shape."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for key, value in tensors.items():
         shape = shapes.get(key.partition("/")[2])

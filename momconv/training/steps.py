@@ -27,7 +27,7 @@ from momconv.zoo.description import describe
 
 
 def fewest_images(model: nn.Module) -> int:
-    """How many images ``model`` needs at once: BatchNorm may not be able to take one alone."""
+    """Return how many images ``model`` needs at once: one alone may be too few for BatchNorm."""
     return 2 if has_batch_norm(model) else 1
 
 
@@ -73,7 +73,7 @@ class Steps:
     def read(
         self, epoch: int, *, first: int, left_out: Collection[int] = frozenset()
     ) -> Iterator[Step]:
-        """The steps of ``epoch`` from its step ``first`` on. Each must be used up in turn.
+        """Yield the steps of ``epoch`` from its step ``first`` on. Each must be used up in turn.
 
         The images ``left_out`` are missing from theirs.
         """
@@ -102,7 +102,7 @@ class Steps:
         return images, labels
 
     def _read_share(self, batch: list[int]) -> list[list[int]]:
-        """The micro-batches of this process's share of ``batch``.
+        """Return the micro-batches of this process's share of ``batch``.
 
         All processes have equally many if BatchNorm sees those of all at once.
         """

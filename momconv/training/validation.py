@@ -15,7 +15,7 @@ from momconv.training.run import Run
 def validate(
     run: Run, report: Callable[[int, str], None], check: Callable[[], None]
 ) -> Scores | None:
-    """The scores on the held-out images; None without any.
+    """Return the scores on the held-out images; None without any.
 
     ``report`` is told what is being done, and ``check`` asked whether to go on, batch by batch.
     Without gradients an image needs less than in training, so the micro-batch should fit here too.

@@ -51,7 +51,7 @@ class _Header(BaseModel):
 
 
 def read_state(path: Path) -> State:
-    """The tensors in ``path`` by name; those in dictionaries have ``key/`` before their own names.
+    """Return the tensors in ``path`` by name; in front of those in dictionaries is ``key/``.
 
     Raises:
         ModelFileError: The file is missing or damaged, or holds something else.
@@ -76,7 +76,7 @@ def read_state(path: Path) -> State:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of the safetensors file ``path``, which is checked for completeness.
+    """Return the metadata of the safetensors file ``path``, which is checked for completeness.
 
     Raises:
         ModelFileError: The file is truncated or its header is damaged.
@@ -103,7 +103,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether ``path`` begins as a safetensors file does.
+    """Return whether ``path`` begins as a safetensors file does.
 
     Raises:
         ModelFileError: There is no such file, or it cannot be read.
@@ -115,7 +115,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def is_converted(path: Path) -> bool:
-    """Whether ``path`` is a file that momconv wrote.
+    """Return whether ``path`` is a file that momconv wrote.
 
     Raises:
         ModelFileError: It is missing or damaged.
@@ -146,7 +146,7 @@ def verify(path: Path) -> None:
 
 
 def read_unverified(path: Path, prefix: str) -> State:
-    """The tensors in the safetensors file ``path`` whose names begin so; no others are read.
+    """Return the tensors in the safetensors file ``path`` whose names begin so; no others are read.
 
     They are for who notices damage without the checksum of the whole file.
 
@@ -182,7 +182,7 @@ def sha256(path: Path) -> str:
 
 
 def difference(network: nn.Module, state: State) -> str | None:
-    """How ``state`` differs from what ``network`` needs, in one line; ``None`` if it fits."""
+    """Return how ``state`` differs from what ``network`` needs; ``None`` if it fits."""
     expected = network.state_dict()
     # Checkpoints older than PyTorch 0.4.1 lack the counters, which load_state_dict then sets to 0.
     missing = [
@@ -222,7 +222,7 @@ def require_finite(path: Path, network: nn.Module, state: State) -> None:
 
 
 def find_spoilt(state: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors with values that are infinite or not a number."""
+    """Return the names of the tensors with values that are infinite or not a number."""
     return [name for name, value in state.items() if not value.isfinite().all()]
 
 
@@ -246,18 +246,18 @@ def with_version(network: nn.Module, state: State) -> State:
 
 
 def classes_in(state: State, architecture: str) -> int | None:
-    """How many classes the final layer in ``state`` has; ``None`` without such a layer."""
+    """Return how many classes the final layer in ``state`` has; ``None`` without such a layer."""
     return outputs_in(state, head_name(architecture))
 
 
 def outputs_in(state: State, layer: str) -> int | None:
-    """How many outputs the linear ``layer`` has in ``state``; ``None`` without such a layer."""
+    """Return the outputs of the linear ``layer`` in ``state``; ``None`` without such a layer."""
     weight = state.get(f"{layer}.weight")
     return weight.shape[0] if weight is not None and weight.dim() == 2 and len(weight) else None
 
 
 def convert_command(architecture: str | None, path: Path) -> str:
-    """The command that converts ``path``."""
+    """Return the command that converts ``path``."""
     return f"momconv convert {architecture or 'MODEL'} --weights {shlex.quote(str(path))}"
 
 
@@ -340,7 +340,7 @@ def _check_archive(file: BufferedReader, path: Path) -> None:
 
 
 def _is_dense(value: object) -> TypeGuard[Tensor]:
-    """Whether ``value`` is a tensor with memory for each of its numbers.
+    """Return whether ``value`` is a tensor with memory for each of its numbers.
 
     Others may claim any shape in a few bytes: sparse ones, those on no device, and expanded ones.
     """
@@ -351,7 +351,7 @@ def _is_dense(value: object) -> TypeGuard[Tensor]:
 
 
 def _flatten(content: object) -> tuple[State, list[str]]:
-    """The tensors in nested containers, and the classes of whole networks among these."""
+    """Return the tensors in nested containers, and the classes of whole networks among these."""
     state, modules = State(), list[str]()
     todo, seen = [("", content)], set[int]()
     while todo:

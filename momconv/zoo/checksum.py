@@ -11,7 +11,7 @@ KEY = "momconv.checksum"
 
 
 def find_misspelt(keys: Iterable[str]) -> str | None:
-    """The one of ``keys`` that differs from the checksum's in a single character.
+    """Return the one of ``keys`` that differs from the checksum's in a single character.
 
     >>> find_misspelt(["format", "momconv.version", "momconv.chEcksum"])
     'momconv.chEcksum'

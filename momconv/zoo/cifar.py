@@ -25,7 +25,7 @@ class CifarBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """Every ``stride``-th pixel of ``x``, with channels of zeros on both sides."""
+        """Return every ``stride``-th pixel of ``x``, with channels of zeros on both sides."""
         if self.stride == 1 and self.extra_channels == 0:
             return x
         before = self.extra_channels // 2
@@ -33,7 +33,7 @@ class CifarBlock(nn.Module):
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, after))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's output, of shape (B, channels, H / stride, W / stride)."""
+        """Return the block's output, of shape (B, channels, H / stride, W / stride)."""
         # In place, because neither BatchNorm nor the addition keeps its output for backward.
         out = F.relu_(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
@@ -63,7 +63,7 @@ class CifarResNet(nn.Module):
 
 
 def cifar_resnet(depth: int, num_classes: int = 10) -> CifarResNet:
-    """The network with ``depth`` = 6n + 2 layers, freshly initialised."""
+    """Return the network with ``depth`` = 6n + 2 layers, freshly initialised."""
     return CifarResNet((depth - 2) // 6, num_classes)
 
 

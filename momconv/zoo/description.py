@@ -67,7 +67,7 @@ class Preprocessing:
     ranges: ValueRanges = ValueRanges()
 
     def at(self, resolution: int) -> Preprocessing:
-        """The same for another ``resolution``, with ``resize`` scaled in proportion."""
+        """Return the same for another ``resolution``, with ``resize`` scaled in proportion."""
         resize = round(self.resize * resolution / self.resolution)
         return replace(self, resolution=resolution, resize=resize)
 
@@ -116,13 +116,13 @@ def mark_as_seen(model: nn.Module, sha256s: Iterable[str]) -> None:
 
 
 def find_description(model: nn.Module) -> Description | None:
-    """The description that travels with ``model``; None without one."""
+    """Return the description that travels with ``model``; None without one."""
     description = getattr(model, "description", None)
     return description if isinstance(description, Description) else None
 
 
 def describe(model: nn.Module) -> Description:
-    """The description that travels with ``model``.
+    """Return the description that travels with ``model``.
 
     Raises:
         UsageError: The model was not made by momconv and has none.

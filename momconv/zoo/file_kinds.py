@@ -78,7 +78,7 @@ def _refuse_foreign(path: Path, head: bytes) -> None:
 
 
 def describe_folder(path: Path) -> ModelFileError:
-    """What is wrong with a folder in the place of a file, and what in it may be meant."""
+    """Return what is wrong with a folder in the place of a file, and what in it may be meant."""
     names = sorted(entry.name for entry in path.iterdir())
     if ".metadata" in names:
         what = "a distributed checkpoint of PyTorch"
@@ -97,7 +97,7 @@ def describe_folder(path: Path) -> ModelFileError:
 
 
 def explain_part(path: Path) -> tuple[str, str] | None:
-    """What to say of ``path`` if its name is that of one of several files, and how to join them."""
+    """Return what to say of ``path`` if it is one of several files, and how to join them."""
     found = _SHARD.search(path.name)
     if found is None:
         return None
@@ -107,7 +107,7 @@ def explain_part(path: Path) -> tuple[str, str] | None:
 
 
 def join_parts(pattern: Path) -> str:
-    """The command that writes one file of those that a pattern stands for."""
+    """Return the command that writes one file of those that a pattern stands for."""
     program = (
         "import glob, sys; from safetensors.torch import load_file, save_file; "
         "save_file({k: v for f in glob.glob(sys.argv[1]) for k, v in load_file(f).items()}, "
@@ -117,7 +117,7 @@ def join_parts(pattern: Path) -> str:
 
 
 def _as_text(head: bytes) -> str:
-    """The text that a file begins with; nothing if it is none."""
+    """Return the text that a file begins with; nothing if it is none."""
     if b"\0" in head:
         return ""
     for cut in range(4):  # a character may be cut
@@ -225,7 +225,7 @@ def _has_no_weights(path: Path, what: str, kind: str = "foreign") -> ModelFileEr
 
 
 def _save(expression: str, path: Path, more: str = "") -> str:
-    """The command that makes a plain checkpoint of ``path``, where that can be trusted."""
+    """Return the command that makes a plain checkpoint of ``path``, where that can be trusted."""
     out = path.with_name(f"{path.stem}-weights.pth")
     program = f"import {more}sys, torch; f = sys.argv[1]; torch.save({expression}, sys.argv[2])"
     return shlex.join(["python", "-c", program, str(path), str(out)])

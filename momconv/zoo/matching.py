@@ -53,7 +53,7 @@ class Match:
     beside: tuple[str, ...]
 
     def describe(self, path: Path) -> str | None:
-        """What a user should know of it; None if there is nothing."""
+        """Return what a user should know of it; None if there is nothing."""
         parts = []
         if self.prefix.rpartition("/")[2] or self.others:
             dropped = ", and dropped that" if self.prefix.rpartition("/")[2] else ""
@@ -67,7 +67,7 @@ class Match:
 
 
 def find_network(tensors: State, network: nn.Module, head: str, path: Path) -> Match:
-    """What of ``tensors`` belongs to ``network``, whose final layer is called ``head``.
+    """Return what of ``tensors`` belongs to ``network``, whose final layer is called ``head``.
 
     Where nothing fits it is what comes closest, for an error to say what is missing.
 
@@ -85,13 +85,13 @@ def find_network(tensors: State, network: nn.Module, head: str, path: Path) -> M
 
 
 def recognise(tensors: State) -> str | None:
-    """The network in ``names()`` that is among ``tensors``, if any."""
+    """Return the network in ``names()`` that is among ``tensors``, if any."""
     candidates = [_below(tensors, prefix) for prefix in _list_prefixes(tensors)]
     return next((name for state in candidates if (name := _recognise(state))), None)
 
 
 def _find(tensors: State, network: nn.Module, head: str, path: Path) -> Match | None:
-    """The network of that shape, but for its head, that the most prefer."""
+    """Return the network of that shape, but for its head, that the most prefer."""
     expected = {name: value.shape for name, value in network.state_dict().items()}
     body = {name: shape for name, shape in expected.items() if not is_in(name, head)}
     needed = sum(not name.endswith("num_batches_tracked") for name in body)
@@ -111,7 +111,7 @@ def _find(tensors: State, network: nn.Module, head: str, path: Path) -> Match | 
 
 
 def is_in(name: str, layer: str) -> bool:
-    """Whether ``name`` is of a tensor of ``layer``, or of what it is part of."""
+    """Return whether ``name`` is of a tensor of ``layer``, or of what it is part of."""
     return name.startswith(f"{layer}.")
 
 
@@ -121,7 +121,7 @@ def _fits(
     expected: Mapping[str, torch.Size],
     head: str,
 ) -> bool:
-    """Whether ``state`` has all of a ``body``, and nothing else that might be of such a network."""
+    """Return whether ``state`` has all of a ``body``, and nothing else of such a network."""
     roots = {_root(name) for name in expected}
     return all(
         name.endswith("num_batches_tracked") if name not in state else state[name].shape == shape
@@ -132,14 +132,14 @@ def _fits(
 
 
 def _root(name: str) -> str:
-    """The first part of a name, without its number: another ``layer4`` is no thing beside."""
+    """Return the first part of a name without its number, as in ``layer4``."""
     return name.partition(".")[0].rstrip("0123456789")
 
 
 def _choose(
     tensors: State, prefixes: Sequence[str], expected: Mapping[str, torch.Size], path: Path
 ) -> str:
-    """One of several networks: that which was trained, and not one that follows it."""
+    """Return one of several networks: that which was trained, and not one that follows it."""
     first, *others = prefixes
     if all(_are_same(tensors, first, other, expected) for other in others):
         return first
@@ -165,7 +165,7 @@ def _list(prefixes: Sequence[str]) -> str:
 
 
 def _name(prefix: str) -> str:
-    """Where a network is.
+    """Return where a network is.
 
     >>> print(_name("model."), _name("state_dict/model."), _name("ema/"), _name(""), sep="; ")
     with the prefix 'model.'; with the prefix 'model.' in 'state_dict'; in 'ema'; without a prefix
@@ -182,26 +182,26 @@ def _are_same(tensors: State, first: str, other: str, expected: Mapping[str, tor
 
 
 def _count_prefixes(tensors: State, expected: Mapping[str, torch.Size]) -> Counter[str]:
-    """How many of a network's tensors there are under each prefix."""
+    """Return how many of a network's tensors there are under each prefix."""
     return Counter(
         name[:start] for name in tensors for start in _starts(name) if name[start:] in expected
     )
 
 
 def _closest(tensors: State, network: nn.Module) -> str:
-    """The prefix under which most of a network is."""
+    """Return the prefix under which most of a network is."""
     counts = _count_prefixes(tensors, network.state_dict())
     return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")
 
 
 def _list_prefixes(tensors: State) -> list[str]:
-    """Those that many tensors have, the longest last."""
+    """Return those that many tensors have, the longest last."""
     counts = Counter(name[:start] for name in tensors for start in _starts(name))
     return sorted((p for p, count in counts.items() if count >= _LEAST), key=len)
 
 
 def _starts(name: str) -> Iterator[int]:
-    """Where a network's own name may begin in ``name``."""
+    """Yield where a network's own name may begin in ``name``."""
     yield 0
     yield from (place.end() for place in re.finditer(r"[./]", name))
 
@@ -211,7 +211,7 @@ def _below(tensors: State, prefix: str) -> State:
 
 
 def _recognise(state: State) -> str | None:
-    """The network in ``names()`` that ``state`` fits, if any."""
+    """Return the network in ``names()`` that ``state`` fits, if any."""
     for name in names():
         num_classes = classes_in(state, name) if _has_the_size_of(name, state) else None
         if num_classes and difference(outline(name, num_classes), state) is None:
@@ -220,7 +220,7 @@ def _recognise(state: State) -> str | None:
 
 
 def _has_the_size_of(name: str, state: State) -> bool:
-    """Whether as much is learnt as in ``name``, about: cheaper to see than what has which shape."""
+    """Return whether about as much is learnt as in ``name``: cheaper to see than shapes."""
     matrices = [value for value in state.values() if value.dim() == _MATRIX]
     if name in DEPTHS or not matrices:
         return name in DEPTHS and f"{head_name(name)}.weight" in state

@@ -51,18 +51,18 @@ _CIFAR_PREPROCESSING = Preprocessing(
 
 @cache
 def names() -> tuple[str, ...]:
-    """All networks that momconv converts, each family by depth."""
+    """Return all networks that momconv converts, each family by depth."""
     found = list_models(module=torchvision.models, exclude=[f"{name}*" for name in NOT_RESIDUAL])
     return tuple(sorted([*DEPTHS, *found], key=_by_depth))
 
 
 def is_known(name: str) -> bool:
-    """Whether ``name`` is one of ``names()``."""
+    """Return whether ``name`` is one of ``names()``."""
     return name in names()
 
 
 def build(name: str, num_classes: int | None = None, resolution: int | None = None) -> nn.Module:
-    """The network ``name`` with random weights and its description attached.
+    """Return the network ``name`` with random weights and its description attached.
 
     Args:
         name: One of ``names()``.
@@ -91,7 +91,7 @@ def build(name: str, num_classes: int | None = None, resolution: int | None = No
 
 
 def build_described(description: Description) -> nn.Module:
-    """The network of a description, with random weights and that description.
+    """Return the network of a description, with random weights and that description.
 
     Raises:
         UsageError: Its architecture is not a network that momconv converts.
@@ -161,14 +161,14 @@ def check_resolution(model: nn.Module, resolution: int) -> None:
 
 @cache
 def head_name(architecture: str) -> str:
-    """The final linear layer's name in the network ``architecture``."""
+    """Return the final linear layer's name in the network ``architecture``."""
     if architecture in DEPTHS:
         return "linear"
     return find_head(outline(architecture))
 
 
 def find_head(model: nn.Module) -> str:
-    """The name of the last linear layer.
+    """Return the name of the last linear layer.
 
     Raises:
         UsageError: There is none.
@@ -184,7 +184,7 @@ def find_head(model: nn.Module) -> str:
 
 
 def count_classes(model: nn.Module) -> int:
-    """The outputs of the last linear layer.
+    """Return the outputs of the last linear layer.
 
     Raises:
         UsageError: There is none.
@@ -209,7 +209,7 @@ def replace_head(model: nn.Module, classes: Sequence[str]) -> None:
 
 
 def preprocessing_of(weights: Any) -> Preprocessing:
-    """The preprocessing that a member of a torchvision weights enum was evaluated with."""
+    """Return the preprocessing that a member of a torchvision weights enum was evaluated with."""
     preset = weights.transforms()
     return Preprocessing(
         resolution=preset.crop_size[0],
@@ -229,7 +229,7 @@ class _WithoutMemory(TorchFunctionMode):
 
 
 def _by_depth(name: str) -> list[tuple[int, str]]:
-    """A key that sorts the numbers in a name as numbers."""
+    """Return a key that sorts the numbers in a name as numbers."""
     return [
         (int(part or 0), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)
     ]

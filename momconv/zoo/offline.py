@@ -4,5 +4,5 @@ import os
 
 
 def is_offline() -> bool:
-    """Whether the environment says ``MOMCONV_OFFLINE=1``, as ``momconv --offline`` does."""
+    """Return whether the environment says ``MOMCONV_OFFLINE=1``, as ``momconv --offline`` does."""
     return os.environ.get("MOMCONV_OFFLINE", "0") not in ("", "0")

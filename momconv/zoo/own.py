@@ -33,17 +33,17 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 def is_own(name: str) -> bool:
-    """Whether ``name`` is of one of the forms above, and not a network of momconv's."""
+    """Return whether ``name`` is of one of the forms above, and not a network of momconv's."""
     return ":" in name
 
 
 def is_timm(name: str) -> bool:
-    """Whether ``name`` is one of timm's networks."""
+    """Return whether ``name`` is one of timm's networks."""
     return name.startswith(_TIMM)
 
 
 def file_stem(name: str) -> str:
-    """What a file of the network ``name`` may be called.
+    """Return what a file of the network ``name`` may be called.
 
     >>> file_stem("path/to/model.py:make"), file_stem("resnet50")
     ('model-make', 'resnet50')
@@ -58,7 +58,7 @@ def make(
     resolution: int = RESOLUTION,
     pretrained: bool = False,
 ) -> nn.Module:
-    """The network that ``name`` says, with a description.
+    """Return the network that ``name`` says, with a description.
 
     Args:
         name: Such as ``model.py:make`` or ``timm:resnet26``.
@@ -91,7 +91,7 @@ def make(
 
 
 def remake(description: Description, network: nn.Module | None) -> nn.Module:
-    """The network of a description, with that description; the user's own is ``network`` itself.
+    """Return the network of a description, with it; the user's own is ``network`` itself.
 
     Raises:
         UsageError: There is no ``network``, and no such network is known.
@@ -121,7 +121,7 @@ def require_made(path: Path, description: Description, network: nn.Module | None
 
 
 def parse_arguments(texts: Iterable[str]) -> dict[str, Any]:
-    """The values of ``KEY=VALUE``, as in YAML.
+    """Return the values of ``KEY=VALUE``, as in YAML.
 
     >>> parse_arguments(["depth=3", "widths=[8, 16]", "norm=batch"])
     {'depth': 3, 'widths': [8, 16], 'norm': 'batch'}
@@ -144,18 +144,18 @@ def parse_arguments(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def write_arguments(arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    """The inverse of :func:`parse_arguments`, for the values that JSON knows."""
+    """Return the inverse of :func:`parse_arguments`, for the values that JSON knows."""
     return tuple(f"{key}={json.dumps(value, default=str)}" for key, value in arguments.items())
 
 
 def restate(description: Description) -> str:
-    """The options with which a command makes the user's own network of a description again."""
+    """Return the options that make the user's own network of a description again."""
     words = ["--network", description.architecture]
     return shlex.join([*words, *write_options(description.arguments)])
 
 
 def write_options(arguments: Sequence[str]) -> list[str]:
-    """The options of the command line that give these ``arguments``."""
+    """Return the options of the command line that give these ``arguments``."""
     return [word for argument in arguments for word in ("--arg", argument)]
 
 

@@ -37,7 +37,7 @@ class SeenImages:
         return SeenImages(base64.b64encode(b"".join(sorted(every))).decode(), self.complete)
 
     def find(self, sha256s: Iterable[str]) -> set[str]:
-        """Those of ``sha256s`` that are of these images."""
+        """Return those of ``sha256s`` that are of these images."""
         known = self._split()
         return {sha256 for sha256 in sha256s if _shorten(sha256) in known}
 

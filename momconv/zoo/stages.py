@@ -14,7 +14,7 @@ _TRUNK = 0.9  # of the parameters: a module with more has the stages inside
 
 
 def find_stages(model: nn.Module) -> dict[str, list[str]]:
-    """The names of the modules of each stage, from the image to the logits."""
+    """Return the names of the modules of each stage, from the image to the logits."""
     head = [name for name, child in model.named_children() if _count(child)][-1]
     stages: dict[str, list[str]] = {"stem": []}
     after: list[str] = []
@@ -40,7 +40,7 @@ def find_stages(model: nn.Module) -> dict[str, list[str]]:
 
 
 def assign_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
-    """The stage of each parameter; those outside all modules, a class token, say: the first."""
+    """Return the stage of each parameter: the first for those outside of all modules."""
     stages = find_stages(model)
     modules = {name: stage for stage, names in stages.items() for name in names}
     found: dict[nn.Parameter, str] = {}
@@ -64,7 +64,7 @@ def freeze(model: nn.Module, wanted: Sequence[str]) -> None:
 
 
 def name_stages(known: Iterable[str], wanted: Sequence[str]) -> set[str]:
-    """The stages ``wanted``, of which most may be named by one word."""
+    """Return the stages ``wanted``, of which most may be named by one word."""
     body = set(known) - {"head"} if ALL_BUT_HEAD in wanted else set()
     return body | (set(wanted) - {ALL_BUT_HEAD})
 

@@ -91,7 +91,7 @@ class StandIn(list[object], metaclass=_Like):
 
 
 def load(file: BinaryIO) -> object:
-    """The content of a checkpoint, with a ``StandIn`` for each object of a foreign class.
+    """Return the content of a checkpoint, with a ``StandIn`` for each object of a foreign class.
 
     Raises:
         RunsCode: It names a function that runs code.
@@ -108,7 +108,7 @@ def load(file: BinaryIO) -> object:
 
 
 def _list_globals(file: BinaryIO) -> set[str]:
-    """The classes and functions that the checkpoint names."""
+    """Return the classes and functions that the checkpoint names."""
     names = set[str]()
     try:
         for opcode, argument, _ in pickletools.genops(_find_pickle(file)):
@@ -120,7 +120,7 @@ def _list_globals(file: BinaryIO) -> set[str]:
 
 
 def _find_pickle(file: BinaryIO) -> BinaryIO:
-    """Where the names are, in either of PyTorch's formats."""
+    """Return where the names are, in either of PyTorch's formats."""
     try:
         with zipfile.ZipFile(file) as archive:
             entry = next(name for name in archive.namelist() if name.endswith("data.pkl"))
@@ -140,7 +140,7 @@ def _pickles(file: BinaryIO) -> Iterator[None]:
 
 
 def _rename(module: str, name: str) -> str:
-    """What Python 3 calls what Python 2 named so, as the unpickler does."""
+    """Return what Python 3 calls what Python 2 named so, as the unpickler does."""
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
     return f"{module}.{name}"
 

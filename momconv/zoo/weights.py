@@ -46,7 +46,7 @@ def load_network(
     new_head: bool = False,
     tell: Callable[[str], None] = lambda _text: None,
 ) -> nn.Module:
-    """The network ``name`` with trained weights, as many classes as they have, and a description.
+    """Return the network ``name`` with trained weights, their classes and a description.
 
     Args:
         name: One of ``zoo.networks.names()``, or as in momconv.zoo.own: ``model.py:make``.
@@ -86,7 +86,7 @@ class _Reading:
     def find(
         self, name: str, path: Path, network: nn.Module, head: str
     ) -> tuple[checkpoints.State, int | None]:
-        """What ``network`` needs of the file ``path``, and how many classes its head has.
+        """Return what ``network`` needs of the file ``path``, and how many classes its head has.
 
         Without a head there are no classes, and no tensors of a head.
 
@@ -125,19 +125,19 @@ class _Reading:
 
 
 def _widen(head: str, tensors: checkpoints.State) -> str:
-    """The module that ends with the ``head``, where nothing of it is among ``tensors``."""
+    """Return the module that ends with the ``head``, where nothing of it is among ``tensors``."""
     around = head.rpartition(".")[0]
     return head if not around or any(f"{around}." in name for name in tensors) else around
 
 
 def _split(state: checkpoints.State, head: str) -> tuple[checkpoints.State, checkpoints.State]:
-    """The tensors of the ``head``, and the others."""
+    """Return the tensors of the ``head``, and the others."""
     found = {key: value for key, value in state.items() if is_in(key, head)}
     return found, {key: value for key, value in state.items() if key not in found}
 
 
 def _is_usable(found: checkpoints.State, own: checkpoints.State) -> bool:
-    """Whether the head ``found`` is a layer as the ``own`` one, but for the number of classes."""
+    """Return whether the head ``found`` is as the ``own`` one, but for the number of classes."""
     return found.keys() == own.keys() and all(
         value.isfinite().all() and value.shape[1:] == own[key].shape[1:]
         for key, value in found.items()
@@ -151,7 +151,7 @@ def _load_own(
     resolution: int,
     reading: _Reading,
 ) -> nn.Module:
-    """The network that a function of the user's makes, or one of timm's."""
+    """Return the network that a function of the user's makes, or one of timm's."""
     from_file = _is_file_name(weights)
     pretrained = weights == "DEFAULT"
     model = own.make(name, arguments, resolution=resolution, pretrained=pretrained)
@@ -168,7 +168,7 @@ def _load_own(
 
 
 def _load(name: str, path: Path, published: Any | None, reading: _Reading) -> nn.Module:
-    """The network ``name`` with the tensors in ``path``, known as ``published`` where it is."""
+    """Return the network ``name`` with the tensors in ``path``, which may be ``published``."""
     resolution = preprocessing_of(published).resolution if published is not None else None
     state, classes = reading.find(name, path, outline(name), head_name(name))
     model = build(name, classes, resolution)
@@ -227,7 +227,7 @@ def _has_no_head(name: str, path: Path, head: Iterable[str]) -> ModelFileError:
 
 
 def _find_published(name: str, weights: str) -> Any:
-    """The member of torchvision's enum for ``name`` that is called ``weights``."""
+    """Return the member of torchvision's enum for ``name`` that is called ``weights``."""
     if name in DEPTHS:
         raise UsageError(
             f"there are no published weights {quoted(weights)} for {name}: "
@@ -252,7 +252,7 @@ def _top1(published: Any) -> float:
 
 
 def _recognise(name: str, path: Path) -> Any | None:
-    """The published weights that ``path`` is a copy of, by its SHA-256; ``None`` for others."""
+    """Return the published weights that ``path`` is a copy of by its SHA-256, if any."""
     if name in DEPTHS or not path.is_file():
         return None
     digest = checkpoints.sha256(path)
@@ -260,7 +260,7 @@ def _recognise(name: str, path: Path) -> Any | None:
 
 
 def _fetch(published: Any) -> Path:
-    """The file of ``published`` in PyTorch's cache, downloaded if need be, verified each time."""
+    """Return the file of ``published`` in PyTorch's cache, downloaded if need be, and verified."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / PurePosixPath(published.url).name
     if not path.exists():
         if is_offline():
@@ -291,7 +291,7 @@ def _download(url: str, destination: Path) -> None:
 
 
 def _prefix(url: str) -> str:
-    """The beginning of the SHA-256 that a published file carries in its name."""
+    """Return the beginning of the SHA-256 that a published file carries in its name."""
     return PurePosixPath(url).stem.rpartition("-")[2]
 
 

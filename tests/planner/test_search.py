@@ -206,7 +206,7 @@ def test_what_was_measured_decides_among_strategies_alone() -> None:
     limit = room_for(model, 20, "checkpoint")
     speeds = (Speed(0, 0, 1e-9), Speed(1e-3, 0, 0), Speed(0, 1e-9, 0), Speed(1, 1e-9, 1e-3))
     request = Request(SIDE, batch_size=32, memory=limit)
-    made = [search(model, request, lambda *_, s=speed: s) for speed in speeds]  # type: ignore[misc]
+    made = [search(model, request, lambda *_, s=speed: s) for speed in speeds]
     assert len({(p.micro_batch, p.gamma, p.precision) for p in made}) == 1
 
 

@@ -404,7 +404,7 @@ def test_what_a_plan_may_change_is_changed_where_the_batch_does_not_fit(
     log, run = Log(), tmp_path / "run"
     done = finetune(small(colours, *changes, "train.may_change=[gamma]"), run, listener=log)
     assert any("train.may_change): γ is 0.95" in text for text in log.told)
-    assert done.plan.sizes == [5]
+    assert done.plan.sizes == (5,)
     assert load_recipe(run / "config.yaml").momentum.gamma == 0.95
     stages = momentum_stages(model_file.load(done.best)).values()
     assert {stage.gamma for stage in stages} == {0.95}
