@@ -21,7 +21,7 @@ from momconv.files import model_file, plain_file
 from momconv.momentum.equations import Velocity
 from momconv.planner.devices import find_device
 from momconv.planner.saving import predict_saving
-from momconv.reports.conversion import Calibration, Conversion, Reversion
+from momconv.reports.conversion import CalibrationReport, Conversion, Reversion
 from momconv.surgery.adaptation import Adaptation, Distillation
 from momconv.surgery.certificate import Certificate, certify
 from momconv.surgery.conversion import convert, revert, summarise
@@ -275,7 +275,7 @@ def _report(
     workshop: _Workshop,
     choice: Choice,
     certificate: Certificate,
-    calibration: Calibration | None,
+    calibration: CalibrationReport | None,
     path: Path,
 ) -> Conversion:
     network = choice.adaptation.model
@@ -302,12 +302,14 @@ def _report(
     )
 
 
-def _describe_calibration(adaptation: Adaptation, images: AdaptationImages) -> Calibration | None:
+def _describe_calibration(
+    adaptation: Adaptation, images: AdaptationImages
+) -> CalibrationReport | None:
     if images.adapting is None:
         return None
     unreadable = tuple(error.message for error in images.adapting.unreadable)
     readable = len(images.adapting.paths) - len(unreadable)
-    return Calibration(readable, adaptation.layers, images.more, unreadable)
+    return CalibrationReport(readable, adaptation.layers, images.more, unreadable)
 
 
 def _command(scheme: Scheme, means: Means, path: Path) -> str:

@@ -49,7 +49,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class HealthCheck:
     """One thing that was looked at.
 
     Attributes:
@@ -76,12 +76,12 @@ class Finding:
         return asdict(self) | {"fix": None if self.ok else self.fix}
 
 
-def diagnose(progress: Callable[[int, int], None] | None = None) -> tuple[Finding, ...]:
+def diagnose(progress: Callable[[int, int], None] | None = None) -> tuple[HealthCheck, ...]:
     """Look at software, devices, memory, disk and weights, and try a small network.
 
     ``progress`` hears how many of the parts are done, and how many there are.
     """
-    findings: list[Finding] = []
+    findings: list[HealthCheck] = []
     for done, look in enumerate(_PARTS, 1):
         findings += look()
         if progress:
@@ -89,16 +89,16 @@ def diagnose(progress: Callable[[int, int], None] | None = None) -> tuple[Findin
     return tuple(findings)
 
 
-def _look_at_software() -> Iterator[Finding]:
-    yield Finding("momconv", ok=True, found=f"{__version__} in {Path(__file__).parent}")
+def _look_at_software() -> Iterator[HealthCheck]:
+    yield HealthCheck("momconv", ok=True, found=f"{__version__} in {Path(__file__).parent}")
     system = f"Python {platform.python_version()}, {platform.platform()}"
-    yield Finding("system", ok=True, found=system)
+    yield HealthCheck("system", ok=True, found=system)
     versions = ", ".join(f"{name} {_find_version(name) or 'missing'}" for name in _PACKAGES)
-    yield Finding("libraries", ok=True, found=versions)
+    yield HealthCheck("libraries", ok=True, found=versions)
     for extra, names in _EXTRAS.items():
         found = {name: _find_version(name) for name in names}
         missing = [name for name, number in found.items() if number is None]
-        yield Finding(
+        yield HealthCheck(
             f"extra {extra}",
             ok=not missing,
             found=", ".join(
@@ -116,18 +116,18 @@ def _find_version(package: str) -> str | None:
         return None
 
 
-def _look_at_devices() -> Iterator[Finding]:
+def _look_at_devices() -> Iterator[HealthCheck]:
     threads = f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
-    yield Finding("processor", ok=True, found=f"{platform.machine()}, {threads}")
+    yield HealthCheck("processor", ok=True, found=f"{platform.machine()}, {threads}")
     drivers = _ask_driver("--query-gpu=name,driver_version")
     for number in range(torch.cuda.device_count()):
         yield from _look_at_gpu(torch.device("cuda", number))
     for line in _ask_driver("--query-compute-apps=pid,used_memory"):
-        yield Finding("GPU memory of", ok=True, found=_name_process(line))
+        yield HealthCheck("GPU memory of", ok=True, found=_name_process(line))
     if drivers:
         blind = not torch.cuda.is_available()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
-        yield Finding(
+        yield HealthCheck(
             "GPU driver",
             ok=not blind,
             found=f"{'; '.join(drivers)}; torch built for CUDA {torch.version.cuda}, "
@@ -136,23 +136,23 @@ def _look_at_devices() -> Iterator[Finding]:
             needed=False,
         )
     elif not torch.cuda.is_available():
-        yield Finding("GPU", ok=True, found="none; everything runs on the CPU")
+        yield HealthCheck("GPU", ok=True, found="none; everything runs on the CPU")
 
 
-def _look_at_gpu(gpu: torch.device) -> Iterator[Finding]:
+def _look_at_gpu(gpu: torch.device) -> Iterator[HealthCheck]:
     try:
         free, total = torch.cuda.mem_get_info(gpu)
     except RuntimeError as error:  # no memory for a context, or it is another's alone
-        yield Finding(str(gpu), ok=False, found=_first_line(error), fix=_FREE_GPU, needed=False)
+        yield HealthCheck(str(gpu), ok=False, found=_first_line(error), fix=_FREE_GPU, needed=False)
         return
     device = torch.cuda.get_device_properties(gpu)
     amount = f"{format_bytes(free)} of {format_bytes(total)} free"
     named = f"{device.name}, compute {device.major}.{device.minor}, {amount}"
-    yield Finding(str(gpu), ok=free > _MEMORY, found=named, fix=_FREE_GPU, needed=False)
-    yield Finding(f"fp32 on {gpu}", ok=True, found=describe_tf32(gpu))
+    yield HealthCheck(str(gpu), ok=free > _MEMORY, found=named, fix=_FREE_GPU, needed=False)
+    yield HealthCheck(f"fp32 on {gpu}", ok=True, found=describe_tf32(gpu))
     with warnings.catch_warnings(action="ignore"):  # they are told here
         obstacle = seam.find_obstacle(gpu)
-    yield Finding(
+    yield HealthCheck(
         f"Triton on {gpu}",
         ok=obstacle is None,
         found=obstacle or f"{_find_version('triton')} builds kernels",
@@ -187,21 +187,21 @@ def _name_process(line: str) -> str:
     return f"process {number} {name}: {amount.strip()}"
 
 
-def _look_at_memory() -> Iterator[Finding]:
+def _look_at_memory() -> Iterator[HealthCheck]:
     memory = psutil.virtual_memory()
     usable = available_bytes(torch.device("cpu"))
-    yield Finding(
+    yield HealthCheck(
         "memory",
         ok=usable > _MEMORY,
         found=f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free, of which "
         f"a run takes at most {format_bytes(usable)}",
         fix=f"end {_largest_process()}",
     )
-    yield Finding("most of it", ok=True, found=f"is held by {_largest_process()}")
+    yield HealthCheck("most of it", ok=True, found=f"is held by {_largest_process()}")
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
-        yield Finding(
+        yield HealthCheck(
             str(shared),
             ok=free > _SHARED,
             found=f"{format_bytes(free)} free",
@@ -220,18 +220,18 @@ def _largest_process() -> str:
     return f"process {process.pid} {process.info['name']} ({format_bytes(held[process])})"
 
 
-def _look_at_disk() -> Iterator[Finding]:
+def _look_at_disk() -> Iterator[HealthCheck]:
     here = Path.cwd()
     try:
         with tempfile.TemporaryDirectory(dir=here, prefix=".momconv-") as folder:
             write_text(Path(folder) / "test", "written")
     except (OSError, MomconvError) as error:
         problem = f"{here} cannot be written: {error}"
-        yield Finding("writing", ok=False, found=problem, fix="cd to a folder of yours")
+        yield HealthCheck("writing", ok=False, found=problem, fix="cd to a folder of yours")
     else:
-        yield Finding("writing", ok=True, found=f"{here} can be written")
+        yield HealthCheck("writing", ok=True, found=f"{here} can be written")
     free = shutil.disk_usage(here).free
-    yield Finding(
+    yield HealthCheck(
         "disk",
         ok=free > _DISK,
         found=f"{format_bytes(free)} free in {here}",
@@ -240,13 +240,13 @@ def _look_at_disk() -> Iterator[Finding]:
     )
 
 
-def _look_at_weights() -> Iterator[Finding]:
+def _look_at_weights() -> Iterator[HealthCheck]:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     home = os.environ.get("TORCH_HOME", "unset")
     files = sorted(path for path in folder.glob("*") if _HASH.search(path.name))
     count = f"{len(files)} published weights in {folder} (TORCH_HOME {home})"
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    yield Finding(
+    yield HealthCheck(
         "weights",
         ok=os.access(existing, os.W_OK),
         found=count,
@@ -258,10 +258,10 @@ def _look_at_weights() -> Iterator[Finding]:
         is_whole = digest.startswith(_HASH.search(path.name)[1])  # type: ignore[index]
         told = "as published" if is_whole else f"is damaged: its sha256 is {digest}"
         found, fix = f"{path.name} {told}", f"rm {shlex.quote(str(path))}"
-        yield Finding("weights", is_whole, found, None if is_whole else fix)
+        yield HealthCheck("weights", is_whole, found, None if is_whole else fix)
 
 
-def _try_network() -> Iterator[Finding]:
+def _try_network() -> Iterator[HealthCheck]:
     """Convert, compare gradients, save and load, on each kind of device that there is."""
     for name in dict.fromkeys(("cpu", str(find_device()))):
         began = time.perf_counter()
@@ -269,10 +269,10 @@ def _try_network() -> Iterator[Finding]:
             right = _run(torch.device(name))
         except Exception as error:  # whatever it is, it is what was looked for
             fix = "report it with the output of momconv doctor --json"
-            yield Finding(f"test on {name}", ok=False, found=_first_line(error), fix=fix)
+            yield HealthCheck(f"test on {name}", ok=False, found=_first_line(error), fix=fix)
         else:
             took = format_duration(time.perf_counter() - began)
-            yield Finding(f"test on {name}", ok=True, found=f"{right}, in {took}")
+            yield HealthCheck(f"test on {name}", ok=True, found=f"{right}, in {took}")
 
 
 def _first_line(error: Exception) -> str:
@@ -303,7 +303,7 @@ def _run(device: torch.device) -> str:
     return f"gradients {compared}, saved and loaded the same"
 
 
-_PARTS: tuple[Callable[[], Iterator[Finding]], ...] = (
+_PARTS: tuple[Callable[[], Iterator[HealthCheck]], ...] = (
     _look_at_software,
     _look_at_devices,
     _look_at_memory,

@@ -12,7 +12,7 @@ from momconv.errors import ResourceError
 from momconv.exhaustion import is_exhaustion
 
 if TYPE_CHECKING:
-    from momconv.diagnosis import Finding
+    from momconv.diagnosis import HealthCheck
 
 _WIDTH = 14  # of a name
 
@@ -48,7 +48,7 @@ def doctor(
         raise failure
 
 
-def _fail(broken: Sequence["Finding"]) -> ResourceError:
+def _fail(broken: Sequence["HealthCheck"]) -> ResourceError:
     return ResourceError(
         "\n".join(f"{finding.name}: {finding.found}" for finding in broken),
         kind="doctor.broken",
@@ -56,7 +56,7 @@ def _fail(broken: Sequence["Finding"]) -> ResourceError:
     )
 
 
-def _print(finding: "Finding") -> None:
+def _print(finding: "HealthCheck") -> None:
     """``✗`` needs to be mended, ``!`` only where it matters to you."""
     mark, style = ("✗", "red") if finding.is_broken else ("!", "yellow")
     if finding.ok:

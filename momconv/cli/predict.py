@@ -30,7 +30,7 @@ from momconv.errors import DataError, UsageError
 if TYPE_CHECKING:
     from momconv.prediction import Predictions
 
-Format = Literal["table", "csv", "jsonl"]
+_Format = Literal["table", "csv", "jsonl"]
 
 
 def predict(  # noqa: PLR0913 (one for each option)
@@ -44,7 +44,7 @@ def predict(  # noqa: PLR0913 (one for each option)
     ],
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Classes to name.")] = 5,
     format_: Annotated[
-        Format | None,
+        _Format | None,
         typer.Option("--format", help="jsonl is an object a line.", show_default="table"),
     ] = None,
     network: NetworkOption = None,
@@ -114,7 +114,7 @@ def _refuse_unreadable(done: "Predictions", files: int) -> DataError:
     )
 
 
-def _print(done: "Predictions", format_: Format) -> None:
+def _print(done: "Predictions", format_: _Format) -> None:
     from momconv.reports.predictions import tabulate_predictions, to_csv
 
     if format_ == "table":

@@ -26,7 +26,6 @@ from momconv.names import encode_name
 
 _DECODER = f"2 Pillow {PIL.__version__}"  # the first number is to be raised when decoding changes
 
-Progress = Callable[[int, int], None]
 _Stamp = tuple[int, ...]
 
 
@@ -59,7 +58,7 @@ class _Cache(BaseModel):
 
 
 def examine_all(
-    source: Source, paths: Sequence[Path], progress: Progress | None = None
+    source: Source, paths: Sequence[Path], progress: Callable[[int, int], None] | None = None
 ) -> dict[Path, Finding]:
     """Return what is in each of ``paths``, which are the source's.
 

@@ -13,7 +13,7 @@ from momconv.momentum.sequential import MomentumSequential, momentum_stages
 from momconv.planner.cost import Speed, estimate_speed
 from momconv.planner.micro_batch import split_evenly
 from momconv.planner.plan import Request
-from momconv.planner.prediction import PeakMemory, Prediction, Predictor, Training
+from momconv.planner.prediction import PeakMemory, Predictor, StepPrediction, Training
 from momconv.vocabulary import STRATEGIES, StrategyChoice
 
 GAMMAS = (0.95, 0.99)  # with less side information than the default
@@ -61,7 +61,7 @@ class Outlook:
             ]
         if not model.training:  # else its frozen parts are in the mode that they are to be in
             self.model.train()
-        self.latest: dict[StrategyChoice, tuple[int, Prediction]] = {}  # with the images
+        self.latest: dict[StrategyChoice, tuple[int, StepPrediction]] = {}  # with the images
 
     def fits(self, strategy: StrategyChoice, micro_batch: int) -> bool:
         """Return whether a step with such micro-batches is within the limit."""
@@ -78,7 +78,7 @@ class Outlook:
         estimate = peak.total - peak.step - peak.batch + linear
         return estimate <= _WORTH_TRYING * self.usable_bytes
 
-    def predict(self, strategy: StrategyChoice, micro_batch: int) -> Prediction:
+    def predict(self, strategy: StrategyChoice, micro_batch: int) -> StepPrediction:
         """Return a step with micro-batches of at most so many images."""
         images = self.request.largest_part(micro_batch)
         if self.latest.get(strategy, (0,))[0] != images:
@@ -122,7 +122,7 @@ class Outlook:
             return self._find_speed(self.request, self.limit_bytes)
         return self.estimated_speed
 
-    def _predict(self, strategy: StrategyChoice, images: int, **changes: Any) -> Prediction:
+    def _predict(self, strategy: StrategyChoice, images: int, **changes: Any) -> StepPrediction:
         chosen = strategy if momentum_stages(self.model) else None
         try:
             return self._predictor.predict(images, chosen, **changes)

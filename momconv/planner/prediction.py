@@ -109,7 +109,7 @@ class Training:
     device: str = "cpu"  # or "cuda"
 
 
-class Prediction(NamedTuple):
+class StepPrediction(NamedTuple):
     """The peak, and the course of the step.
 
     Attributes:
@@ -188,7 +188,7 @@ class Predictor:
 
     def predict(
         self, batch: int, strategy: StrategyChoice | None = None, **changes: Any
-    ) -> Prediction:
+    ) -> StepPrediction:
         """Return a step with ``batch`` images, under ``changes`` of what a step is.
 
         Raises:
@@ -217,7 +217,7 @@ class Predictor:
             peak = replace(peak, allowance=allowance)
         rest = peak.total - peak.step
         moments = [rest + alive for alive in trace.moments]
-        return Prediction(peak, moments, trace.places, trace.work)
+        return StepPrediction(peak, moments, trace.places, trace.work)
 
     def _rules(self) -> AbstractContextManager[object]:
         """Return the types and the memory of a GPU that is asked about and is not there."""

@@ -13,7 +13,7 @@ from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.planner.cost import Speed, Work, estimate_speed
 from momconv.planner.measurement import available_bytes, per_image, static_bytes, time_step
 from momconv.planner.micro_batch import Curve, Line, StaticBytes
-from momconv.planner.prediction import PeakMemory, Prediction, Predictor, Training
+from momconv.planner.prediction import PeakMemory, Predictor, StepPrediction, Training
 from momconv.planner.speed import measure_speed
 from momconv.planner.stages import assign_modules
 from momconv.vocabulary import STRATEGIES, StrategyChoice
@@ -136,7 +136,7 @@ def _become(model: nn.Module, variant: Variant, gammas: dict[str, float]) -> Non
     set_strategy(model, "store" if variant == "plain" else variant)
 
 
-def _follow(prediction: Prediction, stages: Sequence[str]) -> Iterator[tuple[float, int]]:
+def _follow(prediction: StepPrediction, stages: Sequence[str]) -> Iterator[tuple[float, int]]:
     """Yield how far each operation is through the stages and back, and what is alive then."""
     operations, seen = Counter(prediction.places), Counter[tuple[bool, str]]()
     for place, alive in zip(prediction.places, prediction.moments, strict=True):

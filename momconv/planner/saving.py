@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from momconv.planner.cost import estimate_speed
-from momconv.planner.prediction import Prediction, Predictor, Training
+from momconv.planner.prediction import Predictor, StepPrediction, Training
 from momconv.zoo.description import describe
 
 IMAGES = 32  # of the step that is predicted
@@ -47,7 +47,7 @@ def predict_saving(plain: nn.Module, converted: nn.Module) -> Saving:
     )
 
 
-def _predict(model: nn.Module, training: Training) -> Prediction:
+def _predict(model: nn.Module, training: Training) -> StepPrediction:
     predictor = Predictor(model, training)
     predictor.model.train()
     return predictor.predict(IMAGES)

@@ -22,7 +22,7 @@ from momconv.planner.convolution import FLOAT
 
 aten = torch.ops.aten
 Arguments = tuple[Any, ...]
-Rule = Callable[[Arguments, Sequence[Tensor]], int]
+ScratchRule = Callable[[Arguments, Sequence[Tensor]], int]
 
 
 def peak_within(func: OpOverload, args: Arguments, results: Sequence[Tensor]) -> int:
@@ -114,7 +114,7 @@ def _copies(*tensors: Tensor) -> int:
     return _bytes(*(tensor for tensor in tensors if not tensor.is_contiguous()))
 
 
-_RULES: dict[OpOverload, Rule] = {
+_RULES: dict[OpOverload, ScratchRule] = {
     aten.convolution.default: conv_scratch.forward,
     aten.convolution_backward.default: conv_scratch.backward,
     aten.native_batch_norm_backward.default: _batch_norm_backward,

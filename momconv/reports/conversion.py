@@ -12,7 +12,7 @@ from rich.text import Text
 
 from momconv.names import encode_name
 from momconv.planner.saving import Saving
-from momconv.surgery.adaptation import Step
+from momconv.surgery.adaptation import AdaptationStep
 from momconv.surgery.certificate import Accuracy, Certificate, StageCertificate
 from momconv.surgery.conversion import Stage
 from momconv.surgery.drift import Drift
@@ -32,7 +32,7 @@ _TOLD = {
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
+class CalibrationReport:
     """The images that the network was adapted on."""
 
     images: int
@@ -74,8 +74,8 @@ class Conversion:
     gain: bool
     stages: tuple[Stage, ...]
     parameters: int
-    calibration: Calibration | None
-    steps: tuple[Step, ...]
+    calibration: CalibrationReport | None
+    steps: tuple[AdaptationStep, ...]
     tried: tuple[Attempt, ...]
     interrupted: bool
     certificate: Certificate
@@ -172,7 +172,7 @@ def _describe_saving(saving: Saving) -> str:
     )
 
 
-def _describe_calibration(calibration: Calibration | None) -> str:
+def _describe_calibration(calibration: CalibrationReport | None) -> str:
     if calibration is None:
         return "statistics of the original network; --calibrate FOLDER re-estimates them"
     if calibration.layers == 0:
@@ -202,7 +202,7 @@ class Reversion:
     architecture: str
     num_classes: int
     source: Path
-    steps: tuple[Step, ...]
+    steps: tuple[AdaptationStep, ...]
     drift: Drift
     accuracy: Accuracy | None
     measured_on: str
@@ -279,7 +279,7 @@ def _measured(stage: StageCertificate | None) -> tuple[str, ...]:
     return f"{stage.headroom_bits:.1f} bits", f"{stage.remainder_bits:.2g}"
 
 
-def show_steps(steps: Sequence[Step]) -> Iterator[RenderableType]:
+def show_steps(steps: Sequence[AdaptationStep]) -> Iterator[RenderableType]:
     """Yield a table of what every step did, if there are several."""
     if len(steps) < 2:
         return

@@ -30,7 +30,7 @@ _MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Inspection:
+class FileInspection:
     """What is known about the network in a file.
 
     Attributes:
@@ -76,7 +76,7 @@ class Inspection:
         return document
 
 
-def inspect_file(path: Path, own: nn.Module | None = None) -> Inspection:
+def inspect_file(path: Path, own: nn.Module | None = None) -> FileInspection:
     """Return what the model file ``path`` says about itself, which is checked but not tried.
 
     Args:
@@ -89,7 +89,7 @@ def inspect_file(path: Path, own: nn.Module | None = None) -> Inspection:
     """
     metadata, network = read_metadata(path), read_skeleton(path, own)
     certificate = metadata.get("certificate")
-    return Inspection(
+    return FileInspection(
         path=path,
         bytes=path.stat().st_size,
         written_by=metadata["version"],
@@ -129,7 +129,7 @@ def _check(path: Path, name: str, kind: Any, value: object) -> Any:
         ) from error
 
 
-def _facts(inspection: Inspection) -> Iterator[tuple[str, str]]:
+def _facts(inspection: FileInspection) -> Iterator[tuple[str, str]]:
     description, certificate = inspection.description, inspection.certificate
     yield "network", f"{description.architecture}, {plural(description.num_classes, 'class')}"
     if description.arguments:

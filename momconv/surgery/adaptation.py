@@ -13,12 +13,12 @@ from momconv.surgery.distillation import distill
 from momconv.surgery.drift import Drift, Reference
 from momconv.surgery.imitation import Images
 
-Progress = Callable[[str, int, int], None]  # what is done, how far, of how much
+OnProgress = Callable[[str, int, int], None]  # what is done, how far, of how much
 _FOREVER = 10**6  # epochs
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class AdaptationStep:
     """A step of the way, and the distance that is left after it.
 
     Attributes:
@@ -55,11 +55,11 @@ class Adaptation:
     """
 
     def __init__(
-        self, model: nn.Module, reference: Reference, progress: Progress | None = None
+        self, model: nn.Module, reference: Reference, progress: OnProgress | None = None
     ) -> None:
         """``reference`` is the original's, on images to measure the drift on."""
         self.model = model
-        self.steps: list[Step] = []
+        self.steps: list[AdaptationStep] = []
         self.layers = 0
         self.interrupted = False
         self._reference = reference
@@ -116,7 +116,7 @@ class Adaptation:
         )
 
     def _note(self, name: Literal["swapped", "statistics", "refined", "distilled"]) -> None:
-        self.steps.append(Step(name, self._reference.compare(self.model)))
+        self.steps.append(AdaptationStep(name, self._reference.compare(self.model)))
 
 
 def _counted(batches: Iterable[Tensor], tell: Callable[[int], None]) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from momconv.surgery.imitation import (
     CHUNK,
     Images,
     Imitation,
-    Progress,
+    OnStep,
     Schedule,
     imitate,
     measure_divergence,
@@ -49,7 +49,7 @@ def calibrate(
     original: nn.Module | None = None,
     *,
     most_images: int | None = None,
-    progress: Progress | None = None,
+    progress: OnStep | None = None,
 ) -> Calibration:
     """Adapt ``model`` to the momentum rule, which shifts the distribution of its activations.
 
@@ -104,7 +104,7 @@ def refine(
     original: nn.Module,
     images: Images,
     most_images: int | None = None,
-    progress: Progress | None = None,
+    progress: OnStep | None = None,
 ) -> Imitation:
     """Return the second half of :func:`calibrate`, for which ``images`` must hold some out."""
     with trainable_gains(model) as gains:

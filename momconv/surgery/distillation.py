@@ -11,7 +11,7 @@ from momconv.errors import DataError
 from momconv.surgery.imitation import (
     Images,
     Imitation,
-    Progress,
+    OnStep,
     Schedule,
     imitate,
     norm_parameters,
@@ -32,7 +32,7 @@ def distill(  # noqa: PLR0913 (one for each choice)
     epochs: int = 6,
     minutes: float | None = None,
     trainable: Literal["all", "norms"] = "all",
-    progress: Progress | None = None,
+    progress: OnStep | None = None,
 ) -> Imitation:
     """Train ``student`` to give the teacher's logits and stage outputs, without labels.
 

@@ -27,8 +27,8 @@ from momconv.states import in_eval_mode
 from momconv.surgery.stem import leave_stem
 from momconv.units import format_duration
 
-Progress = Callable[[int, int, str], None]
-Step = tuple[Tensor, float]  # images, and which share of the work is done before them
+OnStep = Callable[[int, int, str], None]
+Portion = tuple[Tensor, float]  # images, and which share of the work is done before them
 
 CHUNK = 50  # images of a step
 _HELD_OUT = 5  # one image in so many
@@ -91,7 +91,7 @@ def imitate(
     student: nn.Module,
     teacher: nn.Module,
     groups: Sequence[tuple[list[nn.Parameter], float]],
-    steps: Iterable[Step],
+    steps: Iterable[Portion],
     held_out: Sequence[Tensor],
 ) -> Imitation:
     """Train the parameters in ``groups``, of a learning rate each, on the images of ``steps``.
@@ -287,7 +287,7 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
 class Schedule:
     """How far the work of ``total`` steps is, which ``progress`` hears of."""
 
-    def __init__(self, total: int, progress: Progress | None, minutes: float | None = None) -> None:
+    def __init__(self, total: int, progress: OnStep | None, minutes: float | None = None) -> None:
         self.total = total
         self._progress = progress
         self._seconds = math.inf if minutes is None else max(1e-9, 60 * minutes)
@@ -303,7 +303,7 @@ class Schedule:
         return share
 
 
-def read_repeatedly(images: Images, schedule: Schedule) -> Iterator[Step]:
+def read_repeatedly(images: Images, schedule: Schedule) -> Iterator[Portion]:
     """Yield the images of each step, in as many passes as it takes."""
     chunks = chain.from_iterable(images.read() for _ in count())
     for done, chunk in enumerate(chunks):

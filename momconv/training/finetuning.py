@@ -25,7 +25,7 @@ from momconv.training.planning import plan_together
 from momconv.training.processes import Processes, find_own_device, joined
 from momconv.training.progress import SILENT, EpochRow, Listener
 from momconv.training.provenance import Provenance, read_provenance
-from momconv.training.run import Assignment, Run
+from momconv.training.run import Assignment, TrainingRun
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import require_tensorboard, write_plan
 from momconv.units import parse_duration
@@ -91,7 +91,7 @@ def finetune(
     return _conclude(run)
 
 
-def _conclude(run: Run) -> Result:
+def _conclude(run: TrainingRun) -> Result:
     """Return what ``run`` came to.
 
     Raises:
@@ -210,7 +210,7 @@ def _follow(processes: Processes) -> None:
 
 def _begin(
     assignment: Assignment, like: Provenance | None, *, resume: bool, overwrite: bool
-) -> Run:
+) -> TrainingRun:
     """Start a run, or go on with it. It is the folder that tells all processes the same."""
     if resume:
         with assignment.processes.leader_first():

@@ -7,10 +7,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from momconv.planner.measurement import autocast
 from momconv.training.optimisation import set_rate
-from momconv.training.run import Run
+from momconv.training.run import TrainingRun
 
 
-def add_gradients(run: Run, images: Tensor, labels: Tensor, share: float) -> Tensor:
+def add_gradients(run: TrainingRun, images: Tensor, labels: Tensor, share: float) -> Tensor:
     """Add the gradients of a micro-batch that is ``share`` of its batch; its part of the loss.
 
     The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
@@ -45,7 +45,7 @@ def weigh_labels(labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
     return torch.lerp(weighed, weighed.mean(1, keepdim=True), smoothing)
 
 
-def take_step(run: Run, lr: float) -> None:
+def take_step(run: TrainingRun, lr: float) -> None:
     """Change the weights by the gradients that have been added up."""
     set_rate(run.optimizer, lr)
     if (clip := run.recipe.train.clip) is not None:

@@ -32,7 +32,7 @@ from momconv.training.memory import (
 from momconv.training.network import compiling, read_gamma, start_training
 from momconv.training.omission import find_number, leave_out
 from momconv.training.progress import EpochRow, has_stalled
-from momconv.training.run import Run
+from momconv.training.run import TrainingRun
 from momconv.training.saving import (
     Autosave,
     NotFinite,
@@ -57,7 +57,7 @@ _SHOWN = 5  # files that an error names
 _NONE = -1  # in place of an image's number
 
 
-def train(run: Run) -> None:
+def train(run: TrainingRun) -> None:
     """Train up to the recipe's last epoch, from wherever it is.
 
     However this ends, the folder then holds the state after the last whole optimisation step.
@@ -109,7 +109,7 @@ def train(run: Run) -> None:
         )
 
 
-def _begin_epoch(run: Run) -> None:
+def _begin_epoch(run: TrainingRun) -> None:
     """Let what is to learn in this epoch learn: at first perhaps the head alone."""
     keep_reserve()
     start_training(run.model, run.recipe.train)
@@ -122,12 +122,14 @@ def _begin_epoch(run: Run) -> None:
     reset_peak(run)
 
 
-def _is_done(run: Run) -> bool:
+def _is_done(run: TrainingRun) -> bool:
     train = run.recipe.train
     return run.progress.epoch >= train.epochs or has_stalled(run.progress.history, train)
 
 
-def _add_up(run: Run, step: Step, report: "_Report", check: Callable[[], None]) -> Tensor | None:
+def _add_up(
+    run: TrainingRun, step: Step, report: "_Report", check: Callable[[], None]
+) -> Tensor | None:
     """Add up the gradients of a step; its loss, or None if it cannot be.
 
     Then the run is to go on from wherever it is now, prepared not to fail again.
@@ -153,7 +155,9 @@ def _add_up(run: Run, step: Step, report: "_Report", check: Callable[[], None]) 
     return loss
 
 
-def _add_share(run: Run, step: Step, report: "_Report", check: Callable[[], None]) -> Tensor:
+def _add_share(
+    run: TrainingRun, step: Step, report: "_Report", check: Callable[[], None]
+) -> Tensor:
     """Add up the gradients of this process's images of a step; their part of its loss.
 
     Raises:
@@ -183,7 +187,7 @@ def _add_share(run: Run, step: Step, report: "_Report", check: Callable[[], None
     return loss
 
 
-def _fail_together(run: Run, fault: MomconvError | None) -> None:
+def _fail_together(run: TrainingRun, fault: MomconvError | None) -> None:
     """Do nothing if no process has met a fault for which all do a step again.
 
     Raises:
@@ -209,7 +213,7 @@ def _fail_together(run: Run, fault: MomconvError | None) -> None:
         raise UnreadableImage(run.splits.train.samples[unreadable].path, "could not be read")
 
 
-def _refuse_to_redo(run: Run, fault: MomconvError) -> None:
+def _refuse_to_redo(run: TrainingRun, fault: MomconvError) -> None:
     if isinstance(fault, OutOfMemory):
         raise ResourceError(
             f"{run.device} ran out of memory, while others wait for it (--sync-bn)",
@@ -227,7 +231,7 @@ def _refuse_to_redo(run: Run, fault: MomconvError) -> None:
     raise fault
 
 
-def _step(run: Run, step: Step, loss: Tensor, began: float) -> bool:
+def _step(run: TrainingRun, step: Step, loss: Tensor, began: float) -> bool:
     """Change the weights, and count the step, which ``began`` then.
 
     False if memory ran out: some weights may have changed, so the run went back.
@@ -257,7 +261,7 @@ def _step(run: Run, step: Step, loss: Tensor, began: float) -> bool:
     return True
 
 
-def _stop_if_asked(run: Run, check: Callable[[], None]) -> None:
+def _stop_if_asked(run: TrainingRun, check: Callable[[], None]) -> None:
     """Do nothing if no process was signalled, and the leader has time left.
 
     Raises:
@@ -278,7 +282,7 @@ def _stop_if_asked(run: Run, check: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _all_or_nothing(run: Run) -> Iterator[None]:
+def _all_or_nothing(run: TrainingRun) -> Iterator[None]:
     """Undoes what was done to the network since the last step, if it comes to nothing.
 
     The weights do not change before the optimiser's step; gradients, BatchNorm's statistics and the
@@ -293,7 +297,7 @@ def _all_or_nothing(run: Run) -> Iterator[None]:
         undo.pop_all()
 
 
-def _require_finite(run: Run, loss: Tensor, step: Step) -> None:
+def _require_finite(run: TrainingRun, loss: Tensor, step: Step) -> None:
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     if math.isfinite(loss) and math.isfinite(get_total_norm(gradients)):
         return
@@ -310,7 +314,7 @@ def _require_finite(run: Run, loss: Tensor, step: Step) -> None:
     )
 
 
-def _has_diverged(run: Run, scores: Scores | None) -> bool:
+def _has_diverged(run: TrainingRun, scores: Scores | None) -> bool:
     """Return whether an epoch diverged, after which the run goes on from an earlier state.
 
     Raises:
@@ -333,7 +337,7 @@ def _has_diverged(run: Run, scores: Scores | None) -> bool:
     return True
 
 
-def _finish_epoch(run: Run, scores: Scores | None, seconds: float) -> None:
+def _finish_epoch(run: TrainingRun, scores: Scores | None, seconds: float) -> None:
     progress = run.progress
     row = EpochRow(
         epoch=progress.epoch + 1,
@@ -360,7 +364,7 @@ def _finish_epoch(run: Run, scores: Scores | None, seconds: float) -> None:
 class _Report:
     """Tells the listener how far the run is, whenever it hears of further images."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self._run = run
         self.start_over()
 

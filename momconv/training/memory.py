@@ -17,7 +17,7 @@ from momconv.planner.outlook import SLACK
 from momconv.planner.plan import Plan
 from momconv.training.gradients import add_gradients
 from momconv.training.progress import Halving
-from momconv.training.run import Run
+from momconv.training.run import TrainingRun
 from momconv.training.saving import write_plan
 from momconv.training.steps import fewest_images
 from momconv.units import format_bytes, parse_bytes
@@ -25,7 +25,7 @@ from momconv.units import format_bytes, parse_bytes
 _LEANER = 0.9  # times the memory with which a plan failed
 
 
-def has_to_measure(run: Run, images: int) -> bool:
+def has_to_measure(run: TrainingRun, images: int) -> bool:
     """Return whether what a micro-batch of so many takes is unknown yet, as it may be on a CPU.
 
     Equal shapes take equal memory. A limit that was asked for is checked once more in each epoch.
@@ -36,7 +36,7 @@ def has_to_measure(run: Run, images: int) -> bool:
     return run.recipe.train.memory is not None or run.plan.measured_bytes is None
 
 
-def measure_gradients(run: Run, images: Tensor, labels: Tensor, share: float) -> Tensor:
+def measure_gradients(run: TrainingRun, images: Tensor, labels: Tensor, share: float) -> Tensor:
     """As ``add_gradients``, and the plan learns the peak.
 
     Raises:
@@ -74,20 +74,20 @@ def _holding_gradients(model: nn.Module) -> Iterator[None]:
         parameter.grad = None
 
 
-def note_peak(run: Run) -> None:
+def note_peak(run: TrainingRun) -> None:
     """On a GPU, let the plan learn the peak of all steps so far, those of the head aside."""
     if run.device.type == "cuda" and not run.head_only:
         _learn_peak(run, torch.cuda.max_memory_allocated(run.device))
 
 
-def _learn_peak(run: Run, measured_bytes: int) -> None:
+def _learn_peak(run: TrainingRun, measured_bytes: int) -> None:
     """Let the plan have the highest of the peaks that were measured."""
     if measured_bytes > (run.plan.measured_bytes or 0):
         run.plan = replace(run.plan, measured_bytes=measured_bytes)
         write_plan(run)
 
 
-def halve(run: Run, error: OutOfMemory | NotReproducible) -> None:
+def halve(run: TrainingRun, error: OutOfMemory | NotReproducible) -> None:
     """Go on with smaller micro-batches, at the step that met ``error``. Nothing is written.
 
     Near the limit of a GPU's memory cuDNN may take another algorithm the second time, with other
@@ -118,7 +118,7 @@ def halve(run: Run, error: OutOfMemory | NotReproducible) -> None:
 
 
 @contextmanager
-def offering_to_resume(run: Run) -> Iterator[None]:
+def offering_to_resume(run: TrainingRun) -> Iterator[None]:
     """Where memory runs out inside and no smaller batch helps, the run can go on another time.
 
     Raises:
@@ -153,7 +153,7 @@ def enforcing_limit(device: torch.device, memory: str | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device.index)
 
 
-def compare_peak(run: Run) -> None:
+def compare_peak(run: TrainingRun) -> None:
     """Tell if the peak of the run is above what was planned; on a GPU, whatever it is."""
     measured, planned = run.plan.measured_bytes, run.plan.predicted_bytes
     if measured is None:
@@ -170,26 +170,26 @@ def compare_peak(run: Run) -> None:
         )
 
 
-def reset_peak(run: Run) -> None:
+def reset_peak(run: TrainingRun) -> None:
     """Begin to measure anew."""
     run.measured_sizes.clear()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
 
 
-def peak_bytes(run: Run) -> int:
+def peak_bytes(run: TrainingRun) -> int:
     """Return the peak since the epoch began; on the CPU, that of the first step."""
     if run.device.type == "cuda":
         return torch.cuda.max_memory_allocated(run.device)
     return run.plan.measured_bytes or run.plan.predicted_bytes
 
 
-def halved(run: Run) -> int:
+def halved(run: TrainingRun) -> int:
     """Return the next smaller micro-batch."""
     return max(fewest_images(run.model), run.plan.micro_batch // 2)
 
 
-def out_of_memory(run: Run, error: OutOfMemory, doing: str, remedy: str) -> OutOfMemory:
+def out_of_memory(run: TrainingRun, error: OutOfMemory, doing: str, remedy: str) -> OutOfMemory:
     """Return what ends a run if no smaller batch helps against ``error``; the ``remedy`` may."""
     *_, words = error.message.splitlines()
     return OutOfMemory(

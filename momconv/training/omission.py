@@ -16,7 +16,7 @@ from momconv.data.source import ImageSet, Source, Splits
 from momconv.errors import DataError
 from momconv.names import encode_name
 from momconv.training.progress import Listener, Omission, Progress, SplitName
-from momconv.training.run import Run
+from momconv.training.run import TrainingRun
 from momconv.training.saving import save_event
 from momconv.words import itemise, name_some, plural, printable
 
@@ -25,7 +25,7 @@ _SHOWN = 5  # files that a message names
 _SPLITS: tuple[SplitName, ...] = ("train", "val")
 
 
-def leave_out(run: Run, split: SplitName, error: UnreadableImage) -> None:
+def leave_out(run: TrainingRun, split: SplitName, error: UnreadableImage) -> None:
     """Go on without the image of the ``split`` that the ``error`` is about.
 
     Once the run has begun, its state knows of it at once.
@@ -128,7 +128,7 @@ def _find_reason(source: Source, path: Path) -> str:
     return examine(path, source.read).problem or "could not be read"  # the file may be back by now
 
 
-def keep_rest(run: Run) -> Splits:
+def keep_rest(run: TrainingRun) -> Splits:
     """Return the images of the run that are not left out."""
 
     def rest(split: SplitName) -> ImageSet:

@@ -27,7 +27,7 @@ from momconv.training.gradients import add_gradients, take_step
 from momconv.training.memory import halve
 from momconv.training.omission import leave_out
 from momconv.training.processes import ALONE
-from momconv.training.run import Run
+from momconv.training.run import TrainingRun
 from momconv.training.state import read_random_states, set_random_states
 from momconv.training.steps import Step, Steps
 from momconv.vocabulary import OPTIMIZERS
@@ -49,7 +49,7 @@ class Point:
     smoothed: float
 
 
-def find_rate(run: Run) -> float | None:
+def find_rate(run: TrainingRun) -> float | None:
     """Return a good highest learning rate for the ``run`` that is about to start.
 
     None if the loss was lowest at the first, and so fell at no rate.
@@ -100,7 +100,7 @@ def choose_rate(points: Sequence[Point]) -> float | None:
     return None if best is points[0] else float(f"{best.lr / 10:.3g}")
 
 
-def _exploded(run: Run, points: Sequence[Point]) -> MomconvError:
+def _exploded(run: TrainingRun, points: Sequence[Point]) -> MomconvError:
     low, _ = OPTIMIZERS[run.recipe.train.optimizer].rates
     return MomconvError(
         f"--lr auto: the loss explodes within {len(points) + 1} steps, at rates from {low:g} on",
@@ -109,13 +109,13 @@ def _exploded(run: Run, points: Sequence[Point]) -> MomconvError:
     )
 
 
-def _list_rates(run: Run) -> list[float]:
+def _list_rates(run: TrainingRun) -> list[float]:
     low, high = OPTIMIZERS[run.recipe.train.optimizer].rates
     count = count_trials(run.recipe.train.epochs * run.steps_per_epoch)
     return [low * (high / low) ** (n / (count - 1)) for n in range(count)]
 
 
-def _search(run: Run, rates: Sequence[float]) -> Iterator[Point]:
+def _search(run: TrainingRun, rates: Sequence[float]) -> Iterator[Point]:
     average, lowest = 0.0, math.inf
     for n, (rate, loss) in enumerate(_try(run, rates), start=1):
         average = _SMOOTHING * average + (1 - _SMOOTHING) * loss
@@ -126,7 +126,7 @@ def _search(run: Run, rates: Sequence[float]) -> Iterator[Point]:
         yield Point(rate, loss, smoothed)
 
 
-def _try(run: Run, rates: Sequence[float]) -> Iterator[tuple[float, float]]:
+def _try(run: TrainingRun, rates: Sequence[float]) -> Iterator[tuple[float, float]]:
     """Yield each rate and the loss before its step."""
     steps = Steps(run)
     n = 0
@@ -153,14 +153,14 @@ def _try(run: Run, rates: Sequence[float]) -> Iterator[tuple[float, float]]:
                 return
 
 
-def _add_up(run: Run, step: Step) -> float:
+def _add_up(run: TrainingRun, step: Step) -> float:
     loss = sum(add_gradients(run, x, y, len(y) / step.images) for x, y in step.parts)
     run.scaler.unscale_(run.optimizer)
     return float(loss)
 
 
 @contextmanager
-def _as_before(run: Run) -> Iterator[None]:
+def _as_before(run: TrainingRun) -> Iterator[None]:
     """Afterwards the network and the random state are what they were.
 
     The weights wait in a file: nobody has planned memory for a copy.

@@ -21,7 +21,7 @@ from momconv.training.optimisation import require_stages
 from momconv.training.planning import plan_again, plan_batches, tell_of_plan
 from momconv.training.progress import require_validation
 from momconv.training.provenance import describe_machine, read_provenance, tell_of_differences
-from momconv.training.run import Assignment, Run, make_run
+from momconv.training.run import Assignment, TrainingRun, make_run
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import publish, remember_documents, save, write_plan
 from momconv.training.state import load_newest, read_documents
@@ -40,7 +40,7 @@ _FIXED = [
 ]
 
 
-def resume(assignment: Assignment) -> Run:
+def resume(assignment: Assignment) -> TrainingRun:
     """Return the run as it was when its state was saved, but for what the recipe changes.
 
     Raises:
@@ -78,7 +78,7 @@ def resume(assignment: Assignment) -> Run:
     return run
 
 
-def _write_down(run: Run, before: Recipe) -> None:
+def _write_down(run: TrainingRun, before: Recipe) -> None:
     """Let the state have what has changed, and the folder the files that follow from the state."""
     recipe = run.recipe.with_absolute_paths()
     if recipe.train.resolved_lr != before.train.resolved_lr:
@@ -135,7 +135,7 @@ def _recall_plan(folder: RunFolder, request: Request, model: nn.Module) -> Plan:
     return plan_again(Plan.from_json(read_regular(folder.plan)), request, model)
 
 
-def _give_up_lost_model(run: Run) -> bool:
+def _give_up_lost_model(run: TrainingRun) -> bool:
     """Return whether ``best`` is not the best epoch's model; if so, tell, and count it no more.
 
     That of the last epoch is in the state, as long as the next one has not begun.
@@ -178,7 +178,7 @@ def _refuse_changes(before: Recipe, now: Recipe, folder: RunFolder) -> None:
         )
 
 
-def _tell_of_resuming(run: Run, before: Recipe) -> None:
+def _tell_of_resuming(run: TrainingRun, before: Recipe) -> None:
     progress = run.progress
     epochs = run.recipe.train.epochs
     if progress.epoch >= epochs:

@@ -71,7 +71,7 @@ class Assignment:
 
 
 @dataclass(slots=True, kw_only=True)
-class Run(Assignment):
+class TrainingRun(Assignment):
     """A run, as all that happens in it sees and changes it; ``make_run`` makes it."""
 
     # What it works with.
@@ -156,13 +156,13 @@ def make_run(
     model: nn.Module,
     plan: Plan,
     progress: Progress | None = None,
-) -> Run:
+) -> TrainingRun:
     """Return the run of an ``assignment``, at its beginning unless there is ``progress``.
 
     Raises:
         ResourceError: Shared memory has no room for the processes that the recipe asks for.
     """
-    return Run(
+    return TrainingRun(
         recipe=assignment.recipe,
         folder=assignment.folder,
         device=assignment.device,

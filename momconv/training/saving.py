@@ -23,32 +23,32 @@ from momconv.recipe import Recipe, dump_recipe
 from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.network import anneal, make_own
 from momconv.training.progress import EpochRow, Progress, Rollback
-from momconv.training.run import Run
+from momconv.training.run import TrainingRun
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_newest, save_state
 from momconv.units import parse_duration
 
 
-def save(run: Run) -> None:
+def save(run: TrainingRun) -> None:
     """Write the state; then, for people, the models and the numbers."""
     _save_state(run)
     publish(run)
 
 
-def begin(run: Run) -> None:
+def begin(run: TrainingRun) -> None:
     """Write the first state, once the folder has what the run begins with."""
     remember_documents(run)
     _save_state(run)
 
 
-def remember_documents(run: Run) -> None:
+def remember_documents(run: TrainingRun) -> None:
     """Let all states have what the run began with, as it is in the folder now."""
     run.has_begun = True
     kept = [path for path in (run.folder.provenance, run.folder.split) if path.is_file()]
     run.documents = {path.name: path.read_bytes() for path in kept}
 
 
-def save_event(run: Run) -> None:
+def save_event(run: TrainingRun) -> None:
     """Write the state after what went wrong in a step, then the plan and the numbers.
 
     A run that is killed afterwards goes on with what was changed because of it.
@@ -59,20 +59,20 @@ def save_event(run: Run) -> None:
         write_history(run.folder, run.progress)
 
 
-def _save_state(run: Run) -> None:
+def _save_state(run: TrainingRun) -> None:
     if run.processes.leads:
         extras, documents = run.read_extras(), _collect_documents(run)
         save_state(run.folder, run.model, run.optimizer, run.progress, extras, documents)
 
 
-def _collect_documents(run: Run) -> dict[str, bytes]:
+def _collect_documents(run: TrainingRun) -> dict[str, bytes]:
     """Return what the run needs to go on besides tensors and counters, as files for people."""
     recipe = dump_recipe(run.recipe.with_absolute_paths())
     texts = {run.folder.config.name: recipe, run.folder.plan.name: run.plan.to_json()}
     return run.documents | {name: text.encode() for name, text in texts.items()}
 
 
-def publish(run: Run) -> None:
+def publish(run: TrainingRun) -> None:
     """Write the models and the numbers that belong to the state."""
     progress = run.progress
     if not run.processes.leads:
@@ -87,14 +87,14 @@ def publish(run: Run) -> None:
         write_board(run.folder, progress.history)
 
 
-def write_plan(run: Run) -> None:
+def write_plan(run: TrainingRun) -> None:
     """Write how batches are split now."""
     if run.processes.leads:
         write_text(run.folder.plan, run.plan.to_json())
 
 
 @contextmanager
-def saving_on_failure(run: Run) -> Iterator[None]:
+def saving_on_failure(run: TrainingRun) -> Iterator[None]:
     """Save if what happens inside is interrupted, or fails for whatever reason.
 
     Not if the numbers are spoilt, or a step is half done: then the last saved state is the one to
@@ -113,7 +113,7 @@ def saving_on_failure(run: Run) -> Iterator[None]:
         raise
 
 
-def _save_if_possible(run: Run) -> None:
+def _save_if_possible(run: TrainingRun) -> None:
     """Save, and tell how to go on, after what nobody expected, which may be in the way of that."""
     saved = run.is_whole
     with suppress(Exception):
@@ -124,14 +124,14 @@ def _save_if_possible(run: Run) -> None:
 
 
 @contextmanager
-def indivisible(run: Run) -> Iterator[None]:
+def indivisible(run: TrainingRun) -> Iterator[None]:
     """What is inside is done as a whole, or else the run is not whole any more."""
     run.is_whole = False
     yield
     run.is_whole = True
 
 
-def anneal_networks(run: Run) -> None:
+def anneal_networks(run: TrainingRun) -> None:
     """Give the network and its average the γ of the next step."""
     done = run.progress.epoch + run.progress.step / run.steps_per_epoch
     for network in run.networks:
@@ -142,7 +142,7 @@ class NotFinite(MomconvError):
     """A loss, a gradient or a weight is infinite or not a number."""
 
 
-def go_back(run: Run) -> None:
+def go_back(run: TrainingRun) -> None:
     """Return to the state that was saved last.
 
     Raises:
@@ -162,7 +162,7 @@ def go_back(run: Run) -> None:
         anneal_networks(run)
 
 
-def go_back_and_slow_down(run: Run, error: NotFinite) -> None:
+def go_back_and_slow_down(run: TrainingRun, error: NotFinite) -> None:
     """Return to the state that was saved last, with half the learning rate, but only once.
 
     Raises:
@@ -188,7 +188,7 @@ class Autosave:
     To be called after each step. Nothing but the state is written, which changes nothing in a run.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self._run = run
         self._saved = time.monotonic()
 
@@ -205,7 +205,7 @@ class Autosave:
         return time.monotonic() - self._saved >= parse_duration(every)
 
 
-def _save_model(run: Run, path: Path) -> None:
+def _save_model(run: TrainingRun, path: Path) -> None:
     progress = run.progress
     metrics = asdict(progress.history[-1]) if progress.history else None
     finished: dict[str, object] = {"epochs": progress.epoch, "metrics": metrics}

@@ -29,7 +29,7 @@ from momconv.training.planning import plan_batches, tell_of_plan
 from momconv.training.progress import Listener, require_validation
 from momconv.training.provenance import Provenance, find_provenance, tell_of_differences
 from momconv.training.rate_finder import find_rate
-from momconv.training.run import Assignment, Run, make_run
+from momconv.training.run import Assignment, TrainingRun, make_run
 from momconv.training.saving import begin
 from momconv.zoo.description import Preprocessing, describe, mark_as_seen
 
@@ -43,7 +43,7 @@ _NO_MOMENTUM = (
 class Prepared:
     """A run that can begin, and what its files say of it."""
 
-    run: Run
+    run: TrainingRun
     images: CheckedImages
     provenance: Provenance
 
@@ -93,7 +93,7 @@ def prepare(
 
 def start(
     assignment: Assignment, *, overwrite: bool = False, like: Provenance | None = None
-) -> Run:
+) -> TrainingRun:
     """Begin a run, with a folder from which it can be resumed.
 
     Raises:
@@ -174,7 +174,7 @@ def _disk_bytes(model: nn.Module, recipe: Recipe) -> int:
     return 3 * (static.weights + static.optimizer + static.ema) + 3 * static.weights
 
 
-def _choose_rate(run: Run) -> None:
+def _choose_rate(run: TrainingRun) -> None:
     """Look for a learning rate, which from then on is the recipe's own."""
     network.start_training(run.model, run.recipe.train)
     found = find_rate(run)
@@ -188,7 +188,7 @@ def _choose_rate(run: Run) -> None:
     )
 
 
-def _calibrate(run: Run) -> None:
+def _calibrate(run: TrainingRun) -> None:
     """Adapt the converted network to its original, which is loaded for that and then dropped.
 
     It weighs no more than the gradients, which do not exist yet. In single precision, in which this

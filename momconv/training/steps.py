@@ -22,7 +22,7 @@ from momconv.training.batches import (
     split_order,
     weigh_images,
 )
-from momconv.training.run import Run
+from momconv.training.run import TrainingRun
 from momconv.zoo.description import describe
 
 
@@ -47,7 +47,7 @@ class Step:
 class Steps:
     """Reads the steps of an epoch, in the order that its number and the seed give."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         images = run.splits.train
         self._weights = None
         if run.recipe.data.balance == "sampler":

@@ -9,11 +9,11 @@ from momconv.exhaustion import naming_exhaustion
 from momconv.training.memory import out_of_memory
 from momconv.training.network import uncompiled
 from momconv.training.omission import keep_rest, leave_out
-from momconv.training.run import Run
+from momconv.training.run import TrainingRun
 
 
 def validate(
-    run: Run, report: Callable[[int, str], None], check: Callable[[], None]
+    run: TrainingRun, report: Callable[[int, str], None], check: Callable[[], None]
 ) -> Scores | None:
     """Return the scores on the held-out images; None without any.
 

@@ -34,7 +34,7 @@ from momconv.zoo import checksum, unpickling
 from momconv.zoo.file_kinds import describe_folder, refuse_other_kinds
 from momconv.zoo.networks import head_name
 
-State = dict[str, Tensor]
+Tensors = dict[str, Tensor]
 
 _LARGEST_HEADER = 100_000_000  # bytes, as for the safetensors library itself
 
@@ -50,7 +50,7 @@ class _Header(BaseModel):
     metadata: dict[str, str] = Field(alias="__metadata__", default_factory=dict)
 
 
-def read_state(path: Path) -> State:
+def read_state(path: Path) -> Tensors:
     """Return the tensors in ``path`` by name; in front of those in dictionaries is ``key/``.
 
     Raises:
@@ -145,7 +145,7 @@ def verify(path: Path) -> None:
         raise _damaged(path, "its checksum is another")
 
 
-def read_unverified(path: Path, prefix: str) -> State:
+def read_unverified(path: Path, prefix: str) -> Tensors:
     """Return the tensors in the safetensors file ``path`` whose names begin so; no others are read.
 
     They are for who notices damage without the checksum of the whole file.
@@ -181,7 +181,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def difference(network: nn.Module, state: State) -> str | None:
+def difference(network: nn.Module, state: Tensors) -> str | None:
     """Return how ``state`` differs from what ``network`` needs; ``None`` if it fits."""
     expected = network.state_dict()
     # Checkpoints older than PyTorch 0.4.1 lack the counters, which load_state_dict then sets to 0.
@@ -204,7 +204,7 @@ def difference(network: nn.Module, state: State) -> str | None:
     return "; ".join(f"{len(keys)} {what}: {_first(keys)}" for what, keys in found if keys) or None
 
 
-def require_finite(path: Path, network: nn.Module, state: State) -> None:
+def require_finite(path: Path, network: nn.Module, state: Tensors) -> None:
     """Do nothing if all numbers in ``state``, which fits, are finite, as those of ``network`` are.
 
     Raises:
@@ -230,12 +230,12 @@ def _count_spoilt(value: Tensor) -> str:
     return f"{int((~value.isfinite()).sum()):,} of {value.numel():,}"
 
 
-def fill(network: nn.Module, state: State) -> None:
+def fill(network: nn.Module, state: Tensors) -> None:
     """Give ``network`` the values in ``state``, which fits it."""
     network.load_state_dict(with_version(network, state))
 
 
-def with_version(network: nn.Module, state: State) -> State:
+def with_version(network: nn.Module, state: Tensors) -> Tensors:
     """``state`` with the version of the class of ``network``, which torchvision's MNASNet wants.
 
     Not those of its layers: BatchNorm would miss the counters that old checkpoints lack.
@@ -245,12 +245,12 @@ def with_version(network: nn.Module, state: State) -> State:
     return values
 
 
-def classes_in(state: State, architecture: str) -> int | None:
+def classes_in(state: Tensors, architecture: str) -> int | None:
     """Return how many classes the final layer in ``state`` has; ``None`` without such a layer."""
     return outputs_in(state, head_name(architecture))
 
 
-def outputs_in(state: State, layer: str) -> int | None:
+def outputs_in(state: Tensors, layer: str) -> int | None:
     """Return the outputs of the linear ``layer`` in ``state``; ``None`` without such a layer."""
     weight = state.get(f"{layer}.weight")
     return weight.shape[0] if weight is not None and weight.dim() == 2 and len(weight) else None
@@ -272,7 +272,7 @@ def _open(path: Path) -> BufferedReader:
         ) from error
 
 
-def _read_safetensors(path: Path) -> State:
+def _read_safetensors(path: Path) -> Tensors:
     verify(path)
     try:
         with _named_in_utf8(path) as name:
@@ -350,9 +350,9 @@ def _is_dense(value: object) -> TypeGuard[Tensor]:
     return value.device.type == "cpu" and value.untyped_storage().nbytes() >= needed
 
 
-def _flatten(content: object) -> tuple[State, list[str]]:
+def _flatten(content: object) -> tuple[Tensors, list[str]]:
     """Return the tensors in nested containers, and the classes of whole networks among these."""
-    state, modules = State(), list[str]()
+    state, modules = Tensors(), list[str]()
     todo, seen = [("", content)], set[int]()
     while todo:
         place, value = todo.pop()

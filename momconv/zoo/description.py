@@ -12,7 +12,7 @@ from torch import nn
 from momconv.errors import UsageError
 from momconv.zoo.seen import SeenImages
 
-Pixels = Annotated[int, Field(gt=0, le=2**12)]  # bounds what a stranger's file can ask for
+_Pixels = Annotated[int, Field(gt=0, le=2**12)]  # bounds what a stranger's file can ask for
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 Interpolation = Literal[
     "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
@@ -59,8 +59,8 @@ class Preprocessing:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
-    resolution: Pixels
-    resize: Pixels
+    resolution: _Pixels
+    resize: _Pixels
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     interpolation: Interpolation = "bilinear"

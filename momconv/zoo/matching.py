@@ -17,7 +17,7 @@ from torchvision.models import get_model_weights
 
 from momconv.errors import ModelFileError
 from momconv.words import list_some, name_some, plural, printable
-from momconv.zoo.checkpoints import State, classes_in, difference
+from momconv.zoo.checkpoints import Tensors, classes_in, difference
 from momconv.zoo.cifar import DEPTHS
 from momconv.zoo.networks import head_name, names, outline
 
@@ -47,7 +47,7 @@ class Match:
         beside: The names of what is beside it and of no use, without optimisers' states.
     """
 
-    state: State
+    state: Tensors
     prefix: str
     others: tuple[str, ...]
     beside: tuple[str, ...]
@@ -66,7 +66,7 @@ class Match:
         return f"note: {printable(path)}: {'; '.join(parts)}" if parts else None
 
 
-def find_network(tensors: State, network: nn.Module, head: str, path: Path) -> Match:
+def find_network(tensors: Tensors, network: nn.Module, head: str, path: Path) -> Match:
     """Return what of ``tensors`` belongs to ``network``, whose final layer is called ``head``.
 
     Where nothing fits it is what comes closest, for an error to say what is missing.
@@ -84,13 +84,13 @@ def find_network(tensors: State, network: nn.Module, head: str, path: Path) -> M
     return match
 
 
-def recognise(tensors: State) -> str | None:
+def recognise(tensors: Tensors) -> str | None:
     """Return the network in ``names()`` that is among ``tensors``, if any."""
     candidates = [_below(tensors, prefix) for prefix in _list_prefixes(tensors)]
     return next((name for state in candidates if (name := _recognise(state))), None)
 
 
-def _find(tensors: State, network: nn.Module, head: str, path: Path) -> Match | None:
+def _find(tensors: Tensors, network: nn.Module, head: str, path: Path) -> Match | None:
     """Return the network of that shape, but for its head, that the most prefer."""
     expected = {name: value.shape for name, value in network.state_dict().items()}
     body = {name: shape for name, shape in expected.items() if not is_in(name, head)}
@@ -116,7 +116,7 @@ def is_in(name: str, layer: str) -> bool:
 
 
 def _fits(
-    state: State,
+    state: Tensors,
     body: Mapping[str, torch.Size],
     expected: Mapping[str, torch.Size],
     head: str,
@@ -137,7 +137,7 @@ def _root(name: str) -> str:
 
 
 def _choose(
-    tensors: State, prefixes: Sequence[str], expected: Mapping[str, torch.Size], path: Path
+    tensors: Tensors, prefixes: Sequence[str], expected: Mapping[str, torch.Size], path: Path
 ) -> str:
     """Return one of several networks: that which was trained, and not one that follows it."""
     first, *others = prefixes
@@ -176,25 +176,25 @@ def _name(prefix: str) -> str:
     return " ".join(parts) or "without a prefix"
 
 
-def _are_same(tensors: State, first: str, other: str, expected: Mapping[str, torch.Size]) -> bool:
+def _are_same(tensors: Tensors, first: str, other: str, expected: Mapping[str, torch.Size]) -> bool:
     pairs = ((tensors.get(first + name), tensors.get(other + name)) for name in expected)
     return all(a is None or b is None or torch.equal(a, b) for a, b in pairs)
 
 
-def _count_prefixes(tensors: State, expected: Mapping[str, torch.Size]) -> Counter[str]:
+def _count_prefixes(tensors: Tensors, expected: Mapping[str, torch.Size]) -> Counter[str]:
     """Return how many of a network's tensors there are under each prefix."""
     return Counter(
         name[:start] for name in tensors for start in _starts(name) if name[start:] in expected
     )
 
 
-def _closest(tensors: State, network: nn.Module) -> str:
+def _closest(tensors: Tensors, network: nn.Module) -> str:
     """Return the prefix under which most of a network is."""
     counts = _count_prefixes(tensors, network.state_dict())
     return max(counts, key=lambda prefix: (counts[prefix], -len(prefix)), default="")
 
 
-def _list_prefixes(tensors: State) -> list[str]:
+def _list_prefixes(tensors: Tensors) -> list[str]:
     """Return those that many tensors have, the longest last."""
     counts = Counter(name[:start] for name in tensors for start in _starts(name))
     return sorted((p for p, count in counts.items() if count >= _LEAST), key=len)
@@ -206,11 +206,11 @@ def _starts(name: str) -> Iterator[int]:
     yield from (place.end() for place in re.finditer(r"[./]", name))
 
 
-def _below(tensors: State, prefix: str) -> State:
+def _below(tensors: Tensors, prefix: str) -> Tensors:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _recognise(state: State) -> str | None:
+def _recognise(state: Tensors) -> str | None:
     """Return the network in ``names()`` that ``state`` fits, if any."""
     for name in names():
         num_classes = classes_in(state, name) if _has_the_size_of(name, state) else None
@@ -219,7 +219,7 @@ def _recognise(state: State) -> str | None:
     return None
 
 
-def _has_the_size_of(name: str, state: State) -> bool:
+def _has_the_size_of(name: str, state: Tensors) -> bool:
     """Return whether about as much is learnt as in ``name``: cheaper to see than shapes."""
     matrices = [value for value in state.values() if value.dim() == _MATRIX]
     if name in DEPTHS or not matrices:

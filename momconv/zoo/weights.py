@@ -85,7 +85,7 @@ class _Reading:
 
     def find(
         self, name: str, path: Path, network: nn.Module, head: str
-    ) -> tuple[checkpoints.State, int | None]:
+    ) -> tuple[checkpoints.Tensors, int | None]:
         """Return what ``network`` needs of the file ``path``, and how many classes its head has.
 
         Without a head there are no classes, and no tensors of a head.
@@ -109,7 +109,7 @@ class _Reading:
             raise _has_no_head(name, path, own)
         return state, classes
 
-    def fill(self, name: str, path: Path, network: nn.Module, state: checkpoints.State) -> None:
+    def fill(self, name: str, path: Path, network: nn.Module, state: checkpoints.Tensors) -> None:
         """Give ``network`` what was found, and its own head where none was.
 
         Raises:
@@ -124,19 +124,21 @@ class _Reading:
         checkpoints.fill(network, state)
 
 
-def _widen(head: str, tensors: checkpoints.State) -> str:
+def _widen(head: str, tensors: checkpoints.Tensors) -> str:
     """Return the module that ends with the ``head``, where nothing of it is among ``tensors``."""
     around = head.rpartition(".")[0]
     return head if not around or any(f"{around}." in name for name in tensors) else around
 
 
-def _split(state: checkpoints.State, head: str) -> tuple[checkpoints.State, checkpoints.State]:
+def _split(
+    state: checkpoints.Tensors, head: str
+) -> tuple[checkpoints.Tensors, checkpoints.Tensors]:
     """Return the tensors of the ``head``, and the others."""
     found = {key: value for key, value in state.items() if is_in(key, head)}
     return found, {key: value for key, value in state.items() if key not in found}
 
 
-def _is_usable(found: checkpoints.State, own: checkpoints.State) -> bool:
+def _is_usable(found: checkpoints.Tensors, own: checkpoints.Tensors) -> bool:
     """Return whether the head ``found`` is as the ``own`` one, but for the number of classes."""
     return found.keys() == own.keys() and all(
         value.isfinite().all() and value.shape[1:] == own[key].shape[1:]
@@ -201,7 +203,7 @@ def _refuse_converted(path: Path) -> None:
 
 
 def _does_not_fit(
-    name: str, path: Path, state: checkpoints.State, difference: str
+    name: str, path: Path, state: checkpoints.Tensors, difference: str
 ) -> ModelFileError:
     guess, part = recognise(state), explain_part(path)
     looks = f"looks like {guess}" if guess else ""

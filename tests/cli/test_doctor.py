@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from momconv import diagnosis
 from momconv.cli import app
-from momconv.diagnosis import Finding
+from momconv.diagnosis import HealthCheck
 from momconv.momentum import seam
 
 
@@ -67,7 +67,7 @@ def test_damaged_weights_are_an_exit_code_and_a_command(
 
 
 def test_what_only_some_need_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = Finding("extra plot", ok=False, found="none", fix="pip install it", needed=False)
+    lacking = HealthCheck("extra plot", ok=False, found="none", fix="pip install it", needed=False)
     monkeypatch.setattr(diagnosis, "_PARTS", (lambda: iter([lacking]),))
     ran = run()
     assert (ran.exit_code, ran.stderr) == (0, "")
@@ -126,7 +126,7 @@ def test_a_gpu_without_a_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     """It works all the same."""
     monkeypatch.setattr(seam, "find_obstacle", lambda _: "RuntimeError: no C compiler")
     card, fp32, triton = diagnosis._look_at_gpu(torch.device("cuda", 1))
-    assert card == Finding(
+    assert card == HealthCheck(
         "cuda:1",
         ok=True,
         found="NVIDIA H200, compute 9.0, 64.0 GiB of 128.0 GiB free",

@@ -15,7 +15,7 @@ from momconv.data.source import ImageSet, Listing, Splits, read_classes
 from momconv.errors import DataError
 from momconv.evaluation import evaluate
 from momconv.training.loop import train
-from momconv.training.run import Run
+from momconv.training.run import TrainingRun
 from momconv.training.saving import begin
 from momconv.zoo.networks import build
 
@@ -83,7 +83,7 @@ def test_scores_are_those_of_the_same_images_in_a_folder(
     assert found == [mistake.path for mistake in theirs.mistakes]
 
 
-def train_on(images: ImageSet, colours: Path, folder: Path) -> Run:
+def train_on(images: ImageSet, colours: Path, folder: Path) -> TrainingRun:
     torch.manual_seed(0)
     run = make_run(colours, build("cifar_resnet20", 3), "train.epochs=1", folder=folder)
     run.splits = Splits(images, images, ())

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from momconv.planner.saving import Saving
-from momconv.reports.conversion import Calibration, Conversion, Reversion
-from momconv.surgery.adaptation import Step
+from momconv.reports.conversion import CalibrationReport, Conversion, Reversion
+from momconv.surgery.adaptation import AdaptationStep
 from momconv.surgery.certificate import Accuracy, Certificate, StageCertificate
 from momconv.surgery.conversion import Stage
 from momconv.surgery.drift import Drift
@@ -28,8 +28,8 @@ DONE = Conversion(
     gain=True,
     stages=(Stage("layer1", 3, (0, 1, 2), 1000, 0.9), Stage("layer4", 3, (), 20, 0.0)),
     parameters=1234,
-    calibration=Calibration(2000, layers=36, more=True, unreadable=("a.png: empty file",)),
-    steps=(Step("swapped", FAR.drift), Step("statistics", CERTIFICATE.drift)),
+    calibration=CalibrationReport(2000, layers=36, more=True, unreadable=("a.png: empty file",)),
+    steps=(AdaptationStep("swapped", FAR.drift), AdaptationStep("statistics", CERTIFICATE.drift)),
     tried=(),
     interrupted=False,
     certificate=CERTIFICATE,
@@ -121,7 +121,7 @@ def test_a_network_that_has_drifted_far_comes_with_commands_that_help() -> None:
         f"{base} --gamma 0.8",
     )
     assert replace(far, calibration=None).remedies == (f"{base} --gamma 0.9 --calibrate FOLDER",)
-    distilled = replace(far, gamma=0.1, steps=(Step("distilled", FAR.drift),))
+    distilled = replace(far, gamma=0.1, steps=(AdaptationStep("distilled", FAR.drift),))
     assert distilled.remedies == (f"{base} --gamma 0.1 --max-images 5000",)
     assert DONE.remedies == replace(far, is_noise=True).remedies == ()
     assert replace(far, source="none").remedies == replace(far, gamma=0).remedies == ()
@@ -149,7 +149,7 @@ REVERTED = Reversion(
     architecture="resnet34",
     num_classes=7,
     source=Path("tuned.safetensors"),
-    steps=(Step("swapped", DRIFT),),
+    steps=(AdaptationStep("swapped", DRIFT),),
     drift=DRIFT,
     accuracy=Accuracy(original=0.7, converted=0.69),
     measured_on="held out of photos",

@@ -17,7 +17,7 @@ from momconv.recipe import Recipe, load_recipe
 from momconv.training import run
 from momconv.training.finetuning import Result, finetune
 from momconv.training.progress import SILENT, EpochRow, Listener
-from momconv.training.run import Assignment, Run
+from momconv.training.run import Assignment, TrainingRun
 from momconv.training.run_folder import RunFolder
 
 SMALL = [
@@ -60,7 +60,7 @@ def make_run(
     *changes: str,
     plan: Plan = PLAN,
     folder: Path = Path(),
-) -> Run:
+) -> TrainingRun:
     """A run on ``data``, with all that it works with, before it begins."""
     assignment = Assignment(
         recipe=small(data, *changes),

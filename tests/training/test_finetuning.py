@@ -29,7 +29,7 @@ from momconv.training.gradients import take_step
 from momconv.training.images import recall_images
 from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.progress import Listener
-from momconv.training.run import Run
+from momconv.training.run import TrainingRun
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state
 from momconv.zoo.description import describe
@@ -287,7 +287,7 @@ def test_weights_that_diverge_are_noticed_without_validation(
     """In the very last step, after which no loss would show it."""
     steps = itertools.count(1)
 
-    def step(run: Run, lr: float) -> None:
+    def step(run: TrainingRun, lr: float) -> None:
         take_step(run, lr)
         if next(steps) % 4 == 0:
             run.model.get_parameter("linear.bias").data[0] = math.inf

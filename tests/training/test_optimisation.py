@@ -53,7 +53,7 @@ from momconv.training.optimisation import (
     share_of_rate,
 )
 from momconv.training.progress import Progress
-from momconv.training.run import Run
+from momconv.training.run import TrainingRun
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import save
 from momconv.training.steps import Step
@@ -267,7 +267,7 @@ CPU = torch.device("cpu")  # scaling gradients works there too, though nobody wa
 IMAGES, LABELS = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, 0, 1])
 
 
-def make_fp16_run(colours: Path, strategy: str, folder: Path = Path()) -> Run:
+def make_fp16_run(colours: Path, strategy: str, folder: Path = Path()) -> TrainingRun:
     torch.manual_seed(0)
     model = convert(build("cifar_resnet20", 3), 0.9).train()
     set_strategy(model, strategy)  # type: ignore[arg-type]  # it is one
@@ -275,7 +275,7 @@ def make_fp16_run(colours: Path, strategy: str, folder: Path = Path()) -> Run:
     return make_run(colours, model, "train.label_smoothing=0", plan=plan, folder=folder)
 
 
-def add_up(run: Run) -> None:
+def add_up(run: TrainingRun) -> None:
     run.progress = Progress(lr_factor=0.5)  # as after the only return to an earlier state
     step = Step([0, 1, 2, 3, 4], iter([(IMAGES, LABELS)]))
     assert _add_up(run, step, _Report(run), lambda: None) is not None

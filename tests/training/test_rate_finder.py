@@ -14,7 +14,7 @@ from momconv.training import rate_finder
 from momconv.training.finetuning import finetune
 from momconv.training.gradients import add_gradients
 from momconv.training.interruption import Interrupted
-from momconv.training.run import Run
+from momconv.training.run import TrainingRun
 
 
 def test_the_rate_is_found_once_and_the_run_is_as_if_it_had_been_given(
@@ -54,7 +54,7 @@ def test_a_loss_that_explodes_at_once_is_named(
 def test_a_loss_that_explodes_late_is_where_the_search_ends(
     colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def explode(run: Run, _x: Tensor, _y: Tensor, share: float) -> Tensor:
+    def explode(run: TrainingRun, _x: Tensor, _y: Tensor, share: float) -> Tensor:
         return torch.tensor(share if run.optimizer.param_groups[0]["lr"] <= 0.02 else math.nan)
 
     monkeypatch.setattr(rate_finder, "add_gradients", explode)
@@ -70,7 +70,7 @@ def test_where_the_loss_falls_at_no_rate_the_default_stays(
 ) -> None:
     losses = itertools.count(1)
 
-    def rise(_run: Run, _x: Tensor, _y: Tensor, share: float) -> Tensor:
+    def rise(_run: TrainingRun, _x: Tensor, _y: Tensor, share: float) -> Tensor:
         return torch.tensor(share * (1 + next(losses) / 100))
 
     monkeypatch.setattr(rate_finder, "add_gradients", rise)
@@ -85,7 +85,7 @@ def test_memory_that_runs_out_halves_the_parts(
 ) -> None:
     calls = itertools.count(1)
 
-    def exhaust(run: Run, x: Tensor, y: Tensor, share: float) -> Tensor:
+    def exhaust(run: TrainingRun, x: Tensor, y: Tensor, share: float) -> Tensor:
         if next(calls) == 2:
             raise MemoryError
         return add_gradients(run, x, y, share)
