@@ -55,101 +55,40 @@ def _find_states(folder: Path) -> list[Path]:
     return [state for run in runs for state in (run.state, run.previous) if state.is_file()]
 
 
+class _Child:
+    """A path in the folder that it is asked of."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: "RunFolder", _: type) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True, slots=True)
 class RunFolder:
     """The files of a run. All are written whole or not at all."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """The recipe with all its defaults; ``--recipe`` replays it."""
-        return self.path / "config.yaml"
-
-    @property
-    def provenance(self) -> Path:
-        """What the run began with besides: versions, weights, images and the command."""
-        return self.path / "run.json"
-
-    @property
-    def plan(self) -> Path:
-        """How the micro-batch was chosen."""
-        return self.path / "plan.json"
-
-    @property
-    def split(self) -> Path:
-        """Which images are trained on and which are held out."""
-        return self.path / "split.json"
-
-    @property
-    def data_report(self) -> Path:
-        """What was found in the images."""
-        return self.path / "data-report.json"
-
-    @property
-    def state(self) -> Path:
-        """Weights, optimiser, random state and counters of one moment: what resuming needs."""
-        return self.path / "state.safetensors"
-
-    @property
-    def previous(self) -> Path:
-        """The state that was saved before the last one, should that be damaged."""
-        return self.path / "state.previous.safetensors"
-
-    @property
-    def damaged(self) -> Path:
-        """A state that could not be read."""
-        return self.path / "state.damaged.safetensors"
-
-    @property
-    def best(self) -> Path:
-        """The model of the best epoch."""
-        return self.path / "best.safetensors"
-
-    @property
-    def last(self) -> Path:
-        """The model as it was last saved."""
-        return self.path / "last.safetensors"
-
-    @property
-    def rates(self) -> Path:
-        """The loss at the learning rates that were tried."""
-        return self.path / "lr_finder.csv"
-
-    @property
-    def metrics(self) -> Path:
-        """A line of numbers for each epoch."""
-        return self.path / "metrics.csv"
-
-    @property
-    def events(self) -> Path:
-        """The same and what went wrong, an object for each line."""
-        return self.path / "events.jsonl"
-
-    @property
-    def board(self) -> Path:
-        """The same for TensorBoard, if that is asked for."""
-        return self.path / "tensorboard"
-
-    @property
-    def card(self) -> Path:
-        """What the network is, for people."""
-        return self.path / "README.md"
-
-    @property
-    def model_config(self) -> Path:
-        """The same for other tools."""
-        return self.path / "config.json"
-
-    @property
-    def confusion(self) -> Path:
-        """How many held-out images of each class are said to be of each class."""
-        return self.path / "confusion.csv"
-
-    @property
-    def plots(self) -> Path:
-        """The run in pictures."""
-        return self.path / "plots"
+    config = _Child("config.yaml")  # the recipe with all its defaults; ``--recipe`` replays it
+    provenance = _Child("run.json")  # versions, weights, images and command that it began with
+    plan = _Child("plan.json")  # how the micro-batch was chosen
+    split = _Child("split.json")  # which images are trained on and which are held out
+    data_report = _Child("data-report.json")  # what was found in the images
+    state = _Child("state.safetensors")  # of one moment, all that resuming needs
+    previous = _Child("state.previous.safetensors")  # the one before, should that be damaged
+    damaged = _Child("state.damaged.safetensors")  # a state that could not be read
+    best = _Child("best.safetensors")  # the model of the best epoch
+    last = _Child("last.safetensors")  # the model as it was last saved
+    rates = _Child("lr_finder.csv")  # the loss at the learning rates that were tried
+    metrics = _Child("metrics.csv")  # a line of numbers for each epoch
+    events = _Child("events.jsonl")  # the same and what went wrong, an object for each line
+    board = _Child("tensorboard")  # the same for TensorBoard, if that is asked for
+    card = _Child("README.md")  # what the network is, for people
+    model_config = _Child("config.json")  # the same for other tools
+    confusion = _Child("confusion.csv")  # what held-out images of each class are taken for
+    plots = _Child("plots")  # the run in pictures
 
     @property
     def resume_command(self) -> str:
