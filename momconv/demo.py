@@ -110,7 +110,7 @@ def _demonstrate(
 
 
 def _load_digits() -> tuple["NDArray[np.uint8]", list[int]]:
-    """8×8 grey pictures and the digits that they show."""
+    """Return 8×8 grey pictures and the digits that they show."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -150,7 +150,7 @@ def _clear(folder: Path) -> None:
 
 
 def _write_images(root: Path, pictures: "NDArray[np.uint8]", labels: Sequence[int]) -> None:
-    """The pictures as files in pretrain/, train/ and val/, one folder for each digit."""
+    """Write the pictures to pretrain/, train/ and val/, with one folder for each digit."""
     rest, pretrain = hold_out(labels, 0.5, seed=0)
     train, val = hold_out([labels[index] for index in rest], 0.5, seed=0)
     _write_split(root / "pretrain", pictures, labels, pretrain)
@@ -190,7 +190,7 @@ def _data(path: Path) -> DataRecipe:
 
 
 def _convert(original: Path, images: Path, converted: Path, listener: Listener) -> None:
-    """The original as a momentum network, its BatchNorm calibrated on its own training images."""
+    """Write the original as a momentum network, calibrated on its own training images."""
     model = convert(load(original), GAMMA)
     files = choose_images(images, _CALIBRATION_IMAGES, seed=0)
     batches = CalibrationImages(

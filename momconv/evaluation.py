@@ -227,7 +227,7 @@ def _read_together(loader: "DataLoader[Any]", count: int) -> Iterator[Any]:
 
 
 def _make_metrics(classes: int, *, sync: bool) -> MetricCollection:
-    """Metrics of classes and labels, which add up those of all processes if ``sync``.
+    """Return metrics of classes and labels, which add up those of all processes if ``sync``.
 
     There is one more class, for no answer: where it is said, the label's own has a miss.
     """

@@ -135,7 +135,7 @@ class Parts:
         self._largest: int | None = None  # images at once
 
     def work(self, work: Callable[[Sequence["Tensor"]], T], images: "Tensor") -> T:
-        """``work`` on ``images`` in even parts; all of it again if memory runs out.
+        """Return ``work`` on ``images``, in smaller and smaller parts while memory runs out.
 
         Raises:
             OutOfMemory: It does so with the fewest images at once.
@@ -153,7 +153,7 @@ class Parts:
             self._largest = max(self._fewest, largest // 2)
 
     def forward(self, model: "nn.Module", images: "Tensor", device: "torch.device") -> "Tensor":
-        """``model(images)`` on ``device``, for a model to which each image is one by itself.
+        """Return ``model(images)`` on ``device``, for a model to which each image is one by itself.
 
         Raises:
             OutOfMemory: Not even one image fits.

@@ -17,7 +17,7 @@ _OFFSET = 0xDC00
 
 
 def encode_name(name: str | Path) -> str:
-    r"""``name`` in characters that can be written.
+    r"""Return ``name`` in characters that can be written.
 
     >>> print(encode_name("l\udce4rche.png"), encode_name("lärche.png"))
     l\xe4rche.png lärche.png

@@ -45,7 +45,7 @@ from momconv.words import abridge, printable, quoted
 
 
 def _readable_by(parse: Callable[[Any], object]) -> AfterValidator:
-    """Values that ``parse`` can read."""
+    """Return values that ``parse`` can read."""
 
     def check(text: Any) -> Any:
         try:
@@ -428,7 +428,7 @@ def load_recipe(
 
 
 def shorten(recipe: Recipe) -> Recipe:
-    """``recipe`` with all its parts, but only two steps of training and images for two to validate.
+    """Return ``recipe`` with all its parts, but two steps to train and images for two to validate.
 
     >>> shorten(load_recipe(None, ["train.batch_size=8", "train.epochs=90"])).data.max_images
     16
@@ -461,7 +461,7 @@ def _validate(settings: dict[str, "_Setting"]) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """``recipe`` as YAML, with every default written out; reading it back gives an equal one."""
+    """Return ``recipe`` as YAML with every default, from which an equal one is read."""
     document = recipe.model_dump(mode="json")
     return yaml.safe_dump(document, sort_keys=False)  # in ASCII: PyYAML leaves a raw NEL unquoted
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def in_eval_mode(*models: nn.Module) -> AbstractContextManager[None]:
-    """Eval mode inside; the training flags as before afterwards, also those changed inside."""
+    """Return a context in eval mode, after which all training flags are as before."""
     return _in_mode(models, training=False)
 
 
@@ -48,7 +48,7 @@ def keep_buffers(model: nn.Module) -> Callable[[], None]:
 
 
 def autocast_settings(device_type: str) -> dict[str, Any]:
-    """Arguments with which torch.autocast does what it is doing now."""
+    """Return the arguments with which torch.autocast does what it is doing now."""
     return {
         "device_type": device_type,
         "enabled": torch.is_autocast_enabled(device_type),
@@ -72,7 +72,7 @@ class Condition:
     __slots__ = ("_modules", "_names", "_places", "_training", "buffers", "parameters")
 
     def __init__(self, modules: Sequence[nn.Module], with_buffers: Iterable[nn.Module]) -> None:
-        """The condition of now; the buffers are those of ``with_buffers``."""
+        """Keep the condition of now, with the buffers of ``with_buffers``."""
         self._modules = modules
         self._training = tuple(module.training for module in modules)
         self._places: list[dict[str, Any]] = []  # of the parameters, then of the buffers
@@ -82,7 +82,7 @@ class Condition:
         self.add_buffers(with_buffers)
 
     def add_buffers(self, modules: Iterable[nn.Module]) -> None:
-        """The buffers of further modules as well."""
+        """Keep the buffers of further modules as well."""
         self.buffers += self._find(module._buffers for module in modules)
 
     def _find(self, places: Iterable[dict[str, Any]]) -> list[Tensor]:

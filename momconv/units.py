@@ -37,7 +37,7 @@ def parse_bytes(text: str, option: str = "") -> int:
 
 
 def format_bytes(count: float) -> str:
-    """``count`` bytes in the largest binary unit that leaves a number of at least 1.
+    """Return ``count`` bytes in the largest binary unit that leaves a number of at least 1.
 
     >>> format_bytes(3 * 2**30), format_bytes(1536), format_bytes(12)
     ('3.0 GiB', '1.5 KiB', '12 B')
@@ -49,7 +49,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """``seconds`` in at most two units.
+    """Return ``seconds`` in at most two units.
 
     >>> format_duration(0.42), format_duration(75), format_duration(7260)
     ('0.4 s', '1 min 15 s', '2 h 1 min')

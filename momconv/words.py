@@ -16,7 +16,7 @@ _short.maxstring = _short.maxother = _short.maxlong = 80
 
 
 def quoted(value: object) -> str:
-    """``value`` of the user's as Python writes it, and a long one without its middle.
+    """Return ``value`` of the user's as Python writes it, and a long one without its middle.
 
     >>> quoted("auto"), quoted(["a", ["b"]]), len(quoted("x" * 100_000))
     ("'auto'", "['a', ['b']]", 80)
@@ -25,7 +25,7 @@ def quoted(value: object) -> str:
 
 
 def abridge(text: str, most: int) -> str:
-    """``text``, without its middle if it has more than ``most`` characters.
+    """Return ``text``, without its middle if it has more than ``most`` characters.
 
     >>> abridge("0123456789", 10), abridge("0123456789", 7)
     ('0123456789', '012…789')
@@ -37,7 +37,7 @@ def abridge(text: str, most: int) -> str:
 
 
 def fit_screen(message: str) -> str:
-    """``message``, with no more lines, nor characters in them, than a person sees at once.
+    """Return ``message``, with no more lines, nor characters in them, than a person sees at once.
 
     >>> fit_screen("a short one"), len(fit_screen("x" * 100_000))
     ('a short one', 1600)
@@ -49,7 +49,7 @@ def fit_screen(message: str) -> str:
 
 
 def printable(name: str | Path) -> str:
-    r"""``name`` on one line, with what a terminal would obey or could not show written out.
+    r"""Return ``name`` on one line, with what a terminal would obey or could not show written out.
 
     >>> print(printable("two\nlines\x1b[31m"))
     two\nlines\x1b[31m
@@ -102,7 +102,7 @@ def list_some(lines: Sequence[str], most: int) -> list[str]:
 
 
 def itemise(lines: Sequence[str], most: int) -> str:
-    """As ``list_some``, a line each, below the line that they belong to.
+    """Return what ``list_some`` does, a line each, below the line that they belong to.
 
     >>> print(itemise(["a", "b", "c"], 1))
       a

@@ -148,7 +148,7 @@ def print_json(document: object) -> None:
 
 
 def print_json_lines(documents: Iterable[object]) -> None:
-    """As ``print_json``, each document on a line of its own."""
+    """Print documents like ``print_json``, each on a line of its own."""
     for document in documents:
         out.print(Text(json.dumps(_finite(document))), soft_wrap=True)
 
@@ -166,7 +166,7 @@ class Terminated(SystemExit):
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """``command``, ending in one readable error and its exit code instead of a traceback.
+    """Return ``command``, ending in one readable error and its code instead of a traceback.
 
     If it was called with ``json_output=True``, the error is a JSON document on stdout instead. In
     all paths that it is given ``~`` is the home folder.

@@ -27,7 +27,7 @@ def find_options() -> dict[str, Option]:
 
 
 def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
-    """``command``, which takes any keyword, with an option for each key that has one."""
+    """Return ``command``, which takes any keyword, with an option for each key that has one."""
     options = [
         inspect.Parameter(
             to_parameter(key),

@@ -188,7 +188,7 @@ def convert(  # noqa: PLR0913 (one for each option)
 
 
 def parse_distillation(text: str) -> int | float:
-    """Epochs, an int, or minutes, a float.
+    """Return epochs, an int, or minutes, a float.
 
     >>> parse_distillation("6"), parse_distillation("90s")
     (6, 1.5)

@@ -228,7 +228,7 @@ def _print_json(
     exposure: "Exposure",
     failure: ThresholdNotMet | None,
 ) -> None:
-    """One document: the scores of the first file, and below ``compared`` those of the others."""
+    """Print one document: the first file's scores, and below ``compared`` the others'."""
     (file, own), *others = scores.items()
     compared = [
         {"file": path, "agreement": own.agreement(other), **other.to_json()}

@@ -250,7 +250,7 @@ def _try_out(recipe: Recipe, folder: Path, choices: _Choices) -> None:
 
 
 def _run_beside(recipe: Recipe, folder: Path, choices: _Choices) -> None:
-    """As ``_run``, in the next unused folder, should another process be quicker to take this."""
+    """Run in the next unused folder, should another process be quicker to take this one."""
     while True:
         try:
             return _run(recipe, folder, choices)

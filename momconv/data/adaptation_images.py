@@ -88,7 +88,7 @@ class VerificationImages:
     note: str | None
 
     def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
-        """The batches; they can be read again and again.
+        """Yield the batches, the same each time.
 
         Raises:
             DataError: No file can be read.

@@ -77,7 +77,7 @@ class CalibrationImages:
         self._kept: list[tuple[Tensor, list[Path]]] | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The batches; ``progress`` hears how many files are decoded.
+        """Return the batches; ``progress`` hears how many files are decoded.
 
         Raises:
             DataError: No file can be read.

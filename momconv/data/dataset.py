@@ -64,7 +64,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         return len(self.paths)
 
     def set_epoch(self, epoch: int) -> None:
-        """From now on, draw the random transforms of ``epoch``."""
+        """Draw the random transforms of ``epoch`` from now on."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:

@@ -198,7 +198,7 @@ def read_table_set(
     *,
     unknown: Unknown = "error",
 ) -> ImageSet:
-    """As ``read_classes_folder``, for images below ``root`` whose classes a ``table`` names.
+    """Return the images below ``root`` whose classes a ``table`` names.
 
     Raises:
         DataError: ``root`` is missing, or ``table`` does not name its images and their classes.

@@ -76,7 +76,7 @@ def find_outside(findings: Mapping[Path, Finding], ranges: ValueRanges) -> dict[
 
 
 def find_guessed(findings: Mapping[Path, Finding], ranges: ValueRanges) -> set[Path]:
-    """Images for whose values there is no range."""
+    """Return images for whose values there is no range."""
     return {
         path
         for path, finding in findings.items()

@@ -93,7 +93,7 @@ def name_classes(images: ImageSet) -> list[tuple[Path, str]]:
 
 
 def fingerprint(files: Iterable[tuple[str, str, str]]) -> str:
-    """SHA-256 of the split, class and SHA-256 of each file, whatever its name and their order."""
+    """Return the SHA-256 of each file's split, class and SHA-256, whatever their order."""
     lines = sorted("\0".join(file) for file in files)
     return hashlib.sha256("\0\0".join(lines).encode()).hexdigest()
 

@@ -149,7 +149,7 @@ def _unknown_classes(
 
 
 def _counted(unknown: Mapping[str, list[Path]], owner: str) -> str:
-    """Such as ``1 class that train does not have: wolf (1 image)``."""
+    """Return words such as ``1 class that train does not have: wolf (1 image)``."""
     counted = [f"{printable(n)} ({plural(len(paths), 'image')})" for n, paths in unknown.items()]
     shown = ", ".join(list_some(counted, _SHOWN))
     return f"{plural(len(unknown), 'class')} that {owner} does not have: {shown}"

@@ -46,7 +46,7 @@ def _share(count: int, fraction: float) -> int:
 
 
 def shuffle(items: Iterable[T], seed: int | str) -> list[T]:
-    """``items`` in a random order that depends on the ``seed`` alone.
+    """Return ``items`` in a random order that depends on the ``seed`` alone.
 
     >>> shuffle("abcde", seed=0), shuffle("abcde", seed="0")
     (['d', 'c', 'e', 'b', 'a'], ['e', 'a', 'c', 'b', 'd'])

@@ -97,7 +97,7 @@ class NormalisedTensor:
         self._mean, self._std = (torch.tensor(v).view(3, 1, 1) for v in (p.mean, p.std))
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Red, green and blue, normalised: shape (3, height, width)."""
+        """Return red, green and blue, normalised: shape (3, height, width)."""
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         # Divided by 255, as presets do; v2.ToDtype multiplies by 1/255: not the same.
         return pixels.float().div_(255).sub_(self._mean).div_(self._std)

@@ -75,7 +75,7 @@ def keep_unseen(
 def leave_out_seen(
     images: ImageSet, records: Sequence[SeenImages | None], *, keep_all: bool = False
 ) -> tuple[ImageSet, Exposure]:
-    """As ``keep_unseen``, for what networks are known to have seen."""
+    """Return what ``keep_unseen`` does, for what networks are known to have seen."""
     recorded, complete = None not in records, all(seen and seen.complete for seen in records)
     known = [seen for seen in records if seen is not None and seen.digests]
     if not known:

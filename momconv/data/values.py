@@ -94,7 +94,7 @@ def guess_range(values: Values) -> ValueRange:
 def to_eight_bits(
     values: "NDArray[Any]", bounds: ValueRange, no_data: float | None = None
 ) -> tuple["NDArray[np.uint8]", int]:
-    """``values`` with the range ``bounds`` on 0…255, and how many of them lie outside.
+    """Return ``values`` with the range ``bounds`` on 0…255, and how many of them lie outside.
 
     What is not a number or stands for no data becomes black.
     """
@@ -154,7 +154,7 @@ def describe_ranges(ranges: ValueRanges) -> str:
 def warn_of_values(
     outside: Mapping[Path, int], guessed: Collection[Path], *, approximate: bool = False
 ) -> tuple[str, ...]:
-    """Lines on the pixels ``outside`` of a network's range, and images for which it has none."""
+    """Return lines on pixels ``outside`` of a network's range, and images without one."""
     lines = []
     if outside:
         count = plural(sum(outside.values()), "value")
@@ -174,7 +174,7 @@ def warn_of_values(
 
 
 def _drop_no_data(values: "NDArray[np.float64]") -> "NDArray[np.float64]":
-    """``values`` without a least or greatest one that nothing comes near: it is none of theirs."""
+    """Return ``values`` without a least or greatest one that nothing comes near."""
     for extreme in (np.min, np.max, np.min):
         if not values.size:
             break
@@ -213,7 +213,7 @@ def _find_range(images: Sequence[Values]) -> ValueRange:
 
 
 def _fit_bits(low: float, bottom: float, top: float) -> ValueRange | None:
-    """0 to the greatest integer of the fewest bits that hold ``top``; None where few are used."""
+    """Return the range of the fewest bits that hold ``top``; None where few are used."""
     if low < 0 or top > 2**32:
         return None
     greatest = 2.0 ** max(8, math.ceil(math.log2(top + 1))) - 1
@@ -221,7 +221,7 @@ def _fit_bits(low: float, bottom: float, top: float) -> ValueRange | None:
 
 
 def _round(bottom: float, top: float) -> ValueRange:
-    """``bottom`` to ``top`` in few digits, and from 0 where that costs less than half of it."""
+    """Return ``bottom`` to ``top`` in few digits, from 0 where that costs less than half."""
     if 0 <= bottom < top / 2:
         bottom = 0.0
     if top == bottom:

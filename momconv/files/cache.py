@@ -9,7 +9,7 @@ from momconv.units import parse_path
 
 
 def cache_folder() -> Path:
-    """``$MOMCONV_CACHE``, or ``momconv`` where the machine keeps caches; it may not exist."""
+    """Return ``$MOMCONV_CACHE``, or ``momconv`` where this machine keeps caches."""
     if own := os.environ.get("MOMCONV_CACHE"):
         return parse_path(own)
     return user_cache_path("momconv", appauthor=False)

@@ -142,7 +142,7 @@ def require_extra(format_: Format) -> None:
 
 
 def _draw(description: Description) -> Tensor:
-    """Images of noise."""
+    """Return images of noise."""
     side = description.preprocessing.resolution
     return torch.randn(_TRIED, 3, side, side, generator=torch.Generator().manual_seed(0))
 
@@ -200,7 +200,7 @@ def _open_onnx(path: Path) -> _Run:
 
 
 def _write_plain(model: nn.Module, path: Path, images: Tensor, expected: Tensor) -> float:
-    """As the others, but the plain network may differ; only the file may not differ from it."""
+    """Write the plain network, which may differ; only the file may not differ from it."""
     plain = revert(model)
     save_plain(plain, path)
     description = describe(model)

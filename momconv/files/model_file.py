@@ -162,7 +162,7 @@ def _compose(model: nn.Module, extra: Mapping[str, object]) -> dict[str, str]:
 
 
 def _read_verified(path: Path) -> _Metadata:
-    """As ``_read``, for what does not go on to read the tensors, with which they are verified."""
+    """Return what ``_read`` does, for callers that read no tensors, and verify these."""
     if checkpoints.is_safetensors(path):
         checkpoints.verify(path)
     return _read(path)

@@ -35,7 +35,7 @@ class Allowance:
     fragmentation: float
 
     def total(self, tensors: int) -> int:
-        """Bytes to allow for besides so many bytes of tensors."""
+        """Return the bytes to allow for besides so many bytes of tensors."""
         return self.context + self.workspace + int(self.fragmentation * tensors)
 
 
@@ -50,7 +50,7 @@ def read_table() -> dict[str, Allowance]:
 
 
 def find_allowance(device: torch.device) -> Allowance:
-    """That of the GPU ``device``; the default for one that is not there or was never measured."""
+    """Return that of the GPU ``device``, or the default if that was never measured."""
     if not torch.cuda.is_available():
         return DEFAULT
     return read_table().get(torch.cuda.get_device_name(device), DEFAULT)

@@ -80,7 +80,7 @@ def weight_gradient(conv: Convolution) -> int:
 
 
 def _untiled(conv: Convolution, sums: int) -> int:
-    """Kernels of a pixel need each thread's sums of an image, unless they are products."""
+    """Return the bytes of each thread's sums of an image, for kernels of a pixel."""
     if conv.is_channels_last and not conv.is_depthwise and supports("avx512_bf16"):
         return _lists(conv) + _NESTED
     return torch.get_num_threads() * sums if conv.is_pointwise else 0
@@ -185,7 +185,7 @@ def _product(product: _Product) -> int:
 
 
 def _copied(product: _Product, block: int) -> int:
-    """Bytes of the padded lines that a thread copies, for a block of outputs at a time."""
+    """Return the bytes of the padded lines that a thread copies for a block of outputs."""
     (height, width), (tall, wide) = product.padded, product.kernel
     down, across = product.stride
     if product.is_unfolded:
@@ -201,7 +201,7 @@ def _copied(product: _Product, block: int) -> int:
 
 
 def _cover(rows: int, width: int, gap: int) -> int:
-    """Pixels of rows with gaps between them that tiles cover, none of which begins in a gap."""
+    """Return the pixels that tiles cover of rows with gaps, none of which begins in a gap."""
     covered = 0
     while covered < rows * width + (rows - 1) * gap:
         covered += BLOCK if covered % (width + gap) < width else 1
@@ -222,7 +222,7 @@ def _rows(product: _Product, block: int) -> int:
 
 
 def _cache(name: str) -> int:
-    """Bytes of a core's cache."""
+    """Return the bytes of a core's cache."""
     return int(torch.cpu.get_capabilities()[f"{name}_cache_size"])
 
 
@@ -339,7 +339,7 @@ class _Lines:
 
 
 def _tiled_weight_gradient(conv: Convolution) -> int:
-    """Sums, and as many transposed lines as fit into the second cache."""
+    """Return the bytes of sums, and of transposed lines that fit into the second cache."""
     (height, width), (high, broad) = conv.x.shape[2:], conv.y.shape[2:]
     if conv.is_product and width <= _LONG_LINE:
         height, high, broad = 1, 1, high * broad
@@ -368,7 +368,7 @@ def _tiled_weight_gradient(conv: Convolution) -> int:
 
 
 def _transposing_weight_gradient(conv: Convolution) -> int:
-    """Sums, and an image of each thread that has some."""
+    """Return the bytes of sums, and of an image of each thread that has some."""
     (height, width), (high, broad) = conv.x.shape[2:], conv.y.shape[2:]
     across, padding = conv.stride[1], conv.padding[1]
     end = (broad - 1) * across + conv.kernel[1] - width - padding
@@ -384,7 +384,7 @@ def _transposing_weight_gradient(conv: Convolution) -> int:
 
 
 def _pointwise_weight_gradient(conv: Convolution) -> int:
-    """Sums, and of each thread pixels that are not in order as they are."""
+    """Return the bytes of sums, and of each thread's pixels that are not in order."""
     area = math.prod(conv.y.shape[2:])
     (height, width), (high, broad) = conv.x.shape[2:], conv.y.shape[2:]
     lines = _Lines(conv, x_lines=height, x_pixels=width, y_lines=high, y_pixels=broad)

@@ -91,7 +91,7 @@ def _onednn_forward(conv: Convolution) -> int:
 
 
 def _onednn_backward(conv: Convolution, wanted: Sequence[bool]) -> int:
-    """First the gradient of the input, then the weight's, each reordered like the forward pass."""
+    """Return the bytes of the gradients, first the input's, then the weight's, each reordered."""
     held = conv.weight_copy + _gradient_copy(conv)
     peak = 0
     if wanted[0]:
@@ -181,6 +181,6 @@ def _column_scratch(conv: Convolution) -> int:
 
 
 def _gradient_copy(conv: Convolution) -> int:
-    """Bytes of the output's gradient brought to the layout of the convolution."""
+    """Return the bytes of the output's gradient brought to the layout of the convolution."""
     layout = torch.channels_last if conv.is_channels_last else torch.contiguous_format
     return 0 if conv.y.is_contiguous(memory_format=layout) else conv.y.nbytes

@@ -108,7 +108,7 @@ class Convolution:
         return self.weight_of(outputs, inputs)
 
     def weight_of(self, outputs: int, inputs: int) -> int:
-        """Bytes of the weight, had a group so many outputs and inputs."""
+        """Return the bytes of the weight, had a group so many outputs and inputs."""
         area = math.prod(self.kernel) * self.weight.element_size()
         return int(self.groups * outputs * inputs * area)
 
@@ -120,17 +120,17 @@ class Convolution:
 
 
 def blocked(x: Tensor) -> int:
-    """Bytes of x with its channels in whole blocks."""
+    """Return the bytes of x with its channels in whole blocks."""
     return int(x.nbytes // x.shape[1] * in_blocks(x.shape[1]))
 
 
 def in_blocks(channels: int) -> int:
-    """Channels, rounded up to whole vectors of the processor."""
+    """Return the channels, rounded up to whole vectors of the processor."""
     return round_up(channels, 16 if has_avx512() else 8)
 
 
 def in_pairs(channels: int) -> int:
-    """Channels, filled up to pairs of which tiles have whole rows."""
+    """Return the channels, filled up to pairs of which tiles have whole rows."""
     return round_up(channels, PAIRS if channels > PAIRS else 2)
 
 

@@ -79,7 +79,7 @@ class Imitator(Generic[_T]):
         return copy.deepcopy(model, memo)
 
     def run(self, func: OpOverload, args: Any, kwargs: Any) -> Answer[_T]:
-        """``func(*args, **kwargs)`` while ``mode`` is on."""
+        """Return ``func(*args, **kwargs)`` while ``mode`` is on."""
         try:
             key = func, _sign((*args, *kwargs.items()))
         except _Unknown:

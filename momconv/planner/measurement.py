@@ -153,7 +153,7 @@ def run_step(
     precision: Precision,
     enter_loss: Callable[[], None] = lambda: None,
 ) -> None:
-    """The forward pass, the loss, before which ``enter_loss`` is called, and the backward pass."""
+    """Run the forward pass, ``enter_loss``, the loss and the backward pass."""
     with torch.enable_grad():
         with autocast(precision, images.device):
             outputs = model(images)
@@ -212,7 +212,7 @@ def _free_in_cgroups() -> Iterator[int]:
 
 
 def _read_cache(folder: Path, name: str) -> int:
-    """Pages of files that count as used but make room as soon as memory is needed."""
+    """Return the bytes of files' pages, which count as used but make room when needed."""
     lines = (folder / "memory.stat").read_text().splitlines()
     return int(dict(line.split() for line in lines)[name])
 

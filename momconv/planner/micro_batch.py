@@ -106,7 +106,7 @@ def count_steps(count: int, batch_size: int) -> int:
 
 
 def split_evenly(batch: int, micro_batch: int) -> tuple[int, ...]:
-    """``batch`` images in even parts of at most ``micro_batch``, larger ones first.
+    """Return ``batch`` images in even parts of at most ``micro_batch``, larger ones first.
 
     Of an odd batch in pairs, one part has three, so that none has one.
 

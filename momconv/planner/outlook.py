@@ -90,7 +90,7 @@ class Outlook:
         return self._predict(strategy, self.request.largest_part(micro_batch), **changes).peak
 
     def find_fastest(self, micro_batch: int) -> StrategyChoice:
-        """Of the strategies that fit, of which there must be one."""
+        """Return the fastest of the strategies that fit, of which there must be one."""
         fitting = [name for name in self.strategies if self.fits(name, micro_batch)]
         return min(fitting, key=lambda name: self.rank(name, micro_batch, self.speed))
 

@@ -72,7 +72,7 @@ class _Attempt:
 
 
 def _find_fixes(attempt: _Attempt) -> Iterator[str]:
-    """Options that would fit, each tried out by a prediction."""
+    """Yield options that would fit, each tried out by a prediction."""
     request = attempt.outlook.request
     others = list_strategies(attempt.outlook.model, "auto")
     if request.strategy != "auto" and any(map(attempt.would_fit, others)):

@@ -53,14 +53,14 @@ def _layer_norm(args: Arguments, results: Sequence[Tensor]) -> int:
 
 
 def _layer_norm_backward(args: Arguments, results: Sequence[Tensor]) -> int:
-    """Copies without gaps, and each thread's own gradients of weight and bias."""
+    """Return the bytes of copies without gaps, and of each thread's gradients."""
     gradient, x, shape = args[:3]
     sums: int = 2 * torch.get_num_threads() * math.prod(shape) * x.element_size()
     return _bytes(*results) + _copies(gradient, x) + sums
 
 
 def _sum(args: Arguments, results: Sequence[Tensor]) -> int:
-    """Integers are added as int64, in a copy."""
+    """Return the bytes with a copy, in which integers are added as int64."""
     x = args[0]
     copied = not x.dtype.is_floating_point and x.dtype != results[0].dtype
     return _bytes(*results) + (x.numel() * results[0].element_size() if copied else 0)
@@ -100,7 +100,7 @@ def _score_block(query: Tensor, key: Tensor) -> tuple[int, int]:
 
 
 def _per_thread(floats: int, narrow: int, query: Tensor) -> int:
-    """Bytes of so many floats a thread, of which ``narrow`` are kept in half precision as well."""
+    """Return the bytes of so many floats a thread, ``narrow`` of them in half precision too."""
     half = query.element_size() if query.element_size() < FLOAT else 0
     return torch.get_num_threads() * (floats * FLOAT + narrow * half)
 
@@ -110,7 +110,7 @@ def _bytes(*tensors: Tensor) -> int:
 
 
 def _copies(*tensors: Tensor) -> int:
-    """Bytes of the copies of those that have gaps or another order in memory."""
+    """Return the bytes of the copies of those that have gaps or another order in memory."""
     return _bytes(*(tensor for tensor in tensors if not tensor.is_contiguous()))
 
 

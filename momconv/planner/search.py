@@ -130,7 +130,7 @@ def _search(model: nn.Module, look: Callable[..., Outlook]) -> tuple[Rank, Plan]
 
 
 def _list_gammas(model: nn.Module, request: Request) -> list[float]:
-    """Larger γ to consider."""
+    """Return larger γ to consider."""
     own = max((stage.gamma for stage in momentum_stages(model).values()), default=0.0)
     if (
         "gamma" not in request.may_change

@@ -38,7 +38,7 @@ def _unfold(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
 
 @contextlib.contextmanager
 def marking(stages: dict[nn.Module, str], enter: Callable[[str], None]) -> Iterator[None]:
-    """Calls ``enter`` when the forward and backward pass enter a stage.
+    """Call ``enter`` when the forward and backward pass enter a stage.
 
     The backward marks are hooks on the output's gradient: a full backward hook would make the
     output a view, which the in-place ReLU of a torchvision network could not change.

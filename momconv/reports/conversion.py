@@ -259,7 +259,7 @@ def tabulate_stages(
 
 
 def format_spans(numbers: Sequence[int]) -> str:
-    """Ascending numbers with neighbours drawn together.
+    """Return ascending numbers with neighbours drawn together.
 
     >>> format_spans([1, 2, 3, 5])
     '1-3, 5'

@@ -105,7 +105,7 @@ def _inverts(variant: Variant) -> bool:
 
 
 def judge(profile: MemoryProfile) -> str:
-    """In words: what needs least, and whether momentum is worth it."""
+    """Say what needs least, and whether momentum is worth it."""
     needs = {p.variant: p.peak.bytes_per_image for p in profile.profiles}
     amounts = {variant: f"{format_bytes(need)} an image" for variant, need in needs.items()}
     least = min(needs, key=lambda variant: needs[variant])
@@ -227,7 +227,7 @@ def _tabulate_alive(profile: MemoryProfile) -> Table:
 
 
 def _shorten(stage: str) -> str:
-    """Without what a long name has in common with those of the other stages.
+    """Return a long name without what it has in common with those of the other stages.
 
     >>> _shorten("features.3"), _shorten("trunk_output.block3")
     ('features.3', '…block3')

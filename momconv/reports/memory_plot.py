@@ -52,7 +52,7 @@ def _draw_batches(axes: "Axes", profile: MemoryProfile, budgets: Mapping[str, in
 
 
 def _draw_course(axes: "Axes", profile: MemoryProfile) -> None:
-    """What is alive over the depth, forwards and then backwards, with the peak marked."""
+    """Draw what is alive over the depth, forwards and then backwards, and the peak."""
     for p in profile.profiles:
         places, alive = zip(*p.course, strict=True)
         (line,) = axes.plot(places, [bytes_ / 2**30 for bytes_ in alive], linewidth=1)

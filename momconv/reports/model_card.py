@@ -207,5 +207,5 @@ def _tabulate(titles: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def _escape(text: str) -> str:
-    """``text`` on one line, with what Markdown or HTML would obey made visible."""
+    """Return ``text`` on one line, with what Markdown or HTML would obey made visible."""
     return "".join(f"\\{char}" if char in "\\`*_[]<>|#$&" else char for char in printable(text))

@@ -39,7 +39,7 @@ _LENGTH = 24  # characters of a class
 
 
 def draw_curves(history: Sequence[EpochRow], path: Path) -> None:
-    """Loss, top-1, learning rate and, where it changes, γ over the epochs."""
+    """Draw loss, top-1, learning rate and, where it changes, γ over the epochs."""
     epochs = [row.epoch for row in history]
     validated = [row for row in history if row.val_loss is not None]
     held_out = [row.epoch for row in validated]
@@ -60,7 +60,7 @@ def draw_curves(history: Sequence[EpochRow], path: Path) -> None:
 
 
 def draw_confusion(scores: Scores, path: Path) -> None:
-    """The share of each class's images that is said to be each class."""
+    """Draw the share of each class's images that is said to be each class."""
     shown = _choose_classes(scores)
     names = [_shorten(scores.classes[n].name) for n in shown]
     counts = [[scores.confusion[row][column] for column in shown] for row in shown]
@@ -84,7 +84,7 @@ def draw_confusion(scores: Scores, path: Path) -> None:
 
 
 def draw_mistakes(mistakes: Sequence[Mistake], p: Preprocessing, path: Path) -> None:
-    """The images themselves, with what was said and what is right."""
+    """Draw the images themselves, with what was said and what is right."""
     texts = [
         f"said {_shorten(m.said)} ({m.probability:.0%})\nis {_shorten(m.truth)}" for m in mistakes
     ]
@@ -92,7 +92,7 @@ def draw_mistakes(mistakes: Sequence[Mistake], p: Preprocessing, path: Path) -> 
 
 
 def draw_training_images(images: ImageSet, p: Preprocessing, recipe: Recipe, path: Path) -> None:
-    """Some images as the network saw them in the first epoch, with their classes; not yet mixed."""
+    """Draw some images as in the first epoch, with their classes; not yet mixed."""
     data, total = recipe.data, len(images.samples)
     count = min(_EXAMPLES, total)
     transform = training_transform(p, level=data.augment, flip=data.flip)
@@ -105,7 +105,7 @@ def draw_training_images(images: ImageSet, p: Preprocessing, recipe: Recipe, pat
 
 
 def draw_rates(table: Path, chosen: float, path: Path) -> None:
-    """The loss at the learning rates that were tried, and the rate that was chosen."""
+    """Draw the loss at the learning rates that were tried, and the rate that was chosen."""
     with table.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     rates = [float(row["lr"]) for row in rows]
@@ -137,13 +137,13 @@ def _draw_images(images: Iterable[Image.Image], texts: Sequence[str], path: Path
 
 
 def _shrink(image: Image.Image) -> Image.Image:
-    """``image`` with a longer side of ``_SIDE``; a strip keeps one pixel of the other."""
+    """Return ``image`` with a longer side of ``_SIDE``; a strip keeps one pixel of the other."""
     width, height = (max(1, round(length * _SIDE / max(image.size))) for length in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def draw_memory(plan: Plan, path: Path) -> None:
-    """The peak of a training step, as predicted and as measured, and the limit."""
+    """Draw the peak of a training step, as predicted and as measured, and the limit."""
     amounts = {"predicted": plan.predicted_bytes, "measured": plan.measured_bytes}
     known = {name: amount / 2**20 for name, amount in amounts.items() if amount is not None}
     known["limit"] = plan.limit_bytes / 2**20

@@ -107,7 +107,7 @@ class Adaptation:
         self._note("distilled")
 
     def _watch(self, length: Distillation) -> Callable[[int, int, str], None]:
-        """Progress in steps, or in seconds where they are what is limited."""
+        """Return who hears of progress in steps, or in seconds where they are limited."""
         if length.minutes is None:
             return lambda done, total, _: self._progress("distilling", done, total)
         began, seconds = time.monotonic(), round(60 * length.minutes)

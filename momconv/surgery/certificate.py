@@ -122,7 +122,7 @@ def _conclude(equal: dict[str, bool | None]) -> bool | None:
 
 
 def compare_gradients(model: nn.Module, images: Tensor) -> dict[str, bool | None]:
-    """For each momentum stage and ``REST``: does "momentum" give what "store" gives, bit for bit?
+    """Return where "momentum" gives what "store" does, by momentum stage and for ``REST``.
 
     Compared are the input of the stage, the gradients of it and of the parameters, and the buffers
     after one training step, such as BatchNorm's statistics. The model stays as it is. On a GPU,
@@ -144,7 +144,7 @@ def compare_gradients(model: nn.Module, images: Tensor) -> dict[str, bool | None
 
 
 def _compare(ones: dict[str, list[Tensor]], others: dict[str, list[Tensor]]) -> dict[str, bool]:
-    """In which stages all tensors are the same."""
+    """Return in which stages all tensors are the same."""
     return {
         name: len(tensors) == len(others[name]) and all(map(torch.equal, tensors, others[name]))
         for name, tensors in ones.items()

@@ -264,7 +264,7 @@ def _on_top(run: Run, gains: Sequence[float], restoring: Sequence[float]) -> Run
 
 
 def _two_images(model: nn.Module) -> Tensor:
-    """Without memory. Two, because BatchNorm in training mode refuses one value per channel."""
+    """Return two images without memory: BatchNorm in training mode refuses a single one."""
     description = find_description(model)
     side = description.preprocessing.resolution if description else 224
     parameter = next(model.parameters())
@@ -307,7 +307,7 @@ def _check_names(
 
 
 def _wrap(model: nn.Module, found: Runs, gamma: float, velocity: Velocity) -> nn.Module:
-    """``model`` with a stage wherever a run was ``found``.
+    """Return ``model`` with a stage wherever a run was ``found``.
 
     A Sequential around stages becomes one too, to recompute the stem and what is between them.
     """
@@ -323,7 +323,7 @@ def _wrap(model: nn.Module, found: Runs, gamma: float, velocity: Velocity) -> nn
 
 
 def _plain(model: nn.Module) -> nn.Module:
-    """``model`` with all stages replaced by plain sequences, in place unless it is one itself."""
+    """Return ``model`` with plain sequences for stages, in place unless it is one itself."""
     restore_stem(model)
     for name, stage in momentum_stages(model).items():
         plain = stage.kind.__new__(stage.kind)  # its __init__ may want something
@@ -344,14 +344,14 @@ def _become_stage(plain: nn.Module, **settings: Any) -> MomentumSequential:
 
 
 def _with_contents(new: Module, old: nn.Module) -> Module:
-    """``new`` with the blocks of ``old``, and what else was written on it, such as hooks."""
+    """Return ``new`` with the blocks of ``old``, and what else was on it, such as hooks."""
     own = MomentumSequential.__annotations__
     vars(new).update({name: value for name, value in vars(old).items() if name not in own})
     return new
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """``model`` with another submodule; ``new`` itself where that is all of it."""
+    """Return ``model`` with another submodule; ``new`` itself where that is all of it."""
     if not name:
         return new
     parent, _, leaf = name.rpartition(".")
@@ -364,7 +364,7 @@ def _is_inside(name: str, outer: str) -> bool:
 
 
 def _sequentials(model: nn.Module) -> list[str]:
-    """Names of the stages and the plain Sequentials, of exactly that type, that may become some."""
+    """Return the names of the stages and of the plain Sequentials that may become some."""
     return [
         name
         for name, module in model.named_modules()

@@ -126,7 +126,7 @@ def imitate(
 
 
 def _add_gradients(optimizer: Adam, pair: "_Pair", parts: Sequence[Tensor]) -> None:
-    """Those of the loss on the images of all ``parts``, each with the variances of its own."""
+    """Add the gradients of the loss on all ``parts``, each with variances of its own."""
     optimizer.zero_grad()
     total = sum(map(len, parts))
     for images in parts:
@@ -155,7 +155,7 @@ class _Pair:
         return self._parts.forward(model, images, self._device)
 
     def loss(self, images: Tensor) -> Tensor:
-        """See the head of this module."""
+        """Return the loss that the head of this module describes."""
         images = images.to(self._device)
         with torch.no_grad():
             logits, features = _trace(self._teacher, self._stages, images)
@@ -168,7 +168,7 @@ class _Pair:
 
     @torch.no_grad()
     def divergence(self) -> float:
-        """Mean KL(teacher ‖ student) on the images held out, in nats."""
+        """Return the mean KL(teacher ‖ student) on the images held out, in nats."""
         total = 0.0
         for batch, target in zip(self._held_out, self._targets, strict=True):
             total += len(batch) * float(_divergence(self._run(self._student, batch), target))
@@ -176,7 +176,7 @@ class _Pair:
 
 
 def measure_divergence(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor]) -> float:
-    """Mean KL(teacher ‖ student) of the logits, in nats."""
+    """Return the mean KL(teacher ‖ student) of the logits, in nats."""
     with in_eval_mode(student, teacher):
         return _Pair(student, teacher, batches).divergence()
 

@@ -146,7 +146,7 @@ def observe(model: nn.Module, blocks: Iterable[nn.Module], inputs: Sequence[Tens
 def call_on_fakes(
     module: nn.Module, inputs: Sequence[Tensor], mode: FakeTensorMode, observer: TorchDispatchMode
 ) -> Any:
-    """module(*inputs) with fake parameters and buffers: real buffers would be written to."""
+    """Return module(*inputs) with fake parameters and buffers, as real buffers would change."""
     modules = [*module.modules()]
     own = Condition(modules, modules)
     parameters = [_imitate(tensor, mode) for tensor in own.parameters]

@@ -53,7 +53,7 @@ def split_order(order: Sequence[int], batch_size: int) -> list[list[int]]:
 def split_batch(
     batch: Sequence[int], micro_batch: int, *, largest: int | None = None
 ) -> list[list[int]]:
-    """``batch`` in even parts of at most ``micro_batch`` images.
+    """Return ``batch`` in even parts of at most ``micro_batch`` images.
 
     If it is the share of a process, and ``largest`` the images of the largest share, which has one
     more at most, it has as many parts as that one.
@@ -164,7 +164,7 @@ def weigh_images(images: ImageSet) -> list[float]:
 
 
 def repeat(images: ImageSet) -> ImageSet:
-    """``images`` as often as :func:`draw` may draw one: number i + k n is its k-th repetition.
+    """Return ``images`` as often as :func:`draw` may draw one: i + k n is the k-th repetition.
 
     A number of its own gives each repetition an augmentation of its own.
     """
@@ -173,7 +173,7 @@ def repeat(images: ImageSet) -> ImageSet:
 
 
 def draw(weights: Sequence[float], *, seed: int, epoch: int) -> list[int]:
-    """As many numbers of images as there are ``weights``, in random order.
+    """Return as many numbers of images as there are ``weights``, drawn by these.
 
     Each comes up as often as its weight says, rounded up or down at random (systematic sampling).
     """

@@ -102,7 +102,7 @@ class _Batches:
         self._listener = listener
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The listener hears of the first passes; then it hears of the steps."""
+        """Yield the batches; the listener hears of the first passes, and then of the steps."""
         title = self.titles.pop(0) if self.titles else None
         for done, pictures in enumerate(self._read()):
             if title is not None:

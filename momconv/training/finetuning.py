@@ -148,7 +148,7 @@ def rehearse(
 
 @contextmanager
 def _assigning(recipe: Recipe, folder: Path, listener: Listener) -> Iterator[Assignment]:
-    """What this process is to do, with random numbers and other processes ready for it.
+    """Prepare what this process is to do: its device, random numbers, other processes.
 
     Raises:
         UsageError: The recipe asks for what its device cannot do, or for TensorBoard without it.

@@ -30,7 +30,7 @@ def add_gradients(run: TrainingRun, images: Tensor, labels: Tensor, share: float
 
 
 def weigh_labels(labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
-    """Probabilities (images, classes), smoothed, of which each image has the weight of its class.
+    """Return smoothed probabilities (images, classes) with the weight of each image's class.
 
     ``F.cross_entropy(weight=…)`` would weigh the share of smoothing that other classes get by
     *their* weights: of a common image, the loss would be lowest where it is taken for a rare one.

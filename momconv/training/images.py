@@ -300,7 +300,7 @@ def _to_part(images: ImageSet, root: Path, checked: CheckedImages) -> _Part:
 
 
 def _relate(path: Path, root: Path) -> Path:
-    """``path`` below ``root`` if it is there, or else from the top."""
+    """Return ``path`` below ``root`` if it is there, or else from the top."""
     path, above = path.absolute(), root.absolute()
     return path.relative_to(above) if path.is_relative_to(above) else path
 

@@ -26,7 +26,7 @@ class TimeUp(Exception):
 
 @contextmanager
 def catching_signals(announce: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Gives a function that raises ``Interrupted`` if SIGINT or SIGTERM has come since.
+    """Give a function that raises ``Interrupted`` if SIGINT or SIGTERM has come since.
 
     A second signal raises SystemExit wherever the program is. Only the main thread of a process
     gets signals; in another one nothing is caught.

@@ -283,7 +283,7 @@ def _stop_if_asked(run: TrainingRun, check: Callable[[], None]) -> None:
 
 @contextmanager
 def _all_or_nothing(run: TrainingRun) -> Iterator[None]:
-    """Undoes what was done to the network since the last step, if it comes to nothing.
+    """Undo what was done to the network since the last step, if that comes to nothing.
 
     The weights do not change before the optimiser's step; gradients, BatchNorm's statistics and the
     random state do, and the scaler knows of gradients that it has unscaled.

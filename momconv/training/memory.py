@@ -37,7 +37,7 @@ def has_to_measure(run: TrainingRun, images: int) -> bool:
 
 
 def measure_gradients(run: TrainingRun, images: Tensor, labels: Tensor, share: float) -> Tensor:
-    """As ``add_gradients``, and the plan learns the peak.
+    """Add gradients as ``add_gradients`` does, and let the plan learn the peak.
 
     Raises:
         OutOfMemory: The peak is above the limit that was asked for, which nothing else enforces on

@@ -114,13 +114,13 @@ def synchronise(model: nn.Module) -> None:
 
 
 def read_gamma(model: nn.Module) -> float:
-    """γ of the blocks of ``model`` that follow the momentum rule; 0 if none does."""
+    """Return γ of the blocks of ``model`` that follow the momentum rule; 0 if none does."""
     stages = momentum_stages(model).values()
     return max((stage.gamma for stage in stages if stage.runs), default=0.0)
 
 
 def gamma_at(recipe: MomentumRecipe, epochs: float) -> float:
-    """γ of the step before which so many epochs are done: in a straight line to its target.
+    """Return γ of the step before which so many epochs are done: in a straight line to its target.
 
     It may start small, where the network is still close to the plain one.
 

@@ -171,7 +171,7 @@ def read_scaler(scaler: GradScaler) -> dict[str, Tensor]:
 
 
 def restore_scaler(scaler: GradScaler, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of ``read_scaler``."""
+    """Restore what ``read_scaler`` returned."""
     if scaler.is_enabled() and tensors:
         scale, tracker = (tensors[name] for name in _SCALER_STATE)
         own = {"scale": float(scale), "_growth_tracker": int(tracker)}
@@ -207,5 +207,5 @@ class Average:
         return dict(self._averaged.state_dict())
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of ``tensors``."""
+        """Restore what ``tensors`` returned."""
         self._averaged.load_state_dict(tensors)

@@ -60,7 +60,7 @@ def plan_again(plan: Plan, request: Request, model: nn.Module) -> Plan:
 
 
 def plan_together(plan: Plan, model: nn.Module, processes: Processes) -> Plan:
-    """``plan`` with the smallest micro-batch of all processes, whose devices may differ.
+    """Return ``plan`` with the smallest micro-batch of all processes.
 
     Raises:
         ResourceError: A process is gone.
@@ -84,7 +84,7 @@ def warn_of_noise(plan: Plan, model: nn.Module) -> str | None:
 
 
 def tell_of_plan(plan: Plan, model: nn.Module, listener: Listener) -> None:
-    """How the batch is split, and what to mind."""
+    """Tell how the batch is split, and what to mind."""
     listener.tell(f"note: {plan}")
     device = torch.device(plan.request.device)
     if plan.request.precision == "fp32" and device.type == "cuda":

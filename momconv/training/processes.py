@@ -48,7 +48,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, batch: int, *, fewest: int) -> range:
-        """This process's images of a ``batch``: an even share, but at least ``fewest``, or none.
+        """Return this process's images of a ``batch``: an even share, ``fewest`` or more, or none.
 
         >>> [Processes(rank, 4).share(7, fewest=2) for rank in range(4)]
         [range(0, 3), range(3, 5), range(5, 7), range(0, 0)]
@@ -116,7 +116,7 @@ class Processes:
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
-        """What is inside is done by the leader, then by the others; all go on together."""
+        """Let the leader do what is inside, then the others; all go on together."""
         if not self.leads:
             self.wait()
         yield

@@ -137,13 +137,13 @@ class Listener:
     """Hears how a run goes. This one ignores it all; a subclass overrides what it wants to show."""
 
     def tell(self, text: str) -> None:
-        """A message that begins with ``note:`` or ``warning:``."""
+        """Hear a message that begins with ``note:`` or ``warning:``."""
 
     def advance(self, title: str, done: int, total: int, text: str = "") -> None:
-        """The work ``title`` is so far; when it starts over, or another starts, that one ended."""
+        """Hear how far the work ``title`` is; when it starts over, or another starts, it ended."""
 
     def finish_epoch(self, row: EpochRow, epochs: int) -> None:
-        """An epoch of ``epochs`` ended."""
+        """Hear that one of so many ``epochs`` ended."""
 
 
 SILENT = Listener()

@@ -92,6 +92,6 @@ def list_differences(before: Provenance, now: Provenance) -> list[str]:
 
 
 def tell_of_differences(before: Provenance, now: Provenance, listener: Listener) -> None:
-    """What is not as it was."""
+    """Tell what is not as it was."""
     for difference in list_differences(before, now):
         listener.tell(f"warning: not as in the run of {before.started}: {difference}")

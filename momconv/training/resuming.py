@@ -94,7 +94,7 @@ def _write_down(run: TrainingRun, before: Recipe) -> None:
 
 
 def _tell_of_images(assignment: Assignment, splits: Splits, before: Recipe) -> None:
-    """What is not as it was where the images lie: the folder itself, further images and classes."""
+    """Tell what has changed where the images are: the folder, further images and classes."""
     data, tell = assignment.recipe.with_absolute_paths().data, assignment.listener.tell
     root = data.path or splits.train.root
     if data.path != before.data.path:

@@ -116,7 +116,7 @@ class TrainingRun(Assignment):
         return {prefix + key: value for prefix, own in parts.items() for key, value in own.items()}
 
     def restore_extras(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of ``read_extras``."""
+        """Restore what ``read_extras`` returned."""
         parts: dict[str, dict[str, Tensor]] = {"ema": {}, "scaler": {}}
         for key, value in tensors.items():
             part, _, name = key.partition("/")

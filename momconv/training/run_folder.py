@@ -169,7 +169,7 @@ class RunFolder:
         )
 
     def find_unused(self) -> Path:
-        """This folder if it is unused, or else the first with a number behind its name that is.
+        """Return this folder, or the first with a number behind its name, that is unused.
 
         What another run has claimed is not.
         """

@@ -125,7 +125,7 @@ def _save_if_possible(run: TrainingRun) -> None:
 
 @contextmanager
 def indivisible(run: TrainingRun) -> Iterator[None]:
-    """What is inside is done as a whole, or else the run is not whole any more."""
+    """Do what is inside as a whole; where it fails, the run is not whole any more."""
     run.is_whole = False
     yield
     run.is_whole = True

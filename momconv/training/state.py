@@ -208,7 +208,7 @@ def read_random_states() -> dict[str, Tensor]:
 
 
 def set_random_states(states: dict[str, Tensor]) -> None:
-    """The inverse of ``read_random_states``."""
+    """Restore what ``read_random_states`` returned."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])

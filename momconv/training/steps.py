@@ -92,7 +92,7 @@ class Steps:
         end_workers(self._loader)
 
     def _lay_out(self, part: Part) -> Part:
-        """``part`` as the network wants it; a GPU lays it out itself, after the transfer.
+        """Return ``part`` as the network wants it; a GPU lays it out itself, after the transfer.
 
         Nobody keeps what it was before, so it never takes memory twice.
         """
@@ -115,7 +115,7 @@ class Steps:
         return self._mixer.extend(parts, before=batch[own.start - 1])
 
     def _fill_up(self, batches: list[list[int]], left_out: Collection[int]) -> list[list[int]]:
-        """``batches`` without what is ``left_out``; too small ones take the epoch's first images.
+        """Return ``batches`` without ``left_out``; too small ones take the epoch's first images.
 
         That is, where images are left out or every process needs one.
         """

@@ -172,7 +172,7 @@ def _warn_of_no_checksum(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal.
+    """Return the SHA-256 of the file's bytes, in hexadecimal.
 
     Raises:
         ModelFileError: There is no such file, or it cannot be read.
@@ -236,7 +236,7 @@ def fill(network: nn.Module, state: Tensors) -> None:
 
 
 def with_version(network: nn.Module, state: Tensors) -> Tensors:
-    """``state`` with the version of the class of ``network``, which torchvision's MNASNet wants.
+    """Return ``state`` with the version of ``network``'s class, which MNASNet wants.
 
     Not those of its layers: BatchNorm would miss the counters that old checkpoints lack.
     """

@@ -55,7 +55,7 @@ class CifarResNet(nn.Module):
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of shape (B, num_classes) for images of shape (B, 3, H, W)."""
+        """Return logits of shape (B, num_classes) for images of shape (B, 3, H, W)."""
         x = F.relu_(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))

@@ -103,7 +103,7 @@ def build_described(description: Description) -> nn.Module:
 
 
 def outline(name: str, num_classes: int | None = None) -> nn.Module:
-    """As :func:`build`, but on the device "meta": shapes without memory, and without values."""
+    """Build the network on the device "meta": shapes without memory, and without values."""
     with without_memory():
         model = build(name, num_classes)
     return model.to("meta")

@@ -32,7 +32,7 @@ class SeenImages:
         return len(base64.b64decode(self.digests)) // _BYTES
 
     def add(self, sha256s: Iterable[str]) -> SeenImages:
-        """These images, and those of which the content has one of ``sha256s``, in hexadecimal."""
+        """Return these images and those whose content has one of ``sha256s``, in hexadecimal."""
         every = self._split() | {_shorten(sha256) for sha256 in sha256s if sha256}
         return SeenImages(base64.b64encode(b"".join(sorted(every))).decode(), self.complete)
 
