@@ -8,6 +8,7 @@ import signal
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from momconv.training.run_folder import RunFolder
 
 
+_option = partial(typer.Option, rich_help_panel=RUN)
+
+
 @with_recipe_options
 def finetune(  # noqa: PLR0913 (one for each option)
     context: typer.Context,
@@ -47,71 +51,51 @@ def finetune(  # noqa: PLR0913 (one for each option)
             rich_help_panel=MOMENTUM,
         ),
     ] = False,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A recipe in YAML.", rich_help_panel=RUN),
-    ] = None,
+    recipe: Annotated[Path | None, _option(metavar="FILE", help="A recipe in YAML.")] = None,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe.", rich_help_panel=RUN),
+        list[str] | None, _option("--set", metavar="KEY=VALUE", help="Change the recipe.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
+        _option(
             "--output",
             "-o",
             metavar="FOLDER",
             help="Where the results go. (default: runs/MODEL-DATA)",
-            rich_help_panel=RUN,
         ),
     ] = None,
     overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Give up an earlier run there.", rich_help_panel=RUN),
+        bool, _option("--overwrite", help="Give up an earlier run there.")
     ] = False,
     auto_name: Annotated[
         bool,
-        typer.Option(
-            "--auto-name",
-            help="Put a number behind the name of a folder that is in use.",
-            rich_help_panel=RUN,
-        ),
+        _option("--auto-name", help="Put a number behind the name of a folder that is in use."),
     ] = False,
     check_env: Annotated[
         bool,
-        typer.Option(
-            "--check-env",
-            help="Compare versions, weights and images to those of the recipe's run.",
-            rich_help_panel=RUN,
+        _option(
+            "--check-env", help="Compare versions, weights and images to those of the recipe's run."
         ),
     ] = False,
     resume: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Go on with the run there, or with the last one.",
-            rich_help_panel=RUN,
-        ),
+        _option(metavar="FOLDER", help="Go on with the run there, or with the last one."),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Check images, network, memory and disk, print the recipe, and stop.",
-            rich_help_panel=RUN,
+        _option(
+            "--dry-run", help="Check images, network, memory and disk, print the recipe, and stop."
         ),
     ] = False,
     fast_dev_run: Annotated[
         bool,
-        typer.Option(
+        _option(
             "--fast-dev-run",
             help="Go once through everything with two steps, keep nothing, and stop.",
-            rich_help_panel=RUN,
         ),
     ] = False,
     json_output: Annotated[
-        bool,
-        typer.Option("--json", help="One JSON document on stdout at the end.", rich_help_panel=RUN),
+        bool, _option("--json", help="One JSON document on stdout at the end.")
     ] = False,
     **_: object,  # those that set a key of the recipe
 ) -> None:
