@@ -394,7 +394,7 @@ def _require_two_classes(train: ImageSet) -> None:
     one_level_down = (
         f"the classes may lie one level down: {printable(train.root / decode_name(name))}"
     )
-    told, fixes = _offer_tables([train.root])
+    told, fixes = _offer_tables(dict.fromkeys((train.root, train.samples[0].path.parent)))
     raise DataError(
         f"found 1 class in {printable(train.root)}: {printable(name)} "
         f"({plural(len(train.samples), 'image')})\ntraining needs at least 2{told}",

@@ -8,6 +8,7 @@ of their own) where that is one file still.
 
 import codecs
 import csv
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +47,15 @@ class _Table:
 
 
 def find_table(root: Path, images: Sequence[Path]) -> Path | None:
-    """Return the table in or beside ``root`` that gives most of ``images`` a class, if any.
+    """Return the table that gives most of ``images`` a class, if any.
+
+    It lies in ``root`` or beside it, or with the images, if those are in one folder.
 
     Raises:
         DataError: There are several.
     """
-    for folder in (root, root.absolute().parent):
+    within = Path(os.path.commonpath([image.parent for image in images]))
+    for folder in dict.fromkeys((root, within, root.absolute().parent)):
         fitting = [path for path in list_tables(folder) if _fits(path, root, images)]
         if len(fitting) > 1:
             raise DataError(

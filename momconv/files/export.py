@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from momconv.errors import MomconvError, UsageError
+from momconv.errors import ModelFileError, MomconvError, UsageError
 from momconv.exhaustion import is_exhaustion
 from momconv.files.atomic import write_atomically, write_text
 from momconv.files.plain_file import load_command, save_plain
@@ -102,6 +102,7 @@ def export(model: nn.Module, path: Path, format_: Format) -> Export:
     Raises:
         UsageError: The model has no description, an extra is not installed, or the suffix of a
             plain state dict is not known.
+        ModelFileError: The model's outputs are not finite.
         MomconvError: What was written does not compute the same.
         ResourceError: The file cannot be written.
     """
@@ -109,6 +110,12 @@ def export(model: nn.Module, path: Path, format_: Format) -> Export:
     images = _draw(describe(model))
     with in_eval_mode(model), torch.no_grad():
         expected = _apply(model, images)
+        if not expected.isfinite().all():
+            raise ModelFileError(
+                f"{path} would give no answers: its outputs are not finite",
+                kind="model_file.no_answers",
+                fix="take a model from before its training diverged",
+            )
         lost = _describe_loss(model, path) if format_ == "torchvision" else None
         difference = _WRITERS[format_](model, path, images, expected)
     config = to_config(describe(model)) | {"sha256": checkpoints.sha256(path)}

@@ -142,7 +142,11 @@ def _give_up_lost_model(run: TrainingRun) -> bool:
     """
     progress = run.progress
     best, path = progress.find_best(run.recipe.train.monitor), run.folder.best
-    if best is None or (best is progress.history[-1] and not progress.step):
+    if best is None:
+        return False
+    if best is progress.history[-1] and not progress.step:
+        if run.processes.leads:
+            _tell_of_damage(path, run.listener.tell)
         return False
     problem = _find_problem(path, best.epoch)
     if problem is None:

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import os
 import pickle
+import re
 import shlex
 import warnings
 import zipfile
@@ -35,6 +36,8 @@ from momconv.zoo.file_kinds import describe_folder, refuse_other_kinds
 from momconv.zoo.networks import head_name
 
 Tensors = dict[str, Tensor]
+
+_OF_OPTIMIZER = re.compile(r"^optim|(^|/)state/[0-9]+/")  # how they name what they keep
 
 _LARGEST_HEADER = 100_000_000  # bytes, as for the safetensors library itself
 
@@ -64,7 +67,9 @@ def read_state(path: Path) -> Tensors:
     if isinstance(content, Tensor):
         raise ModelFileError(f"{path} holds one tensor", kind="model_file.no_state_dict")
     state, modules = _flatten(content)
-    if modules and all(name.startswith("optim") for name in state):
+    if all(map(_OF_OPTIMIZER.search, state)):
+        state = {}
+    if modules and not state:
         raise _holds_code(path, f"a whole pickled network ({modules[0]})", "whole_module")
     if not state:
         raise ModelFileError(
@@ -308,13 +313,12 @@ def _read_checkpoint(path: Path) -> object:
     except pickle.UnpicklingError as error:
         if "persistent_load of storage" in str(error):  # the older format keeps a class's source
             raise _holds_code(path, "a whole pickled network", "whole_module") from error
-        what = "no plain checkpoint, or is damaged, or has another pickle protocol than 2"
+        what = "no plain checkpoint, or is damaged"
         raise _holds_code(path, what, "unsafe") from error
     except unpickling.DAMAGE as error:
         require_memory(error, path.stat().st_size)
-        explains = isinstance(error, OSError | RuntimeError)  # the others come from wrong bytes
-        reason = str(error).partition("\n")[0] if explains else "its bytes are no checkpoint"
-        raise _damaged(path, reason) from error
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise _damaged(path, reason or "its bytes are no checkpoint") from error
 
 
 def _check_archive(file: BufferedReader, path: Path) -> None:
@@ -351,13 +355,19 @@ def _is_dense(value: object) -> TypeGuard[Tensor]:
 
 
 def _flatten(content: object) -> tuple[Tensors, list[str]]:
-    """Return the tensors in nested containers, and the classes of whole networks among these."""
-    state, modules = Tensors(), list[str]()
+    """Return the tensors in nested containers, and the classes of whole networks among these.
+
+    Arrays of NumPy are such where there are no others; else they are states of random numbers.
+    """
+    state, arrays, modules = Tensors(), Tensors(), list[str]()
     todo, seen = [("", content)], set[int]()
     while todo:
         place, value = todo.pop()
         if _is_dense(value):
             state[place.removesuffix("/")] = value
+            continue
+        if isinstance(value, unpickling.Array) and value.tensor is not None:
+            arrays[place.removesuffix("/")] = value.tensor
             continue
         if id(value) in seen:
             continue
@@ -367,7 +377,7 @@ def _flatten(content: object) -> tuple[Tensors, list[str]]:
             modules.append(type(value).__qualname__)
             continue
         todo += [(f"{place}{key}/", entry) for key, entry in reversed(inside.items())]
-    return state, modules
+    return state or arrays, modules
 
 
 def _look_into(value: object) -> dict[object, object]:

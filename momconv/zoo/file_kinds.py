@@ -5,16 +5,21 @@ import re
 import shlex
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from momconv.errors import ModelFileError
+from momconv.words import plural
 
 _AGAIN = "copy or download it again"
 _BEGINNING = 512  # bytes that are looked at
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt")
 _SHOWN = 40  # characters of a text
 _MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # in files of PyTorch before 1.6
+_BEFORE_MAGIC = 32  # bytes, with it
+_PROTOCOL = 3  # of pickle, the last that torch.load reads without running anything
+_DAMAGE = (EOFError, OSError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error)
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 
 # How a file of each kind begins.
@@ -70,11 +75,38 @@ def _refuse_packed(path: Path, head: bytes) -> None:
 
 
 def _refuse_foreign(path: Path, head: bytes) -> None:
-    if head[:1] == b"\x80" and _MAGIC not in head:
+    if _MAGIC in head[:_BEFORE_MAGIC]:
+        _refuse_protocol(path, head)
+    elif head[:1] == b"\x80":
         what = "a pickle that torch.save did not write, of which momconv runs nothing"
         raise _is(path, "pickle", what, _save("pickle.load(open(f, 'rb'))", path, "pickle, "))
     if foreign := _name_foreign(path, head):
         raise _has_no_weights(path, foreign)
+
+
+def _refuse_protocol(path: Path, head: bytes) -> None:
+    """Do nothing if the pickle of a checkpoint, which begins so, is one that torch.load reads."""
+    if head[:1] == b"\x80" and head[1] > _PROTOCOL:
+        what = f"a checkpoint in version {head[1]} of pickle, which PyTorch reads only with trust"
+        raise _is(path, "protocol", what, _save("torch.load(f, weights_only=False)", path))
+
+
+def read_pickle(archive: zipfile.ZipFile, most: int = -1) -> bytes:
+    """Return what torch.save pickled into ``archive``, perhaps without a checksum.
+
+    That is nothing if it did not, and at ``most`` so many bytes.
+
+    Raises:
+        Exception: It is damaged: BadZipFile, EOFError, OSError, RuntimeError, ValueError or
+            zlib.error.
+    """
+    entry = next((e for e in archive.infolist() if e.filename.endswith("data.pkl")), None)
+    if entry is None:
+        return b""
+    if all(e.CRC == 0 for e in archive.infolist()):
+        del entry.CRC  # then it is not looked at
+    with archive.open(entry) as file:
+        return file.read(most)
 
 
 def describe_folder(path: Path) -> ModelFileError:
@@ -156,7 +188,7 @@ def _explain_json(path: Path) -> ModelFileError:
     if not isinstance(files, dict) or not files:
         return _is(path, "text", "a JSON text, and holds no weights", _AGAIN)
     parts = sorted({str(name) for name in files.values()})
-    what = f"the index of weights in {len(parts)} files, such as {parts[0][:_SHOWN]}"
+    what = f"the index of weights in {plural(len(parts), 'file')}, such as {parts[0][:_SHOWN]}"
     if len(parts) == 1:
         return _is(path, "index", what, f"--weights {_quote(path.with_name(parts[0]))}")
     _, fix = explain_part(path.with_name(parts[0])) or ("", None)
@@ -179,7 +211,8 @@ def _refuse_other_archives(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            begin = read_pickle(archive, 2)
+    except _DAMAGE as error:
         raise ModelFileError(
             f"{path} is truncated or damaged: it begins as a checkpoint of PyTorch, and has no end",
             kind="model_file.truncated",
@@ -195,6 +228,7 @@ def _refuse_other_archives(path: Path) -> None:
         what = "a program of torch.export with its weights, of which momconv runs none"
         raise _is(path, "exported", what, _save("dict(torch.export.load(f).state_dict)", path))
     if "data.pkl" in ends:
+        _refuse_protocol(path, begin)
         return
     if "model.weights.h5" in ends:
         raise _has_no_weights(path, "a network of Keras")

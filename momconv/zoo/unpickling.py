@@ -8,6 +8,7 @@ whatever it is called with and does nothing.
 import io
 import pickle
 import pickletools
+import re
 import struct
 import warnings
 import zipfile
@@ -17,8 +18,11 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch.serialization import safe_globals
+
+from momconv.zoo.file_kinds import read_pickle
 
 # What damaged bytes raise, beside UnpicklingError.
 DAMAGE = (
@@ -67,13 +71,16 @@ class StandIn(list[object], metaclass=_Like):
     A list, as only those may be extended.
     """
 
+    contents: dict[object, object]
+
     def __new__(cls, *_args: object) -> "StandIn":
-        """Whatever the arguments: they are dropped."""
-        return super().__new__(cls)
+        """Whatever the arguments: they are dropped. Some are made by this alone."""
+        made = super().__new__(cls)
+        made.contents = {}
+        return made
 
     def __init__(self, *_args: object) -> None:
         super().__init__()
-        self.contents: dict[object, object] = {}
 
     def __setstate__(self, state: object) -> None:
         """Keep the attributes, which are looked at and never used."""
@@ -84,10 +91,45 @@ class StandIn(list[object], metaclass=_Like):
         self._keep({key: value})
 
     def _keep(self, values: dict[object, object]) -> None:
-        vars(self).setdefault("contents", {}).update(values)  # made by __new__ alone, perhaps
+        self.contents.update(values)
 
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
+
+
+class _Kind(StandIn):
+    """In place of a data type of NumPy: its name is kept, and the order of its bytes."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__()
+        self.code, self.order = str(args[0]) if args else "", "="
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, tuple):
+            self.order = str(state[1]).replace("|", "=")
+
+
+class Array(StandIn):
+    """In place of an array of NumPy, whose numbers are kept as a ``tensor``; None of others."""
+
+    tensor: torch.Tensor | None = None
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, tuple):
+            return
+        _, shape, kind, by_columns, data = state
+        if isinstance(kind, _Kind) and re.fullmatch("[fiu][1248]|b1", kind.code):
+            flat = np.frombuffer(data, kind.order + kind.code)
+            array = flat.reshape(shape, order="F" if by_columns else "C")
+            self.tensor = torch.tensor(array.astype(kind.code))
+
+
+# By their names in NumPy 1 and 2.
+_OF_NUMPY: dict[str, type[StandIn]] = {
+    "numpy.dtype": _Kind,
+    "numpy.core.multiarray._reconstruct": Array,
+    "numpy._core.multiarray._reconstruct": Array,
+}
 
 
 def load(file: BinaryIO) -> object:
@@ -123,9 +165,8 @@ def _find_pickle(file: BinaryIO) -> BinaryIO:
     """Return where the names are, in either of PyTorch's formats."""
     try:
         with zipfile.ZipFile(file) as archive:
-            entry = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            return io.BytesIO(archive.read(entry))
-    except (zipfile.BadZipFile, StopIteration):
+            return io.BytesIO(read_pickle(archive))
+    except zipfile.BadZipFile:
         file.seek(0)
         for _ in islice(_pickles(file), _BEFORE):
             pass
@@ -151,4 +192,5 @@ def _runs_code(name: str) -> bool:
 
 
 def _stand_in(name: str) -> tuple[Callable[..., Any], str]:
-    return type(name.rpartition(".")[2], (StandIn,), {"__module__": name.rpartition(".")[0]}), name
+    module, _, own = name.rpartition(".")
+    return type(own, (_OF_NUMPY.get(name, StandIn),), {"__module__": module}), name

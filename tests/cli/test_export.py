@@ -109,6 +109,16 @@ def test_a_file_that_computes_something_else_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("format_", ["torch-export", "onnx", "torchvision"])
+def test_a_network_that_gives_no_answers_is_refused(tmp_path: Path, format_: str) -> None:
+    network = build("cifar_resnet20")
+    network.get_buffer("bn1.running_var").fill_(-1)  # of which there is no root
+    model_file.save(network, tmp_path / "m.safetensors")
+    ran = run(tmp_path / "m.safetensors", "--format", format_, "-o", tmp_path / "p.pth")
+    assert (ran.exit_code, "its outputs are not finite" in ran.stderr) == (4, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
 def test_mistakes_are_explained(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

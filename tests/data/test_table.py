@@ -50,6 +50,13 @@ def test_a_table_beside_the_images_is_found(
     assert labels(find_evaluation_set(tmp_path / root, ("bee", "ant"))) == TRUTH
 
 
+@pytest.mark.parametrize("root", [".", "images"])
+def test_a_table_among_the_images_is_found(tmp_path: Path, root: str) -> None:
+    write(tmp_path, ["file,label", *rows("{n}.png,{name}")], name="images/labels.csv")
+    splits = find_splits(tmp_path / root)
+    assert labels(splits.train) | labels(splits.val) == TRUTH
+
+
 @pytest.mark.parametrize("line", ["{n}.PNG,{name}", "Images/{n}.Png,{name}", "C:\\{n}.PNG,{name}"])
 def test_names_may_be_in_upper_or_lower_case(tmp_path: Path, line: str) -> None:
     write(tmp_path, ["file,label", *rows(line)])

@@ -184,6 +184,20 @@ def test_a_best_model_that_is_lost_is_told_and_never_reported(
     assert torch.equal(load_file(run.best)["conv1.weight"], load_file(run.last)["conv1.weight"])
 
 
+def test_a_damaged_best_model_is_written_anew_from_the_state_that_is_it(
+    colours: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    finetune(small(colours, "train.epochs=1"), run.path)
+    weights = load_file(run.best)
+    flip_a_bit(run.best)
+    log = Log()
+    resume(run.path, listener=log)
+    (told,) = [text for text in log.told if f"{run.best} is damaged" in text]
+    assert told.endswith("it is written anew, from the state")
+    assert all(torch.equal(value, weights[key]) for key, value in load_file(run.best).items())
+
+
 def test_within_an_epoch_the_next_ones_take_the_place_of_a_lost_best_model(
     colours: Path, tmp_path: Path
 ) -> None:

@@ -1,3 +1,4 @@
+import argparse
 import io
 import os
 import pickle
@@ -22,6 +23,26 @@ def test_tensors_in_containers_have_the_keys_before_their_names(tmp_path: Path) 
     state = read_state(tmp_path / "file.pth")
     assert list(state) == ["nets/0/ema/a.weight", "nets/0/ema/a.bias", "x"]
     assert torch.equal(state["nets/0/ema/a.weight"], TENSORS["a.weight"])
+
+
+def test_arrays_are_read_where_there_are_no_tensors(tmp_path: Path) -> None:
+    arrays = {name: value.numpy() for name, value in TENSORS.items()}
+    torch.save({"model": arrays}, tmp_path / "arrays.pth")
+    state = read_state(tmp_path / "arrays.pth")
+    assert {name: value.tolist() for name, value in state.items()} == {
+        f"model/{name}": value.tolist() for name, value in TENSORS.items()
+    }
+    torch.save({"model": TENSORS, "random": arrays}, tmp_path / "both.pth")
+    assert set(read_state(tmp_path / "both.pth")) == {"model/a.weight", "model/a.bias"}
+
+
+def test_what_an_optimizer_keeps_is_no_network(tmp_path: Path) -> None:
+    kept = {"state": {0: {"momentum_buffer": torch.ones(2)}}}
+    for beside, kind in ((nn.Linear(1, 1), "whole_module"), (1, "no_state_dict")):
+        torch.save({"ema": beside, "opt": kept}, tmp_path / "x.pth")
+        with pytest.raises(ModelFileError) as caught:
+            read_state(tmp_path / "x.pth")
+        assert caught.value.kind == f"model_file.{kind}"
 
 
 def test_a_container_that_contains_itself_is_read_once(tmp_path: Path) -> None:
@@ -194,7 +215,7 @@ def test_a_checkpoint_that_was_saved_without_checksums_is_read(tmp_path: Path) -
     path = tmp_path / "weights.pth"
     torch.serialization.set_crc32_options(compute_crc32=False)
     try:
-        torch.save({"x": torch.arange(1000.0)}, path)
+        torch.save({"x": torch.arange(1000.0), "beside": argparse.Namespace(lr=1)}, path)
     finally:
         torch.serialization.set_crc32_options(compute_crc32=True)
     assert torch.equal(read_state(path)["x"], torch.arange(1000.0))

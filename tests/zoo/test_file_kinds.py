@@ -1,6 +1,7 @@
 import gzip
 import io
 import json
+import pickle
 import shlex
 import subprocess
 import sys
@@ -43,9 +44,9 @@ def _npz() -> bytes:
     return file.getvalue()
 
 
-def _saved() -> bytes:
-    file = io.BytesIO()
-    torch.save({"weight": torch.ones(100)}, file)
+def _saved(version: int = 2, *, zipped: bool = True) -> bytes:
+    file, content = io.BytesIO(), {"weight": torch.ones(100)}
+    torch.save(content, file, pickle_protocol=version, _use_new_zipfile_serialization=zipped)
     return file.getvalue()
 
 
@@ -96,6 +97,9 @@ def _refusal(path: Path, content: bytes) -> ModelFileError:
         (b"\x89HDF\r\n\x1a\n\0", "an HDF5 file", "state_dict()"),
         (b"\x08\x08\x12\x07pytorch\x1a\x03", "ONNX", "state_dict()"),
         (b"\x80\x04\x95\x0b\0\0\0\0\0\0\0}", "a pickle that torch.save", "pickle.load("),
+        (pickle.dumps({"weight": torch.ones(1)}), "a pickle that torch.save", "pickle.load("),
+        (lambda: _saved(4), "version 4 of pickle", "weights_only=False"),
+        (lambda: _saved(5, zipped=False), "version 5 of pickle", "weights_only=False"),
         (b"\x89PNG\r\n\x1a\n\0", "an image", "state_dict()"),
     ],
 )
@@ -117,11 +121,22 @@ def test_no_length_of_a_safetensors_header_is_taken_for_another_kind(
     assert read_state(tmp_path / "x.safetensors")["x"].tolist() == [7]
 
 
-def test_the_way_from_torchscript_to_a_state_dict_works(tmp_path: Path) -> None:
-    error = _refusal(tmp_path / "net.pt", _script())
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (_script, ["weight", "bias"]),
+        (lambda: _saved(4), ["weight"]),
+        (lambda: pickle.dumps({"weight": np.ones((1, 1), np.float32)}), ["weight"]),
+    ],
+    ids=["torchscript", "pickle 4", "arrays"],
+)
+def test_the_way_to_a_state_dict_works(
+    tmp_path: Path, content: Callable[[], bytes], names: list[str]
+) -> None:
+    error = _refusal(tmp_path / "net.pt", content())
     _, *arguments = shlex.split(str(error.fix))
     subprocess.run([sys.executable, *arguments], check=True)
-    assert list(read_state(tmp_path / "net-weights.pth")) == ["weight", "bias"]
+    assert list(read_state(tmp_path / "net-weights.pth")) == names
 
 
 def test_an_index_and_a_part_say_how_to_join_them(tmp_path: Path) -> None:

@@ -47,6 +47,11 @@ class _Settings:
     rate: float = 0.1
 
 
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    rate: float = 0.1
+
+
 class _Calls:
     """Pickled as a call of a function."""
 
@@ -85,6 +90,7 @@ def _scheduler() -> dict[str, object]:
         _Options(a=1),
         _Names(["a"]),
         _Settings(),
+        _Slots(),
         {_Colour.RED: {1, 2}, "range": range(3)},
         frozenset([1]),
         np.float64(3),
@@ -107,12 +113,28 @@ def test_what_is_beside_the_weights_does_no_harm(beside: object, *, zipped: bool
 
 def test_what_objects_contain_can_be_looked_at() -> None:
     options, names = argparse.Namespace(model=WEIGHTS), _Options(a=1)
-    content = unpickling.load(_save([options, names], zipped=True))
+    content = unpickling.load(_save([options, names, _Slots()], zipped=True))
     assert isinstance(content, list)
     assert all(isinstance(entry, unpickling.StandIn) for entry in content)
     assert torch.equal(content[0].contents["model"]["weight"], WEIGHTS["weight"])
-    assert content[1].contents == {"a": 1}
+    assert [entry.contents for entry in content[1:]] == [{"a": 1}, {}]
     assert type(content[0]).__qualname__ == "Namespace"
+
+
+@pytest.mark.parametrize("kind", ["f4", ">f4", "f2", "i8", ">i2", "u1", "?"])
+def test_the_numbers_of_an_array_are_read(kind: str) -> None:
+    array = np.arange(6).reshape(2, 3).astype(kind)
+    for stored in (array, np.asfortranarray(array)):
+        content = unpickling.load(_save(stored, zipped=True))
+        assert isinstance(content, unpickling.Array)
+        assert content.tensor is not None
+        assert content.tensor.tolist() == array.tolist()
+
+
+def test_an_array_of_objects_has_no_numbers() -> None:
+    content = unpickling.load(_save(np.array([_Settings(), None]), zipped=True))
+    assert isinstance(content, unpickling.Array)
+    assert content.tensor is None
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
