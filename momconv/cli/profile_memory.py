@@ -115,8 +115,9 @@ def _require_outputs(plot: Path | None, csv: Path | None) -> None:
 
     if plot is not None:
         require_picture_name(plot)
-    for file in filter(None, (plot, csv)):
-        require_writable(file)
+        require_writable(plot, "--plot")
+    if csv is not None:
+        require_writable(csv, "--csv")
 
 
 def _split(texts: list[str]) -> list[str]:

@@ -47,8 +47,10 @@ def require_free(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def require_writable(path: Path) -> None:
+def require_writable(path: Path, option: str = "-o") -> None:
     """Do nothing if the folder of ``path`` takes new files, which is tried; none is left.
+
+    The ``option`` is what gives another path.
 
     Raises:
         ResourceError: It does not, or does not exist.
@@ -58,7 +60,7 @@ def require_writable(path: Path) -> None:
         with tempfile.TemporaryFile(prefix=f".{path.name}."[:100], suffix=".tmp", dir=path.parent):
             pass
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise _unwritable(path, error, option) from error
 
 
 def write_atomically(
@@ -196,19 +198,21 @@ def find_aside(path: Path) -> Path:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def _unwritable(path: Path, error: OSError) -> ResourceError:
+def _unwritable(path: Path, error: OSError, option: str = "-o") -> ResourceError:
     """Return the error for a file that cannot be written, with the free space if that is why."""
     if error.errno in _FULL:
         free = format_bytes(shutil.disk_usage(path.parent).free)
         return ResourceError(
             f"cannot write {path}: {error.strerror}\n{free} free on its disk",
             kind="output.no_space",
-            fix="-o PATH",
+            fix=f"{option} PATH",
         )
     return ResourceError(
         f"cannot write {path}: {error.strerror or error}",
         kind="output.unwritable",
-        fix="-o PATH" if error.errno == errno.EROFS else f"{_allow(path.parent)}\n-o PATH",
+        fix=f"{option} PATH"
+        if error.errno == errno.EROFS
+        else f"{_allow(path.parent)}\n{option} PATH",
     )
 
 

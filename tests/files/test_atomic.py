@@ -2,6 +2,7 @@ import errno
 import os
 import resource
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from momconv.errors import ResourceError, UsageError
 from momconv.files.atomic import (
     is_temporary,
     require_free,
+    require_writable,
     sweep,
     write_atomically,
     write_text,
@@ -105,6 +107,19 @@ def test_what_the_system_refuses_has_a_fix(
         write_atomically(tmp_path / "a.txt", write)
     assert caught.value.kind == kind
     assert caught.value.fix == fix.format(tmp_path)
+
+
+def test_the_fix_names_the_option_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    for option in ("--csv", "--plot"):
+        with pytest.raises(ResourceError, match="Read-only file system") as caught:
+            require_writable(tmp_path / "a.csv", option)
+        assert caught.value.fix == f"{option} PATH"
 
 
 def test_a_missing_folder_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
