@@ -3,9 +3,10 @@
 ‖g − h‖ / ‖h‖ over the gradients of the input and of all parameters, where h comes from the same
 network with everything stored: momconv under strategy "store", momentumnet with
 ``use_backprop=True``, memcnn with ``disable=True``, revtorch's couplings under ordinary autograd
-(these two have no γ). The networks are BasicBlocks of 16 channels, or as many couplings
-of two halves of 8 (benchmarks/couplings.py), BatchNorm in training mode, random weights, on 8
-images of 16². "0" is equality of every bit, "nan" an overflow.
+(these two have no γ). "rounding" is what cannot be seen there: the relative error of the output
+against the same network in double precision. The networks are BasicBlocks of 16 channels, or as
+many couplings of two halves of 8 (benchmarks/couplings.py), BatchNorm in training mode, random
+weights, on 8 images of 16². "0" is equality of every bit, "nan" an overflow.
 """
 
 import copy
@@ -39,10 +40,14 @@ def make_blocks(depth: int) -> list[nn.Module]:
     return [BasicBlock(CHANNELS, CHANNELS) for _ in range(depth)]
 
 
+def make_images() -> Tensor:
+    """A batch."""
+    return torch.randn(8, CHANNELS, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
 def gradients(net: nn.Module) -> list[Tensor]:
     """Of the input and of every parameter, for a fixed loss."""
-    x = torch.randn(8, CHANNELS, 16, 16, generator=torch.Generator().manual_seed(1))
-    x.requires_grad_()
+    x = make_images().requires_grad_()
     # Not a leaf, as behind other layers: memcnn sets its input's .grad, to which autograd adds.
     net(x.clone()).square().mean().backward()
     return [t.grad for t in (x, *net.parameters()) if t.grad is not None]
@@ -100,10 +105,13 @@ PACKAGES: dict[str, tuple[Callable[..., Pair], list[tuple[float, ...]]]] = {
 }
 
 
-def compare(make: Callable[..., Pair], *args: float) -> float:
-    """The error of the networks that ``make`` makes."""
+def compare(make: Callable[..., Pair], *args: float) -> tuple[float, float]:
+    """The errors of the gradients and of the output of the networks that ``make`` makes."""
     reversible, stored = make(*args)
-    return relative_error(gradients(reversible), gradients(stored))
+    exact, x = copy.deepcopy(stored).double(), make_images()
+    with torch.no_grad():
+        rounding = relative_error([reversible(x).double()], [exact(x.double())])
+    return relative_error(gradients(reversible), gradients(stored)), rounding
 
 
 def measure(name: str) -> Iterator[Row]:
@@ -112,12 +120,14 @@ def measure(name: str) -> Iterator[Row]:
     with start_process() as process:
         for depth in DEPTHS:
             for gamma in settings:
-                error = outcome(process, compare, make, depth, *gamma)
+                errors = outcome(process, compare, make, depth, *gamma)
+                gradient, rounding = (errors, errors) if isinstance(errors, str) else errors
                 yield {
                     "package": name if name == "momconv" else f"{name} {version(name)}",
                     "depth": str(depth),
                     "γ": str(*gamma) or "–",
-                    "relative gradient error": _format(error),
+                    "relative gradient error": _format(gradient),
+                    "rounding": _format(rounding),
                 }
 
 

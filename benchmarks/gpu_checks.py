@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -33,8 +32,9 @@ from benchmarks.methods import BASES, METHODS, make_network
 from momconv import convert, finetune, set_strategy
 from momconv.determinism import deterministic
 from momconv.exhaustion import is_exhaustion
-from momconv.momentum.equations import Rule
+from momconv.momentum.equations import Rule, to_grid
 from momconv.momentum.faster import fused, kernels
+from momconv.momentum.storage import State
 from momconv.planner.allowance import Allowance
 from momconv.planner.measurement import autocast, run_step
 from momconv.planner.prediction import PeakMemory, Predictor, Training
@@ -123,8 +123,10 @@ def _find_cudnn() -> str:
 
 # 2. The bits of the fused steps
 
-_ULP = 2.0**-14
-State = tuple[Tensor, Tensor, Tensor | None, Tensor]
+
+def make_rule(gamma: float) -> Rule:
+    """A rule in whose middle the states are."""
+    return Rule.of(gamma, (0.25 * (1.1 - gamma),) * 12, 6, torch.float32)
 
 
 def compare_bits(place: Place) -> Iterator[Figure]:
@@ -135,19 +137,19 @@ def compare_bits(place: Place) -> Iterator[Figure]:
         gammas, remainders = gammas[-2:], remainders[:1]
     for gamma, dtype in product(gammas, (torch.float32, torch.bfloat16, torch.float16)):
         differing = sum(
-            count_differences(make_state(shape, gamma, remainder, dtype, place.device), gamma)
+            count_differences(*make_state(shape, gamma, remainder, dtype, place.device), gamma)
             for remainder in remainders
             for shape in _list_shapes(place)
         )
         case = f"γ {gamma:g}, {dtype}".replace("torch.", "")
         yield Figure(case, "elements that differ", differing, differing == 0)
     size = 2**16 + 5 if place.is_small else 2**31 + 5
-    needed = 40 * size  # bytes: x, v, y, the next x, r, and the second of what is written
+    needed = 64 * size  # bytes: the state, y, the next x, and all of it in double precision
     if place.device.type == "cuda" and torch.cuda.mem_get_info(place.device)[0] < needed:
         yield Figure(f"{size} elements", "elements that differ", note="too little memory")
         return
-    state = make_state((size,), 0.9, torch.int8, torch.bfloat16, place.device)
-    differing = count_differences(state, 0.9)
+    state, y = make_state((size,), 0.9, torch.int8, torch.bfloat16, place.device)
+    differing = count_differences(state, y, 0.9)
     yield Figure(f"{size} elements", "elements that differ", differing, differing == 0)
 
 
@@ -163,37 +165,48 @@ def make_state(
     remainder: torch.dtype,
     dtype: torch.dtype,
     device: torch.device,
-) -> State:
-    """A state of x and v on the grid, and y, a sixteenth of which is a tie between two integers."""
+) -> tuple[State, Tensor]:
+    """A state, and y, a sixteenth of which is a tie between two integers."""
     torch.manual_seed(0)
-    x = torch.randn(shape, device=device).div_(_ULP).round_().mul_(_ULP)
-    v = torch.randn(shape, device=device).div_(_ULP).round_()
-    # A step makes r grow by a factor of 1/γ and less than two more.
-    most = min(2**20, int((torch.iinfo(remainder).max - 2) * gamma) - 1)
-    r = torch.randint(-most, most + 1, shape, dtype=remainder, device=device)
-    y = torch.randn(shape, device=device)
-    flat = y.view(-1)[::16]
-    flat.copy_(x.view(-1)[::16]).add_(flat.sign().mul_(2.5 * _ULP))
-    state: list[Any] = [x, v, None if gamma == 1 else r, y.to(dtype)]
-    if len(shape) == 4:
-        state = [t if t is None else t.to(memory_format=torch.channels_last) for t in state]
-    return state[0], state[1], state[2], state[3]
+    rule = make_rule(gamma)
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    x = torch.randn(shape, dtype=torch.double, device=device).contiguous(memory_format=layout)
+    y = torch.randn(shape, device=device).contiguous(memory_format=layout)
+    tied = (t.as_strided((t.numel(),), (1,))[::16] for t in (x, y))
+    next(tied).fill_(1)
+    next(tied).sign_().mul_(2.5 * rule.v_ulp / rule.coefficients[0]).add_(1)
+    state = State.start(x.float(), rule, is_reversible=True)
+    state.v.random_(-(2**25), 2**25)
+    if state.r is not None:
+        # A step makes r grow by a factor of 1/γ and less than two more.
+        most = min(2**20, int((torch.iinfo(remainder).max - 2) * gamma) - 1)
+        state.r = state.r.to(remainder).random_(-most, most + 1)
+    state.x = state.pack(to_grid(x, rule.ulp), *state.unpack(rule)[1:], rule)
+    return state, y.to(dtype)
 
 
-def count_differences(state: State, gamma: float) -> int:
-    """Of x, v and r after a step, and of v and r after its inverse."""
-    x, v, r, y = state
-    rule = Rule(gamma, (0.25 * (1.1 - gamma),), _ULP)
-    ours, theirs = ((v.clone(), None if r is None else r.clone()) for _ in range(2))
-    largest = [x.new_zeros(()) for _ in range(2)]
-    x_ours = kernels.advance(x, *ours, y, largest[0], rule, 0)
+def count_differences(state: State, y: Tensor, gamma: float) -> int:
+    """Of x, low, v and r after a step, and after its inverse."""
+    rule, differing = make_rule(gamma), 0
+    ours, theirs = _copy(state), _copy(state)
+    largest = [state.x.new_zeros(()) for _ in range(2)]
+    ours.x = kernels.advance(ours, y, largest[0], rule, 0)
     with patch.object(fused, "are_for", return_value=False):
-        x_theirs = kernels.advance(x, *theirs, y, largest[1], rule, 0)
-    differing = _count(x_ours, x_theirs) + _count(*largest)
-    differing += sum(_count(a, b) for a, b in zip(ours, theirs, strict=True))
-    del x_ours, x_theirs
-    kernels.undo(x, *ours, y, rule, 0)
-    return differing + sum(_count(a, b) for a, b in zip(ours, (v, r), strict=True))
+        theirs.x = kernels.advance(theirs, y, largest[1], rule, 0)
+    differing += _count(*largest) + _count_all(ours, theirs)
+    ours.x = kernels.retreat(ours, rule)
+    kernels.undo(ours, y, rule, 0)
+    return differing + _count_all(ours, state)
+
+
+def _copy(state: State) -> State:
+    low, r = state.low, state.r
+    copies = (None if t is None else t.clone() for t in (low, state.v, r))
+    return State(state.x, *copies)  # type: ignore[arg-type]
+
+
+def _count_all(one: State, other: State) -> int:
+    return sum(_count(getattr(one, name), getattr(other, name)) for name in ("x", "low", "v", "r"))
 
 
 def _count(one: Tensor | None, other: Tensor | None) -> int:

@@ -19,6 +19,7 @@ from momconv.data.values import settle_ranges, warn_of_values
 from momconv.errors import InversionError, UsageError
 from momconv.files import model_file, plain_file
 from momconv.momentum.equations import Velocity
+from momconv.momentum.sequential import forget_ranges
 from momconv.planner.devices import find_device
 from momconv.planner.saving import predict_saving
 from momconv.reports.conversion import CalibrationReport, Conversion, Reversion
@@ -235,6 +236,7 @@ class _Workshop:
         Raises:
             InversionError: Its gradients are not exact.
         """
+        forget_ranges(network)  # those from before the calibration
         # A GPU's kernels may add in another order each time.
         certificate = certify(network.cpu(), self.original.cpu(), self.images.measuring)
         if certificate.gradients_exact is False:
@@ -242,6 +244,8 @@ class _Workshop:
                 "this network's gradients are not those of ordinary backpropagation, bit for bit",
                 kind="inversion.not_exact",
             )
+        if not (self.means.calibrate or self.means.verify):
+            forget_ranges(network)  # those of noise
         return certificate
 
 

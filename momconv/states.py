@@ -1,11 +1,15 @@
 """State that others use too, put back afterwards: of networks, and of random generators."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def in_eval_mode(*models: nn.Module) -> AbstractContextManager[None]:
@@ -42,9 +46,59 @@ def keep_buffers(model: nn.Module) -> Callable[[], None]:
     @torch.no_grad()
     def restore() -> None:
         for buffer, value in kept:
-            buffer.copy_(value)
+            if not torch.equal(buffer, value):  # or it would count as written to
+                buffer.copy_(value)
 
     return restore
+
+
+def are_sharded(modules: Iterable[nn.Module]) -> bool:
+    """Return whether hooks bring together what these compute with, as FSDP2's do."""
+    parameters = (parameter for module in modules for parameter in module.parameters())
+    return any(map(is_traceable_wrapper_subclass, parameters))
+
+
+@contextmanager
+def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, calls of these and of what is in them are nobody's business: no hook learns of them.
+
+    But for those that they need in order to compute anything: see :func:`are_sharded`.
+    """
+    if are_sharded(modules):
+        yield
+        return
+    inner = {inner for module in modules for inner in module.modules()}
+    kept = [(one, one._forward_pre_hooks, one._forward_hooks) for one in inner]
+    for one, _, _ in kept:
+        one._forward_pre_hooks, one._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for one, before, after in kept:
+            one._forward_pre_hooks, one._forward_hooks = before, after
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return a number that changes when somebody writes into ``tensor``, but in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_graph_made() -> bool:
+    """Return whether PyTorch makes a program or derivatives of the operations as they come.
+
+    It then sees nothing but operations, and no values.
+    """
+    return (
+        torch.compiler.is_exporting()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return whether it has a shape and no values."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def autocast_settings(device_type: str) -> dict[str, Any]:
@@ -90,7 +144,8 @@ class Condition:
             (place, name, tensor)
             for place in places
             for name, tensor in place.items()
-            if tensor is not None
+            # FSDP2 puts its parameters, which are DTensors, into place by itself.
+            if tensor is not None and not is_traceable_wrapper_subclass(tensor)
         ]
         self._places += [place for place, _, _ in found]
         self._names += tuple(name for _, name, _ in found)

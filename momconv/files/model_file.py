@@ -30,7 +30,8 @@ from momconv.zoo.matching import recognise
 from momconv.zoo.networks import find_head, head_name, is_known, without_memory
 from momconv.zoo.own import remake, require_made, restate
 
-SCHEMA = 1
+SCHEMA = 2
+_READABLE = (1, 2)  # 1 knew no ranges of runs
 _PREFIX = "momconv."
 
 
@@ -174,7 +175,7 @@ def _read(path: Path) -> _Metadata:
     values = {k.removeprefix(_PREFIX): v for k, v in found.items() if k.startswith(_PREFIX)}
     if "schema" not in values:
         raise _unconverted(path)
-    if values["schema"] != str(SCHEMA):
+    if values["schema"] not in map(str, _READABLE):
         raise ModelFileError(
             f"{path} was written by a newer momconv: its format is {values['schema']}, and "
             f"momconv {__version__} reads {SCHEMA}",

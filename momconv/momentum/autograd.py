@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from momconv.momentum.equations import Rule, integrate, to_grid, widen
+from momconv.momentum.equations import Rule, remainder_bounds, step, to_grid, widen
 from momconv.momentum.replay import Replay, before_backward
 from momconv.momentum.segment import Call
 from momconv.momentum.trajectory import Trajectory
+from momconv.states import is_graph_made
 from momconv.vocabulary import Strategy as Strategy
 
 
@@ -42,17 +42,16 @@ def run(
     call: Call | None,
     *,
     in_parts: bool = False,
-) -> Tensor:
-    """Return x after all steps, in x's type; the blocks are called with it and ``args``.
+) -> tuple[Tensor, Tensor]:
+    """Return x after all steps, in x's type, and the largest magnitude on the way, a scalar.
 
-    ``call`` calls them, or else backward reconstructs their inputs.
+    The blocks are called with x and ``args``. ``call`` calls them, or else backward reconstructs
+    their inputs, which it can if the magnitude is below the rule's limit.
     """
-    dtype = x.dtype
-    if torch.compiler.is_exporting():  # a graph for inference, without state
-        calls = [lambda x, block=block: block(x.to(dtype), *args) for block in blocks]
-        return integrate(to_grid(x, rule.ulp), calls, rule)[0].to(dtype)
+    if is_graph_made():
+        return _compose(blocks, x, args, rule), x.new_zeros(())
     x = _ToGrid.apply(x, rule.ulp)
-    trajectory = Trajectory(widen(x.detach()), rule)
+    trajectory = Trajectory(widen(x.detach()), rule, is_reversible=call is None)
     v = _without_memory(x)
     for n, block in enumerate(blocks):
         if call:
@@ -60,7 +59,33 @@ def run(
         else:
             y = _reconstruct(Replay(block, in_parts=in_parts), x, args, trajectory, n)
         x, v = _Step.apply(x, v, y, trajectory)
+    return x, trajectory.largest
+
+
+def _compose(
+    blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...], rule: Rule
+) -> Tensor:
+    """Compute the run in operations that have derivatives; nothing is reconstructed."""
+    x = _with_value_of(to_grid(x.detach().double(), rule.ulp), x)
+    v = torch.zeros_like(x)
+    state = x.detach().double(), v.detach().double(), v.detach().double()
+    for n, (is_full, _) in enumerate(remainder_bounds(rule.gamma, len(blocks))):
+        y = blocks[n](x, *args)
+        if is_full:
+            state = *state[:2], torch.zeros_like(state[2])
+        state = step(*state, partial(_take, y.detach()), rule, n)
+        v = rule.gamma * v + rule.coefficients[n] * (y - x)
+        x = _with_value_of(state[0], x + v)
     return x
+
+
+def _take(y: Tensor, _x: Tensor) -> Tensor:
+    return y
+
+
+def _with_value_of(value: Tensor, x: Tensor) -> Tensor:
+    """Return x with a value that is hardly another, and x's derivatives."""
+    return x + (value.to(x.dtype) - x.detach())
 
 
 def _reconstruct(
@@ -75,7 +100,7 @@ def _reconstruct(
 
 def _restore(replay: Replay, trajectory: Trajectory, n: int, dtype: torch.dtype) -> None:
     x = trajectory.retreat(n)
-    trajectory.undo(replay.repeat(x.to(dtype)))
+    trajectory.undo(replay.repeat(x.to(dtype), is_same=trajectory.can_be_undone))
 
 
 class _ToGrid(torch.autograd.Function):
@@ -103,7 +128,6 @@ class _Step(torch.autograd.Function):
         return trajectory.advance(y).to(x.dtype), _without_memory(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gx: Tensor, u_next: Tensor | None) -> tuple[Tensor | None, ...]:
         c = ctx.rule.coefficients[ctx.n]
         if u_next is None:  # the last v is not used

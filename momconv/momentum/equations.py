@@ -9,16 +9,18 @@ The residual of a block is f(x) = block(x) − x. A step multiplies it by a coef
 (1 − γ) unless the block carries a gain: see :func:`coefficients`.
 
 In floating point (3) does not undo (2): the rounding error grows like γ^−k over k blocks. So x and
-v live on a grid of spacing ulp = 2^−s. x keeps its scale, as floats that are multiples of ulp, so
-the next convolution reads it as it is; v is counted in ulps. Such sums are exact below 2^24 ulps
-(2^53 in double precision). What multiplication by γ would round away stays in r, an integer that
+v live on grids, of spacings ulp and ulp/2^k, on which sums are exact. x keeps its scale, as floats
+that are multiples of ulp; v is counted in units of its own grid, which is finer where v is smaller
+than x: see :meth:`Rule.of`. What multiplication by γ would round away stays in r, an integer that
 starts at 0. Each line of ``step`` changes one of x, v, r by a rounded function of the others, so
 ``unstep``, the same lines upside down, undoes it exactly, whatever the rounding does.
 
-x, v, r and y = block(x) share one shape. The functions here say what a network computes;
-kernels.py computes the same numbers in place.
+x, v and r share one shape and are in double precision here; storage.py keeps them in fewer bytes.
+The blocks read x rounded to their own precision. The functions here say what a network computes;
+what computes the same numbers faster is in faster/kernels.py.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,17 +35,50 @@ State = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The constants of a run: γ, the coefficient of each block, the spacing of the grid."""
+    """The constants of a run: γ, the coefficient of each block, the grids, what the blocks read.
+
+    Attributes:
+        gamma: γ.
+        coefficients: What each step multiplies its residual by.
+        ulp: The spacing of x's grid.
+        v_ulp: The spacing of v's grid, a power of two times finer.
+        dtype: The precision in which the blocks read x, single or double.
+    """
 
     gamma: float
     coefficients: tuple[float, ...]
     ulp: float
+    v_ulp: float
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(
+        cls, gamma: float, coefficients: tuple[float, ...], exponent: int, dtype: torch.dtype
+    ) -> "Rule":
+        """Return the rule on the finest grids on which all is exact while |x| < 2^exponent.
+
+        v keeps its direction for m = 1 + γ + γ² + … steps, so it is about m times smaller than x.
+        """
+        ulp = 2.0 ** (exponent - BITS[dtype])
+        steps = sum(gamma**n for n in range(len(coefficients)))
+        return cls(gamma, coefficients, ulp, ulp / 2 ** int(math.log2(steps)), dtype)
+
+    @property
+    def limit(self) -> float:
+        """The bound on |x|, and on |v| times ulp/v_ulp, below which all sums are exact."""
+        return self.ulp * 2.0 ** BITS[self.dtype]
+
+
+# Of x and v: v is stored as int32 beside x in single precision, and as a double beside x in double
+# precision, of whose 53 bits the shears of :func:`multiply` need some.
+BITS = {torch.float32: 31, torch.float64: 51}
 
 
 def integrate(
     x: Tensor, blocks: Sequence[Block], rule: Rule
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The loop over (2), from x on the grid and v = 0 to x, v and the remainders."""
+    x = x.double()
     v, remainders = torch.zeros_like(x), [torch.zeros_like(x)]
     for n, (is_full, _) in enumerate(remainder_bounds(rule.gamma, len(blocks))):
         if is_full:
@@ -77,17 +112,23 @@ def widen(x: Tensor) -> Tensor:
 def step(x: Tensor, v: Tensor, r: Tensor, block: Block, rule: Rule, n: int) -> State:
     """Step n of (2)."""
     v, r = multiply(v, r, rule.gamma)
-    v = v + torch.round((block(x) - x) * (rule.coefficients[n] / rule.ulp))
-    x = x + v * rule.ulp
+    v = v + torch.round(residual(block, x, rule) * (rule.coefficients[n] / rule.v_ulp))
+    x = x + to_grid(v * rule.v_ulp, rule.ulp)
     return x, v, r
 
 
 def unstep(x: Tensor, v: Tensor, r: Tensor, block: Block, rule: Rule, n: int) -> State:
     """Step n of (3): the lines of :func:`step`, read upwards."""
-    x = x - v * rule.ulp
-    v = v - torch.round((block(x) - x) * (rule.coefficients[n] / rule.ulp))
+    x = x - to_grid(v * rule.v_ulp, rule.ulp)
+    v = v - torch.round(residual(block, x, rule) * (rule.coefficients[n] / rule.v_ulp))
     v, r = divide(v, r, rule.gamma)
     return x, v, r
+
+
+def residual(block: Block, x: Tensor, rule: Rule) -> Tensor:
+    """Return f(x), of the x that the block reads."""
+    x = x.to(rule.dtype)
+    return block(x).double() - x.double()
 
 
 def multiply(v: Tensor, r: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -144,7 +185,7 @@ def remainder_bounds(gamma: float, steps: int) -> Iterator[tuple[bool, float]]:
     """For each step: is the remainder full before it, and how large may it be afterwards.
 
     A full remainder is put aside and a new one begun at 0. |r| grows to |r|/γ plus the errors of
-    two rounded products, each at most 1 while |x| stays in :func:`largest_magnitude`.
+    two rounded products, each at most 1 while |v| stays below :attr:`Rule.limit`.
     """
     bound = 0.0
     for _ in range(steps):
@@ -154,10 +195,15 @@ def remainder_bounds(gamma: float, steps: int) -> Iterator[tuple[bool, float]]:
         yield is_full, bound
 
 
-def largest_magnitude(ulp: float, dtype: torch.dtype) -> float:
-    """The bound on |x| below which every sum of a step is exact.
+HEADROOM = 2  # bits: activations may grow to four times what was seen
+LOWEST, HIGHEST = -95, 1000  # exponents, between which ulp and 1/ulp are numbers
 
-    A quarter of the last exactly representable grid point (2^24 ulps in single precision): |v| is
-    at most twice |x|, and the shears of :func:`multiply` need the other half.
+
+def find_exponent(largest: float) -> int:
+    """Return the exponent of a grid for values up to ``largest``, with headroom.
+
+    >>> find_exponent(1.0), find_exponent(3.9), find_exponent(4.0), find_exponent(0.0)
+    (3, 4, 5, -95)
     """
-    return ulp / torch.finfo(dtype).eps / 2
+    exponent = math.frexp(largest)[1] + HEADROOM if largest else LOWEST
+    return min(max(exponent, LOWEST), HIGHEST)

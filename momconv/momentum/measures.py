@@ -9,6 +9,13 @@ from torch import Tensor
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
+def note_magnitudes(largest: Tensor, *tensors: Tensor) -> None:
+    """Let ``largest``, a scalar, grow to the largest |element|; it is not finite if one is not."""
+    for x in tensors:
+        if x.numel():
+            torch.maximum(largest, x.abs().max().to(largest.dtype), out=largest)
+
+
 def magnitude(x: Tensor) -> Tensor:
     """The largest |x|, a scalar on x's device; not finite if anything in x is not, 0 of nothing."""
     if x.numel() == 0:
@@ -21,7 +28,8 @@ def checksum(x: Tensor) -> Tensor:
 
     They are read eight bytes at a time: sum() would make a copy in int64 of anything narrower.
     """
-    flat = x.as_strided((x.numel(),), (1,))
+    in_order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    flat = x.detach().permute(in_order).reshape(-1)  # a copy only if there are gaps
     whole = x.numel() - x.numel() % (8 // x.element_size())
     rest = flat[whole:].view(_BITS[x.element_size()]).sum()
     return rest + flat[:whole].view(torch.int64).sum()

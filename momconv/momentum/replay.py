@@ -24,8 +24,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 
 from momconv.errors import InversionError, NotReproducible, UsageError
+from momconv.momentum.measures import checksum
 from momconv.momentum.seam import Cut, Norms, PlainCut
-from momconv.states import Condition, autocast_settings, keeping_random_state
+from momconv.states import (
+    Condition,
+    autocast_settings,
+    is_fake,
+    keeping_random_state,
+    version_of,
+)
 
 
 class Replay:
@@ -35,17 +42,21 @@ class Replay:
     numbers. Backward finds the tensors under these numbers once :meth:`repeat` has been called.
 
     ``in_parts``, it is repeated twice: for the tensors from the middle on, and then for those
-    before it; see faster/parts.py.
+    before it; see faster/parts.py. It must compute what it did: its output is compared by a
+    checksum or, if it ``is_open`` and ends with the last tensor that it saves, that tensor is.
     """
 
-    def __init__(self, block: nn.Module, *, in_parts: bool = False) -> None:
+    def __init__(self, block: nn.Module, *, in_parts: bool = False, is_open: bool = False) -> None:
         self._block = block
+        self._is_open = is_open
+        self._last: tuple[int, Tensor | None] = (0, None)  # what it saved last, and its number
         self._in_parts = in_parts
         self._cut: PlainCut | None = None  # during the first call
         modules = [*block.modules()]
         self._norms = Norms(modules)
         self._condition = Condition(modules, self._norms.others)
         # Of the first call:
+        self._sum: Tensor | None = None  # of what it computed
         self._requires_grad: Sequence[bool] = ()  # x and the further arguments
         self._args: Sequence[Tensor] = ()
         self._autocast: dict[str, Any] = {}
@@ -65,6 +76,7 @@ class Replay:
         if self._cut:
             self._middle = self._cut.find_middle(little=max(x.nbytes, y.nbytes))
             self._cut = None
+        self._sum = _sum(y)
         return y
 
     @contextmanager
@@ -76,7 +88,7 @@ class Replay:
         counting = _buffers_that_count(self._norms.others)
         versions, values = [*map(version_of, counting)], [b.clone() for b in counting]
         versions_of_args = [*map(version_of, args)]
-        random_state = _random_state(x.device)
+        before = random_state(x.device)
         if self._in_parts:
             self._cut = Cut([x, *self._condition.parameters])
         with saved_tensors_hooks(self._drop, self._serve), self._norms.remembering():
@@ -92,8 +104,8 @@ class Replay:
         self._condition.add_buffers(self._norms.finish())
         self.watch([*unchanged, *self._args, *self._condition.parameters])
         # Only a block that drew numbers needs the state again: 5 KB a block add up.
-        drew = not all(map(torch.equal, random_state, _random_state(x.device)))
-        self._random_state = random_state if drew else ()
+        drew = not all(map(torch.equal, before, random_state(x.device)))
+        self._random_state = before if drew else ()
 
     def _drop(self, tensor: Tensor) -> int | Tensor:
         """A number for what the first call saves, or what a norm keeps."""
@@ -101,6 +113,8 @@ class Replay:
             return tensor
         if self._cut:
             self._cut.note(tensor)
+        if self._is_open and not isinstance(tensor, nn.Parameter):
+            self._last = (self._count, tensor.detach())
         self._count += 1
         return self._count - 1
 
@@ -113,9 +127,12 @@ class Replay:
         """Let the first tensor that backward asks for cause the repetition, for x."""
         self._middle = self._count
         self._inputs = self._detach(x)
+        number, last = self._last
+        self._sum = None if last is None else _sum(last)
+        self._last = (number, None)
 
-    def repeat(self, x: Tensor) -> Tensor:
-        """The same call once more, keeping what it saves; x must equal the first one.
+    def repeat(self, x: Tensor, *, is_same: bool = True) -> Tensor:
+        """The same call once more, keeping what it saves; x must equal the first one, if it can.
 
         Raises:
             InversionError: somebody wrote into what the first call used.
@@ -126,6 +143,8 @@ class Replay:
         self._saved = {}
         with self._keeping(self._middle):
             y = self._call(inputs)
+        if is_same:
+            self._require_same(y)
         if self._middle:
             self._inputs = inputs
         else:
@@ -137,7 +156,22 @@ class Replay:
         self._require_unchanged()
         # With a graph, of which nothing is kept: without one, PyTorch may take other kernels.
         with self._keeping(self._count):
-            return self._call(self._detach(x)).detach()
+            y = self._call(self._detach(x)).detach()
+        self._require_same(y)
+        return y
+
+    def _require_same(self, computed: Tensor) -> None:
+        """Do nothing if this is what the first call computed, which on a GPU waits for it.
+
+        Raises:
+            NotReproducible: It is something else.
+        """
+        if self._sum is not None and _sum(computed) != self._sum:
+            raise NotReproducible(
+                f"a {self._block._get_name()} computed something else when it was run again",
+                kind="inversion.not_reproducible",
+                fix='momconv.set_strategy(model, "store")',
+            )
 
     def _detach(self, x: Tensor) -> list[Tensor]:
         inputs = [tensor.detach() for tensor in (x, *self._args)]
@@ -166,6 +200,8 @@ class Replay:
         inputs, self._inputs = self._inputs, ()
         with self._keeping(0, self._middle - 1):
             self._call(inputs)
+        if self._is_open:
+            self._require_same(self._saved[self._last[0]])
         self._forget_random_state()
 
     @contextmanager
@@ -216,6 +252,7 @@ class Replay:
 
     def _serve(self, number: int | Tensor) -> Tensor:
         """Hand a tensor over, so that it is freed as soon as backward is done with it."""
+        require_first_derivatives()
         if isinstance(number, Tensor):
             return number
         if number < self._middle and self._inputs:
@@ -233,6 +270,25 @@ class Replay:
 def _is_graph_kept() -> bool:
     """Whether the backward pass that is under way keeps the graph for another one."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def require_first_derivatives() -> None:
+    """Do nothing in a backward pass of which there will be no derivatives.
+
+    Raises:
+        UsageError: This one is to be differentiated again.
+    """
+    if torch.is_grad_enabled():
+        raise UsageError(
+            "what is recomputed or reconstructed in backward has no second derivatives",
+            kind="usage.second_derivatives",
+            fix='momconv.set_strategy(model, "store")',
+        )
+
+
+def _sum(x: Tensor) -> Tensor | None:
+    """Return a checksum of x, of which fakes have none."""
+    return None if is_fake(x) else checksum(x)
 
 
 class Enough(Exception):
@@ -254,10 +310,16 @@ def evaluate(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
     """block(x, *args), which must leave x alone: x is needed again.
 
     Raises:
-        UsageError: the block wrote into x.
+        UsageError: the block wrote into x, or returned something else than a tensor.
     """
     version = version_of(x)
     y: Tensor = block(x, *args)
+    if not isinstance(y, Tensor):
+        raise UsageError(
+            f"a {block._get_name()} returned a {type(y).__name__}, not a tensor",
+            kind="model.no_tensor",
+            fix="a block whose forward returns x + f(x) alone",
+        )
     require_unchanged(block, x, version)
     return y
 
@@ -276,11 +338,6 @@ def require_unchanged(block: nn.Module, x: Tensor, version: int) -> None:
         )
 
 
-def version_of(tensor: Tensor) -> int:
-    """A number that changes when somebody writes into ``tensor``; inference mode counts nothing."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 class _Before(torch.autograd.Function):
     """The identity, which calls ``action`` in backward before the gradient passes."""
 
@@ -292,6 +349,7 @@ class _Before(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        require_first_derivatives()
         ctx.action(*ctx.saved_tensors)
         return gradient, *(None for _ in ctx.needs_input_grad[1:])
 
@@ -328,12 +386,19 @@ def _autocast(settings: dict[str, Any]) -> AbstractContextManager[Any]:
     return nullcontext() if is_off else torch.autocast(**settings)
 
 
-def _random_state(device: torch.device) -> list[Tensor]:
+def random_state(device: torch.device) -> list[Tensor]:
     """The state of the CPU's generator and of the device's own."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
+
+
+def set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
+    """Draw the numbers that follow what :func:`random_state` returned."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 @contextmanager
@@ -343,7 +408,5 @@ def _random_numbers(states: Sequence[Tensor], device: torch.device) -> Iterator[
         yield
         return
     with keeping_random_state(device):
-        torch.set_rng_state(states[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], device)
+        set_random_state(states, device)
         yield

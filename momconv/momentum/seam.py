@@ -13,39 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from momconv.momentum.equations import Rule, step, unstep
-from momconv.momentum.measures import magnitude
+from momconv.momentum.equations import Rule, step, to_grid, unstep
+from momconv.momentum.measures import note_magnitudes
+from momconv.momentum.storage import State
 
 _FASTER = "momconv.momentum.faster"
 
 
-def _advance(  # noqa: PLR0913 (the state, what changes it, and by which rule)
-    x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, largest: Tensor, rule: Rule, n: int
-) -> Tensor:
-    """Return x[n+1], and take v and r from n to n+1 in place. γ = 1 has no r.
+def _advance(state: State, y: Tensor, largest: Tensor, rule: Rule, n: int) -> Tensor:
+    """Return x[n+1], and take low, v and r from n to n+1 in place.
 
-    ``largest``, a scalar, becomes the largest |x[n+1]| if that is larger.
+    ``largest`` takes note of |x[n+1]| and |v[n+1]|: see measures.py.
     """
-    x_next, v_next, r_next = step(x, v, _widen(r, v), lambda _: y, rule, n)
-    _keep(v, v_next, r, r_next)
-    torch.maximum(largest, magnitude(x_next), out=largest)
-    return x_next
+    x, v, r = step(*state.unpack(rule), lambda _: y, rule, n)
+    note_magnitudes(largest, x.to(rule.dtype), v * rule.ulp)
+    return state.pack(x, v, r, rule)
 
 
-def _undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, rule: Rule, n: int) -> None:
-    """Take v and r from n+1 to n in place, where x is x[n] and y = block(x[n])."""
-    _, v_before, r_before = unstep(x + v * rule.ulp, v, _widen(r, v), lambda _: y, rule, n)
-    _keep(v, v_before, r, r_before)
+def _retreat(state: State, rule: Rule) -> Tensor:
+    """Return x[n], and take low from n+1 to n in place; v and r stay at n+1."""
+    x, v, r = state.unpack(rule)
+    return state.pack(x - to_grid(v * rule.v_ulp, rule.ulp), v, r, rule)
 
 
-def _widen(r: Tensor | None, v: Tensor) -> Tensor:
-    return torch.zeros_like(v) if r is None else r.to(v.dtype)
-
-
-def _keep(v: Tensor, v_new: Tensor, r: Tensor | None, r_new: Tensor) -> None:
-    v.copy_(v_new)
-    if r is not None:
-        r.copy_(r_new)
+def _undo(state: State, y: Tensor, rule: Rule, n: int) -> None:
+    """Take v and r from n+1 to n in place, where x and low are at n and y = block(x[n])."""
+    x, v, r = state.unpack(rule)
+    state.pack(*unstep(x + to_grid(v * rule.v_ulp, rule.ulp), v, r, lambda _: y, rule, n), rule)
 
 
 class PlainNorms:
@@ -99,8 +93,9 @@ def _choose(name: str, plain: Any) -> Any:
         return plain
 
 
-advance: Callable[..., Tensor] = _choose("advance", _advance)
-undo: Callable[..., None] = _choose("undo", _undo)
+advance: Callable[[State, Tensor, Tensor, Rule, int], Tensor] = _choose("advance", _advance)
+retreat: Callable[[State, Rule], Tensor] = _choose("retreat", _retreat)
+undo: Callable[[State, Tensor, Rule, int], None] = _choose("undo", _undo)
 find_obstacle: Callable[[torch.device], str | None] = _choose(
     "find_obstacle", lambda gpu: "momentum/faster/ is missing"
 )

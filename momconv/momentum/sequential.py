@@ -1,23 +1,29 @@
 """``MomentumSequential``: an ``nn.Sequential`` whose runs of residual blocks follow (2)."""
 
-import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from itertools import repeat
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # imports the compiler only where it is at work
+from torch.fx import Proxy
 
 from momconv.errors import UsageError
 from momconv.momentum.arguments import bind
 from momconv.momentum.autograd import Strategy, run
-from momconv.momentum.equations import Rule, Velocity, coefficients, weights
+from momconv.momentum.equations import LOWEST, Rule, Velocity, coefficients
+from momconv.momentum.inversion import EndState, follow, walk_back
+from momconv.momentum.members import mark, unmark
+from momconv.momentum.ranging import find_range, has_values, require_range, survey
 from momconv.momentum.replay import checkpoint, evaluate, without_autocast_cache
 from momconv.momentum.segment import Call, Segment
 from momconv.tracing.runs import find_runs
+
+_UNKNOWN = LOWEST  # the exponent where nothing can be seen, as in fake tensors
 
 SMALLEST_GAMMA = 1e-6  # below it one step's remainder would not fit an exact float
 
@@ -49,14 +55,35 @@ def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Blocks ``start`` to ``stop`` (exclusive) of a Sequential, with a gain for each."""
+    """Blocks ``start`` to ``stop`` (exclusive) of a Sequential, with a gain for each.
+
+    Attributes:
+        start: The first block.
+        stop: The block after the last.
+        gains: What each residual is multiplied by, beside 1 − γ.
+        exponent: Activations below 2^exponent are exact, on a grid as fine as 31 bits make it (51
+            in double precision). None: the first pass finds it.
+    """
 
     start: int
     stop: int
     gains: tuple[float, ...]
+    exponent: int | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    @property
+    def blocks(self) -> range:
+        """The places of its blocks."""
+        return range(self.start, self.stop)
+
+
+def _without(run: Run, gone: Sequence[int]) -> Run:
+    """Return the run once the blocks at these places are gone."""
+    start = run.start - sum(n < run.start for n in gone)
+    gains = tuple(g for n, g in zip(run.blocks, run.gains, strict=True) if n not in gone)
+    return replace(run, start=start, stop=start + len(gains), gains=gains)
 
 
 def check_runs(runs: Sequence[Run], blocks: int) -> None:
@@ -89,9 +116,7 @@ class MomentumSequential(nn.Sequential):
         strategy: how backward gets its activations; see momconv.momentum.autograd.
         in_parts: whether blocks that are computed again may be so in two parts, one after the
             other, which takes less memory and more time; see faster/parts.py.
-        fraction_bits: the grid is 2^-fraction_bits in single precision, which leaves activations a
-            range of ±2^(22 - fraction_bits). Double precision has 29 more.
-        runs: found on the first forward pass, unless given.
+        runs: found on the first forward pass, unless given, and so is each run's range.
         kind: the plain class whose place it takes.
 
     Raises:
@@ -99,7 +124,8 @@ class MomentumSequential(nn.Sequential):
             forward pass: a block writes into its input; a block of a run changes its shape; runs
             are to be found, but what blocks do depends on values, or torch.func is at work.
         InversionError: in backward, what it starts from was written to, or backward comes twice.
-        RangeOverflow: in backward, an activation was too large for exact sums.
+        RangeOverflow: in a forward pass for "momentum", an activation outgrew the range, which has
+            become wider: the next pass succeeds.
         NotReproducible: in backward, a block computed something else when it was run again.
 
     >>> class Block(nn.Linear):
@@ -107,15 +133,14 @@ class MomentumSequential(nn.Sequential):
     ...         return x + super().forward(x).tanh()
     >>> net = MomentumSequential(*(Block(4, 4) for _ in range(3)))
     >>> net(torch.ones(1, 4)).shape, net.runs
-    (torch.Size([1, 4]), (Run(start=0, stop=3, gains=(1.0, 1.0, 1.0)),))
+    (torch.Size([1, 4]), (Run(start=0, stop=3, gains=(1.0, 1.0, 1.0), exponent=3),))
     """
 
     gamma: float
     velocity: Velocity
     strategy: Strategy
     in_parts: bool
-    fraction_bits: int
-    runs: tuple[Run, ...] | None
+    _runs: tuple[Run, ...] | None
     kind: type[nn.Module] = nn.Sequential
 
     def __init__(
@@ -125,20 +150,31 @@ class MomentumSequential(nn.Sequential):
         velocity: Velocity = "zero",
         strategy: Strategy = "momentum",
         in_parts: bool = False,
-        fraction_bits: int = 14,
         runs: Sequence[Run] | None = None,
     ) -> None:
         super().__init__(*blocks)
         _check_choice("velocity", velocity, get_args(Velocity))
         _check_choice("strategy", strategy, get_args(Strategy))
-        if blocks and runs:
-            check_runs(runs, len(self))
         self.gamma = check_gamma(gamma)
         self.velocity = velocity
         self.strategy = "store" if gamma == 0 and strategy == "momentum" else strategy
         self.in_parts = in_parts
-        self.fraction_bits = fraction_bits
-        self.runs = None if runs is None else tuple(runs)
+        self.runs = runs
+
+    @property
+    def runs(self) -> tuple[Run, ...] | None:
+        """Which blocks follow the momentum rule; None as long as nobody knows."""
+        return self._runs
+
+    @runs.setter
+    def runs(self, runs: Sequence[Run] | None) -> None:
+        blocks = [*self.children()]
+        if blocks and runs:
+            check_runs(runs, len(self))
+        self._runs = None if runs is None else tuple(runs)
+        places = {n for part in (runs or ()) if self.gamma for n in part.blocks}
+        mark(block for n, block in enumerate(self._modules.values()) if n in places)
+        unmark(block for n, block in enumerate(self._modules.values()) if n not in places)
 
     def forward(  # type: ignore[override]  # x is called input there
         self, x: Tensor, *args: Any, **kwargs: Any
@@ -148,13 +184,15 @@ class MomentumSequential(nn.Sequential):
         Tensors among these may require gradients. In a network that is compiled as a whole, a stage
         runs as it is: backward runs its blocks again, which must be the same program both times.
         """
+        if isinstance(x, Proxy):  # of torch.fx, for which a stage is one operation
+            return _leave_whole(self, x, args, kwargs)
         # The flag itself: PyTorch 2.11's compiler takes is_exporting() for true in all it compiles.
         is_exporting = torch.compiler._is_exporting_flag
         if torch.compiler.is_dynamo_compiling() and not is_exporting:
             return _uncompiled(self, x, *args, **kwargs)
-        self.find_runs(x, *args, **kwargs)
+        check_runs(self.find_runs(x, *args, **kwargs), len(self))
         blocks, tensors = bind([*self._modules.values()], args, kwargs)
-        walk = partial(self._walk, blocks, tensors, self.strategy)
+        walk = partial(self._walk, blocks, tensors, {}, self.strategy)
         with without_autocast_cache(x.device.type):
             if self.strategy == "segment":
                 return Segment(walk, in_parts=self.in_parts).run(x)
@@ -166,13 +204,14 @@ class MomentumSequential(nn.Sequential):
         self,
         blocks: list[nn.Module],
         args: tuple[Tensor, ...],
+        ranges: dict[int, int],
         strategy: Strategy,
         x: Tensor,
         call: Call,
     ) -> Tensor:
         """:meth:`forward` with the blocks bound to what is no tensor; ``call`` calls them.
 
-        Backward may come here again, when the stage has another strategy already.
+        Backward may come here again, when the stage has another strategy or range already.
         """
         is_reversible = strategy == "momentum" and torch.is_grad_enabled()
 
@@ -187,11 +226,46 @@ class MomentumSequential(nn.Sequential):
         position = 0
         for part in (self.runs or ()) if self.gamma else ():
             x = plain(x, position, part.start)
-            members, rule = blocks[part.start : part.stop], self.rule(part, x.dtype)
-            in_run = None if is_reversible else call
-            x = run(members, x, args, rule, in_run, in_parts=self.in_parts)
+            members = blocks[part.start : part.stop]
+            x = self._follow(part, members, args, ranges, None if is_reversible else call, x)
             position = part.stop
         return plain(x, position, None)
+
+    def _follow(
+        self,
+        part: Run,
+        blocks: list[nn.Module],
+        args: tuple[Tensor, ...],
+        ranges: dict[int, int],
+        call: Call | None,
+        x: Tensor,
+    ) -> Tensor:
+        """A run; its range is in ``ranges`` if this pass has been here before."""
+
+        def follow(exponent: int) -> tuple[Tensor, Tensor]:
+            rule = self.rule(replace(part, exponent=exponent), x.dtype)
+            return run(blocks, x, args, rule, call, in_parts=self.in_parts)
+
+        exponent = ranges.get(part.start, part.exponent)
+        if not has_values(x):
+            return follow(_UNKNOWN if exponent is None else exponent)[0]
+        measure = partial(survey, blocks, x, args, self.rule(part, x.dtype))
+        if exponent is None:
+            exponent, is_seen = find_range(measure, x)
+            if is_seen:
+                self.set_range(part.start, exponent)
+        y, seen = follow(exponent)
+        if call is None:
+            require_range(measure, seen, exponent, partial(self.set_range, part.start))
+        ranges[part.start] = exponent
+        return y
+
+    def set_range(self, start: int, exponent: int | None) -> None:
+        """Let the run from block ``start`` on be exact below 2^exponent; None: to be found."""
+        self.runs = tuple(
+            replace(one, exponent=exponent) if one.start == start else one
+            for one in self.runs or ()
+        )
 
     def find_runs(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Run, ...]:
         """The runs, which are found by tracing shapes from x if they are not known yet.
@@ -214,13 +288,50 @@ class MomentumSequential(nn.Sequential):
             self.runs = tuple(Run(run.start, run.stop, (1.0,) * len(run)) for run in found)
         return self.runs or ()
 
+    def integrate(self, x: Tensor, *args: Any, **kwargs: Any) -> EndState:
+        """Return the state at the end, from which :meth:`invert` leads back; its x is the output.
+
+        Nothing can be differentiated. The range is found first if it is not known.
+
+        Raises:
+            UsageError: The blocks are not one run.
+        """
+        part, blocks, tensors = self._whole_run(self.find_runs(x, *args, **kwargs), args, kwargs)
+        if part.exponent is None:
+            measure = partial(survey, blocks, x, tensors, self.rule(part, x.dtype))
+            part = replace(part, exponent=find_range(measure, x)[0])
+            self.set_range(part.start, part.exponent)
+        return follow(blocks, x, tensors, self.rule(part, x.dtype))
+
+    def invert(self, end: EndState, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Return x[0] to x[k] of the pass that ended in this state: blocks' inputs, and the output.
+
+        ``args`` and ``kwargs`` are what the blocks were called with besides x.
+
+        Raises:
+            UsageError: The blocks are not one run.
+            InversionError: No pass of these blocks ended there.
+        """
+        part, blocks, tensors = self._whole_run(self.runs or (), args, kwargs)
+        dtype = next((p.dtype for p in self.parameters()), torch.float32)
+        return walk_back(blocks, end, tensors, self.rule(part, dtype), dtype)
+
+    def _whole_run(
+        self, runs: tuple[Run, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Run, list[nn.Module], tuple[Tensor, ...]]:
+        if not self.gamma or [(part.start, part.stop) for part in runs] != [(0, len(self))]:
+            raise UsageError(
+                "only a stage whose blocks are all of one run can be inverted as a whole",
+                kind="usage.no_run",
+                fix="MomentumSequential(*blocks) of the blocks of one run, with gamma > 0",
+            )
+        return runs[0], *bind([*self._modules.values()], args, kwargs)
+
     def rule(self, part: Run, dtype: torch.dtype) -> Rule:
-        """The constants of a run that is kept in ``dtype``."""
+        """The constants of a run of blocks that compute in ``dtype``."""
         steps = coefficients(self.gamma, part.gains, self.velocity)
-        # Where blocks count more than once (γ = 1 without gains: up to k times), x grows with it.
-        growth = math.ceil(math.log2(max(1.0, *map(abs, weights(self.gamma, steps)))))
-        bits = self.fraction_bits - growth + (29 if dtype == torch.float64 else 0)
-        return Rule(self.gamma, steps, 2.0**-bits)
+        exponent = _UNKNOWN if part.exponent is None else part.exponent
+        return Rule.of(self.gamma, steps, exponent, torch.promote_types(dtype, torch.float32))
 
     def __getitem__(self, index: Any) -> Any:
         """A block or, for a slice, a plain ``nn.Sequential``: momentum belongs to whole runs."""
@@ -228,10 +339,57 @@ class MomentumSequential(nn.Sequential):
             return nn.Sequential(OrderedDict([*self.named_children()][index]))
         return super().__getitem__(index)
 
+    def __setitem__(self, index: int, block: nn.Module) -> None:
+        """Put another block in the place of one, also in a run."""
+        super().__setitem__(index, block)
+        self.runs = self.runs
+
+    def __delitem__(self, index: slice | int) -> None:
+        """Take blocks out; the runs go on without them, with the gains of those that are left."""
+        gone = [*range(len(self))][index]
+        gone = gone if isinstance(gone, list) else [gone]
+        super().__delitem__(index)
+        if self.runs is not None:
+            self.runs = [_without(part, gone) for part in self.runs if {*part.blocks} - {*gone}]
+
+    def insert(self, index: int, module: nn.Module) -> Self:
+        """Put a block in front of the one at ``index``.
+
+        Raises:
+            UsageError: That is in the midst of a run.
+        """
+        place = index + len(self) if index < 0 else index
+        if any(part.start < place < part.stop for part in self.runs or ()):
+            raise UsageError(
+                f"block {place} is in the midst of a momentum run, where no other fits",
+                kind="usage.bad_run",
+                fix="MomentumSequential(*blocks), which finds its runs anew",
+            )
+        super().insert(index, module)
+        if self.runs:
+            moved = [
+                p if p.stop <= place else replace(p, start=p.start + 1, stop=p.stop + 1)
+                for p in self.runs
+            ]
+            self.runs = moved
+        return self
+
     def extra_repr(self) -> str:
         """γ, the strategy and the runs, for ``print(model)``."""
         spans = ", ".join(f"{run.start}-{run.stop - 1}" for run in self.runs or ())
         return f"gamma={self.gamma}, strategy={self.strategy}, momentum blocks: {spans or 'none'}"
+
+
+def _leave_whole(stage: nn.Module, x: Proxy, args: Any, kwargs: Any) -> Any:
+    """Put a call of the stage into the graph that is being made."""
+    tracer: Any = x.tracer
+    if tracer.root is stage:
+        raise UsageError(
+            "this network is a momentum stage as a whole, of which torch.fx can make no graph",
+            kind="usage.tracing",
+            fix="trace torch.nn.Sequential(network)",
+        )
+    return tracer.create_proxy("call_module", tracer.path_of_module(stage), (x, *args), kwargs)
 
 
 @_disable_dynamo
@@ -290,15 +448,29 @@ class MomentumDict(MomentumSequential):
 
     def _take(self, part: Run) -> MomentumSequential:
         """Some blocks as a stage for themselves."""
-        return MomentumSequential(
+        return _Taken(
+            self,
+            part.start,
             *[*self._modules.values()][part.start : part.stop],
             gamma=self.gamma,
             velocity=self.velocity,
             strategy=self.strategy,
             in_parts=self.in_parts,
-            fraction_bits=self.fraction_bits,
-            runs=[Run(0, len(part), part.gains)] if part.gains else [],
+            runs=[replace(part, start=0, stop=len(part))] if part.gains else [],
         )
+
+
+class _Taken(MomentumSequential):
+    """Blocks of a dictionary, which are told the range that is found."""
+
+    def __init__(self, owner: MomentumDict, start: int, *blocks: nn.Module, **options: Any) -> None:
+        super().__init__(*blocks, **options)
+        self._tell = partial(owner.set_range, start)
+
+    def set_range(self, start: int, exponent: int | None) -> None:
+        """Of the run, and of that of the dictionary."""
+        super().set_range(start, exponent)
+        self._tell(exponent)
 
 
 def momentum_stages(model: nn.Module) -> dict[str, MomentumSequential]:
@@ -308,6 +480,30 @@ def momentum_stages(model: nn.Module) -> dict[str, MomentumSequential]:
         for name, module in model.named_modules()
         if isinstance(module, MomentumSequential)
     }
+
+
+_NOT_FOUND = LOWEST - 1
+
+
+def read_ranges(model: nn.Module) -> list[int]:
+    """Return the exponents of all runs of ``model``, as numbers for :func:`set_ranges`."""
+    stages = momentum_stages(model).values()
+    exponents = [part.exponent for stage in stages for part in stage.runs or ()]
+    return [_NOT_FOUND if exponent is None else exponent for exponent in exponents]
+
+
+def set_ranges(model: nn.Module, exponents: Iterable[int]) -> None:
+    """Give all runs of ``model`` these exponents."""
+    remaining = iter(exponents)
+    for stage in momentum_stages(model).values():
+        for part in stage.runs or ():
+            exponent = next(remaining)
+            stage.set_range(part.start, None if exponent == _NOT_FOUND else exponent)
+
+
+def forget_ranges(model: nn.Module) -> None:
+    """Let the next pass find the ranges of all runs of ``model``."""
+    set_ranges(model, repeat(_NOT_FOUND))
 
 
 def set_strategy(model: nn.Module, strategy: Strategy | Literal["auto"]) -> None:

@@ -25,6 +25,7 @@ from torch.autograd.profiler import profile
 from torch.nn import functional as F
 
 from momconv.heap import keeping_freed_memory
+from momconv.momentum.sequential import forget_ranges, momentum_stages
 from momconv.planner.micro_batch import Line, StaticBytes
 from momconv.states import keep_buffers, keeping_random_state
 from momconv.vocabulary import OPTIMIZERS, OptimizerName, Precision
@@ -52,7 +53,7 @@ def measure_step(
 
     Weights, gradients, optimiser state and images do not count. Gradients exist beforehand, as in
     every micro-batch but the first, and are added to in place. Afterwards the model's
-    gradients and buffers and the random state are what they were.
+    gradients, buffers and ranges and the random state are what they were.
     """
     with _keeping_state(model, device):
         images = torch.randn(batch, 3, resolution, resolution, device=device)
@@ -125,12 +126,17 @@ def available_bytes(device: torch.device, headroom: float = _HEADROOM) -> int:
 
 @contextlib.contextmanager
 def _keeping_state(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Zero-filled gradients inside; gradients, buffers and random state as before afterwards."""
+    """Zero-filled gradients and unknown ranges of runs inside; all as before afterwards.
+
+    The images are no real ones: what is seen in them is nobody's range.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.grad for p in trained]
     restore_buffers = keep_buffers(model)
+    runs = [(stage, stage.runs) for stage in momentum_stages(model).values()]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
+    forget_ranges(model)
     try:
         with keeping_random_state(device):
             yield
@@ -138,6 +144,8 @@ def _keeping_state(model: nn.Module, device: torch.device) -> Iterator[None]:
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         restore_buffers()
+        for stage, before in runs:
+            stage.runs = before
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:

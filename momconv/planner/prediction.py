@@ -342,7 +342,7 @@ class _Trace(TorchDispatchMode):
         if address in self._known:
             return
         size = 0 if operation is None else -storage.nbytes() // self._block * -self._block
-        is_remainder = tensor.dtype in (torch.int8, torch.int16, torch.int32)
+        is_remainder = tensor.dtype in (torch.int8, torch.int16)  # the state's v is an int32
         made = _Tensor(size, operation or "", self._stage, self._in_forward, is_remainder)
         self._live += size
         self._changes.append((address, made))

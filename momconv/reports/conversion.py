@@ -157,6 +157,8 @@ def _facts(conversion: Conversion) -> Iterator[tuple[str, str]]:
     if certificate.gradients_exact:
         stages = plural(len(certificate.stages), "stage")
         yield "gradients", f"bit for bit those of ordinary backpropagation, in {stages} and outside"
+    if certificate.rounding is not None:
+        yield "rounding", describe_rounding(certificate.rounding)
     if conversion.gamma:
         yield "memory", _describe_saving(conversion.saving)
     yield "written", f"{printable(conversion.path)} ({format_bytes(conversion.bytes)})"
@@ -300,6 +302,11 @@ def describe_drift(drift: Drift, origin: str) -> str:
         f"same top-1 as the original on {drift.agreement:.1%} of {plural(drift.images, 'image')} "
         f"{origin}; KL {drift.divergence:.4f} nats, logits moved by {drift.distance:.1%}"
     )
+
+
+def describe_rounding(share: float) -> str:
+    """One line."""
+    return f"outputs within {share:.1e} of those of the same network in double precision"
 
 
 def show_facts(facts: Iterable[tuple[str, str]]) -> Iterator[RenderableType]:

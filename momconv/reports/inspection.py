@@ -17,7 +17,12 @@ from momconv.files.model_file import read_metadata, read_skeleton
 from momconv.names import encode_name
 from momconv.planner.catalogue import Entry
 from momconv.planner.saving import IMAGES
-from momconv.reports.conversion import describe_drift, show_facts, tabulate_stages
+from momconv.reports.conversion import (
+    describe_drift,
+    describe_rounding,
+    show_facts,
+    tabulate_stages,
+)
 from momconv.surgery.certificate import Certificate
 from momconv.surgery.conversion import Stage, summarise
 from momconv.units import format_bytes
@@ -143,9 +148,7 @@ def _facts(inspection: FileInspection) -> Iterator[tuple[str, str]]:
     if certificate:
         origin = printable(inspection.measured_on)
         yield "agreement", describe_drift(certificate.drift, origin)
-        exact = {True: "bit for bit those of ordinary backpropagation", False: "not exact"}
-        if certificate.gradients_exact is not None:
-            yield "gradients", exact[certificate.gradients_exact]
+        yield from _describe_precision(certificate)
     if certificate and certificate.accuracy:
         before, after = certificate.accuracy.original, certificate.accuracy.converted
         yield "converted", f"top-1 {before:.1%} before, {after:.1%} after"
@@ -157,6 +160,14 @@ def _facts(inspection: FileInspection) -> Iterator[tuple[str, str]]:
     versions = f"momconv {inspection.written_by}, torch {inspection.torch}"
     written = f"{inspection.created} by {versions} ({format_bytes(inspection.bytes)})"
     yield "written", printable(written)
+
+
+def _describe_precision(certificate: Certificate) -> Iterator[tuple[str, str]]:
+    exact = {True: "bit for bit those of ordinary backpropagation", False: "not exact"}
+    if certificate.gradients_exact is not None:
+        yield "gradients", exact[certificate.gradients_exact]
+    if certificate.rounding is not None:
+        yield "rounding", describe_rounding(certificate.rounding)
 
 
 def _list_classes(description: Description) -> str:

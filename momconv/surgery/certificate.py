@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from momconv.determinism import deterministic
 from momconv.momentum.autograd import Strategy
-from momconv.momentum.equations import largest_magnitude, remainder_bounds
+from momconv.momentum.equations import remainder_bounds
 from momconv.momentum.measures import magnitude
 from momconv.momentum.sequential import MomentumSequential, momentum_stages, set_strategy
 from momconv.momentum.trajectory import narrowest
@@ -65,12 +65,15 @@ class Certificate:
             outside the stages too; None for a network without momentum, and where that cannot be
             said.
         stages: The stages with momentum.
+        rounding: How far the outputs are from those of the same network in double precision, as a
+            share of their norm; None for a network without momentum, and in older files.
     """
 
     drift: Drift
     accuracy: Accuracy | None
     gradients_exact: bool | None
     stages: tuple[StageCertificate, ...]
+    rounding: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the same as values that JSON knows."""
@@ -111,7 +114,20 @@ def certify(model: nn.Module, original: nn.Module, batches: Iterable[Batch]) -> 
         _score(z, other, torch.cat(labels)) if labels else None,
         _conclude(equal),
         tuple(_certify(name, model, float(x), exact=equal[name]) for name, x in largest.items()),
+        measure_rounding(model, pair) if largest else None,
     )
+
+
+@torch.no_grad()
+def measure_rounding(model: nn.Module, images: Tensor) -> float:
+    """The distance of the outputs from those of the same network in double precision.
+
+    It is a share of their norm, in evaluation. The model stays as it is.
+    """
+    with in_eval_mode(model):
+        ours = model(images).double()
+        exact = copy.deepcopy(model).double()(images.double())
+    return float((ours - exact).norm() / exact.norm())
 
 
 def _conclude(equal: dict[str, bool | None]) -> bool | None:
@@ -237,7 +253,7 @@ def _certify(
     stage = _inverted(model)[name]
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     rules = [stage.rule(run, dtype) for run in stage.runs or ()]
-    limit = min(largest_magnitude(rule.ulp, dtype) for rule in rules)
+    limit = min(rule.limit for rule in rules)
     headroom = math.log2(limit / largest) if largest > 0 else math.inf
     steps = [len(rule.coefficients) for rule in rules]
     bits = sum(remainder_bits(stage.gamma, count) for count in steps) / sum(steps)

@@ -1,6 +1,7 @@
 """From a plain residual network to a momentum network with the same parameters and keys."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, TypeVar
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momconv.errors import ModelFileError, UsageError
-from momconv.momentum.equations import Velocity, coefficients, weights
+from momconv.momentum.equations import (
+    HIGHEST,
+    LOWEST,
+    Velocity,
+    coefficients,
+    find_exponent,
+    weights,
+)
+from momconv.momentum.members import unmark
 from momconv.momentum.sequential import (
     MomentumDict,
     MomentumList,
@@ -25,6 +34,7 @@ from momconv.momentum.sequential import (
 from momconv.surgery.stem import make_stem_recomputable, restore_stem
 from momconv.tracing.sequences import (
     Runs,
+    find_chains,
     find_sequences,
     has_loop,
     list_operations,
@@ -41,7 +51,7 @@ _BROKEN = "the loop over it does more than to call one block after another, or t
 PAYS_FROM = 3  # blocks: x, v and r then weigh less than the checkpoints, one x a block
 
 
-def convert(
+def convert(  # noqa: PLR0913 (each is a fact about the conversion)
     model: nn.Module,
     gamma: float = 0.9,
     stages: str | Sequence[str] = "auto",
@@ -49,6 +59,7 @@ def convert(
     *,
     gain: bool = True,
     inputs: Sequence[Tensor] | None = None,
+    largest: float | None = None,
 ) -> nn.Module:
     """Return a copy of ``model`` in which runs of residual blocks follow the momentum rule.
 
@@ -66,12 +77,17 @@ def convert(
         gain: Whether blocks get the gain that restores their weight in the sum.
         inputs: What the model is called with, of which only shapes and types matter; by default
             two RGB images of the model's resolution, or of 224 × 224 pixels.
+        largest: The largest activation to be expected; four times as much is exact, on a grid as
+            fine as 31 bits make it (51 in double precision). By default each run looks for its own
+            before its first pass.
 
     Raises:
-        UsageError: γ is out of range, or a stage does not exist or has no run.
+        UsageError: γ is out of range, or a stage does not exist or has no run; ``largest`` is not
+            above 0.
     """
     if isinstance(stages, str) and stages not in ("auto", "all"):
         stages = [stages]
+    exponent = None if largest is None else find_exponent(_check_largest(largest))
     model = _plain(copy.deepcopy(model))
     inputs = inputs or [_two_images(model)]
     found, refused = search(model, inputs)
@@ -81,13 +97,23 @@ def convert(
     model = _wrap(model, found, gamma, velocity)
     for name, stage in momentum_stages(model).items():
         stage.runs = tuple(
-            _with_gains(run, stage) if gain else run
+            replace(_with_gains(run, stage) if gain else run, exponent=exponent)
             for run in stage.runs or ()
             if stages == "all" or (name in stages if stages != "auto" else len(run) >= PAYS_FROM)
         )
     make_stem_recomputable(model)
     set_strategy(model, "auto")
     return model
+
+
+def _check_largest(largest: float) -> float:
+    if not 0 < largest < math.inf:
+        raise UsageError(
+            f"largest is {largest}, and the largest activation must be a number above 0",
+            kind="usage.bad_value",
+            fix="largest=None, which looks for it",
+        )
+    return largest
 
 
 def revert(model: nn.Module) -> nn.Module:
@@ -178,7 +204,6 @@ def read_schemes(model: nn.Module) -> dict[str, dict[str, Any]]:
         name: {
             "gamma": stage.gamma,
             "velocity": stage.velocity,
-            "fraction_bits": stage.fraction_bits,
             "runs": [asdict(run) for run in stage.runs or ()],
         }
         for name, stage in momentum_stages(model).items()
@@ -194,7 +219,7 @@ def apply_schemes(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]]) ->
         ModelFileError: They do not fit the model.
     """
     for name, values in schemes.items():
-        if name not in find_sequences(model):
+        if name not in find_sequences(model) | find_chains(model):
             raise _unfitting(f"it has no stage {quoted(name)}")
         try:
             scheme = _Scheme.model_validate(values)
@@ -202,13 +227,12 @@ def apply_schemes(model: nn.Module, schemes: Mapping[str, Mapping[str, Any]]) ->
             first = error.errors()[0]
             raise _unfitting(f"{name}.{first['loc']}: {first['msg']}") from error
         plain = model.get_submodule(name)
-        runs = [Run(run.start, run.stop, run.gains) for run in scheme.runs]
+        runs = [Run(**run.model_dump()) for run in scheme.runs]
         try:
             check_runs(runs, len(plain._modules))
         except UsageError as error:
             raise _unfitting(f"in {name} {error.message}") from error
-        settings = {"gamma": scheme.gamma, "velocity": scheme.velocity, "runs": runs}
-        stage = _become_stage(plain, fraction_bits=scheme.fraction_bits, **settings)
+        stage = _become_stage(plain, scheme.gamma, scheme.velocity, runs)
         model = _replace(model, name, stage)
     if schemes:
         make_stem_recomputable(model)
@@ -222,6 +246,7 @@ class _SchemeRun(BaseModel):
     start: int
     stop: int
     gains: tuple[FiniteFloat, ...]
+    exponent: Annotated[int, Field(ge=LOWEST, le=HIGHEST)] | None = None
 
 
 def _allowed_gamma(gamma: float) -> float:
@@ -236,7 +261,7 @@ class _Scheme(BaseModel):
 
     gamma: Annotated[float, AfterValidator(_allowed_gamma)]
     velocity: Velocity
-    fraction_bits: Annotated[int, Field(ge=0, le=22)]
+    fraction_bits: int | None = None  # the grid of files that an older momconv wrote
     runs: list[_SchemeRun]
 
 
@@ -317,7 +342,7 @@ def _wrap(model: nn.Module, found: Runs, gamma: float, velocity: Velocity) -> nn
             continue
         runs = [Run(r.start, r.stop, (1.0,) * len(r)) for r in found[name]]
         plain = model.get_submodule(name)
-        stage = _become_stage(plain, gamma=gamma, velocity=velocity, runs=runs)
+        stage = _become_stage(plain, gamma, velocity, runs)
         model = _replace(model, name, stage)
     return model
 
@@ -327,19 +352,22 @@ def _plain(model: nn.Module) -> nn.Module:
     restore_stem(model)
     for name, stage in momentum_stages(model).items():
         plain = stage.kind.__new__(stage.kind)  # its __init__ may want something
+        unmark(stage.children())
         model = _replace(model, name, _with_contents(plain, stage))
     return model
 
 
-def _become_stage(plain: nn.Module, **settings: Any) -> MomentumSequential:
+def _become_stage(
+    plain: nn.Module, gamma: float, velocity: Velocity, runs: Sequence[Run]
+) -> MomentumSequential:
     kinds = {
         nn.ModuleList: MomentumList,
         nn.ModuleDict: MomentumDict,
         nn.Module: MomentumSequential,
     }
     make = next(made for kind, made in kinds.items() if isinstance(plain, kind))
-    stage = _with_contents(make(**settings), plain)
-    stage.kind = type(plain)
+    stage = _with_contents(make(gamma=gamma, velocity=velocity), plain)
+    stage.kind, stage.runs = type(plain), tuple(runs)
     return stage
 
 

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Adam
 
-from momconv.errors import RangeOverflow
 from momconv.exhaustion import Parts, naming_exhaustion
+from momconv.momentum.ranging import retrying
 from momconv.momentum.sequential import MomentumSequential, Run, momentum_stages
 from momconv.states import in_eval_mode
 from momconv.surgery.stem import leave_stem
@@ -98,8 +98,7 @@ def imitate(
 
     However this ends, by an exception or a KeyboardInterrupt too, the student then has the values
     with which it was closest to the teacher on the images held out: at the beginning, after every
-    25 steps or at the end. A KeyboardInterrupt, which may come from ``steps``, is not raised again;
-    an activation that leaves the exact range ends the training as well.
+    25 steps or at the end. A KeyboardInterrupt, which may come from ``steps``, is not raised again.
     """
     done, interrupted, parts = 0, False, Parts()
     with in_eval_mode(student, teacher), _training_only(student, groups), ExitStack() as undo:
@@ -120,8 +119,6 @@ def imitate(
         except KeyboardInterrupt:
             leave_stem(student)
             interrupted = True
-        except RangeOverflow:
-            pass  # it diverges, and has been better
     return Imitation(done, best.first, best.divergence, interrupted)
 
 
@@ -130,7 +127,7 @@ def _add_gradients(optimizer: Adam, pair: "_Pair", parts: Sequence[Tensor]) -> N
     optimizer.zero_grad()
     total = sum(map(len, parts))
     for images in parts:
-        (pair.loss(images) * (len(images) / total)).backward()
+        (retrying(partial(pair.loss, images)) * (len(images) / total)).backward()
 
 
 def _share_of_rate(step: int, share: float) -> float:

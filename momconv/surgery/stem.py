@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from momconv.momentum.replay import Enough, Replay, require_unchanged, version_of
+from momconv.momentum.replay import Enough, Replay, require_unchanged
 from momconv.momentum.sequential import momentum_stages
+from momconv.states import is_graph_made, version_of
 
 
 def make_stem_recomputable(model: nn.Module) -> None:
@@ -109,11 +110,12 @@ class Stem:
         is_plain = args and not kwargs and all(isinstance(arg, Tensor) for arg in args)
         is_replica = getattr(model, "_is_replica", False)  # of DataParallel
         is_wanted = torch.is_grad_enabled() and not is_replica and _is_recomputed(model)
+        is_wanted = is_wanted and not is_graph_made()
         # A hook that comes later may change the images.
         is_last = _stem_of(next(reversed(model._forward_pre_hooks.values()), None)) is self
         if not (is_plain and is_wanted and is_last):
             return
-        replay = Replay(_Beginning(model, self._repeating))
+        replay = Replay(_Beginning(model, self._repeating), is_open=True)
         forgetting = replay.forgetting(*args)
         self._passes[get_ident()] = _Pass(model, replay, forgetting, args[0], version_of(args[0]))
         forgetting.__enter__()

@@ -7,10 +7,11 @@ of these in a row. Whether it does is seen in the operations, whatever the block
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from momconv.errors import UsageError
-from momconv.states import Condition, autocast_settings
+from momconv.states import Condition, autocast_settings, without_hooks
 
 Operation = tuple[str, list[torch.Size]]  # its name, and the shapes of the tensors that it gets
 
@@ -76,7 +77,8 @@ def find_runs(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) 
     count = len(blocks)
     fix = f"runs=[Run(0, {count}, (1.0,) * {count})], with the bounds of each run"
     try:
-        calls = observe(_Chain(blocks), blocks, (x, *args)).calls
+        with without_hooks(blocks):
+            calls = observe(_Chain(blocks), blocks, (x, *args)).calls
     except DEPENDS_ON_VALUES as error:
         raise UsageError(
             f"what these blocks do depends on values, so that no run is found among them: {error}",
@@ -105,11 +107,53 @@ def group_runs(
     return [range(group[0], group[-1] + 1) for group in groups if len(group) > 1]
 
 
+def is_chain(
+    module: nn.Module, blocks: Sequence[nn.Module], calls: dict[nn.Module, list[ObservedCall]]
+) -> bool:
+    """Return whether ``module`` has called ``blocks`` in turn, each with no more than a tensor."""
+    own, of_each = calls[module], [calls[block] for block in blocks]
+    if not own or any(len(each) != len(own) for each in of_each):
+        return False
+    return all(
+        not any(call.others for call in row)
+        and row[0].x is whole.x
+        and all(after.x is before.output for before, after in pairwise(row))
+        and row[-1].output is whole.output
+        for whole, *row in zip(own, *of_each, strict=True)
+    )
+
+
 def explain_no_run(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[ObservedCall]]) -> str:
-    """Return why there is no run among ``blocks``: what the last of the commonest class does."""
+    """Return why there is no run among ``blocks``: what keeps two of them apart.
+
+    If none could be in one, it is what the last block of their commonest class does.
+    """
+    of_each = [_calls_at(n, blocks, calls) for n in range(len(blocks))]
+    members = [n for n, own in enumerate(of_each) if _is_member(own)]
+    pairs = [n for n in members if n - 1 in members]
+    if pairs:
+        n = pairs[-1]
+        return f"{type(blocks[n]).__name__} {n} {_explain_gap(of_each[n - 1], of_each[n])}"
+    if members:
+        n = members[-1]
+        return f"{type(blocks[n]).__name__} {n} has no other residual block of its shape next to it"
     kind, _ = Counter(map(type, blocks)).most_common(1)[0]
     last = max(n for n, block in enumerate(blocks) if type(block) is kind)
     return f"{kind.__name__} {last} {_explain(calls[blocks[last]])}"
+
+
+def _explain_gap(before: list[ObservedCall], after: list[ObservedCall]) -> str:
+    """Return why the second block does not take over where the first ends."""
+    reason = "does not get what the block before it returns and the same further arguments"
+    first, second = before[0], after[0]
+    if first.structure != second.structure:
+        return reason
+    places = range(len(first.others))
+    differing = {n for n in places if not _is_same(first.others[n], second.others[n])}
+    rest, kwargs = tree_unflatten([*places], first.structure)
+    named = {f"argument {n + 1}": arg for n, arg in enumerate(rest, 1)} | kwargs
+    names = [name for name, arg in named.items() if differing & {*tree_leaves(arg)}]
+    return f"{reason}: {names[0]} differs" if names else reason
 
 
 def _explain(calls: list[ObservedCall]) -> str:
@@ -122,9 +166,7 @@ def _explain(calls: list[ObservedCall]) -> str:
         return f"returns a {type(output).__name__}, not a tensor"
     if output.shape != x.shape:
         return "changes the shape of its input"
-    if not calls[0].is_residual:
-        return "does not add something to its input"
-    return "does not get what the block before it returns and the same further arguments"
+    return "does not add something to its input"
 
 
 def observe(model: nn.Module, blocks: Iterable[nn.Module], inputs: Sequence[Tensor]) -> Observation:
@@ -136,11 +178,26 @@ def observe(model: nn.Module, blocks: Iterable[nn.Module], inputs: Sequence[Tens
     settings = autocast_settings(kind if torch.amp.is_autocast_available(kind) else "cpu")  # meta
     observer = _Observer(blocks)
     # Without autocast's cache of cast weights, which would keep fake ones for the real pass.
-    with ExitStack() as stack, torch.autocast(**settings | {"cache_enabled": False}):
+    with (
+        ExitStack() as stack,
+        torch.autocast(**settings | {"cache_enabled": False}),
+        _without_fused_layers(),
+    ):
         observer.hook(stack)
         output = call_on_fakes(model, fakes, mode, observer)
     shapes = [leaf.shape for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     return Observation(observer.calls, observer.operations, shapes)
+
+
+@contextmanager
+def _without_fused_layers() -> Iterator[None]:
+    """Let ``nn.TransformerEncoderLayer`` have operations that can be followed, not one for all."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def call_on_fakes(

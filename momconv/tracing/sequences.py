@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momconv.exhaustion import is_exhaustion
 from momconv.states import in_eval_mode, in_training_mode
-from momconv.tracing.runs import Observation, explain_no_run, group_runs, observe
+from momconv.tracing.runs import Observation, explain_no_run, group_runs, is_chain, observe
 
 Runs = dict[str, list[range]]  # by the name of the sequence
 
@@ -34,6 +34,15 @@ def find_sequences(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if _is_sequence(module)}
 
 
+def find_chains(model: nn.Module) -> dict[str, nn.Module]:
+    """Return what may call its children in turn, in code of its own."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not _is_sequence(module) and len([*module.children()]) > 1
+    }
+
+
 def list_blocks(sequence: nn.Module) -> list[nn.Module]:
     """Return its blocks, also one that comes twice."""
     return [block for block in sequence._modules.values() if block is not None]
@@ -48,6 +57,7 @@ def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, 
     found: Runs = {}
     refused: dict[str, str] = {}
     for prefix, part, seen in _observe(model, inputs, refused):
+        found |= {_join(prefix, inner): runs for inner, runs in _search_chains(part, seen)}
         for inner, sequence in find_sequences(part).items():
             name, blocks = _join(prefix, inner), list_blocks(sequence)
             runs = group_runs(blocks, seen.calls)
@@ -64,9 +74,16 @@ def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, 
     return kept, refused
 
 
+def _search_chains(part: nn.Module, seen: Observation) -> Iterator[tuple[str, list[range]]]:
+    for name, chain in find_chains(part).items():
+        blocks = list_blocks(chain)
+        if is_chain(chain, blocks, seen.calls) and (runs := group_runs(blocks, seen.calls)):
+            yield name, runs
+
+
 def has_loop(sequence: nn.Module) -> bool:
     """Return whether somebody's code calls the blocks, rather than that of ``nn.Sequential``."""
-    return isinstance(sequence, nn.ModuleList | nn.ModuleDict)
+    return type(sequence).forward is not nn.Sequential.forward
 
 
 def list_operations(model: nn.Module, inputs: Sequence[Tensor]) -> list[object]:
@@ -89,7 +106,7 @@ def _observe(
 
     A detector wants a list of images, for example, but has a backbone.
     """
-    sequences = find_sequences(model).values()
+    sequences = (find_sequences(model) | find_chains(model)).values()
     watched = [module for sequence in sequences for module in (sequence, *sequence.children())]
     try:
         with _quiet():

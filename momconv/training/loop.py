@@ -11,10 +11,18 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from momconv.data.decoding import UnreadableImage
-from momconv.errors import DataError, MomconvError, NotReproducible, OutOfMemory, ResourceError
+from momconv.errors import (
+    DataError,
+    MomconvError,
+    NotReproducible,
+    OutOfMemory,
+    RangeOverflow,
+    ResourceError,
+)
 from momconv.evaluation import Scores
 from momconv.exhaustion import EXHAUSTED, keep_reserve, naming_exhaustion
 from momconv.heap import keeping_freed_memory
+from momconv.momentum.sequential import read_ranges, set_ranges
 from momconv.states import keep_buffers
 from momconv.training.gradients import add_gradients, take_step
 from momconv.training.interruption import Interrupted, TimeUp, catching_signals
@@ -149,6 +157,8 @@ def _add_up(
     except UnreadableImage as error:
         leave_out(run, "train", error)
         return None
+    except RangeOverflow:
+        return None  # the ranges are wider now
     except NotFinite as error:
         go_back_and_slow_down(run, error)
         return None
@@ -164,6 +174,7 @@ def _add_share(
         OutOfMemory: In this process or in another one.
         NotReproducible: The same.
         UnreadableImage: The same.
+        RangeOverflow: The same.
     """
     loss, left = torch.zeros((), device=run.device), step.images
     fault: MomconvError | None = None
@@ -179,7 +190,7 @@ def _add_share(
                 report(len(labels))
                 if run.processes.count == 1:  # several stop together, between two steps
                     check()
-    except (OutOfMemory, NotReproducible, UnreadableImage) as error:
+    except (OutOfMemory, NotReproducible, RangeOverflow, UnreadableImage) as error:
         fault = error
     _fail_together(run, fault)
     if left:
@@ -190,18 +201,24 @@ def _add_share(
 def _fail_together(run: TrainingRun, fault: MomconvError | None) -> None:
     """Do nothing if no process has met a fault for which all do a step again.
 
+    All runs have the same ranges in all processes afterwards.
+
     Raises:
         MomconvError: This one has, and the others wait for it within BatchNorm.
         OutOfMemory: One ran out of memory.
         NotReproducible: One has computed something else the second time.
+        RangeOverflow: In one, activations have outgrown the range of a run.
         UnreadableImage: One has met an image that cannot be read.
     """
     number = find_number(run.splits.train, fault) if isinstance(fault, UnreadableImage) else _NONE
     if fault and run.recipe.train.sync_bn and run.processes.count > 1:
         _refuse_to_redo(run, fault)
-    exhausted, different, unreadable = run.processes.largest(
-        isinstance(fault, OutOfMemory), isinstance(fault, NotReproducible), number
+    kinds = (OutOfMemory, NotReproducible, RangeOverflow)
+    met = (isinstance(fault, kind) for kind in kinds)
+    exhausted, different, outgrown, unreadable, *ranges = run.processes.largest(
+        *met, number, *read_ranges(run.model)
     )
+    set_ranges(run.model, ranges)
     if fault and run.processes.count == 1:
         raise fault
     if exhausted:
@@ -209,6 +226,9 @@ def _fail_together(run: TrainingRun, fault: MomconvError | None) -> None:
     if different:
         problem = "a block computed something else when it was run again, in one of the processes"
         raise NotReproducible(problem, kind="inversion.not_reproducible")
+    if outgrown:
+        problem = "activations outgrew the range of a run, in one of the processes"
+        raise RangeOverflow(problem, kind="inversion.range_overflow")
     if unreadable != _NONE:
         raise UnreadableImage(run.splits.train.samples[unreadable].path, "could not be read")
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from momconv.errors import UsageError
+from momconv.momentum.sequential import read_ranges, set_ranges
 from momconv.recipe import TrainRecipe
 from momconv.vocabulary import OPTIMIZERS, Precision
 from momconv.words import quoted
@@ -181,6 +182,8 @@ def restore_scaler(scaler: GradScaler, tensors: Mapping[str, Tensor]) -> None:
 class Average:
     """The exponential moving average of a network's weights and of BatchNorm's statistics.
 
+    Its runs have the ranges of the network's own.
+
     Early on it forgets faster, with a decay of (1 + n) / (10 + n) after n steps as in TensorFlow's
     ``ExponentialMovingAverage``; otherwise short runs would end close to where they began.
     """
@@ -201,6 +204,7 @@ class Average:
         decay = min(self._decay, (1 + n) / (10 + n))
         self._averaged.multi_avg_fn = get_ema_multi_avg_fn(decay)
         self._averaged.update_parameters(model)
+        set_ranges(self.model, read_ranges(model))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all that it remembers."""

@@ -42,7 +42,13 @@ def measure(gamma: float, depth: int = DEPTH, seed: int = 0) -> Result:
     depth = min(depth, int(MOST_BITS / math.log2(1 / gamma)))
     shifts = torch.randn(depth, 4096, dtype=torch.float64)
     blocks = [lambda x, shift=shift: x + torch.tanh(shift - x) for shift in shifts]
-    rule = Rule(gamma, coefficients(gamma, [1.0] * depth, "zero"), ulp=2.0**-20)
+    rule = Rule(
+        gamma,
+        coefficients(gamma, [1.0] * depth, "zero"),
+        ulp=2.0**-20,
+        v_ulp=2.0**-20,
+        dtype=torch.float64,
+    )
     start = x = to_grid(torch.randn(4096, dtype=torch.float64), rule.ulp)
     v, r, bits = torch.zeros_like(x), torch.zeros_like(x), []
     for n, block in enumerate(blocks):

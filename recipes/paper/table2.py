@@ -23,7 +23,6 @@ from torch import nn
 from benchmarks.tables import Row
 from momconv import convert, load_network
 from momconv.momentum.equations import Velocity
-from momconv.momentum.sequential import momentum_stages
 from recipes.paper import cifar
 from recipes.paper.cifar import Images, Schedule
 from recipes.paper.report import MOMENTUM, OTHER, RESNET, Claim, panels, report
@@ -49,7 +48,6 @@ class Task:
     seeds: int
     classes: int = 10
     gain: bool = False  # of converted blocks; the paper has none
-    fraction_bits: int = 14  # of momentum's grid; each less doubles the range of activations
 
 
 Results = dict[str, dict[str, list[float]]]  # accuracies in % over the seeds, by task and kind
@@ -83,7 +81,6 @@ def large(classes: int) -> Task:
         Schedule(220, rate=0.01, drops=(180,)),
         seeds=3,
         classes=classes,
-        fraction_bits=10,  # in early steps activations exceed 200
     )
 
 
@@ -99,11 +96,8 @@ def make(task: Task, kind: str, seed: int, gamma: float = GAMMA) -> nn.Module:
 def with_momentum(
     task: Task, network: nn.Module, gamma: float, velocity: Velocity = "zero", *, gain: bool = False
 ) -> nn.Module:
-    """The weights of ``network`` under the momentum rule, on the grid of the task."""
-    network = convert(network, gamma, "all", velocity, gain=gain)
-    for stage in momentum_stages(network).values():
-        stage.fraction_bits = task.fraction_bits
-    return network
+    """The weights of ``network`` under the momentum rule."""
+    return convert(network, gamma, "all", velocity, gain=gain)
 
 
 def train(task: Task, kind: str, seed: int, gamma: float = GAMMA) -> nn.Module:

@@ -53,4 +53,4 @@ def test_packages_train_the_couplings_that_ordinary_autograd_trains(package: str
     pytest.importorskip(package)
     from benchmarks.exactness import PACKAGES, compare
 
-    assert compare(PACKAGES[package][0], 3) < 1e-5
+    assert max(compare(PACKAGES[package][0], 3)) < 1e-5

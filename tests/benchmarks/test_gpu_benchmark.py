@@ -112,17 +112,19 @@ def test_the_methods_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bits_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = gpu_checks.make_state((1025,), 0.9, torch.int8, torch.float32, SMALL.device)
-    assert gpu_checks.count_differences(state, 0.9) == 0
+    state, y = gpu_checks.make_state((1025,), 0.9, torch.int8, torch.float32, SMALL.device)
+    assert gpu_checks.count_differences(state, y, 0.9) == 0
     advance = fused.advance
 
-    def off_by_one(x: torch.Tensor, v: torch.Tensor, *rest: object) -> torch.Tensor:
-        x_next = advance(x, v, *rest)
+    def off_by_one(
+        x: torch.Tensor, low: torch.Tensor, v: torch.Tensor, *rest: object
+    ) -> torch.Tensor:
+        x_next = advance(x, low, v, *rest)
         v[7] += 1
         return x_next  # type: ignore[no-any-return]
 
     monkeypatch.setattr(fused, "advance", off_by_one)
-    assert gpu_checks.count_differences(state, 0.9) > 0
+    assert gpu_checks.count_differences(state, y, 0.9) > 0
 
 
 def test_the_allowance_of_a_gpu_is_added_to_the_table(

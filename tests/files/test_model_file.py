@@ -75,7 +75,7 @@ def test_channels_last_weights_are_saved(network: nn.Module, path: Path, tmp_pat
 
 def test_the_metadata_tell_what_the_file_is(network: nn.Module, path: Path) -> None:
     metadata = read_metadata(path)
-    assert metadata["schema"] == 1
+    assert metadata["schema"] == 2
     assert metadata["description"]["classes"] == ["ants", "bees"]
     assert metadata["description"]["architecture"] == "cifar_resnet20"
     assert metadata["stages"] == json.loads(json.dumps(read_schemes(network)))
@@ -91,7 +91,7 @@ def test_extra_values_are_kept_and_cannot_replace_the_files_own(
     path = tmp_path / "model.safetensors"
     save(network, path, extra={"metrics": {"top1": 0.9}, "schema": 7})
     assert read_metadata(path)["metrics"] == {"top1": 0.9}
-    assert read_metadata(path)["schema"] == 1
+    assert read_metadata(path)["schema"] == 2
 
 
 def test_the_same_network_is_the_same_bytes(
@@ -198,7 +198,7 @@ def test_an_unconverted_file_is_recognised(tmp_path: Path, suffix: str) -> None:
 
 
 def test_a_file_of_a_newer_momconv_is_told(path: Path) -> None:
-    _rewrite(path, schema="2", description="something else by then")
+    _rewrite(path, schema="3", description="something else by then")
     with pytest.raises(ModelFileError, match="written by a newer momconv") as caught:
         load(path)
     assert caught.value.kind == "model_file.newer_schema"

@@ -2,8 +2,10 @@
 
 import copy
 import shutil
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,16 +13,25 @@ import torch.distributed as dist
 from networks import gradient_of, images, square, stack
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from momconv import MomentumSequential, set_strategy
+from momconv.momentum.autograd import Strategy
 
 PROCESSES = 2
 
 
 def shard(rank: int) -> Tensor:
     return images(seed=10 + rank)
+
+
+def start(work: Callable[[int, str], None], folder: Path) -> None:
+    """Let each process do it."""
+    get_context("forkserver").set_forkserver_preload([__name__])  # imported once for all
+    start_processes(work, (str(folder),), nprocs=PROCESSES, start_method="forkserver")
 
 
 def train_one_shard(rank: int, folder: str) -> None:
@@ -35,14 +46,40 @@ def train_one_shard(rank: int, folder: str) -> None:
 
 
 def test_two_processes_compute_the_gradient_of_the_joint_batch(tmp_path: Path) -> None:
-    get_context("forkserver").set_forkserver_preload([__name__])  # imported once for both
-    start_processes(train_one_shard, (str(tmp_path),), nprocs=PROCESSES, start_method="forkserver")
+    start(train_one_shard, tmp_path)
     theirs = torch.load(tmp_path / "gradients.pt")
     net = stack(4).eval()
 
     square(net(torch.cat([shard(rank) for rank in range(PROCESSES)]))).backward()
 
     torch.testing.assert_close(theirs, [gradient_of(p) for p in net.parameters()])
+
+
+def train_sharded(rank: int, folder: str) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES
+    )
+    mesh, left = init_device_mesh("cpu", (PROCESSES,)), {}
+    for strategy in get_args(Strategy):
+        stage = stack(4, strategy=strategy)
+        stage.find_runs(images())
+        net = nn.Sequential(stage, nn.Flatten())
+        for block in stage:
+            fully_shard(block, mesh=mesh, reshard_after_forward=False)
+        fully_shard(net, mesh=mesh)
+        for _ in range(2):
+            square(net(shard(rank))).backward()
+        left[strategy] = [gradient_of(p).full_tensor() for p in net.parameters()]  # type: ignore[attr-defined]
+    if rank == 0:
+        torch.save(left, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_sharded_blocks_that_keep_their_weights_are_exact(tmp_path: Path) -> None:
+    start(train_sharded, tmp_path)
+    stored, *others = torch.load(tmp_path / "gradients.pt").values()
+    assert len(others) == 3
+    assert all(torch.equal(a, b) for other in others for a, b in zip(stored, other, strict=True))
 
 
 def test_a_gradient_scaler_skips_the_step_after_an_overflow() -> None:

@@ -1,6 +1,7 @@
 """The rule, its inverse, and the in-place twins of both."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from momconv.momentum.equations import (
+    BITS,
     FULL,
     Block,
     Rule,
@@ -19,18 +21,24 @@ from momconv.momentum.equations import (
     remainder_bounds,
     reverse,
     step,
+    to_grid,
     weights,
 )
 from momconv.momentum.faster import fused, kernels
+from momconv.momentum.storage import State
 
 GAMMAS = [0.001, 0.1, 0.5, 0.9, 0.99, 1.0]
-ULP = 2.0**-14
+EXPONENT = 5
 gammas = st.one_of(st.sampled_from(GAMMAS), st.floats(1e-4, 1.0))
 
 
-def on_grid(*shape: int, seed: int = 0) -> Tensor:
+def make_rule(gamma: float, depth: int, dtype: torch.dtype = torch.float32) -> Rule:
+    return Rule.of(gamma, coefficients(gamma, [1.0] * depth, "zero"), EXPONENT, dtype)
+
+
+def on_grid(*shape: int, rule: Rule, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).div(ULP).round().mul(ULP)
+    return to_grid(torch.randn(*shape, generator=generator, dtype=torch.double), rule.ulp)
 
 
 def residual(n: int) -> Block:
@@ -72,8 +80,8 @@ def test_multiplying_is_accurate_to_one_grid_unit(gamma: float) -> None:
 def test_the_reversed_loop_arrives_where_the_loop_began(
     gamma: float, depth: int, seed: int
 ) -> None:
-    x0 = on_grid(200, seed=seed)
-    rule = Rule(gamma, coefficients(gamma, [1.0] * depth, "zero"), ULP)
+    rule = make_rule(gamma, depth)
+    x0 = on_grid(200, rule=rule, seed=seed)
 
     x, v, remainders = integrate(x0, residuals(depth), rule)
     x, v, remainders = reverse(x, v, remainders, residuals(depth), rule)
@@ -84,9 +92,8 @@ def test_the_reversed_loop_arrives_where_the_loop_began(
 
 
 def test_with_a_wrong_gamma_the_loop_does_not_come_back() -> None:
-    x0, blocks = on_grid(200), residuals(5)
-    rule = Rule(0.9, coefficients(0.9, [1.0] * 5, "zero"), ULP)
-    wrong = Rule(0.8, rule.coefficients, ULP)
+    rule, blocks = make_rule(0.9, 5), residuals(5)
+    x0, wrong = on_grid(200, rule=rule), replace(rule, gamma=0.8)
 
     x, v, _ = reverse(*integrate(x0, blocks, rule), blocks, wrong)
 
@@ -98,8 +105,8 @@ def test_with_a_wrong_gamma_the_loop_does_not_come_back() -> None:
 def test_the_side_information_is_log2_of_one_over_gamma_bits_a_block(gamma: float) -> None:
     # Section 3.2 of the paper. The constant is the first block's.
     depth = 12
-    rule = Rule(gamma, coefficients(gamma, [1.0] * depth, "zero"), ULP)
-    _, _, (r,) = integrate(on_grid(4096), residuals(depth), rule)
+    rule = make_rule(gamma, depth)
+    _, _, (r,) = integrate(on_grid(4096, rule=rule), residuals(depth), rule)
 
     bits = math.log2(r.abs().max().item())
 
@@ -149,7 +156,7 @@ def test_weights_are_those_of_the_unrolled_recurrence() -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("gamma", GAMMAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_in_place_kernels_compute_the_equations(
+def test_the_kernels_compute_the_equations_on_a_stored_state(
     monkeypatch: pytest.MonkeyPatch,
     gamma: float,
     layout: torch.memory_format,
@@ -159,21 +166,48 @@ def test_the_in_place_kernels_compute_the_equations(
 ) -> None:
     if not may_fuse:
         monkeypatch.setattr(fused, "are_for", lambda x, y: False)
-    shape = (3, 7, 80, 81)  # more than one piece, the last one shorter
+    shape = (3, 7, 60, 61)  # more than one piece, the last one shorter
     assert math.prod(shape) > kernels.PIECE
-    x, y = (on_grid(*shape, seed=s).to(dtype).to(memory_format=layout) for s in (1, 2))
-    v = (on_grid(*shape, seed=3) / ULP).to(dtype).to(memory_format=layout)
-    bound = 100 if gamma > 0.05 else 5
-    r = torch.randint(-bound, bound, shape).to(torch.int16).to(memory_format=layout)
-    rule = Rule(gamma, (0.3,), ULP)
-    expected = step(x, v, r.to(dtype), lambda _: y, rule, 0)
-    v_after, r_after = v.clone(), r.clone()
+    rule = Rule.of(gamma, (0.3,) * 12, EXPONENT, dtype)
+    state = make_state(rule, shape, layout)
+    y = torch.randn(*shape).to(dtype).to(memory_format=layout)
+    before = state.unpack(rule)
+    expected = step(*before, lambda _: y, rule, 0)
+    largest = y.new_zeros(())
 
-    largest = x.new_zeros(())
-    r_or_none = None if gamma == 1 else r_after
-    x_after = kernels.advance(x, v_after, r_or_none, y, largest, rule, 0)
-    assert all(map(torch.equal, (x_after, v_after, r_after.to(dtype)), expected))
+    state.x = kernels.advance(state, y, largest, rule, 0)
 
-    x_back = x_after - v_after * ULP
-    kernels.undo(x_back, v_after, None if gamma == 1 else r_after, y, rule, 0)
-    assert all(map(torch.equal, (x_back, v_after, r_after), (x, v, r)))
+    assert all(map(torch.equal, state.unpack(rule), expected))
+    assert largest == max(expected[0].abs().max(), expected[1].abs().max() * rule.ulp).to(dtype)
+    state.x = kernels.retreat(state, rule)
+    kernels.undo(state, y, rule, 0)
+    assert all(map(torch.equal, state.unpack(rule), before))
+
+
+def make_state(rule: Rule, shape: tuple[int, ...], layout: torch.memory_format) -> State:
+    x = torch.empty(shape, dtype=rule.dtype).to(memory_format=layout)
+    state = State.start(x, rule, is_reversible=True)
+    if state.r is not None:
+        state.r = state.r.to(torch.int16)
+    bound = 100 if rule.gamma > 0.05 else 5
+    r = torch.randint(-bound, bound, shape).double()
+    v = (torch.randn(*shape).double() / (16 * rule.v_ulp)).round()
+    state.x = state.pack(on_grid(*shape, rule=rule, seed=1), v, r, rule).contiguous(
+        memory_format=layout
+    )
+    return state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_state_is_stored_without_loss_up_to_the_limit_of_its_rule(dtype: torch.dtype) -> None:
+    rule = Rule.of(0.9, (0.1,) * 12, EXPONENT, dtype)
+    count = 2.0 ** BITS[dtype]
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(10_000, generator=generator, dtype=torch.double) * 2 - 1) * (count - 1)
+    x = torch.cat([x.round(), torch.tensor([count - 1, 1 - count, 0, 1, -1], dtype=torch.double)])
+    state = State.start(torch.zeros(x.shape, dtype=dtype), rule, is_reversible=True)
+
+    state.x = state.pack(x * rule.ulp, x, torch.zeros_like(x), rule)
+
+    assert state.x.dtype == dtype
+    assert all(map(torch.equal, state.unpack(rule), (x * rule.ulp, x, torch.zeros_like(x))))

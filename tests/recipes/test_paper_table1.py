@@ -35,7 +35,7 @@ def test_an_ode_solved_backwards_does_not_end_exactly_at_its_start() -> None:
 
 def test_momentum_ends_exactly_at_its_start_whatever_the_block() -> None:
     blocks = [lambda x: x + 3 * torch.sin(3 * x)] * 20  # far from a contraction
-    rule = Rule(0.9, coefficients(0.9, [1.0] * 20, "zero"), ulp=2.0**-20)
+    rule = Rule.of(0.9, coefficients(0.9, [1.0] * 20, "zero"), 5, torch.float64)
     start = to_grid(torch.linspace(-1, 1, 9, dtype=torch.float64), rule.ulp)
     x, v, r = reverse(*integrate(start, blocks, rule), blocks, rule)
     assert torch.equal(x, start)

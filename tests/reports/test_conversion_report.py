@@ -18,6 +18,7 @@ CERTIFICATE = Certificate(
     accuracy=Accuracy(original=0.7, converted=0.69),
     gradients_exact=True,
     stages=(StageCertificate("layer1", True, 16.0, 256.0, 4.0, 8 / 3),),
+    rounding=3.2e-7,
 )
 FAR = replace(CERTIFICATE, drift=replace(CERTIFICATE.drift, disagreements=20))
 DONE = Conversion(

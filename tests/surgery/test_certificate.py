@@ -7,6 +7,8 @@ from torch import nn
 
 from momconv.errors import DataError, InversionError, UsageError
 from momconv.momentum.autograd import Strategy
+from momconv.momentum.equations import HEADROOM
+from momconv.momentum.sequential import MomentumSequential
 from momconv.surgery import certificate
 from momconv.surgery.calibration import calibrate
 from momconv.surgery.certificate import REST, certify, compare_gradients
@@ -125,6 +127,7 @@ def test_a_certificate_says_what_a_conversion_changed() -> None:
     original = build("cifar_resnet20")
     calibrate(original, [torch.randn(50, 3, 16, 16)])
     model = convert(original, 0.9, stages="all")
+    before = [[*module._forward_hooks] for module in model.modules()]
     found = certify(model, original, [IMAGES, IMAGES[:1]])
     assert found.drift.images == 3
     assert found.drift.distance > 0.001
@@ -133,8 +136,7 @@ def test_a_certificate_says_what_a_conversion_changed() -> None:
     assert tuple(stage.name for stage in found.stages) == STAGES
     assert all(stage.gradients_exact for stage in found.stages)
     assert [stage.remainder_bits for stage in found.stages] == [8 / 3, 8 / 2, 8 / 2]
-    inner = [module for part in model.children() for module in part.modules()]
-    assert not any(module._forward_hooks for module in inner)
+    assert [[*module._forward_hooks] for module in model.modules()] == before
     assert model.training
 
 
@@ -142,7 +144,7 @@ def test_the_largest_activation_is_that_of_the_run_from_its_input_to_its_output(
     model, original = network(), build("cifar_resnet20")
     model.eval()
     layer1 = model.get_submodule("layer1")
-    assert isinstance(layer1, nn.Sequential)
+    assert isinstance(layer1, MomentumSequential)
     seen = list[torch.Tensor]()
     for block in layer1:
         block.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().max()))
@@ -153,7 +155,9 @@ def test_the_largest_activation_is_that_of_the_run_from_its_input_to_its_output(
         model(IMAGES)
     assert len(seen) == 4
     assert first.largest == float(max(seen))
-    assert first.limit == 2**8  # 2^22 grid points of 2^-14
+    (run,) = layer1.runs or ()
+    assert first.limit == 2.0 ** (run.exponent or 0)
+    assert HEADROOM <= first.headroom_bits < HEADROOM + 1
     assert 2**first.headroom_bits == pytest.approx(first.limit / first.largest)
 
 

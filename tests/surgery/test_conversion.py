@@ -223,7 +223,7 @@ JSON = st.recursive(
     max_leaves=3,
 )
 NAMES = st.sampled_from(["layer1", "layer2", "fc", "conv1", ""]) | st.text()
-GOOD = {"gamma": 0.9, "velocity": "zero", "fraction_bits": 14, "runs": []}
+GOOD = {"gamma": 0.9, "velocity": "zero", "runs": []}
 
 
 @given(NAMES, st.dictionaries(st.sampled_from(list(GOOD)) | st.text(), JSON, max_size=4))
@@ -244,7 +244,6 @@ def test_a_wrong_value_is_refused_or_a_right_one(key: str, value: Any) -> None:
     stage = network.get_submodule("layer1")
     assert isinstance(stage, MomentumSequential)
     assert 0 <= stage.gamma <= 1
-    assert 0 <= stage.fraction_bits <= 22
 
 
 @pytest.mark.parametrize(
@@ -284,3 +283,11 @@ def test_a_network_without_a_description_is_reverted_to_its_own_class() -> None:
     images = pictures()
     assert [type(module) for module in again.modules()] == [type(m) for m in plain.modules()]
     assert torch.equal(again(images), plain(images))
+
+
+def test_the_range_can_be_told() -> None:
+    stages = momentum_stages(convert(make(), largest=100.0))
+    assert [run.exponent for stage in stages.values() for run in stage.runs or ()] == [9, 9, 9]
+    for largest in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="must be a number above 0"):
+            convert(make(), largest=largest)

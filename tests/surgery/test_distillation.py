@@ -138,10 +138,15 @@ def test_calibration_is_the_same_each_time() -> None:
     assert results[0] == results[1]
 
 
+def hooks_of(*models: nn.Module) -> list[list[int]]:
+    return [[*module._forward_hooks] for model in models for module in model.modules()]
+
+
 def test_modes_gradients_and_hooks_are_as_before() -> None:
     student, teacher = converted()
     student.train()
     student.get_submodule("head").requires_grad_(False)
+    hooks = hooks_of(student, teacher)
     refine(student, teacher)
     assert all(module.training for module in [*student.modules(), *teacher.modules()])
     assert {n for n, p in student.named_parameters() if not p.requires_grad} == {
@@ -149,8 +154,7 @@ def test_modes_gradients_and_hooks_are_as_before() -> None:
         "head.bias",
     }
     assert all(p.grad is None for model in (student, teacher) for p in model.parameters())
-    inner = [*student.children(), *teacher.modules()]
-    assert not any(module._forward_hooks for part in inner for module in part.modules())
+    assert hooks_of(student, teacher) == hooks
 
 
 @pytest.mark.parametrize("work", [refine, lambda s, t: distill(s, t, images(), epochs=1)])
@@ -219,6 +223,7 @@ def test_an_interruption_leaves_the_best_student(exception: type[BaseException])
     distill(full, teacher, images(), epochs=20)
     student, _ = converted()
     before, seen = copy.deepcopy(student.state_dict()), list[int]()
+    hooks = hooks_of(student)
 
     def progress(done: int, total: int, _: str) -> None:
         seen.append(done)
@@ -235,8 +240,7 @@ def test_an_interruption_leaves_the_best_student(exception: type[BaseException])
         assert imitation.after < imitation.before
     assert seen == [*range(31)]
     assert changed(student, before)  # the state after 25 steps
-    inner = [module for part in student.children() for module in part.modules()]
-    assert not any(module._forward_hooks for module in inner)
+    assert hooks_of(student) == hooks
 
 
 def test_a_student_that_gets_worse_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:

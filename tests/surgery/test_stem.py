@@ -3,13 +3,14 @@ import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import momconv
-from momconv.errors import InversionError, UsageError
+from momconv.errors import InversionError, NotReproducible, UsageError
 from momconv.planner.prediction import peak_memory
 from momconv.surgery.stem import restore_stem
 from momconv.zoo.networks import build
@@ -192,6 +193,50 @@ def test_threads_may_share_a_network() -> None:
         found = [*pool.map(model, batches)]
 
     assert all(map(torch.equal, found, expected))
+
+
+class Foreign(nn.Module):
+    """A layer that computes something else each time, which PyTorch does not know."""
+
+    def __init__(self, layer: nn.Module, how: str) -> None:
+        super().__init__()
+        self.layer, self.how, self.calls = layer, how, 0
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.how == "writes past PyTorch":
+            x.data.mul_(1.5)
+        factors = {
+            "numpy": 0.5 + np.random.rand(),
+            "generator": torch.rand((), generator=self.generator),
+            "counter": float(self.calls),
+        }
+        return torch.tanh(self.layer(x) * factors.get(self.how, 1.0))
+
+
+@pytest.mark.parametrize("how", ["numpy", "generator", "counter", "writes past PyTorch"])
+@pytest.mark.parametrize("strategy", ["auto", "segment"])
+@pytest.mark.parametrize("place", ["conv1", "layer2.0.conv1", "layer2.1.conv1"])
+def test_what_is_not_the_same_the_second_time_is_seen_before_any_weight_changes(
+    place: str, strategy: str, how: str
+) -> None:
+    torch.manual_seed(0)
+    model = build("cifar_resnet20")
+    parent, _, leaf = place.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, Foreign(model.get_submodule(place), how))
+    model = momconv.convert(model, stages="all", inputs=[IMAGES])
+    momconv.set_strategy(model, strategy)  # type: ignore[arg-type]
+    layers = [module for module in model.modules() if isinstance(module, Foreign)]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_descend)
+
+    with pytest.raises((NotReproducible, InversionError)):
+        model(IMAGES.clone()).square().sum().backward()
+
+    assert all(map(torch.equal, parameters, before))
 
 
 def _descend(parameter: Tensor) -> None:

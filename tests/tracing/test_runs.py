@@ -9,7 +9,10 @@ from networks import Dropping, images
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from momconv import MomentumSequential
+from momconv import MomentumSequential, convert, revert
+from momconv.errors import UsageError
+from momconv.momentum.sequential import momentum_stages
+from momconv.surgery.conversion import apply_schemes, read_schemes
 
 
 def spans(net: MomentumSequential) -> list[tuple[int, int]]:
@@ -103,3 +106,98 @@ def test_finding_runs_leaves_no_trace() -> None:
 
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
+
+
+class Chain(nn.Module):
+    """Calls its blocks in turn, without being a Sequential."""
+
+    def __init__(self, *blocks: nn.Module, scale: float = 1.0) -> None:
+        super().__init__()
+        for n, block in enumerate(blocks):
+            self.add_module(f"b{n}", block)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.children():
+            x = block(x)
+        return x if self.scale == 1 else x * self.scale
+
+
+class Counted(Adding):
+    """Gets a number of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.add)
+
+    def forward(self, x: Tensor, *, rate: float = 0.0) -> Tensor:
+        return super().forward(x)
+
+
+class Around(nn.Module):
+    """Calls each block with another rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Counted() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for n, block in enumerate(self.blocks):
+            x = block(x, rate=n / 4)
+        return x
+
+
+def test_children_that_are_called_in_turn_become_a_stage() -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Conv2d(8, 16, 1), *(BasicBlock(16, 16) for _ in range(3))]
+    plain = nn.Sequential(Chain(*blocks), nn.ReLU()).eval()
+
+    model = convert(plain, inputs=[images()])
+
+    stage = model.get_submodule("0")
+    assert isinstance(stage, MomentumSequential)
+    assert spans(stage) == [(1, 4)]
+    back = revert(model)
+    assert type(back.get_submodule("0")) is Chain
+    assert torch.equal(back(images()), plain(images()))
+    assert torch.equal(
+        apply_schemes(copy.deepcopy(plain), read_schemes(model))(images()), model(images())
+    )
+
+
+def test_children_of_a_module_that_does_more_stay() -> None:
+    blocks = [BasicBlock(8, 8) for _ in range(3)]
+    with pytest.raises(UsageError):
+        convert(nn.Sequential(Chain(*blocks, scale=2.0)), inputs=[images()])
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (
+            lambda: nn.Sequential(BasicBlock(8, 8), nn.Conv2d(8, 8, 1), BasicBlock(8, 8)),
+            "BasicBlock 2 has no other residual block of its shape next to it",
+        ),
+        (
+            lambda: nn.Sequential(*(nn.Dropout() for _ in range(3))),
+            "Dropout 2 does not add something",
+        ),
+        (Around, r"Counted 3 does not get what .* the same further arguments: rate differs"),
+    ],
+)
+def test_a_refusal_gives_the_real_reason(network: Callable[[], nn.Module], reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        convert(network(), inputs=[images()], stages="all")
+
+
+def test_transformers_are_converted_whole() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True)
+    x = torch.randn(2, 5, 8)
+    encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    model = convert(encoder, inputs=[x]).eval()
+    stages = {name: spans(stage) for name, stage in momentum_stages(model).items()}
+    assert stages == {"layers": [(0, 4)]}
+    assert torch.equal(revert(model).eval()(x), encoder.eval()(x))
+    both = nn.Transformer(8, 2, 4, 4, 16, batch_first=True)
+    stages = {n: spans(s) for n, s in momentum_stages(convert(both, inputs=[x, x])).items()}
+    assert stages == {"encoder.layers": [(0, 4)], "decoder.layers": [(0, 4)]}

@@ -19,6 +19,7 @@ from runs import (
     assert_same,
     assert_same_tensors,
     make_run,
+    read_metrics,
     small,
 )
 from safetensors.torch import load_file
@@ -29,6 +30,9 @@ from torch.optim import SGD
 
 from momconv.errors import NotReproducible, OutOfMemory, ResourceError
 from momconv.evaluation import evaluate
+from momconv.files.model_file import load
+from momconv.momentum import sequential
+from momconv.momentum.sequential import momentum_stages
 from momconv.training import gradients as work
 from momconv.training import memory, saving, validation
 from momconv.training.finetuning import finetune
@@ -393,3 +397,19 @@ def test_the_plan_s_prediction_is_what_the_first_step_takes(colours: Path, tmp_p
         assert plan["predicted_bytes"] == pytest.approx(plan["measured_bytes"], rel=0.02)
         assert plan["predicted_seconds"] > 0
         assert plan["measured_seconds"] > 0
+
+
+def test_a_step_whose_activations_outgrow_a_range_is_done_again(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(colours, "train.epochs=1", "momentum.strategy=momentum", "train.ema=0.5")
+    finetune(recipe, tmp_path / "found")
+    monkeypatch.setattr(sequential, "find_range", lambda *_: (-9, True))
+
+    finetune(recipe, tmp_path / "widened")
+
+    (found,), (widened,) = (read_metrics(tmp_path / name) for name in ("found", "widened"))
+    assert float(widened["train_loss"]) == pytest.approx(float(found["train_loss"]), rel=1e-4)
+    for name in ("last", "best"):
+        stages = momentum_stages(load(tmp_path / "widened" / f"{name}.safetensors"))
+        assert all((run.exponent or 0) > 0 for stage in stages.values() for run in stage.runs or ())

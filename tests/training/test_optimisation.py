@@ -28,7 +28,8 @@ from torchvision.models import get_model
 from momconv.errors import MomconvError, UsageError
 from momconv.evaluation import evaluate
 from momconv.files import model_file
-from momconv.momentum.sequential import momentum_stages, set_strategy
+from momconv.momentum.equations import LOWEST
+from momconv.momentum.sequential import momentum_stages, read_ranges, set_strategy
 from momconv.planner.measurement import measure_step
 from momconv.planner.plan import Plan
 from momconv.planner.prediction import peak_memory
@@ -189,6 +190,7 @@ def test_the_prediction_knows_what_is_frozen() -> None:
         start_training(model, recipe)
         peak = peak_memory(model, 4, 32, strategy=strategy)
         assert peak.gradients < everything.gradients
+        set_strategy(model, strategy)
         usage = measure_step(model, 4, 32, precision="fp32", device=torch.device("cpu"))
         assert peak.step == pytest.approx(usage, rel=0.01)
         peaks[strategy] = everything.step, peak.step
@@ -394,6 +396,15 @@ def test_it_averages_weights_and_statistics_and_forgets_faster_at_first() -> Non
         expected = decay * expected + (1 - decay) * value
     assert float(average.model.get_parameter("weight").detach()) == pytest.approx(expected)
     assert float(average.model.get_buffer("running_mean")) == pytest.approx(-expected)
+
+
+def test_an_average_has_the_ranges_of_its_network() -> None:
+    model = convert(build("cifar_resnet20"), stages="all")
+    average = Average(model, 0.3)
+    model(torch.randn(2, 3, 16, 16))
+    average.update(model)
+    assert min(read_ranges(model)) > LOWEST
+    assert read_ranges(average.model) == read_ranges(model)
 
 
 def test_a_run_s_results_are_the_average_which_resuming_keeps_exactly(

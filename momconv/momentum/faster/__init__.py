@@ -6,8 +6,8 @@ block twice more, a part at a time).
 """
 
 from momconv.momentum.faster.fused import NEEDED, find_obstacle
-from momconv.momentum.faster.kernels import advance, undo
+from momconv.momentum.faster.kernels import advance, retreat, undo
 from momconv.momentum.faster.norms import Norms
 from momconv.momentum.faster.parts import Cut
 
-__all__ = ["NEEDED", "Cut", "Norms", "advance", "find_obstacle", "undo"]
+__all__ = ["NEEDED", "Cut", "Norms", "advance", "find_obstacle", "retreat", "undo"]

@@ -18,14 +18,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 from momconv.exhaustion import is_exhaustion
 
 _library = torch.library.Library("momconv", "DEF")
-_state = "Tensor x, Tensor(a!) v, Tensor(b!)? r, Tensor y"
-_constants = "float scale, float gamma"
-_library.define(f"advance({_state}, Tensor(c!) largest, {_constants}, float ulp) -> Tensor")
-_library.define(f"undo({_state}, {_constants}) -> ()")
+_library.define(
+    "advance(Tensor x, Tensor(a!)? low, Tensor(b!) v, Tensor(c!)? r, Tensor y, Tensor(d!) largest,"
+    " float scale, float gamma, float ulp, float ratio) -> Tensor"
+)
+_library.define("retreat(Tensor x, Tensor(a!)? low, Tensor v, float ulp, float ratio) -> Tensor")
+_library.define(
+    "undo(Tensor x, Tensor(a!) v, Tensor(b!)? r, Tensor y, float scale, float gamma) -> ()"
+)
 
-# As ``kernels.advance`` and ``kernels.undo``; the residual is multiplied by ``scale`` and then
-# counted in ulps.
+# As those of kernels.py. The residual is multiplied by ``scale`` and then counted in v_ulps;
+# ``ratio`` is v_ulp/ulp.
 advance = torch.ops.momconv.advance.default
+retreat = torch.ops.momconv.retreat.default
 undo = torch.ops.momconv.undo.default
 
 NEEDED = "a GPU that Triton knows, gcc and Python's headers (apt-get install gcc python3-dev)"
@@ -70,8 +75,10 @@ def _try_out(gpu: torch.device) -> None:
     Raises:
         Exception: Any, if it cannot be done.
     """
-    x, v, y = torch.zeros(3, 8, device=gpu)
-    advance(x, v, None, y, torch.zeros((), device=gpu), 1.0, 1.0, 1.0)
+    x, y = torch.zeros(2, 8, device=gpu)
+    low, v = torch.zeros_like(x, dtype=torch.int8), torch.zeros_like(x, dtype=torch.int32)
+    advance(x, low, v, None, y, torch.zeros((), device=gpu), 1.0, 1.0, 1.0, 1.0)
+    retreat(x, low, v, 1.0, 1.0)
     undo(x, v, None, y, 1.0, 1.0)
     torch.cuda.synchronize(gpu)
 
@@ -91,8 +98,9 @@ def _call(module: str, name: str, *args: Any) -> Any:
     return _find(module, name)(*args)
 
 
-for _name in ("advance", "undo"):
+for _name in ("advance", "retreat", "undo"):
     _library.impl(_name, partial(_call, "fused_cpu", _name), "CPU")
     _library.impl(_name, partial(_call, "fused_gpu", _name), "CUDA")
 _library.impl("advance", lambda x, *_: torch.empty_like(x), "Meta")
+_library.impl("retreat", lambda x, *_: torch.empty_like(x), "Meta")
 _library.impl("undo", lambda *_: None, "Meta")

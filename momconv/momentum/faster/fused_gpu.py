@@ -18,6 +18,7 @@ BLOCK = 1024  # elements; 4 KiB of each float tensor for one program
 
 def advance(
     x: Tensor,
+    low: Tensor,
     v: Tensor,
     r: Tensor | None,
     y: Tensor,
@@ -25,12 +26,20 @@ def advance(
     scale: float,
     gamma: float,
     ulp: float,
+    ratio: float,
 ) -> Tensor:
-    """Return x[n+1]; take v and r from n to n+1 and ``largest`` to its largest |x|, in place."""
-    x_next, constants = torch.empty_like(x), (scale, gamma, -1 / gamma, ulp)
+    """Return x[n+1]; take low, v and r to n+1 and ``largest`` to its magnitude, in place."""
+    x_next, constants = torch.empty_like(x), (scale, gamma, -1 / gamma, ulp, 1 / ulp, ratio)
     bits = largest.view(torch.int32)
-    _launch(_advance, x, v, r, y, x_next, bits, *constants, x.numel(), r is not None, BLOCK)
+    _launch(_advance, x, low, v, r, y, x_next, bits, *constants, x.numel(), r is not None, BLOCK)
     return x_next
+
+
+def retreat(x: Tensor, low: Tensor, v: Tensor, ulp: float, ratio: float) -> Tensor:
+    """Return x[n]; take low to n in place."""
+    x_before = torch.empty_like(x)
+    _launch(_retreat, x, low, v, x_before, ulp, 1 / ulp, ratio, x.numel(), BLOCK)
+    return x_before
 
 
 def undo(x: Tensor, v: Tensor, r: Tensor | None, y: Tensor, scale: float, gamma: float) -> None:
@@ -47,52 +56,99 @@ def _launch(kernel: Any, x: Tensor, *args: Any) -> None:
 
 @triton.jit
 def _advance(
-    x_ptr, v_ptr, r_ptr, y_ptr, out_ptr, largest_ptr, scale, gamma, inverse, ulp, size,
+    x_ptr, low_ptr, v_ptr, r_ptr, y_ptr, out_ptr, largest_ptr,
+    scale: tl.float64, gamma: tl.float64, inverse: tl.float64,
+    ulp: tl.float64, per_ulp: tl.float64, ratio: tl.float64, size,
     has_r: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    at, inside, x, v, y = _load(x_ptr, v_ptr, y_ptr, size, block)
+    at, inside = _place(size, block)
+    x, v, y = _load(x_ptr, at, inside), _load(v_ptr, at, inside), _load(y_ptr, at, inside)
     if has_r:
-        r = tl.load(r_ptr + at, mask=inside).to(tl.float32)
-        v += _round(r * inverse)
-        r += _round(v * gamma)
-        v += _round(r * inverse)
+        r = _load(r_ptr, at, inside)
+        v += _round(r * _double(inverse))
+        r += _round(v * _double(gamma))
+        v += _round(r * _double(inverse))
         tl.store(r_ptr + at, v.to(r_ptr.dtype.element_ty), mask=inside)
         v = r
-    v += _round((y - x) * scale)
-    tl.store(v_ptr + at, v, mask=inside)
-    out = x + v * ulp
-    tl.store(out_ptr + at, out, mask=inside)
-    # The bits of |x| grow with it, and NaN's are above all.
-    magnitude = tl.abs(out).to(tl.int32, bitcast=True)
-    tl.atomic_max(largest_ptr, tl.reduce(tl.where(inside, magnitude, 0), 0, _larger))
+    v += _round((y - x) * _double(scale))
+    _store(v_ptr, at, v, inside)
+    x = x + _load(low_ptr, at, inside) * _double(ulp) + _round(v * _double(ratio)) * _double(ulp)
+    out = _pack(out_ptr, low_ptr, at, x, per_ulp, inside)
+    # The bits of a magnitude grow with it, and NaN's are above all.
+    sizes = _larger(_bits(out), _bits((v * _double(ulp)).to(tl.float32)))
+    tl.atomic_max(largest_ptr, tl.reduce(tl.where(inside, sizes, 0), 0, _larger))
+
+
+@triton.jit
+def _retreat(
+    x_ptr, low_ptr, v_ptr, out_ptr,
+    ulp: tl.float64, per_ulp: tl.float64, ratio: tl.float64, size, block: tl.constexpr,
+):  # fmt: skip
+    at, inside = _place(size, block)
+    x = _load(x_ptr, at, inside) + _load(low_ptr, at, inside) * _double(ulp)
+    x -= _round(_load(v_ptr, at, inside) * _double(ratio)) * _double(ulp)
+    _pack(out_ptr, low_ptr, at, x, per_ulp, inside)
 
 
 @triton.jit
 def _undo(
-    x_ptr, v_ptr, r_ptr, y_ptr, scale, gamma, inverse, size,
+    x_ptr, v_ptr, r_ptr, y_ptr,
+    scale: tl.float64, gamma: tl.float64, inverse: tl.float64, size,
     has_r: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    at, inside, x, v, y = _load(x_ptr, v_ptr, y_ptr, size, block)
-    v -= _round((y - x) * scale)
+    at, inside = _place(size, block)
+    v = _load(v_ptr, at, inside)
+    v -= _round((_load(y_ptr, at, inside) - _load(x_ptr, at, inside)) * _double(scale))
     if has_r:
-        r = tl.load(r_ptr + at, mask=inside).to(tl.float32)
-        r -= _round(v * inverse)
-        v -= _round(r * gamma)
-        r -= _round(v * inverse)
+        r = _load(r_ptr, at, inside)
+        r -= _round(v * _double(inverse))
+        v -= _round(r * _double(gamma))
+        r -= _round(v * _double(inverse))
         tl.store(r_ptr + at, v.to(r_ptr.dtype.element_ty), mask=inside)
         v = r
-    tl.store(v_ptr + at, v, mask=inside)
+    _store(v_ptr, at, v, inside)
 
 
 @triton.jit
-def _load(x_ptr, v_ptr, y_ptr, size, block: tl.constexpr):
-    """Where this program's elements are, which of them exist, and they."""
+def _place(size, block: tl.constexpr):
+    """Where this program's elements are, and which of them exist."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    inside = at < size
-    x = tl.load(x_ptr + at, mask=inside)
-    v = tl.load(v_ptr + at, mask=inside)
-    y = tl.load(y_ptr + at, mask=inside).to(tl.float32)
-    return at, inside, x, v, y
+    return at, at < size
+
+
+@triton.jit
+def _load(pointer, at, inside):
+    return tl.load(pointer + at, mask=inside).to(tl.float64)
+
+
+@triton.jit
+def _store(pointer, at, v, inside):
+    """Integers in double precision, as what the pointer is of, within its range."""
+    if pointer.dtype.element_ty == tl.int32:
+        v = tl.minimum(tl.maximum(v, -2147483648.0), 2147483647.0)
+    tl.store(pointer + at, v.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _pack(x_ptr, low_ptr, at, x, per_ulp, inside):
+    """Store x as the nearest float and a byte; that float."""
+    nearest = x.to(tl.float32)
+    low = (x - nearest.to(tl.float64)) * _double(per_ulp)
+    tl.store(x_ptr + at, nearest, mask=inside)
+    low = tl.minimum(tl.maximum(low, -128.0), 127.0)
+    tl.store(low_ptr + at, low.to(tl.int8), mask=inside)
+    return nearest
+
+
+@triton.jit
+def _double(constant):
+    """As it is, which Triton's interpreter would round to single precision."""
+    return tl.full([], constant, tl.float64)
+
+
+@triton.jit
+def _bits(x):
+    return tl.abs(x).to(tl.int32, bitcast=True)
 
 
 @triton.jit

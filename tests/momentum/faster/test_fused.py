@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from momconv.momentum.equations import Rule
 from momconv.momentum.faster import fused, kernels
+from momconv.momentum.storage import State
 
-ULP = 2.0**-14
+RULES = {gamma: Rule.of(gamma, (0.25,) * 12, 5, torch.float32) for gamma in (0.1, 0.5, 0.9, 1.0)}
+ULP = RULES[0.9].ulp
 SIZE = 2500  # two programs of a GPU and a part of one
-State = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
 @pytest.fixture
@@ -44,61 +45,74 @@ def nothing_fused() -> Iterator[None]:
         yield
 
 
-def make_state(gamma: float, remainder: torch.dtype = torch.int16, size: int = SIZE) -> State:
+def make_state(
+    rule: Rule,
+    remainder: torch.dtype = torch.int16,
+    size: int = SIZE,
+    *,
+    is_reversible: bool = True,
+) -> tuple[State, Tensor]:
+    """A state in the middle of a run, and what the next block returns."""
     torch.manual_seed(0)
-    x = torch.randn(size).div(ULP).round().mul(ULP)
-    v = torch.randn(size).div(ULP).round()
-    r = None if gamma == 1 else torch.randint(-9, 10, (size,)).to(remainder)
-    y = torch.randn(size)
+    state = State.start(torch.empty(size, dtype=rule.dtype), rule, is_reversible=is_reversible)
+    if state.r is not None:
+        state.r = state.r.to(remainder)
+    x = torch.randn(size, dtype=torch.double).div(rule.ulp).round().mul(rule.ulp)
+    v = torch.randn(size, dtype=torch.double).div(16 * rule.v_ulp).round()
+    x[4:20] = 1
+    state.x = state.pack(x, v, torch.randint(-9, 10, (size,)).double(), rule)
+    y = torch.randn(size, dtype=rule.dtype)
     y[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
     # Residuals halfway between two integers, of either sign, go to the even one.
-    y[4:20] = x[4:20] + (torch.arange(-8, 8) + 0.5) * ULP * 4
-    return x, v, r, y
+    y[4:20] = 1 + (torch.arange(-8, 8) + 0.5) * rule.v_ulp * 4
+    return state, y
 
 
-def check(module: ModuleType, state: State, gamma: float) -> None:
+def check(module: ModuleType, state: State, y: Tensor, rule: Rule) -> None:
     """A step there and back computes the same bits as without ``module``."""
-    x, v, r, y = state
-    check_step(module, state, gamma)
-    check_step(module, (x, v, r, y.nan_to_num(0, 0, 0)), gamma)
+    check_step(module, state, y, rule)
+    check_step(module, state, y.nan_to_num(0, 0, 0), rule)
 
 
-def check_step(module: ModuleType, state: State, gamma: float) -> None:
-    x, v, r, y = state
-    rule = Rule(gamma, (0.25,), ULP)
-    scale = rule.coefficients[0] / ULP
-    ours, theirs = (copy(v, r) for _ in range(2))
-    largest, largest_before = x.new_zeros(()), x.new_tensor(1e4)
+def check_step(module: ModuleType, state: State, y: Tensor, rule: Rule) -> None:
+    ours, theirs = copy(state), copy(state)
+    largest, before = (y.new_tensor(size, dtype=rule.dtype) for size in (0.0, 1e4))
+    constants = (rule.coefficients[0] / rule.v_ulp, rule.gamma, rule.ulp, rule.v_ulp / rule.ulp)
 
-    x_ours = module.advance(x, *ours, y, largest, scale, gamma, ULP)
-    module.advance(x, *copy(v, r), y, largest_before, scale, gamma, ULP)
+    for state_, size in ((copy(state), before), (ours, largest)):
+        x = module.advance(state_.x, state_.low, state_.v, state_.r, y, size, *constants)
+    ours.x = x
     with nothing_fused():
-        x_theirs = kernels.advance(x, *theirs, y, x.new_zeros(()), rule, 0)
+        expected = torch.zeros_like(largest)
+        theirs.x = kernels.advance(theirs, y, expected, rule, 0)
 
-    assert torch.equal(x_ours.nan_to_num(), x_theirs.nan_to_num())
-    assert torch.equal(x_ours.isnan(), x_theirs.isnan())
-    finite = x_theirs.isfinite()
+    finite = theirs.x.isfinite()
+    assert torch.equal(ours.x.isfinite(), finite)
+    assert torch.equal(ours.x.isnan(), theirs.x.isnan())
     check_same(ours, theirs, finite)
     if finite.all():
-        assert largest == x_theirs.abs().max()
-        assert largest_before == 1e4
+        assert largest == expected
+        assert before == 1e4
     else:
         assert not largest.isfinite()
-        assert not largest_before.isfinite()
+        assert not before.isfinite()
 
-    module.undo(x, *ours, y, scale, gamma)
+    ours.x = module.retreat(ours.x, ours.low, ours.v, *constants[2:])
+    module.undo(ours.x, ours.v, ours.r, y, *constants[:2])
 
-    check_same(ours, (v, r), finite)
-
-
-def copy(v: Tensor, r: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return v.clone(), None if r is None else r.clone()
+    check_same(ours, state, finite)
 
 
-def check_same(
-    ours: tuple[Tensor, Tensor | None], theirs: tuple[Tensor, Tensor | None], where: Tensor
-) -> None:
-    for a, b in zip(ours, theirs, strict=True):
+def copy(state: State) -> State:
+    return State(*(None if t is None else t.clone() for t in parts(state)))  # type: ignore[arg-type]
+
+
+def parts(state: State) -> list[Tensor | None]:
+    return [state.x, state.low, state.v, state.r]
+
+
+def check_same(ours: State, theirs: State, where: Tensor) -> None:
+    for a, b in zip(parts(ours), parts(theirs), strict=True):
         assert (a is None) == (b is None)
         assert a is None or b is None or torch.equal(a[where], b[where])
 
@@ -107,8 +121,9 @@ def check_same(
 @pytest.mark.parametrize("gamma", [0.1, 0.5, 0.9, 1.0])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, at the non-finite values
 def test_a_gpu_computes_the_same_bits(on_gpu: ModuleType, gamma: float, dtype: torch.dtype) -> None:
-    x, v, r, y = make_state(gamma)
-    check(on_gpu, (x, v, r, y.to(dtype)), gamma)
+    for is_reversible in (True, False):
+        state, y = make_state(RULES[gamma], is_reversible=is_reversible)
+        check(on_gpu, state, y.to(dtype), RULES[gamma])
 
 
 TRITON_TYPES = {
@@ -118,7 +133,8 @@ TRITON_TYPES = {
     torch.int8: "*i8",
     torch.int16: "*i16",
     torch.int32: "*i32",
-    float: "fp32",
+    torch.float64: "*fp64",
+    float: "fp64",
     int: "i64",
 }
 
@@ -137,7 +153,7 @@ class Launches:
         compiler = importlib.import_module("triton.compiler")
         backends = importlib.import_module("triton.backends.compiler")
         by_name = dict(zip(self.kernel.arg_names, args, strict=True))
-        fixed = {name: by_name[name] for name in ("has_r", "block")}
+        fixed = {name: by_name[name] for name in ("has_r", "block") if name in by_name}
         signature = {
             name: TRITON_TYPES[value.dtype if isinstance(value, Tensor) else type(value)]
             for name, value in by_name.items()
@@ -159,20 +175,24 @@ def test_a_gpu_is_told_to_round_each_product(
     """A product and a sum in one instruction would round once, to other bits than two."""
     pytest.importorskip("triton", reason="Triton is for GPUs")
     module = importlib.import_module("momconv.momentum.faster.fused_gpu")
-    kernels_ = {name: Launches(getattr(module, name), generation) for name in ("_advance", "_undo")}
+    names = ("_advance", "_retreat", "_undo")
+    kernels_ = {name: Launches(getattr(module, name), generation) for name in names}
     for name, kernel in kernels_.items():
         monkeypatch.setattr(module, name, kernel)
     for gamma, remainder, dtype in (
         (0.9, torch.int8, torch.bfloat16),
         (1.0, torch.int8, torch.half),
     ):
-        x, v, r, y = make_state(gamma, remainder)
-        module.advance(x, v, r, y.to(dtype), x.new_zeros(()), 0.25 / ULP, gamma, ULP)
-        module.undo(x, v, r, y.to(dtype), 0.25 / ULP, gamma)
+        state, y = make_state(RULES[gamma], remainder)
+        x, low, v, r = parts(state)
+        constants = 0.25 / ULP, gamma, ULP, 0.25
+        module.advance(x, low, v, r, y.to(dtype), y.new_zeros(()), *constants)
+        module.retreat(x, low, v, *constants[2:])
+        module.undo(x, v, r, y.to(dtype), *constants[:2])
     for kernel in kernels_.values():
         assert len(kernel.assembly) == 2
         for assembly in kernel.assembly:
-            assert "mul.rn.f32" in assembly
+            assert "mul.rn.f64" in assembly
             assert "fma" not in assembly
             assert "div" not in assembly
 
@@ -181,7 +201,7 @@ def test_a_gpu_is_told_to_round_each_product(
     with monkeypatch.context() as patch:
         launch = fusing.launch
         patch.setattr(fusing, "launch", lambda *args, enable_fp_fusion: launch(*args))
-        module.undo(x, v, torch.zeros(SIZE, dtype=torch.int8), y, 0.25 / ULP, 0.9)
+        module.undo(x, v, torch.zeros(SIZE, dtype=torch.int8), y, *constants[:2])
     assert "fma" in fusing.assembly[0]  # what is looked for does occur
 
 
@@ -193,9 +213,10 @@ def test_a_gpu_that_is_here_computes_the_same_bits(
     gamma: float, remainder: torch.dtype, dtype: torch.dtype
 ) -> None:
     module = importlib.import_module("momconv.momentum.faster.fused_gpu")
-    x, v, r, y = make_state(gamma, remainder)
-    state = x.cuda(), v.cuda(), None if r is None else r.cuda(), y.to("cuda", dtype)
-    check(module, state, gamma)
+    for is_reversible in (True, False):
+        state, y = make_state(RULES[gamma], remainder, is_reversible=is_reversible)
+        on_gpu = State(*(None if t is None else t.cuda() for t in parts(state)))  # type: ignore[arg-type]
+        check(module, on_gpu, y.to("cuda", dtype), RULES[gamma])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -204,20 +225,22 @@ def test_a_gpu_that_is_here_computes_the_same_bits(
 def test_a_cpu_computes_the_same_bits(
     on_cpu: ModuleType, gamma: float, remainder: torch.dtype, dtype: torch.dtype
 ) -> None:
-    x, v, r, y = make_state(gamma, remainder)
-    check(on_cpu, (x, v, r, y.to(dtype)), gamma)
+    for is_reversible in (True, False):
+        state, y = make_state(RULES[gamma], remainder, is_reversible=is_reversible)
+        check(on_cpu, state, y.to(dtype), RULES[gamma])
 
 
 def test_a_cpu_computes_the_same_bits_in_double_precision(on_cpu: ModuleType) -> None:
-    x, v, r, y = make_state(0.9)
-    check(on_cpu, (x.double(), v.double(), r, y.double() / 3), 0.9)
+    rule = Rule.of(0.9, (0.25,) * 12, 3, torch.float64)
+    state, y = make_state(rule)
+    check(on_cpu, state, y / 3, rule)
 
 
 def test_threads_of_a_cpu_share_the_work(on_cpu: ModuleType) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(6)
     try:
-        check(on_cpu, make_state(0.9, size=200_001), 0.9)
+        check(on_cpu, *make_state(RULES[0.9], size=200_001), RULES[0.9])
     finally:
         torch.set_num_threads(threads)
 
@@ -238,16 +261,18 @@ class Recorder(TorchDispatchMode):
 def test_a_step_is_one_operation() -> None:
     """Of fake tensors too, which allocate what real ones do and compute nothing."""
     pytest.importorskip("numba")
-    rule = Rule(0.9, (0.1,), ULP)
+    rule = RULES[0.9]
     with FakeTensorMode():
-        x, v, y = (torch.empty(2, 3, 4, 4).to(memory_format=torch.channels_last) for _ in range(3))
-        r, largest = torch.empty_like(x, dtype=torch.int8), x.new_zeros(())
+        x, y = (torch.empty(2, 3, 4, 4).to(memory_format=torch.channels_last) for _ in range(2))
+        state, largest = State.start(x, rule, is_reversible=True), x.new_zeros(())
         with Recorder() as recorder:
-            x_next = kernels.advance(x, v, r, y, largest, rule, 0)
-            kernels.undo(x, v, r, y, rule, 0)
+            x_next = kernels.advance(state, y, largest, rule, 0)
+            x_before = kernels.retreat(state, rule)
+            kernels.undo(state, y, rule, 0)
 
-    assert recorder.seen == [fused.advance, fused.undo]
-    assert (x_next.shape, x_next.stride()) == (x.shape, x.stride())
+    assert recorder.seen == [fused.advance, fused.retreat, fused.undo]
+    for made in (x_next, x_before):
+        assert (made.shape, made.stride()) == (x.shape, x.stride())
 
 
 GPU = torch.device("cuda", 0)
@@ -287,7 +312,7 @@ def test_what_is_tried_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     with Recorder() as recorder:
         fused._try_out(torch.device("cpu"))
-    assert {fused.advance, fused.undo} <= {*recorder.seen}
+    assert {fused.advance, fused.retreat, fused.undo} <= {*recorder.seen}
     assert waited == [torch.device("cpu")]
 
 

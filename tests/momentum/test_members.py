@@ -1,0 +1,148 @@
+"""The blocks of a run outside it, and a stage whose blocks are others later."""
+
+import copy
+from typing import get_args
+
+import pytest
+import torch
+from networks import images, square, stack
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
+
+from momconv import MomentumSequential, convert, revert, set_strategy
+from momconv.errors import UsageError
+from momconv.momentum.autograd import Strategy
+from momconv.momentum.sequential import Run
+from momconv.zoo.networks import build
+
+
+def spans(net: MomentumSequential) -> list[tuple[int, int]]:
+    return [(run.start, run.stop) for run in net.runs or ()]
+
+
+def iterate(net: MomentumSequential, x: Tensor) -> Tensor:
+    for block in net:
+        x = block(x)
+    return x
+
+
+WAYS = {
+    "a loop": iterate,
+    "children": lambda net, x: nn.Sequential(*net.children())(x),
+    "a slice": lambda net, x: net[1:](x),
+    "checkpoints": lambda net, x: checkpoint_sequential(net, 2, x, use_reentrant=False),
+    "reentrant ones": lambda net, x: checkpoint_sequential(net, 4, x, use_reentrant=True),
+    "a copy": lambda net, x: iterate(copy.deepcopy(net), x),
+}
+
+
+@pytest.mark.parametrize("strategy", ["store", "momentum"])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_the_blocks_of_a_run_are_no_plain_network(way: object, strategy: str) -> None:
+    assert callable(way)
+    net = stack(4)
+    net(images())
+    set_strategy(net, strategy)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="is the plain network and not the momentum network"):
+        way(net, images().requires_grad_())
+
+
+def test_one_block_alone_is_what_it_is() -> None:
+    net, plain = stack(4).eval(), nn.Sequential(*stack(4)).eval()
+    net(images())
+    assert torch.equal(net[2](images()), plain[2](images()))
+    square(net(net(images()))).backward()
+
+
+def test_a_network_without_runs_or_momentum_may_be_iterated() -> None:
+    for net in (stack(4, runs=[]), stack(4, gamma=0)):
+        assert torch.equal(iterate(net, images()), net(images()))
+
+
+def test_the_blocks_of_a_network_that_is_plain_again_are_free() -> None:
+    original = build("cifar_resnet20").eval()
+    plain = revert(convert(original, stages="all"))
+    x = torch.randn(2, 16, 8, 8)
+    y = x
+    for block in plain.get_submodule("layer1").children():
+        y = block(y)
+    assert torch.equal(y, original.get_submodule("layer1")(x))
+    assert not any(module._forward_hooks for module in plain.modules())
+
+
+GAINS = (1.0, 2.0, 3.0, 4.0)
+
+
+def edited(*runs: Run) -> MomentumSequential:
+    return stack(6, runs=runs or [Run(1, 5, GAINS, 4)])
+
+
+def test_a_block_that_is_taken_out_leaves_the_others_their_gains() -> None:
+    for index, span, gains in (
+        (0, (0, 4), GAINS),
+        (1, (1, 4), GAINS[1:]),
+        (3, (1, 4), (1.0, 2.0, 4.0)),
+        (-1, (1, 5), GAINS),
+        (-2, (1, 4), GAINS[:3]),
+    ):
+        net = edited()
+        blocks = [*net]
+        assert net.pop(index) is blocks[index]
+        assert net.runs == (Run(*span, gains, 4),)
+        assert [*net] == [block for block in blocks if block is not blocks[index]]
+        square(net(images())).backward()
+    net = edited()
+    del net[2:]
+    assert net.runs == (Run(1, 2, GAINS[:1], 4),)
+    del net[1:]
+    assert spans(net) == []
+
+
+def test_a_block_that_is_put_in_moves_the_runs_behind_it() -> None:
+    for index, span in ((0, (2, 6)), (1, (2, 6)), (5, (1, 5)), (-1, (1, 5)), (6, (1, 5))):
+        net = edited()
+        net.insert(index, nn.ReLU())
+        assert net.runs == (Run(*span, GAINS, 4),)
+    assert edited().append(nn.ReLU()).runs == edited().runs
+    for index in (2, 4, -2):
+        net = edited()
+        with pytest.raises(UsageError, match="in the midst of a momentum run"):
+            net.insert(index, nn.ReLU())
+        assert len(net) == 6
+
+
+def test_another_block_takes_the_place_of_one() -> None:
+    net = edited()
+    net[2] = stack(1, seed=7)[0]
+    assert net.runs == edited().runs
+    with pytest.raises(UsageError, match="plain network"):
+        net[2](net[1](images()))
+
+
+def test_blocks_that_are_gone_without_a_word_are_missed() -> None:
+    net = edited()
+    for name in ("5", "4"):
+        delattr(net, name)
+    with pytest.raises(UsageError, match="there are 4 blocks, and no run"):
+        net(images())
+
+
+def test_a_block_must_return_a_tensor() -> None:
+    class Pair(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + super().forward(x), None)  # type: ignore[return-value]
+
+    for strategy in get_args(Strategy):
+        net = MomentumSequential(Pair(8, 8), Pair(8, 8), runs=[Run(0, 2, (1.0, 1.0))])
+        set_strategy(net, strategy)
+        with pytest.raises(UsageError, match="a Pair returned a tuple, not a tensor"):
+            net(torch.randn(2, 8))
+
+
+def test_hooks_are_called_once_with_values() -> None:
+    net = stack(4)
+    seen: list[float] = []
+    for block in net:
+        block.register_forward_hook(lambda _, __, y: seen.append(y.mean().item()))
+    net(images())
+    assert len(seen) == 4

@@ -1,0 +1,203 @@
+"""The grid is as fine as the activations allow, whatever their size, and nothing is lost for it."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from networks import Dropping, aftermath, differences, images, square, stack
+from torch import Tensor, nn
+
+from momconv import MomentumSequential, set_strategy
+from momconv.errors import RangeOverflow
+from momconv.momentum.equations import HEADROOM, coefficients, weights
+from momconv.momentum.sequential import Run
+
+GAMMAS = [0.5, 0.9, 0.99, 1.0]
+ACCURATE = 1e-6  # an ordinary loop in single precision is off by 1e-7 to 7e-7
+
+
+class Scaled(nn.Module):
+    """The same function at every scale."""
+
+    def __init__(self, scale: float, strength: float = 0.3, width: int = 16) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.scale, self.strength = scale, strength * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual: Tensor = self.b(torch.tanh(self.a(x / self.scale)))
+        return x + self.strength * residual
+
+
+class Doubling(nn.Linear):
+    """2 x and a little more."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (x + 0.1 * super().forward(x))
+
+
+def make(depth: int, gamma: float, scale: float = 1.0, strength: float = 0.3) -> MomentumSequential:
+    torch.manual_seed(0)
+    return MomentumSequential(*(Scaled(scale, strength) for _ in range(depth)), gamma=gamma)
+
+
+def inputs(scale: float = 1.0) -> Tensor:
+    return torch.randn(8, 16, generator=torch.Generator().manual_seed(1)) * scale
+
+
+@torch.no_grad()
+def error(net: MomentumSequential, x: Tensor) -> float:
+    """Of the output, against equation (2) in double precision, as a share of its norm."""
+    y = net(x).double()
+    (run,) = net.runs or ()
+    truth, v = x.double(), torch.zeros_like(x).double()
+    steps = coefficients(net.gamma, run.gains, "zero")
+    for block, c in zip(copy.deepcopy(net).double()._modules.values(), steps, strict=True):
+        assert block is not None
+        v = net.gamma * v + c * (block(truth) - truth)
+        truth = truth + v
+    return float((y - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("scale", [1e-20, 1e-6, 1e-3, 1.0, 1e4, 1e20])
+def test_accurate_and_exact_at_every_scale(scale: float, gamma: float) -> None:
+    net, x = make(12, gamma, scale), inputs(scale)
+
+    assert error(copy.deepcopy(net), x) < ACCURATE
+
+    def step(net: nn.Module, x: Tensor) -> Tensor:
+        return square(net(x) / scale)
+
+    stored, ours = (aftermath(net, x, how, step) for how in ("store", "momentum"))
+    assert differences(ours, stored) == []
+
+
+@pytest.mark.parametrize("gamma", [0.9, 0.999, 1.0])
+def test_accurate_at_depth_300(gamma: float) -> None:
+    net = make(300, gamma, strength=0.06)
+    steps = coefficients(gamma, [1.0] * 300, "zero")
+    net.runs = (Run(0, 300, tuple(1 / weight for weight in weights(gamma, steps))),)
+
+    assert error(net, inputs()) < ACCURATE
+
+
+def test_accurate_where_a_few_channels_are_large() -> None:
+    x = inputs()
+    x[:, :2] *= 300
+
+    assert error(make(12, 0.9), x) < ACCURATE
+
+
+def test_under_bf16_the_error_is_that_of_bf16() -> None:
+    net, x = make(12, 0.9), inputs()
+    y = net(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = net(x)
+
+    assert 1e-4 < (rounded - y).norm() / y.norm() < 1e-2
+
+
+@pytest.mark.parametrize("strategy", ["store", "checkpoint", "segment", "momentum"])
+def test_the_first_pass_finds_a_range_for_what_grows(strategy: Any) -> None:
+    torch.manual_seed(0)
+    runs = [Run(0, 14, (1.0,) * 14)]
+    net = MomentumSequential(*(Doubling() for _ in range(14)), gamma=0.5, runs=runs)
+    set_strategy(net, strategy)
+    x = inputs().requires_grad_()
+
+    y = net(x)
+
+    assert y.abs().max() > 1000 * x.abs().max()
+    (run,) = net.runs or ()
+    assert run.exponent is not None
+    assert y.abs().max() * 2 <= 2**run.exponent
+    assert torch.equal(y, net(x))
+    assert error(net, inputs()) < 1e-5
+    stored = aftermath(net, inputs(), "store", lambda net, x: square(net(x) / 1e4))
+    ours = aftermath(net, inputs(), strategy, lambda net, x: square(net(x) / 1e4))
+    assert differences(ours, stored) == []
+
+
+def test_a_first_pass_that_is_done_again_changes_buffers_and_draws_numbers_once() -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(Dropping(), Growing()) for _ in range(3)]
+    net = MomentumSequential(*blocks, gamma=0.5, runs=[Run(0, 3, (1.0,) * 3)])
+    known = copy.deepcopy(net)
+    torch.manual_seed(5)
+    y = net(images())
+    counts = [int(b) for name, b in net.named_buffers() if name.endswith("num_batches_tracked")]
+    (run,) = net.runs or ()
+    known.runs = net.runs
+
+    torch.manual_seed(5)
+    again = known(images())
+
+    assert run.exponent is not None
+    assert counts == [1, 1, 1]
+    assert torch.equal(y, again)
+    assert differences(dict(net.named_buffers()), dict(known.named_buffers())) == []
+
+
+class Growing(nn.Module):
+    """Adds large values that depend on the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x)
+        return x + 1000 * normed
+
+
+def test_a_range_is_widened_where_activations_outgrow_it() -> None:
+    net = stack(4, gamma=0.9)
+    square(net(images())).backward()
+    (before,) = net.runs or ()
+    assert before.exponent is not None
+    large = images() * 2.0**before.exponent
+
+    with pytest.raises(RangeOverflow, match="its range has been widened") as caught:
+        net(large)
+
+    assert caught.value.kind == "inversion.range_overflow"
+    (after,) = net.runs or ()
+    assert after.exponent is not None
+    assert after.exponent >= before.exponent + HEADROOM
+    stored, ours = (aftermath(net, large, how) for how in ("store", "momentum"))
+    assert differences(ours, stored) == []
+
+
+@pytest.mark.parametrize("strategy", ["store", "checkpoint", "segment"])
+def test_the_range_does_not_matter_where_nothing_is_inverted(strategy: Any) -> None:
+    net, x = make(12, 0.9), inputs()
+    set_strategy(net, strategy)
+    net(x)
+    runs = net.runs
+
+    square(net((x * 1e6).requires_grad_())).backward()
+
+    assert error(net, x * 1e6) < 1e-5
+    assert net.runs == runs
+
+
+def test_inference_is_accurate_beyond_the_range_too() -> None:
+    net, x = make(12, 0.9), inputs()
+    square(net(x)).backward()
+
+    assert error(net, x * 1e6) < 1e-5
+
+
+def test_nothing_is_recorded_where_nothing_is_seen() -> None:
+    net = MomentumSequential(*(nn.Sequential(Scaled(1.0)) for _ in range(3)))
+    for x in (torch.zeros(2, 16), torch.full((2, 16), torch.nan), torch.zeros(0, 16)):
+        net(x)
+        assert [run.exponent for run in net.runs or ()] == [None]
+    net(inputs())
+    assert [run.exponent is None for run in net.runs or ()] == [False]
