@@ -9,6 +9,8 @@ need in backward:
 * segment: only the input of a whole stage is kept; x[n] is computed again before the block is;
 * momentum: x[n] is reconstructed from x[n+1] and v[n+1], and the block runs again.
 
+The last blocks of a run may be stored, where those before are treated in another way.
+
 The graph sees x in the type in which the blocks compute, and so do its gradients; the state that
 is integrated, and inverted, has single precision at least. v is in the graph for its gradient only,
 as a tensor without memory.
@@ -39,22 +41,25 @@ def run(
     x: Tensor,
     args: tuple[Tensor, ...],
     rule: Rule,
-    call: Call | None,
+    calls: Sequence[Call | None],
     *,
     in_parts: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return x after all steps, in x's type, and the largest magnitude on the way, a scalar.
 
-    The blocks are called with x and ``args``. ``call`` calls them, or else backward reconstructs
-    their inputs, which it can if the magnitude is below the rule's limit.
+    The blocks are called with x and ``args``, each by its own of ``calls``, or else backward
+    reconstructs its input, which it can if the magnitude is below the rule's limit. After a block
+    that is called none is reconstructed.
     """
     if is_graph_made():
         return _compose(blocks, x, args, rule), x.new_zeros(())
     x = _ToGrid.apply(x, rule.ulp)
-    trajectory = Trajectory(widen(x.detach()), rule, is_reversible=call is None)
+    trajectory = Trajectory(widen(x.detach()), rule, is_reversible=None in calls)
     v = _without_memory(x)
-    for n, block in enumerate(blocks):
+    for n, (block, call) in enumerate(zip(blocks, calls, strict=True)):
         if call:
+            if n and calls[n - 1] is None:
+                trajectory = trajectory.fork()
             y = call(block, x, *args)
         else:
             y = _reconstruct(Replay(block, in_parts=in_parts), x, args, trajectory, n)

@@ -1,11 +1,11 @@
 """``MomentumSequential``: an ``nn.Sequential`` whose runs of residual blocks follow (2)."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import repeat
-from typing import Any, Literal, Self, get_args
+from itertools import accumulate, chain, groupby, repeat
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from momconv.momentum.members import mark, unmark
 from momconv.momentum.ranging import find_range, has_values, require_range, survey
 from momconv.momentum.replay import checkpoint, evaluate, without_autocast_cache
 from momconv.momentum.segment import Call, Segment
+from momconv.momentum.ways import Way
 from momconv.tracing.runs import find_runs
+from momconv.vocabulary import StrategyChoice
 
 _UNKNOWN = LOWEST  # the exponent where nothing can be seen, as in fake tensors
 
@@ -113,9 +115,7 @@ class MomentumSequential(nn.Sequential):
     Attributes:
         gamma: γ in (0, 1]; 0 makes it the plain network.
         velocity: v[0] is 0 ("zero") or f(x[0]) ("residual").
-        strategy: how backward gets its activations; see momconv.momentum.autograd.
-        in_parts: whether blocks that are computed again may be so in two parts, one after the
-            other, which takes less memory and more time; see faster/parts.py.
+        way: how backward gets its activations: a strategy, and how it divides the blocks.
         runs: found on the first forward pass, unless given, and so is each run's range.
         kind: the plain class whose place it takes.
 
@@ -138,8 +138,7 @@ class MomentumSequential(nn.Sequential):
 
     gamma: float
     velocity: Velocity
-    strategy: Strategy
-    in_parts: bool
+    way: Way
     _runs: tuple[Run, ...] | None
     kind: type[nn.Module] = nn.Sequential
 
@@ -157,8 +156,8 @@ class MomentumSequential(nn.Sequential):
         _check_choice("strategy", strategy, get_args(Strategy))
         self.gamma = check_gamma(gamma)
         self.velocity = velocity
-        self.strategy = "store" if gamma == 0 and strategy == "momentum" else strategy
-        self.in_parts = in_parts
+        is_plain = gamma == 0 and strategy == "momentum"
+        self.way = Way("store" if is_plain else strategy, in_parts=in_parts)
         self.runs = runs
 
     @property
@@ -192,70 +191,89 @@ class MomentumSequential(nn.Sequential):
             return _uncompiled(self, x, *args, **kwargs)
         check_runs(self.find_runs(x, *args, **kwargs), len(self))
         blocks, tensors = bind([*self._modules.values()], args, kwargs)
-        walk = partial(self._walk, blocks, tensors, {}, self.strategy)
+        walk = partial(self._walk, _Pass(blocks, tensors, self.way))
         with without_autocast_cache(x.device.type):
             if self.strategy == "segment":
-                return Segment(walk, in_parts=self.in_parts).run(x)
+                for piece in self._list_pieces(blocks):
+                    x = Segment(partial(walk, piece), in_parts=self.in_parts).run(x)
+                return x
             if self.strategy == "store":
-                return walk(x, evaluate)
-            return walk(x, partial(checkpoint, in_parts=self.in_parts))
+                return walk(range(len(blocks)), x, evaluate)
+            call = partial(checkpoint, in_parts=self.in_parts)
+            return walk(range(len(blocks)), x, call)
 
-    def _walk(
-        self,
-        blocks: list[nn.Module],
-        args: tuple[Tensor, ...],
-        ranges: dict[int, int],
-        strategy: Strategy,
-        x: Tensor,
-        call: Call,
-    ) -> Tensor:
-        """:meth:`forward` with the blocks bound to what is no tensor; ``call`` calls them.
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy of its way; setting it, none of its blocks has another."""
+        return self.way.strategy
 
-        Backward may come here again, when the stage has another strategy or range already.
-        """
-        is_reversible = strategy == "momentum" and torch.is_grad_enabled()
+    @strategy.setter
+    def strategy(self, strategy: Strategy) -> None:
+        self.way = Way(strategy, in_parts=self.in_parts)
 
-        def plain(x: Tensor, start: int, stop: int | None) -> Tensor:
-            """Blocks outside the runs; one with a stage inside has a strategy already."""
-            between = blocks[start:stop]
-            for block in between if strategy == "store" else join_layers(between):
-                has_own = strategy != "segment" and momentum_stages(block)
-                x = block(x, *args) if strategy == "store" or has_own else call(block, x, *args)
-            return x
+    @property
+    def in_parts(self) -> bool:
+        """Whether blocks that are computed again may be so in two parts."""
+        return self.way.in_parts
 
+    @in_parts.setter
+    def in_parts(self, in_parts: bool) -> None:
+        self.way = replace(self.way, in_parts=in_parts)
+
+    @property
+    def _followed(self) -> tuple[Run, ...]:
+        """The runs that follow (2)."""
+        return (self.runs or ()) if self.gamma else ()
+
+    def _list_pieces(self, blocks: list[nn.Module]) -> Iterator[range]:
+        """The blocks that are a segment together: as many as asked for, a whole run, or all."""
+        if not self.way.length:
+            yield range(len(blocks))
+            return
         position = 0
-        for part in (self.runs or ()) if self.gamma else ():
-            x = plain(x, position, part.start)
-            members = blocks[part.start : part.stop]
-            x = self._follow(part, members, args, ranges, None if is_reversible else call, x)
-            position = part.stop
-        return plain(x, position, None)
+        for part in (*self._followed, Run(len(blocks), len(blocks), ())):
+            for units in _batched(_split(blocks[position : part.start]), self.way.length):
+                yield range(position, position := position + sum(map(len, units)))
+            if len(part):
+                yield range(part.start, position := part.stop)
 
-    def _follow(
-        self,
-        part: Run,
-        blocks: list[nn.Module],
-        args: tuple[Tensor, ...],
-        ranges: dict[int, int],
-        call: Call | None,
-        x: Tensor,
-    ) -> Tensor:
-        """A run; its range is in ``ranges`` if this pass has been here before."""
+    def _walk(self, this: "_Pass", piece: range, x: Tensor, call: Call) -> Tensor:
+        """The blocks of ``piece``; ``call`` calls those that are not stored.
+
+        Backward may come here again, when the stage has another way or range already.
+        """
+        reversing = this.way.strategy == "momentum" and torch.is_grad_enabled()
+        position = piece.start
+        for part in self._followed:
+            if part.start not in piece:
+                continue
+            x = this.walk_plain(range(position, part.start), x, call)
+            calls = [
+                evaluate if n >= this.border else None if reversing else call
+                for n in range(part.start, part.stop)
+            ]
+            x = self._follow(this, part, calls, x)
+            position = part.stop
+        return this.walk_plain(range(position, piece.stop), x, call)
+
+    def _follow(self, this: "_Pass", part: Run, calls: Sequence[Call | None], x: Tensor) -> Tensor:
+        """A run; its range is known if this pass has been here before."""
+        blocks, ranges = this.blocks[part.start : part.stop], this.ranges
 
         def follow(exponent: int) -> tuple[Tensor, Tensor]:
             rule = self.rule(replace(part, exponent=exponent), x.dtype)
-            return run(blocks, x, args, rule, call, in_parts=self.in_parts)
+            return run(blocks, x, this.args, rule, calls, in_parts=this.way.in_parts)
 
         exponent = ranges.get(part.start, part.exponent)
         if not has_values(x):
             return follow(_UNKNOWN if exponent is None else exponent)[0]
-        measure = partial(survey, blocks, x, args, self.rule(part, x.dtype))
+        measure = partial(survey, blocks, x, this.args, self.rule(part, x.dtype))
         if exponent is None:
             exponent, is_seen = find_range(measure, x)
             if is_seen:
                 self.set_range(part.start, exponent)
         y, seen = follow(exponent)
-        if call is None:
+        if None in calls:
             require_range(measure, seen, exponent, partial(self.set_range, part.start))
         ranges[part.start] = exponent
         return y
@@ -377,7 +395,7 @@ class MomentumSequential(nn.Sequential):
     def extra_repr(self) -> str:
         """γ, the strategy and the runs, for ``print(model)``."""
         spans = ", ".join(f"{run.start}-{run.stop - 1}" for run in self.runs or ())
-        return f"gamma={self.gamma}, strategy={self.strategy}, momentum blocks: {spans or 'none'}"
+        return f"gamma={self.gamma}, strategy={self.way}, momentum blocks: {spans or 'none'}"
 
 
 def _leave_whole(stage: nn.Module, x: Proxy, args: Any, kwargs: Any) -> Any:
@@ -397,21 +415,87 @@ def _uncompiled(stage: MomentumSequential, x: Tensor, *args: Any, **kwargs: Any)
     return stage.forward(x, *args, **kwargs)
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One pass through a stage.
+
+    Attributes:
+        blocks: The stage's, bound to what is no tensor.
+        args: What they are called with besides x.
+        way: The stage's at the time.
+        ranges: The exponents of its runs, by their first blocks.
+    """
+
+    blocks: list[nn.Module]
+    args: tuple[Tensor, ...]
+    way: Way
+    ranges: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def border(self) -> int:
+        """The first block that is stored for being one of the last."""
+        return 0 if self.way.strategy == "store" else len(self.blocks) - self.way.stored
+
+    def walk_plain(self, piece: range, x: Tensor, call: Call) -> Tensor:
+        """Blocks outside the runs; ``call`` calls those that are not stored."""
+        units = _split(self.blocks[piece.start : piece.stop])
+        ends = accumulate(map(len, units), initial=piece.start)
+        before = sum(end <= self.border for end in [*ends][1:])
+        for group, has_own_way in _group(units[:before], self.way):
+            together = _join(group)
+            x = together(x, *self.args) if has_own_way else call(together, x, *self.args)
+        for block in chain(*units[before:]):
+            x = block(x, *self.args)
+        return x
+
+
+def _group(units: list[list[nn.Module]], way: Way) -> Iterator[tuple[list[nn.Module], bool]]:
+    """What shares a checkpoint; and, alone, what has a stage inside, with a way of its own."""
+
+    def has_own_way(unit: list[nn.Module]) -> bool:
+        return way.strategy != "segment" and bool(momentum_stages(unit[0]))
+
+    for is_own, members in groupby(units, has_own_way):
+        length = way.length if way.strategy == "checkpoint" and not is_own else 1
+        for group in _batched([*members], length or 1):
+            yield [*chain(*group)], is_own
+
+
 def join_layers(blocks: list[nn.Module]) -> Iterator[nn.Module]:
     """The blocks, each with the single layers that follow it: a ReLU may write into its output."""
-    group: list[nn.Module] = []
+    return map(_join, _split(blocks))
+
+
+def _split(blocks: list[nn.Module]) -> list[list[nn.Module]]:
+    """The blocks, each in a list with the single layers that follow it."""
+    units: list[list[nn.Module]] = []
     for block in blocks:
         is_layer = next(block.children(), None) is None
-        if group and (not is_layer or momentum_stages(group[0])):
-            yield _join(group)
-            group = []
-        group.append(block)
-    if group:
-        yield _join(group)
+        if units and is_layer and not momentum_stages(units[-1][0]):
+            units[-1].append(block)
+        else:
+            units.append([block])
+    return units
 
 
-def _join(group: list[nn.Module]) -> nn.Module:
-    return group[0] if len(group) == 1 else nn.Sequential(*group)
+def _batched(units: list[list[nn.Module]], length: int) -> Iterator[list[list[nn.Module]]]:
+    for start in range(0, len(units), length):
+        yield units[start : start + length]
+
+
+def _join(blocks: list[nn.Module]) -> nn.Module:
+    return blocks[0] if len(blocks) == 1 else _Joined(*blocks)
+
+
+class _Joined(nn.Sequential):
+    """Blocks that are called in turn, each with the same further arguments."""
+
+    def forward(  # type: ignore[override]  # x is called input there
+        self, x: Tensor, *args: Tensor
+    ) -> Tensor:
+        for block in self:
+            x = block(x, *args)
+        return x
 
 
 class MomentumList(MomentumSequential):
@@ -454,8 +538,7 @@ class MomentumDict(MomentumSequential):
             *[*self._modules.values()][part.start : part.stop],
             gamma=self.gamma,
             velocity=self.velocity,
-            strategy=self.strategy,
-            in_parts=self.in_parts,
+            way=replace(self.way, stored=max(0, self.way.stored - (len(self) - part.stop))),
             runs=[replace(part, start=0, stop=len(part))] if part.gains else [],
         )
 
@@ -463,8 +546,11 @@ class MomentumDict(MomentumSequential):
 class _Taken(MomentumSequential):
     """Blocks of a dictionary, which are told the range that is found."""
 
-    def __init__(self, owner: MomentumDict, start: int, *blocks: nn.Module, **options: Any) -> None:
+    def __init__(
+        self, owner: MomentumDict, start: int, *blocks: nn.Module, way: Way, **options: Any
+    ) -> None:
         super().__init__(*blocks, **options)
+        self.way = way
         self._tell = partial(owner.set_range, start)
 
     def set_range(self, start: int, exponent: int | None) -> None:
@@ -506,7 +592,7 @@ def forget_ranges(model: nn.Module) -> None:
     set_ranges(model, repeat(_NOT_FOUND))
 
 
-def set_strategy(model: nn.Module, strategy: Strategy | Literal["auto"]) -> None:
+def set_strategy(model: nn.Module, strategy: StrategyChoice | Mapping[str, str]) -> None:
     """Choose how backward gets its activations in every MomentumSequential of ``model``.
 
     Values and gradients stay the same, bit for bit; memory and time change. A forward pass that
@@ -514,30 +600,61 @@ def set_strategy(model: nn.Module, strategy: Strategy | Literal["auto"]) -> None
     where a stage has runs and checkpoints elsewhere. Activations are largest in the first stage:
     there it computes blocks in parts and, if the stage has no runs, keeps its input alone.
 
+    Args:
+        model: A network with momentum stages.
+        strategy: One for all stages; or by the names of stages, as in ``plan.strategy``, a text
+            for each: a strategy, or one that divides the stage: "momentum+store:5" (the last five
+            blocks are stored), "checkpoint:3" and "segment:6" (so many blocks have one checkpoint,
+            or are a segment; in a momentum run a block has its own, and the run is a segment), and
+            "+parts" after any (blocks are computed again in two parts). Other stages stay.
+
     Raises:
-        UsageError: an unknown strategy; a model without momentum stages; "momentum" for γ = 0.
+        UsageError: an unknown strategy or stage; a model without momentum stages; "momentum" for
+            γ = 0.
     """
-    _check_choice("strategy", strategy, [*get_args(Strategy), "auto"])
-    stages = list(momentum_stages(model).values())
+    stages = momentum_stages(model)
     if not stages:
         raise UsageError(
             f"this {type(model).__name__} has no momentum stages",
             kind="usage.not_converted",
             fix="model = momconv.convert(model)",
         )
-    if strategy == "momentum" and all(stage.gamma == 0 for stage in stages):
+    ways = _find_ways(stages, strategy)
+    reversed_ = [stages[name] for name, way in ways.items() if way.strategy == "momentum"]
+    if reversed_ and strategy != "auto" and all(stage.gamma == 0 for stage in reversed_):
         raise UsageError(
             "gamma is 0, the plain network, which cannot be inverted",
             kind="usage.gamma",
             fix='momconv.set_strategy(model, "checkpoint")',
         )
-    innermost = [stage for stage in stages if len(momentum_stages(stage)) == 1]
-    for stage in stages:
-        is_first, has_runs = stage is innermost[0], bool(stage.gamma) and stage.runs != ()
-        stage.in_parts = strategy == "auto" and is_first
-        if strategy == "auto":
-            stage.strategy = "momentum" if has_runs else "segment" if is_first else "checkpoint"
-        elif strategy == "segment" and stage not in innermost:
-            stage.strategy = "checkpoint"
-        else:
-            stage.strategy = strategy
+    for name, way in ways.items():
+        stages[name].way = way
+
+
+def _find_ways(
+    stages: dict[str, MomentumSequential], strategy: StrategyChoice | Mapping[str, str]
+) -> dict[str, Way]:
+    """The way of each stage for which ``strategy`` says one.
+
+    Raises:
+        UsageError: A name is unknown.
+    """
+    if not isinstance(strategy, str):
+        for name in strategy:
+            _check_choice("stage", name, [*stages])
+        return {name: Way.parse(text) for name, text in strategy.items()}
+    _check_choice("strategy", strategy, [*get_args(Strategy), "auto"])
+    innermost = [name for name, stage in stages.items() if len(momentum_stages(stage)) == 1]
+    if strategy == "auto":
+        return {
+            name: _leanest(stage, is_first=name == innermost[0]) for name, stage in stages.items()
+        }
+    outer: Strategy = "checkpoint" if strategy == "segment" else strategy
+    return {name: Way(strategy if name in innermost else outer) for name in stages}
+
+
+def _leanest(stage: MomentumSequential, *, is_first: bool) -> Way:
+    """The way of ``stage`` under "auto"."""
+    has_runs = bool(stage.gamma) and stage.runs != ()
+    strategy: Strategy = "momentum" if has_runs else "segment" if is_first else "checkpoint"
+    return Way(strategy, in_parts=is_first)

@@ -44,6 +44,11 @@ class State:
             None if rule.gamma == 1 else torch.zeros_like(x, dtype=torch.int8),
         )
 
+    def fork(self) -> "State":
+        """The same in a memory of its own, but for x, into which no step writes."""
+        low, r = (None if part is None else part.clone() for part in (self.low, self.r))
+        return State(self.x, low, self.v.clone(), r)
+
     def unpack(self, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
         """x, v and r in double precision."""
         x, v = self.x.double(), self.v.double()

@@ -1,5 +1,7 @@
 """The state (x, v, r) of one forward pass through one run, which can walk back the way it came."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -34,10 +36,17 @@ class Trajectory:
         self._bounds = [*remainder_bounds(rule.gamma, len(rule.coefficients))]
         self._full: list[Tensor] = []  # remainders that were put aside
         self.n = 0
+        self._end = 0  # the last step, where the way back begins
         self._version = version_of(x)
         self._origin: int | None = None
         self._mismatch: Tensor | None = None
         self.largest = x.new_zeros(())
+
+    def fork(self) -> "Trajectory":
+        """Another one, which goes on from here; for this one, the way back begins here."""
+        other = copy.copy(self)
+        other._state, other._full = self._state.fork(), []
+        return other
 
     def mark_origin(self) -> None:
         """Remember this point as the one where the way back will end."""
@@ -56,6 +65,7 @@ class Trajectory:
         x = seam.advance(self._state, y, self.largest, self.rule, self.n)
         self._put(x)
         self.n += 1
+        self._end = self.n
         return x
 
     def _put(self, x: Tensor) -> None:
@@ -82,7 +92,7 @@ class Trajectory:
                 kind="inversion.modified_output",
                 fix="use the out-of-place operation on it (inplace=False)",
             )
-        if n == len(self._bounds) - 1 and not is_fake(self._state.x):
+        if self.n == self._end and not is_fake(self._state.x):
             torch.autograd.Variable._execution_engine.queue_callback(self.verify)
         self.n = n
         self._put(x := seam.retreat(self._state, self.rule))

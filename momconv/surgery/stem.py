@@ -20,7 +20,7 @@ from momconv.states import is_graph_made, version_of
 
 
 def make_stem_recomputable(model: nn.Module) -> None:
-    """Let what comes before the first stage of ``model`` follow that stage's strategy."""
+    """Let what comes before the first stage of ``model`` be recomputed where any stage is."""
     stages = momentum_stages(model)
     if "" in stages:  # the model itself
         return

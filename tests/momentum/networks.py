@@ -1,15 +1,15 @@
 """Small real networks, and what one training step of them leaves behind."""
 
 import copy
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from momconv import MomentumSequential, set_strategy
-from momconv.momentum.autograd import Strategy
+from momconv.vocabulary import StrategyChoice
 
 BLOCKS = {"BasicBlock": BasicBlock, "Bottleneck": Bottleneck}
 
@@ -81,7 +81,7 @@ def under_bf16_autocast(net: nn.Module, x: Tensor) -> Tensor:
 def aftermath(
     net: nn.Module,
     x: Tensor,
-    strategy: Strategy | Literal["auto"],
+    strategy: StrategyChoice | Mapping[str, str],
     step: Callable[[nn.Module, Tensor], Tensor] = lambda net, x: square(net(x)),
 ) -> dict[str, Tensor]:
     """The loss, all gradients and all buffers after ``step`` and backward on a copy of ``net``."""
