@@ -12,6 +12,7 @@ Velocity = Literal["zero", "residual"]  # v[0]: 0, or f(x[0])
 Monitor = Literal["val/top1", "val/macro_f1", "val/loss"]  # says which epoch is best
 Strategy = Literal["store", "checkpoint", "segment", "momentum"]
 StrategyChoice = Literal["auto", Strategy]
+Strategies = StrategyChoice | dict[str, str]  # one for all stages, or each stage's by its name
 OptimizerName = Literal["sgd", "adamw"]
 
 
@@ -21,7 +22,7 @@ class StrategyRow:
 
     explanation: str  # where backward gets the activations of a converted network
     depends_on_gamma: bool  # its memory does: it keeps side information
-    turn: int | None  # at which the planner tries it; None: only if it is asked for
+    turn: int | None  # at which the planner tries it for all stages; None: if it is asked for
 
 
 STRATEGIES: Mapping[StrategyChoice, StrategyRow] = {

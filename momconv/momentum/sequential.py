@@ -1,7 +1,7 @@
 """``MomentumSequential``: an ``nn.Sequential`` whose runs of residual blocks follow (2)."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, chain, groupby, repeat
@@ -23,7 +23,7 @@ from momconv.momentum.replay import checkpoint, evaluate, without_autocast_cache
 from momconv.momentum.segment import Call, Segment
 from momconv.momentum.ways import Way
 from momconv.tracing.runs import find_runs
-from momconv.vocabulary import StrategyChoice
+from momconv.vocabulary import Strategies
 
 _UNKNOWN = LOWEST  # the exponent where nothing can be seen, as in fake tensors
 
@@ -221,7 +221,7 @@ class MomentumSequential(nn.Sequential):
         self.way = replace(self.way, in_parts=in_parts)
 
     @property
-    def _followed(self) -> tuple[Run, ...]:
+    def followed(self) -> tuple[Run, ...]:
         """The runs that follow (2)."""
         return (self.runs or ()) if self.gamma else ()
 
@@ -231,8 +231,8 @@ class MomentumSequential(nn.Sequential):
             yield range(len(blocks))
             return
         position = 0
-        for part in (*self._followed, Run(len(blocks), len(blocks), ())):
-            for units in _batched(_split(blocks[position : part.start]), self.way.length):
+        for part in (*self.followed, Run(len(blocks), len(blocks), ())):
+            for units in _batched(split_units(blocks[position : part.start]), self.way.length):
                 yield range(position, position := position + sum(map(len, units)))
             if len(part):
                 yield range(part.start, position := part.stop)
@@ -244,7 +244,7 @@ class MomentumSequential(nn.Sequential):
         """
         reversing = this.way.strategy == "momentum" and torch.is_grad_enabled()
         position = piece.start
-        for part in self._followed:
+        for part in self.followed:
             if part.start not in piece:
                 continue
             x = this.walk_plain(range(position, part.start), x, call)
@@ -438,7 +438,7 @@ class _Pass:
 
     def walk_plain(self, piece: range, x: Tensor, call: Call) -> Tensor:
         """Blocks outside the runs; ``call`` calls those that are not stored."""
-        units = _split(self.blocks[piece.start : piece.stop])
+        units = split_units(self.blocks[piece.start : piece.stop])
         ends = accumulate(map(len, units), initial=piece.start)
         before = sum(end <= self.border for end in [*ends][1:])
         for group, has_own_way in _group(units[:before], self.way):
@@ -463,10 +463,10 @@ def _group(units: list[list[nn.Module]], way: Way) -> Iterator[tuple[list[nn.Mod
 
 def join_layers(blocks: list[nn.Module]) -> Iterator[nn.Module]:
     """The blocks, each with the single layers that follow it: a ReLU may write into its output."""
-    return map(_join, _split(blocks))
+    return map(_join, split_units(blocks))
 
 
-def _split(blocks: list[nn.Module]) -> list[list[nn.Module]]:
+def split_units(blocks: list[nn.Module]) -> list[list[nn.Module]]:
     """The blocks, each in a list with the single layers that follow it."""
     units: list[list[nn.Module]] = []
     for block in blocks:
@@ -592,7 +592,7 @@ def forget_ranges(model: nn.Module) -> None:
     set_ranges(model, repeat(_NOT_FOUND))
 
 
-def set_strategy(model: nn.Module, strategy: StrategyChoice | Mapping[str, str]) -> None:
+def set_strategy(model: nn.Module, strategy: Strategies) -> None:
     """Choose how backward gets its activations in every MomentumSequential of ``model``.
 
     Values and gradients stay the same, bit for bit; memory and time change. A forward pass that
@@ -619,7 +619,7 @@ def set_strategy(model: nn.Module, strategy: StrategyChoice | Mapping[str, str])
             kind="usage.not_converted",
             fix="model = momconv.convert(model)",
         )
-    ways = _find_ways(stages, strategy)
+    ways = find_ways(stages, strategy)
     reversed_ = [stages[name] for name, way in ways.items() if way.strategy == "momentum"]
     if reversed_ and strategy != "auto" and all(stage.gamma == 0 for stage in reversed_):
         raise UsageError(
@@ -631,10 +631,8 @@ def set_strategy(model: nn.Module, strategy: StrategyChoice | Mapping[str, str])
         stages[name].way = way
 
 
-def _find_ways(
-    stages: dict[str, MomentumSequential], strategy: StrategyChoice | Mapping[str, str]
-) -> dict[str, Way]:
-    """The way of each stage for which ``strategy`` says one.
+def find_ways(stages: dict[str, MomentumSequential], strategy: Strategies) -> dict[str, Way]:
+    """The way that ``strategy`` gives to each stage of which it says one.
 
     Raises:
         UsageError: A name is unknown.

@@ -16,7 +16,7 @@ from momconv.planner.measurement import available_bytes
 from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
 from momconv.planner.prediction import PeakMemory, Training
 from momconv.units import format_bytes, parse_bytes
-from momconv.vocabulary import Precision, StrategyChoice
+from momconv.vocabulary import Precision, Strategies, StrategyChoice
 
 Change = Literal["gamma", "precision"]
 Fixed = Literal["gamma", "resolution", "freeze"]
@@ -105,7 +105,8 @@ class Plan:
 
     Attributes:
         request: What was asked for, with the precision that was decided on.
-        strategy: For ``momconv.set_strategy``; "store" if the model has nothing to set.
+        strategy: For ``momconv.set_strategy``: one for all stages, or each stage's by its name;
+            "store" if the model has nothing to set.
         stages: What that means for each stage of a model that has the strategy.
         micro_batch: The most images that go through the network at once.
         predicted_bytes: At the peak of a step with the largest micro-batch of an epoch.
@@ -119,7 +120,7 @@ class Plan:
     """
 
     request: Annotated[Request, Field(alias="setting")]
-    strategy: StrategyChoice
+    strategy: Strategies
     stages: str = ""
     micro_batch: int
     predicted_bytes: int

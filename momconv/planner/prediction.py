@@ -27,9 +27,10 @@ from momconv.planner.fakes import Imitator
 from momconv.planner.gpu_rules import AsOnGpu
 from momconv.planner.measurement import run_step, static_bytes
 from momconv.planner.scratch import peak_within
+from momconv.planner.spots import Spot, Spots
 from momconv.planner.stages import assign_modules, marking
 from momconv.tracing.runs import DEPENDS_ON_VALUES
-from momconv.vocabulary import OptimizerName, Precision, StrategyChoice
+from momconv.vocabulary import OptimizerName, Precision, Strategies
 from momconv.words import quoted
 
 _CUDA_BLOCK = 512  # bytes to which PyTorch's CUDA allocator rounds up
@@ -109,6 +110,28 @@ class Training:
     device: str = "cpu"  # or "cuda"
 
 
+class Course(NamedTuple):
+    """What one part of a step takes, in bytes beside what earlier parts retain for backward.
+
+    Attributes:
+        retained: What is alive of it when backward begins.
+        entry: What is alive, held by callers for a while, when its forward pass begins.
+        forward: The most that is alive in its forward pass.
+        backward: And in its backward pass.
+        output: What its block returned.
+        forward_work: What the operations of its forward pass amount to.
+        work: And of both passes.
+    """
+
+    retained: int
+    entry: int
+    forward: int
+    backward: int
+    output: int
+    forward_work: Work
+    work: Work
+
+
 class StepPrediction(NamedTuple):
     """The peak, and the course of the step.
 
@@ -117,12 +140,15 @@ class StepPrediction(NamedTuple):
         moments: All that is alive at each operation, in bytes.
         places: Where each operation runs: in the forward pass or not, and the stage.
         work: What all operations amount to.
+        courses: Of the blocks of momentum stages, and of what is between stages, in the order of
+            the forward pass.
     """
 
     peak: PeakMemory
     moments: list[int]
     places: list[tuple[bool, str]]
     work: Work
+    courses: dict[Spot, Course]
 
 
 def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
@@ -132,7 +158,7 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
     precision: Precision = "fp32",
     optimizer: OptimizerName = "sgd",
     *,
-    strategy: StrategyChoice | None = None,
+    strategy: Strategies | None = None,
     ema: bool = False,
     device: str = "cpu",
 ) -> PeakMemory:
@@ -187,7 +213,7 @@ class Predictor:
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)
 
     def predict(
-        self, batch: int, strategy: StrategyChoice | None = None, **changes: Any
+        self, batch: int, strategy: Strategies | None = None, **changes: Any
     ) -> StepPrediction:
         """Return a step with ``batch`` images, under ``changes`` of what a step is.
 
@@ -217,7 +243,8 @@ class Predictor:
             peak = replace(peak, allowance=allowance)
         rest = peak.total - peak.step
         moments = [rest + alive for alive in trace.moments]
-        return StepPrediction(peak, moments, trace.places, trace.work)
+        work = sum((work for *_, work in trace.operations), Work())
+        return StepPrediction(peak, moments, trace.places, work, trace.list_courses())
 
     def _rules(self) -> AbstractContextManager[object]:
         """Return the types and the memory of a GPU that is asked about and is not there."""
@@ -246,8 +273,17 @@ class _Tensor(NamedTuple):
     bytes: int
     operation: str
     stage: str
+    spot: Spot
     in_forward: bool
     is_remainder: bool
+
+
+class _Operation(NamedTuple):
+    """When it runs, and what it amounts to."""
+
+    in_forward: bool
+    spot: Spot
+    work: Work
 
 
 class _Peak(NamedTuple):
@@ -273,9 +309,12 @@ class _Trace(TorchDispatchMode):
         self._peak = _Peak(0, 0, 0, "", "")
         self.moments: list[int] = []  # the live memory at each operation
         self.places: list[tuple[bool, str]] = []  # its pass and stage
-        self.work = Work()
+        self.operations: list[_Operation] = []
         self._stage = ""
+        self._spots = Spots()
+        self._entries: dict[Spot, int] = {}  # the live memory when each is reached
         self._in_forward = True
+        self._changes_before_loss = 0
 
     def run(self, model: nn.Module, images: Tensor, labels: Tensor, precision: Precision) -> None:
         """Trace the step; what exists before it does not count."""
@@ -284,22 +323,18 @@ class _Trace(TorchDispatchMode):
         stages = assign_modules(model)
         self._stage = next(iter(stages.values()))
         following = _watching_random_states(lambda state: self._follow(state, "get_rng_state"))
-        with torch.random.fork_rng(devices=[]), marking(stages, self._enter), following, self:
+        marks = marking(stages, self._enter), self._spots.watching(model)
+        with torch.random.fork_rng(devices=[]), marks[0], marks[1], following, self:
             run_step(model, images, labels, precision, self._enter_loss)
 
     def report(self, **parts: int) -> PeakMemory:
         """Return what was alive at the peak, beside ``parts`` that the step does not allocate."""
-        alive: dict[int, _Tensor] = {}
-        for address, tensor in self._changes[: self._peak.changes]:
-            if tensor is None:
-                alive.pop(address, None)
-            elif tensor.bytes:
-                alive[address] = tensor
+        alive = self._find_alive(self._peak.changes)
         activations: Counter[str] = Counter()
-        for tensor in alive.values():
+        for tensor in alive:
             if tensor.in_forward and not tensor.is_remainder:
                 activations[tensor.stage] += tensor.bytes
-        remainders = sum(tensor.bytes for tensor in alive.values() if tensor.is_remainder)
+        remainders = sum(tensor.bytes for tensor in alive if tensor.is_remainder)
         return PeakMemory(
             **parts,
             activations=dict(activations),
@@ -307,8 +342,48 @@ class _Trace(TorchDispatchMode):
             transients=self._peak.bytes - activations.total() - remainders,
             stage=self._peak.stage,
             operation=self._peak.operation,
-            alive=_summarise(alive.values()),
+            alive=_summarise(alive),
         )
+
+    def _find_alive(self, changes: int) -> list[_Tensor]:
+        """Return what is alive after so many changes."""
+        alive: dict[int, _Tensor] = {}
+        for address, tensor in self._changes[:changes]:
+            if tensor is None:
+                alive.pop(address, None)
+            elif tensor.bytes:
+                alive[address] = tensor
+        return [*alive.values()]
+
+    def list_courses(self) -> dict[Spot, Course]:
+        """Return the course of each part."""
+        retained: Counter[Spot] = Counter()
+        for tensor in self._find_alive(self._changes_before_loss):
+            retained[tensor.spot] += tensor.bytes
+        highest: Counter[tuple[bool, Spot]] = Counter()
+        works: dict[tuple[bool, Spot], Work] = {}
+        for (in_forward, spot, work), alive in zip(self.operations, self.moments, strict=True):
+            pass_ = in_forward, spot
+            highest[pass_] = max(highest[pass_], alive)
+            works[pass_] = works.get(pass_, Work()) + work
+        spots = [*dict.fromkeys(spot for _, spot, _ in self.operations)]
+        courses, before = {}, 0
+        for spot in spots:
+            passes = (True, spot), (False, spot)
+            forward, backward = (max(0, highest[pass_] - before) for pass_ in passes)
+            forward_work, backward_work = (works.get(pass_, Work()) for pass_ in passes)
+            output = self._spots.outputs.get(spot, 0)
+            courses[spot] = Course(
+                retained[spot],
+                max(0, self._entries.get(spot, before) - before),
+                forward,
+                backward,
+                output,
+                forward_work,
+                forward_work + backward_work,
+            )
+            before += retained[spot]
+        return courses
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
@@ -326,7 +401,10 @@ class _Trace(TorchDispatchMode):
         is_accumulating = _is_accumulating()
         for tensor in results:
             self._follow(tensor, None if is_accumulating else operation)
-        self.work += work
+        spot = self._spots.note()
+        if self._in_forward:
+            self._entries.setdefault(spot, before)
+        self.operations.append(_Operation(self._in_forward, spot, work))
         scratch = max(0, before + within - self._live)
         now = self._live + scratch
         self.moments.append(now)
@@ -343,7 +421,8 @@ class _Trace(TorchDispatchMode):
             return
         size = 0 if operation is None else -storage.nbytes() // self._block * -self._block
         is_remainder = tensor.dtype in (torch.int8, torch.int16)  # the state's v is an int32
-        made = _Tensor(size, operation or "", self._stage, self._in_forward, is_remainder)
+        spot = self._spots.note()
+        made = _Tensor(size, operation or "", self._stage, spot, self._in_forward, is_remainder)
         self._live += size
         self._changes.append((address, made))
         self._known[address] = weakref.ref(storage, lambda _: self._end(address, size))
@@ -358,6 +437,7 @@ class _Trace(TorchDispatchMode):
 
     def _enter_loss(self) -> None:
         self._in_forward = False
+        self._changes_before_loss = len(self._changes)
 
 
 def _summarise(tensors: Any) -> tuple[Alive, ...]:

@@ -1,7 +1,8 @@
 """The fastest way to train with a batch within a limit of memory, found by prediction.
 
-A strategy is faster the less it recomputes, but needs more memory the more it stores; how long a
-step takes is estimated from the operations of its prediction (cost.py). Gradients of micro-batches
+A stage is faster the less it recomputes, but needs more memory the more it stores, and each may
+have its own way (combination.py); how long a step takes is estimated from the operations of its
+prediction (cost.py). Gradients of micro-batches
 add up to exactly those of the batch, but BatchNorm sees only one micro-batch at a time. So the
 search takes the fastest way in which the whole batch fits at once; where none is, the fastest of
 those that come closest, or, without BatchNorm, the fastest that leaves no tiny parts.
@@ -23,7 +24,7 @@ from momconv.momentum.sequential import momentum_stages
 from momconv.planner.outlook import GAMMAS, FindSpeed, Outlook, Rank
 from momconv.planner.plan import Change, Plan, Request
 from momconv.planner.refusal import does_not_fit
-from momconv.vocabulary import STRATEGIES, OptimizerName, Precision, StrategyChoice
+from momconv.vocabulary import STRATEGIES, OptimizerName, Precision, Strategies, StrategyChoice
 
 
 def plan(  # noqa: PLR0913 (each is a fact about the training)
@@ -113,19 +114,16 @@ def _search(model: nn.Module, look: Callable[..., Outlook]) -> tuple[Rank, Plan]
     ``look`` gives the outlook on a γ.
     """
     own = look()
-    strategy, sizes = own.strategies[0], own.request.sizes
-    if own.fits(strategy, sizes[0]):  # it does the least
-        return _choose(own, strategy, sizes[0])
-    outlooks = [own, *(look(gamma=gamma) for gamma in _list_gammas(model, own.request))]
-    options = [
-        (outlook, strategy, size)
-        for size in sizes
-        for outlook in outlooks
-        for strategy in outlook.strategies
-    ]
-    for outlook, strategy, size in sorted(options, key=_rank):
-        if outlook.fits(strategy, size):
-            return _choose(outlook, outlook.find_fastest(size), size)
+    strategy, size = own.strategies[0], own.request.sizes[0]
+    if own.fits(strategy, size):  # it does the least
+        return _choose(own, strategy, size)
+    options = _list_options(own)
+    if not own.can_combine or all(rank.lacking for rank, *_ in options):
+        for gamma in _list_gammas(model, own.request):
+            options += _list_options(look(gamma=gamma))
+    for _, outlook, size in sorted(options, key=itemgetter(0)):
+        if found := outlook.find_fastest(size, outlook.estimated_speed):
+            return _choose(outlook, outlook.find_fastest(size, outlook.speed) or found, size)
     raise does_not_fit(own)
 
 
@@ -141,13 +139,17 @@ def _list_gammas(model: nn.Module, request: Request) -> list[float]:
     return [gamma for gamma in GAMMAS if gamma > own]
 
 
-def _rank(option: tuple[Outlook, StrategyChoice, int]) -> Rank:
-    outlook, strategy, size = option
-    rank = outlook.rank(strategy, size, outlook.estimated_speed)
-    return rank.at_cost(is_changed=outlook.gamma is not None)
+def _list_options(outlook: Outlook) -> list[tuple[Rank, Outlook, int]]:
+    """Return the micro-batches that may fit, with how good each is at best."""
+    is_changed = outlook.gamma is not None
+    return [
+        (rank.at_cost(is_changed=is_changed), outlook, size)
+        for size in outlook.request.sizes
+        if (rank := outlook.foresee(size))
+    ]
 
 
-def _choose(outlook: Outlook, strategy: StrategyChoice, micro_batch: int) -> tuple[Rank, Plan]:
+def _choose(outlook: Outlook, strategy: Strategies, micro_batch: int) -> tuple[Rank, Plan]:
     rank, request = outlook.rank(strategy, micro_batch, outlook.speed), outlook.request
     peak = outlook.predict(strategy, micro_batch).peak
     return rank, Plan(

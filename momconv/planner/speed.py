@@ -33,8 +33,9 @@ def measure_speed(model: nn.Module, training: Training, limit: int) -> Speed:
     speed = estimate_speed(device.type, training.precision)
     few: tuple[Work, float] | None = None
     for images in _double(_FEW, _MOST):
-        peak, *_, work = predictor.predict(images, resolution=side)
-        if peak.total > limit:
+        prediction = predictor.predict(images, resolution=side)
+        work = prediction.work
+        if prediction.peak.total > limit:
             return speed
         seconds = time_step(model, images, side, training.precision, device)
         if few is None:

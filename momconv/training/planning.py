@@ -32,10 +32,10 @@ def plan_batches(model: nn.Module, request: Request) -> Plan:
 
 
 def _name_strategies(model: nn.Module) -> str:
-    """Return how backward gets the activations of each stage of ``model``."""
+    """Return the way of each stage of ``model``."""
     stages: dict[str, list[str]] = {}
     for name, stage in momentum_stages(model).items():
-        stages.setdefault(stage.strategy, []).append(name)
+        stages.setdefault(str(stage.way), []).append(name)
     if len(stages) <= 1:
         return next(iter(stages), "store")
     return ", ".join(f"{'+'.join(names)} {strategy}" for strategy, names in stages.items())

@@ -1,7 +1,7 @@
 """Small real networks, and what one training step of them leaves behind."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from momconv import MomentumSequential, set_strategy
-from momconv.vocabulary import StrategyChoice
+from momconv.vocabulary import Strategies
 
 BLOCKS = {"BasicBlock": BasicBlock, "Bottleneck": Bottleneck}
 
@@ -81,7 +81,7 @@ def under_bf16_autocast(net: nn.Module, x: Tensor) -> Tensor:
 def aftermath(
     net: nn.Module,
     x: Tensor,
-    strategy: StrategyChoice | Mapping[str, str],
+    strategy: Strategies,
     step: Callable[[nn.Module, Tensor], Tensor] = lambda net, x: square(net(x)),
 ) -> dict[str, Tensor]:
     """The loss, all gradients and all buffers after ``step`` and backward on a copy of ``net``."""

@@ -3,6 +3,7 @@
 import copy
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import nn
 import momconv
 from momconv.errors import ResourceError, UsageError
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.cost import Speed
+from momconv.planner.cost import Speed, estimate_speed
+from momconv.planner.outlook import SLACK
 from momconv.planner.plan import Request
 from momconv.planner.prediction import Predictor, Training, peak_memory
 from momconv.planner.search import plan, search
@@ -25,6 +27,7 @@ from momconv.zoo.stages import freeze
 
 MIB = 2**20
 SIDE = 32
+CPU = estimate_speed("cpu", "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +62,44 @@ def test_everything_is_stored_where_it_fits(deep: nn.Module) -> None:
     assert made.limit_bytes == 8 * 2**30
 
 
-@pytest.mark.parametrize("strategy", ["store", "checkpoint", "auto"])
-def test_the_fastest_strategy_that_takes_the_whole_batch_wins(
+def seconds(
+    model: nn.Module, images: int, strategy: Any, speed: Speed = CPU, *, side: int = SIDE
+) -> float:
+    return speed.seconds(Predictor(model, Training(side)).predict(images, strategy).work)
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "segment", "auto"])
+def test_the_whole_batch_goes_through_at_least_as_fast_as_under_any_strategy(
     deep: nn.Module, strategy: Any
 ) -> None:
     made = plan(deep, SIDE, room_for(deep, 32, strategy))
-    assert (made.strategy, made.sizes) == (strategy, (32,))
-    assert made.predicted_bytes <= made.limit_bytes
+    assert made.sizes == (32,)
+    assert made.predicted_bytes == peak_of(deep, 32, made.strategy) <= made.limit_bytes
+    assert (made.seconds_per_image or 1) * 32 <= seconds(deep, 32, strategy)
+
+
+def test_no_stages_treated_alike_or_apart_are_faster_by_three_hundredths(deep: nn.Module) -> None:
+    """Not even of those that are found by trying all."""
+    ways = ("store", "checkpoint", "momentum")
+    mappings = [
+        dict(zip(momentum_stages(deep), chosen, strict=True)) for chosen in product(ways, repeat=3)
+    ]
+    predictor = Predictor(deep, Training(SIDE))
+    tried = [predictor.predict(32, mapping) for mapping in mappings]
+    peaks = sorted(step.peak.total for step in tried)
+    for peak in peaks[:: len(peaks) // 5]:
+        limit = int(peak * 1.0102)
+        fitting = [CPU.seconds(s.work) for s in tried if s.peak.total <= limit * (1 - SLACK)]
+        made = plan(deep, SIDE, limit)
+        assert made.sizes == (32,)
+        assert (made.seconds_per_image or 1) * 32 <= 1.03 * min(fitting)
 
 
 def test_where_none_does_batchnorm_gets_as_many_images_as_possible(deep: nn.Module) -> None:
     limit = min(room_for(deep, 16, "auto"), peak_of(deep, 32, "segment"))
     made = plan(deep, SIDE, limit)
     assert made.sizes == (16, 16)
-    assert made.strategy in ("auto", "segment")
+    assert made.strategy != "store"
     assert plan(deep, SIDE, limit, strategy="store").micro_batch < 8
 
 
@@ -112,16 +139,14 @@ def test_a_leaner_strategy_wins_if_it_is_faster(deep: nn.Module) -> None:
     limit = max(peak_of(deep, 32, strategy) for strategy in ("checkpoint", "segment", "auto"))
     assert peak_of(deep, 32, "store") > limit
 
-    def choose(speed: Speed) -> str:
+    def choose(speed: Speed) -> Any:
         request = Request(SIDE, batch_size=32, memory=int(limit * 1.015))
         return search(deep, request, lambda *_: speed).strategy
 
-    def seconds(strategy: Any, speed: Speed) -> float:
-        return speed.seconds(Predictor(deep, Training(SIDE)).predict(32, strategy).work)
-
     for speed in (Speed(0, 0, 1e-9), Speed(1e-3, 0, 0)):
-        fastest = min(("checkpoint", "segment", "auto"), key=lambda name: seconds(name, speed))
-        assert choose(speed) == fastest
+        chosen = choose(speed)
+        for strategy in ("checkpoint", "segment", "auto"):
+            assert seconds(deep, 32, chosen, speed) <= seconds(deep, 32, strategy, speed)
 
 
 def test_the_speed_is_found_only_where_there_is_a_choice(deep: nn.Module) -> None:
@@ -187,7 +212,7 @@ def test_a_change_that_hardly_saves_time_is_not_made(low_gamma: nn.Module) -> No
     """With a larger γ there are fewer bytes to keep, which takes a little less time."""
     limit = int(peak_of(low_gamma, 5, "auto") * 1.0102)
     made = plan(low_gamma, SIDE, limit, batch_size=5, may_change=["gamma"])
-    assert (made.gamma, made.strategy, made.sizes) == (None, "auto", (5,))
+    assert (made.gamma, made.sizes) == (None, (5,))
     stages = momentum_stages(low_gamma).values()
     own = Predictor(low_gamma, Training(SIDE)).predict(5, "auto").work
     for stage in stages:
@@ -316,6 +341,7 @@ def test_three_gibibytes_hold_twenty_images_at_once_instead_of_two() -> None:
         plain = build(recipe.model.name).train()
         model = momconv.convert(plain, recipe.momentum.gamma)
     made = plan(model, side, memory, recipe.train.batch_size, strategy="auto")
-    assert (made.strategy, made.sizes) == ("auto", (20,))
+    assert made.sizes == (20,)
+    assert seconds(model, 20, made.strategy, side=side) < seconds(model, 20, "auto", side=side)
     limit = parse_bytes(memory)
     assert peak_memory(plain, 2, side).total < limit < peak_memory(plain, 3, side).total
