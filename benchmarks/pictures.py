@@ -23,6 +23,7 @@ STYLES = {
     "momentumnet, gradients apart": ("#56B4E9", "v"),
     "momentumnet": ("#E69F00", "^"),
     "momconv": ("#D55E00", "D"),
+    "momconv, plain": ("#CC79A7", "v"),
 }
 
 TRANSFER_STYLES = {
@@ -117,11 +118,30 @@ def draw_transfer(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def draw_frontier(rows: Sequence[Row]) -> Figure:
+    """Time over memory, with a panel for each network."""
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    figure = Figure(figsize=(4.8 * len(networks), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(networks), squeeze=False)[0]
+    for axes, network in zip(panels, networks, strict=True):
+        own = [row for row in rows if row["network"] == network]
+        plot(axes, collect(own, "MiB per image", "of store all"))
+        axes.set(
+            title=network,
+            xlabel="memory of a training step (MiB per image)",
+            ylabel="time of a step, of storing all",
+            xscale="log",
+        )
+    add_legend(figure, panels[0])
+    return figure
+
+
 PICTURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "depth": draw_depth,
     "batches": draw_batches,
     "ladder": draw_ladder,
     "transfer": draw_transfer,
+    "frontier": draw_frontier,
 }
 
 

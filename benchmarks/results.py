@@ -11,7 +11,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import finetuning, gpu, memory, speed, transfer
+from benchmarks import finetuning, frontier, gpu, memory, speed, transfer
 from benchmarks.tables import MISSING, RESULTS, Log, Row, find_logs, number
 
 DOCUMENT = Path(__file__).parent / "RESULTS.md"
@@ -86,6 +86,7 @@ _RATIO = "auto / best checkpointing"
 SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]] | None] = {
     "memory": partial(pivot, case=memory.KEY[:-1], method="method", value=memory.VALUE),
     "speed": partial(pivot, case=("network",), method="method", value=speed.VALUE),
+    "frontier": frontier.present,
     "kernels": partial(pivot, case=("elements", "operation"), method="way", value="GB/s"),
     "exactness": partial(
         pivot, case=("package", "γ"), method="depth", value="relative gradient error"

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 import typer
 from rich.console import Console
+from torch import nn
 
 from benchmarks import memory
 from benchmarks.cases import Case, Chosen, Networks, choose, prepare, synchronize
@@ -67,8 +68,12 @@ prepare_once = cache(prepare)  # in each process
 
 
 def time_step(case: Case, key: str, device: torch.device) -> Step:
+    """Time one step under the method of that key."""
+    return time_model(prepare_once(case, key, device), case, device)
+
+
+def time_model(model: nn.Module, case: Case, device: torch.device) -> Step:
     """Time one forward and backward pass, which comes after another as it does in training."""
-    model = prepare_once(case, key, device)
     images = torch.randn(case.batch, 3, case.resolution, case.resolution, device=device)
     labels = torch.zeros(case.batch, dtype=torch.long, device=device)
     times: list[float] = []

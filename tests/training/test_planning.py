@@ -94,7 +94,8 @@ def test_planning_leaves_values_as_they_were(model: nn.Module) -> None:
 
 def test_a_plan_survives_its_file() -> None:
     plan = replace(PLAN, micro_batch=6, measured_bytes=11)
-    assert Plan.from_json(plan.to_json()) == plan
+    apart = replace(plan, strategy={"layer1": "momentum+store:2", "layer2": "checkpoint:3"})
+    assert [Plan.from_json(one.to_json()) for one in (plan, apart)] == [plan, apart]
     assert json.loads(plan.to_json())["sizes"] == [6, 5, 5]
     with pytest.raises(ModelFileError):
         Plan.from_json("{}")
