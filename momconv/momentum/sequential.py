@@ -490,9 +490,7 @@ def _join(blocks: list[nn.Module]) -> nn.Module:
 class _Joined(nn.Sequential):
     """Blocks that are called in turn, each with the same further arguments."""
 
-    def forward(  # type: ignore[override]  # x is called input there
-        self, x: Tensor, *args: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, *args: Tensor) -> Tensor:
         for block in self:
             x = block(x, *args)
         return x

@@ -138,7 +138,7 @@ class Combinations:
     ) -> list[_State]:
         states = [_State(Part(), 0.0, ())]
         for (name, options), more in zip(self._parts, off, strict=True):
-            allowed = [o for o in options if name not in outer or o.way == outer[name]]
+            allowed = [o for o in options if name is None or o.way == outer.get(name, o.way)]
             reached = (
                 _State(whole, state.seconds + seconds, (*state.options, option))
                 for option, seconds in _drop_dominated(allowed, speed)

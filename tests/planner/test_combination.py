@@ -45,7 +45,8 @@ class Block(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.layers(x)
+        y: torch.Tensor = x + self.layers(x)
+        return y
 
 
 @pytest.fixture(scope="module", params=["resnet", "plain", "transformer", "nested"])
