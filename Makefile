@@ -8,9 +8,10 @@ demo: .venv/installed
 	$(BIN)/momconv demo
 
 # A process and one thread for each core: more threads would only get in each other's way.
+# Bytecode is kept, wherever the user's shell says otherwise: the tests start many programs.
 # Files are given out as they are collected, the longest first (tests/conftest.py).
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .
