@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # imports the compiler only where it is at work
 from torch.fx import Proxy
 
-from momconv.errors import UsageError
+from momconv.errors import RangeOverflow, UsageError
 from momconv.momentum.arguments import bind
 from momconv.momentum.autograd import Strategy, run
 from momconv.momentum.equations import LOWEST, Rule, Velocity, coefficients
@@ -124,8 +124,8 @@ class MomentumSequential(nn.Sequential):
             forward pass: a block writes into its input; a block of a run changes its shape; runs
             are to be found, but what blocks do depends on values, or torch.func is at work.
         InversionError: in backward, what it starts from was written to, or backward comes twice.
-        RangeOverflow: in a forward pass for "momentum", an activation outgrew the range, which has
-            become wider: the next pass succeeds.
+        RangeOverflow: in a forward pass for "momentum", in training mode, an activation outgrew the
+            range, which has become wider: the next pass succeeds.
         NotReproducible: in backward, a block computed something else when it was run again.
 
     >>> class Block(nn.Linear):
@@ -274,7 +274,14 @@ class MomentumSequential(nn.Sequential):
                 self.set_range(part.start, exponent)
         y, seen = follow(exponent)
         if None in calls:
-            require_range(measure, seen, exponent, partial(self.set_range, part.start))
+            try:
+                require_range(measure, seen, exponent, partial(self.set_range, part.start))
+            except RangeOverflow:
+                if self.training:
+                    raise
+                # Buffers and random generators have not changed: it can be done again at once.
+                (exponent,) = (p.exponent for p in self.runs or () if p.start == part.start)
+                return self._follow(this, replace(part, exponent=exponent), calls, x)
         ranges[part.start] = exponent
         return y
 

@@ -174,6 +174,21 @@ def test_a_range_is_widened_where_activations_outgrow_it() -> None:
     assert differences(ours, stored) == []
 
 
+def test_in_evaluation_mode_a_pass_that_outgrows_the_range_is_done_again() -> None:
+    net = stack(4, gamma=0.9).eval()
+    square(net(images())).backward()
+    (before,) = net.runs or ()
+    assert before.exponent is not None
+    large = images() * 2.0**before.exponent
+    y = net(large)
+    (after,) = net.runs or ()
+    assert after.exponent is not None
+    assert after.exponent >= before.exponent + HEADROOM
+    assert torch.equal(y, net(large))
+    stored, ours = (aftermath(net, large, how) for how in ("store", "momentum"))
+    assert differences(ours, stored) == []
+
+
 @pytest.mark.parametrize("strategy", ["store", "checkpoint", "segment"])
 def test_the_range_does_not_matter_where_nothing_is_inverted(strategy: Any) -> None:
     net, x = make(12, 0.9), inputs()
