@@ -51,13 +51,19 @@ def test_gradients_and_buffers_are_those_of_storing_everything(
     assert len(stored) == 2 * len(list(net.parameters())) + 3  # nothing was left out
 
 
-@recomputing
-@pytest.mark.parametrize("gamma", GAMMAS)
-def test_exact_at_depth_200(gamma: float, strategy: Strategy) -> None:
-    net = stack(200, channels=4, gamma=gamma)
-    x = images(channels=4, side=3)
+@pytest.fixture(scope="module", params=GAMMAS)
+def deep(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    """A network, images, and what a step leaves behind that stores everything."""
+    net, x = stack(200, channels=4, gamma=request.param), images(channels=4, side=3)
+    return net, x, aftermath(net, x, "store")
 
-    assert differences(aftermath(net, x, strategy), aftermath(net, x, "store")) == []
+
+@recomputing
+def test_exact_at_depth_200(
+    deep: tuple[nn.Module, Tensor, dict[str, Tensor]], strategy: Strategy
+) -> None:
+    net, x, stored = deep
+    assert differences(aftermath(net, x, strategy), stored) == []
 
 
 def test_exact_at_depth_1000_with_a_bit_of_side_information_a_block() -> None:
