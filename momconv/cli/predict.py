@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from momconv.prediction import Predictions
 
 _Format = Literal["table", "csv", "jsonl"]
+_SHOWN = 10  # unreadable images that warnings name
 
 
 def predict(  # noqa: PLR0913 (one for each option)
@@ -65,7 +66,6 @@ def predict(  # noqa: PLR0913 (one for each option)
     from momconv.planner.devices import find_device
     from momconv.prediction import list_files
     from momconv.prediction import predict as say
-    from momconv.words import printable
     from momconv.zoo.description import describe
 
     where = find_device(device)
@@ -81,8 +81,7 @@ def predict(  # noqa: PLR0913 (one for each option)
             device=where,
             progress=lambda count, _: report(count, ""),
         )
-    for bad in done.unreadable:
-        warn(f"left out: {printable(bad.path)}: {bad.error}")
+    _warn_of_unreadable(done)
     for text in warn_of_values(done.outside, done.guessed):
         tell(text)
     failure = _refuse_unreadable(done, len(files)) if strict and done.unreadable else None
@@ -105,6 +104,16 @@ def _read_list(paths: Iterable[Path]) -> list[Path]:
         lines = sys.stdin.buffer.read().splitlines() if str(path) == "-" else [os.fsencode(path)]
         listed += [Path(os.fsdecode(line)) for line in lines if line]
     return listed
+
+
+def _warn_of_unreadable(done: "Predictions") -> None:
+    from momconv.words import printable
+
+    for bad in done.unreadable[:_SHOWN]:
+        warn(f"left out: {printable(bad.path)}: {bad.error}")
+    if len(done.unreadable) > _SHOWN:
+        more = len(done.unreadable) - _SHOWN
+        warn(f"left out: {more} more; --format csv and jsonl have a record of each")
 
 
 def _refuse_unreadable(done: "Predictions", files: int) -> DataError:

@@ -87,7 +87,7 @@ def retrying(step: Callable[[], Tensor]) -> Tensor:
 
 
 def _keep_state(blocks: Sequence[nn.Module], device: torch.device) -> Callable[[], None]:
-    """What gives the buffers and the random generators the values of now again."""
+    """Return a function that restores buffers and random generators to their present values."""
     restore_buffers = keep_buffers(nn.ModuleList(blocks))
     restore_generators = partial(set_random_state, random_state(device), device)
 

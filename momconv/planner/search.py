@@ -2,10 +2,10 @@
 
 A stage is faster the less it recomputes, but needs more memory the more it stores, and each may
 have its own way (combination.py); how long a step takes is estimated from the operations of its
-prediction (cost.py). Gradients of micro-batches
-add up to exactly those of the batch, but BatchNorm sees only one micro-batch at a time. So the
-search takes the fastest way in which the whole batch fits at once; where none is, the fastest of
-those that come closest, or, without BatchNorm, the fastest that leaves no tiny parts.
+prediction (cost.py). Gradients of micro-batches add up to exactly those of the batch, but BatchNorm
+sees only one micro-batch at a time. So the search takes the fastest way in which the whole batch
+fits at once; where none is, the fastest of those that come closest, or, without BatchNorm, the
+fastest that leaves no tiny parts.
 
 So that a plan can be repeated, times that were measured decide only what changes no value, which
 is the strategy, and whether a precision is faster, where that may change.
@@ -123,7 +123,9 @@ def _search(model: nn.Module, look: Callable[..., Outlook]) -> tuple[Rank, Plan]
             options += _list_options(look(gamma=gamma))
     for _, outlook, size in sorted(options, key=itemgetter(0)):
         if found := outlook.find_fastest(size, outlook.estimated_speed):
-            return _choose(outlook, outlook.find_fastest(size, outlook.speed) or found, size)
+            if outlook.speed.is_measured:
+                found = outlook.find_fastest(size, outlook.speed) or found
+            return _choose(outlook, found, size)
     raise does_not_fit(own)
 
 

@@ -66,6 +66,15 @@ def test_each_unreadable_image_has_a_record(model: Path, colours: Path, tmp_path
     lines = run(model, folder, "--format", "jsonl").stdout.splitlines()
     assert json.loads(lines[8]) == {"path": str(bad), "error": "empty file"}
 
+    for n in range(20):
+        (folder / f"bad-{n:02}.png").touch()
+    many = run(model, folder, "--format", "csv")
+    assert many.stderr.count("left out: /") == 10
+    assert many.stderr.endswith("11 more; --format csv and jsonl have a record of each\n")
+    assert many.stdout.count("empty file") == 21
+    for n in range(20):
+        (folder / f"bad-{n:02}.png").unlink()
+
     strict = run(model, folder, "--format", "csv", "--strict")
     assert (strict.exit_code, strict.stdout) == (3, ran.stdout)
     assert "error: 1 of 9 images have no answer (--strict)\n" in strict.stderr

@@ -156,9 +156,12 @@ class Damage(Signals):
     def advance(self, title: str, done: int, total: int, text: str = "") -> None:
         if title == "training":
             for file in self.files:
-                file.write_bytes(b"")
+                self.harm(file)
             self.files = ()
         super().advance(title, done, total, text)
+
+    def harm(self, path: Path) -> None:
+        path.write_bytes(b"")
 
 
 class Copies(Damage):

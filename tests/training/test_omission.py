@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
@@ -65,6 +66,27 @@ def test_a_run_that_is_killed_afterwards_goes_on_without_it(data: Path, tmp_path
     image.unlink()
     finetune(load_recipe(copy / "config.yaml"), copy, resume=True)
     assert_same(run, copy)
+
+
+class Replacement(Damage):
+    """Puts named pipes in the place of images."""
+
+    def harm(self, path: Path) -> None:
+        path.unlink()
+        os.mkfifo(path)
+
+
+def test_an_image_that_becomes_a_pipe_is_named_and_not_waited_for(
+    data: Path, tmp_path: Path
+) -> None:
+    train, val = choose(data)
+    log = Replacement([train, val])
+    result = finetune(small(data, LENIENT), tmp_path / "run", listener=log)
+    told = [text for text in log.told if "going on without it" in text]
+    assert [text.partition("; ")[0] for text in told] == [
+        f"warning: {path}: not a regular file" for path in (train, val)
+    ]
+    assert_scored_without(result, val)
 
 
 def assert_scored_without(result: Result, val: Path) -> None:
@@ -190,13 +212,22 @@ class Unmount(Log):
                 self.folder.mkdir()
 
 
-@pytest.mark.parametrize("what", ["data", "data/red"])
-@pytest.mark.parametrize("leave_empty", [False, True])
+@pytest.mark.parametrize(
+    ("what", "leave_empty", "n"),
+    [
+        ("data", False, 3),
+        ("data", True, 3),
+        ("data/red", False, 3),
+        ("data/red", True, 3),
+        pytest.param("data", False, 7, id="before the validation"),
+        pytest.param("data", True, 8, id="in the validation"),
+    ],
+)
 def test_a_folder_that_goes_away_ends_the_run_and_costs_no_image(
-    data: Path, colours: Path, tmp_path: Path, what: str, *, leave_empty: bool
+    data: Path, colours: Path, tmp_path: Path, what: str, n: int, *, leave_empty: bool
 ) -> None:
     finetune(small(colours), tmp_path / "straight")
-    log, folder = Unmount(tmp_path / what, 3, leave_empty=leave_empty), tmp_path / "run"
+    log, folder = Unmount(tmp_path / what, n, leave_empty=leave_empty), tmp_path / "run"
     with pytest.raises(DataError, match="cannot be read any more") as lost:
         finetune(small(data, LENIENT), folder, listener=log)
     assert (lost.value.exit_code, lost.value.kind) == (3, "data.lost_folder")
