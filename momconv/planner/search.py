@@ -123,9 +123,7 @@ def _search(model: nn.Module, look: Callable[..., Outlook]) -> tuple[Rank, Plan]
             options += _list_options(look(gamma=gamma))
     for _, outlook, size in sorted(options, key=itemgetter(0)):
         if found := outlook.find_fastest(size, outlook.estimated_speed):
-            if outlook.speed.is_measured:
-                found = outlook.find_fastest(size, outlook.speed) or found
-            return _choose(outlook, found, size)
+            return _choose(outlook, outlook.find_fastest(size, outlook.speed) or found, size)
     raise does_not_fit(own)
 
 
