@@ -30,7 +30,7 @@ from benchmarks import kernels as kernel_speeds
 from benchmarks.cases import Case, synchronize
 from benchmarks.methods import BASES, METHODS, make_network
 from momconv import convert, finetune, set_strategy
-from momconv.determinism import deterministic
+from momconv.determinism import describe_tf32, deterministic
 from momconv.exhaustion import is_exhaustion
 from momconv.momentum.equations import Rule, to_grid
 from momconv.momentum.faster import fused, kernels
@@ -103,11 +103,7 @@ def look_at_environment(place: Place) -> Iterator[Figure]:
     yield Figure("GPU", "compute capability", gpu.major + gpu.minor / 10)
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     yield Figure("GPU", "bf16", goal=None, note="yes" if has_bf16 else "no")
-    tf32 = {
-        "cuDNN": torch.backends.cudnn.allow_tf32,
-        "cuBLAS": torch.backends.cuda.matmul.allow_tf32,
-    }
-    yield Figure("GPU", "TF32", note=json.dumps(tf32))
+    yield Figure("GPU", "fp32", note=describe_tf32(place.device))
 
 
 def _find_version(package: str) -> str:

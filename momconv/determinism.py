@@ -33,10 +33,10 @@ def deterministic(*, wanted: bool) -> Iterator[None]:
 
 def describe_tf32(device: torch.device) -> str:
     """Return where the GPU rounds the factors of products in fp32 to 11 bits, as newer ones can."""
-    settings = {
-        "convolutions": torch.backends.cudnn.allow_tf32,
-        "linear layers": torch.backends.cuda.matmul.allow_tf32,
+    settings = {  # allow_tf32 raises where these were set
+        "convolutions": torch.backends.cudnn.conv,
+        "linear layers": torch.backends.cuda.matmul,
     }
-    places = [name for name, is_allowed in settings.items() if is_allowed]
+    places = [name for name, backend in settings.items() if backend.fp32_precision == "tf32"]
     can = torch.cuda.get_device_capability(device) >= _FIRST_WITH_TF32
     return f"TF32 in {' and '.join(places)}" if can and places else "fp32 throughout"

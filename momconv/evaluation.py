@@ -31,6 +31,7 @@ from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError
 from momconv.exhaustion import Parts
 from momconv.names import encode_name
+from momconv.planner.devices import make_current
 from momconv.planner.measurement import autocast
 from momconv.states import in_eval_mode
 from momconv.surgery.drift import NONE, answers
@@ -137,8 +138,9 @@ def evaluate(  # noqa: PLR0913 (one for each choice)
         DataError: There are no images, they have more or fewer classes than the model, or one
             cannot be decoded.
         OutOfMemory: Not even a single image fits.
+        ResourceError: There is no such GPU.
     """
-    description, device = describe(model), torch.device(device)
+    description, device = describe(model), make_current(device)
     _check(images, description.num_classes)
     preprocessing = description.preprocessing
     transform = evaluation_transform(preprocessing)

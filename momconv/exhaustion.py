@@ -25,16 +25,20 @@ T = TypeVar("T")
 
 _WORDS = re.compile(
     r"""
-    (can't|cannot|unable\ to|failed\ to|could\ not)\ alloc(ate)?\b(?!\ memory\ in\ static\ TLS)
-    | not\ enough\ memory | insufficient\ memory | out\ of\ memory
-    | bad[_ ]alloc | OutOfMemory | ^[\w.]*MemoryError\b
+    (can't|cannot|unable\ to|failed\ to|could\ not)\ [mc]?alloc(ate)?\b(?!\ memory\ in\ static\ TLS)
+    | (not\ enough|insufficient)\ memory | insufficient\ resources | paging\ file\ is\ too\ small
+    | out[ _]of[ _]((device|host)[ _])?memory | OutOfMemory
+    | (memory|resource)\ allocation\ (failed|failure|error) | MemoryAllocation
+    | bad[_ ]alloc | bad_array_new_length | ^[\w.]*MemoryError\b
     | resource\ temporarily\ unavailable | can't\ start\ new\ thread
-    | unable\ to\ (open\ shared\ memory|mmap) | failed\ to\ map\ segment
+    | unable\ to\ (open\ shared\ memory|mmap) | creating\ shared\ memory\ segment
+    | failed\ to\ map\ segment
     | could\ not\ (create|execute)\ a\ (primitive(?!\ desc)|memory\ object)
-    | unable\ to\ find\ an\ engine | no\ valid\ engine
-    | _STATUS_ALLOC_FAILED | CUBLAS_STATUS_NOT_INITIALIZED
+    | unable\ to\ find\ an\ engine | no\ (valid\ )?(engine\ configs|execution\ plans)
+    | _ALLOC(ATION)?_FAILED | AllocFailed | rocblas_status_memory_error
+    | (BLAS|SOLVER)_STATUS_(NOT_INITIALIZED|INTERNAL_ERROR|EXECUTION_FAILED) | CUFFT_INTERNAL_ERROR
     | CUDNN_STATUS_(INTERNAL_ERROR|NOT_SUPPORTED|NOT_INITIALIZED|EXECUTION_FAILED)
-    | failed\ to\ CUDA\ (calloc|malloc|host\ alloc) | CUDACachingAllocator\.cpp
+    | failed\ to\ CUDA\ (calloc|malloc|host\ alloc) | CUDA\w+Allocator\.cpp
     """,
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )

@@ -15,6 +15,7 @@ from momconv.data.folder import list_images
 from momconv.errors import DataError, ModelFileError
 from momconv.exhaustion import Parts
 from momconv.names import encode_name
+from momconv.planner.devices import make_current
 from momconv.states import in_eval_mode
 from momconv.surgery.drift import NONE, answers
 from momconv.words import plural, printable
@@ -101,8 +102,9 @@ def predict(
         UsageError: The model has no description.
         DataError: A path does not exist, there is none, or no image can be read.
         ModelFileError: The network's output is not finite for any image.
+        ResourceError: There is no such GPU.
     """
-    description = describe(model)
+    description, device = describe(model), make_current(device)
     files = list_files(map(Path, paths))
     images = CalibrationImages(
         files,
@@ -114,7 +116,7 @@ def predict(
     parts = Parts()
     with in_eval_mode(model.to(device)), torch.no_grad():
         for pictures, read in images.read():
-            outputs = parts.forward(model, pictures, torch.device(device))
+            outputs = parts.forward(model, pictures, device)
             values, labels = outputs.softmax(1).topk(min(top, len(names)))
             entries = zip(read, answers(outputs), values.tolist(), labels.tolist(), strict=True)
             for path, said, row, numbers in entries:

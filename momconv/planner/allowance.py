@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from momconv.planner.devices import is_there
+
 TABLE = Path(__file__).with_name("gpus.json")
 _MIB = 2**20
 
@@ -50,8 +52,8 @@ def read_table() -> dict[str, Allowance]:
 
 
 def find_allowance(device: torch.device) -> Allowance:
-    """Return that of the GPU ``device``, or the default if that was never measured."""
-    if not torch.cuda.is_available():
+    """Return that of the GPU ``device``, or the default if that is not there or not measured."""
+    if not is_there(device):
         return DEFAULT
     return read_table().get(torch.cuda.get_device_name(device), DEFAULT)
 

@@ -1,11 +1,14 @@
 """The device that a run computes on."""
 
 import os
+import re
 
 import torch
 
 from momconv.errors import ResourceError, UsageError
 from momconv.words import plural, quoted
+
+_NAME = re.compile(r"cpu|cuda(:(0|[1-9][0-9]?))?")
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -20,17 +23,40 @@ def find_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+    device = parse_device(name)
+    if not is_there(device):
+        raise _missing(name)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def make_current(device: torch.device | str) -> torch.device:
+    """Return ``device``, as ``find_device`` does if it is a GPU.
+
+    Raises:
+        ResourceError: This machine has no such GPU.
+    """
+    device = torch.device(device)
+    return find_device(str(device)) if device.type == "cuda" else device
+
+
+def parse_device(name: str) -> torch.device:
+    """Return the device ``name``, which this machine need not have.
+
+    Raises:
+        UsageError: It is not one that momconv computes on.
+    """
+    if not _NAME.fullmatch(name):
         raise UsageError(
             f"unknown device {quoted(name)}", kind="usage.unknown_device", fix="--device auto"
         )
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise _missing(name)
-    device = torch.device(name)
-    if device.index is not None and kind == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    return torch.device(name)
+
+
+def is_there(device: torch.device) -> bool:
+    """Return whether this machine has ``device``."""
+    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
 
 
 def _missing(name: str) -> ResourceError:

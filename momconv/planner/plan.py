@@ -5,13 +5,13 @@ import math
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Annotated, Literal, Self
 
-import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
 
 from momconv.errors import ModelFileError
 from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.planner.allowance import held_bytes
+from momconv.planner.devices import find_device
 from momconv.planner.measurement import available_bytes
 from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
 from momconv.planner.prediction import PeakMemory, Training
@@ -90,7 +90,7 @@ class Request(Training):
     def find_limit(self, model: nn.Module) -> int:
         """Return the bytes for everything, the loaded ``model`` included."""
         if self.memory is None:
-            device = torch.device(self.device)
+            device = find_device(self.device)
             free = available_bytes(device, self.headroom)
             return free // self.sharers + held_bytes(model, device)
         return parse_bytes(self.memory) if isinstance(self.memory, str) else self.memory

@@ -23,15 +23,15 @@ from momconv.errors import UsageError
 from momconv.momentum.sequential import set_strategy
 from momconv.planner.allowance import find_allowance
 from momconv.planner.cost import Work, count_work
+from momconv.planner.devices import parse_device
 from momconv.planner.fakes import Imitator
-from momconv.planner.gpu_rules import AsOnGpu
+from momconv.planner.gpu_rules import as_on_gpu
 from momconv.planner.measurement import run_step, static_bytes
 from momconv.planner.scratch import peak_within
 from momconv.planner.spots import Spot, Spots
 from momconv.planner.stages import assign_modules, marking
 from momconv.tracing.runs import DEPENDS_ON_VALUES
 from momconv.vocabulary import OptimizerName, Precision, Strategies
-from momconv.words import quoted
 
 _CUDA_BLOCK = 512  # bytes to which PyTorch's CUDA allocator rounds up
 
@@ -203,7 +203,7 @@ class Predictor:
     def __init__(self, model: nn.Module, training: Training) -> None:
         """``model`` may be on any device and stays as it is."""
         self.training, self._name = training, type(model).__name__
-        self._kind = _device_type(training.device)
+        self._kind = parse_device(training.device).type
         is_traced_on_cpu = self._kind == "cpu" or not torch.cuda.is_available()
         self._device = torch.device("cpu" if is_traced_on_cpu else self._kind)
         self._imitator = Imitator(partial(_examine, with_scratch=self._kind == "cpu"))
@@ -248,7 +248,7 @@ class Predictor:
 
     def _rules(self) -> AbstractContextManager[object]:
         """Return the types and the memory of a GPU that is asked about and is not there."""
-        return AsOnGpu() if self._kind != self._device.type else nullcontext()
+        return as_on_gpu() if self._kind != self._device.type else nullcontext()
 
 
 class _Finding(NamedTuple):
@@ -489,15 +489,6 @@ def _draws(func: OpOverload, args: Any, kwargs: Any) -> bool:
     if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
         return bool(args[3] if len(args) > 3 else kwargs.get("dropout_p", 0))
     return torch.Tag.nondeterministic_seeded in func.tags
-
-
-def _device_type(device: str) -> str:
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise UsageError(
-            f"unknown device {quoted(device)}", kind="usage.unknown_device", fix="cpu, cuda"
-        )
-    return kind
 
 
 @contextmanager

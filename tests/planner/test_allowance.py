@@ -21,7 +21,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     row = {"context": 300 * MIB, "workspace": 40 * MIB, "fragmentation": 0.01}
     table.write_text(json.dumps({"NVIDIA A": row}))
     monkeypatch.setattr(allowance, "TABLE", table)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A")
     allowance.read_table.cache_clear()
     yield
@@ -38,7 +38,9 @@ def test_a_gpu_that_was_measured_has_its_own_allowance(monkeypatch: pytest.Monke
 
 
 def test_a_gpu_that_is_not_there_has_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert find_allowance(torch.device("cuda:1")) == DEFAULT
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert find_allowance(GPU) == DEFAULT
     assert DEFAULT.total(0) > 2**28
 

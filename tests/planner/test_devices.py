@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from momconv.errors import ResourceError, UsageError
-from momconv.planner.devices import find_device
+from momconv.planner.devices import find_device, is_there, make_current, parse_device
 
 
 def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,9 +40,21 @@ def test_a_gpu_that_is_there_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert current == []
     assert find_device("cuda:1") == torch.device("cuda:1")
     assert current == [torch.device("cuda:1")]
+    assert make_current(torch.device("cuda:0")) == torch.device("cuda:0")
+    assert current == [torch.device("cuda:1"), torch.device("cuda:0")]
+    assert make_current("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:-1", "tpu", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["gpu", "cuda:x", "cuda:-1", "tpu", "", "cuda:", "cpu:", "cpu:1", "cuda:01", "cuda:٣", "CUDA"],
+)
 def test_what_is_no_device_is_a_usage_error(name: str) -> None:
     with pytest.raises(UsageError, match="unknown device"):
         find_device(name)
+
+
+def test_a_gpu_may_be_asked_about_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    names = ("cpu", "cuda", "cuda:0", "cuda:1")
+    assert [is_there(parse_device(name)) for name in names] == [True, True, True, False]

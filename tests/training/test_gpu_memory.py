@@ -79,28 +79,35 @@ def test_on_a_gpu_validation_computes_as_training_does(
     assert asked["precision"] == precision
 
 
+IEEE, TF32 = "ieee", "tf32"
+
+
 @pytest.mark.parametrize(
     ("capability", "convolutions", "linear", "text"),
     [
-        ((9, 0), True, False, "TF32 in convolutions"),
-        ((8, 0), True, True, "TF32 in convolutions and linear layers"),
-        ((9, 0), False, False, "fp32 throughout"),
-        ((7, 5), True, True, "fp32 throughout"),
+        ((9, 0), TF32, IEEE, "TF32 in convolutions"),
+        ((8, 0), TF32, TF32, "TF32 in convolutions and linear layers"),
+        ((9, 0), IEEE, IEEE, "fp32 throughout"),
+        ((7, 5), TF32, TF32, "fp32 throughout"),
     ],
 )
 def test_it_is_told_where_a_gpu_rounds_factors(
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
-    *,
-    convolutions: bool,
-    linear: bool,
+    convolutions: str,
+    linear: str,
     text: str,
 ) -> None:
+    """Also where these were set, after which PyTorch refuses to say allow_tf32."""
     backends = SimpleNamespace(
-        cudnn=SimpleNamespace(allow_tf32=convolutions),
-        cuda=SimpleNamespace(matmul=SimpleNamespace(allow_tf32=linear)),
+        cudnn=SimpleNamespace(conv=SimpleNamespace(fp32_precision=convolutions)),
+        cuda=SimpleNamespace(matmul=SimpleNamespace(fp32_precision=linear)),
     )
     cuda = SimpleNamespace(get_device_capability=lambda _: capability)
-    torch_ = SimpleNamespace(backends=backends, cuda=cuda)
-    monkeypatch.setattr("momconv.determinism.torch", torch_)
+    monkeypatch.setattr("momconv.determinism.torch", SimpleNamespace(backends=backends, cuda=cuda))
     assert describe_tf32(GPU) == text
+
+
+def test_by_default_convolutions_are_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert describe_tf32(GPU) == "TF32 in convolutions"

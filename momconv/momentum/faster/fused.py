@@ -33,6 +33,7 @@ advance = torch.ops.momconv.advance.default
 retreat = torch.ops.momconv.retreat.default
 undo = torch.ops.momconv.undo.default
 
+_OLDEST = (7, 0)  # as torch.compile has it
 NEEDED = "a GPU that Triton knows, gcc and Python's headers (apt-get install gcc python3-dev)"
 
 
@@ -54,6 +55,7 @@ def find_obstacle(gpu: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return None
     try:
+        _require_capable(gpu)
         with _disable_current_modes():  # who asks may be computing with fakes
             _try_out(gpu)
     except Exception as error:  # Triton's, of its parts, of the compiler that it calls
@@ -67,6 +69,16 @@ def find_obstacle(gpu: torch.device) -> str | None:
         )
         return obstacle
     return None
+
+
+def _require_capable(gpu: torch.device) -> None:
+    """Do nothing if Triton knows such GPUs; what it tries for older ones may end the process.
+
+    Raises:
+        RuntimeError: It does not.
+    """
+    if (capability := torch.cuda.get_device_capability(gpu)) < _OLDEST:
+        raise RuntimeError(f"compute capability {capability} is below {_OLDEST}")
 
 
 def _try_out(gpu: torch.device) -> None:

@@ -282,6 +282,7 @@ GPU = torch.device("cuda", 0)
 def a_gpu_is_there(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     pytest.importorskip("triton", reason="Triton is for GPUs")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     fused.find_obstacle.cache_clear()
     yield
     fused.find_obstacle.cache_clear()
@@ -304,6 +305,16 @@ def test_a_gpu_whose_kernels_cannot_be_built_takes_pieces(monkeypatch: pytest.Mo
         assert not fused.are_for(x, x)
     assert tried == [GPU]
     assert fused.find_obstacle(GPU) == "RuntimeError: Failed to find C compiler. Please specify CC."
+
+
+@pytest.mark.usefixtures("a_gpu_is_there")
+def test_a_gpu_that_triton_does_not_know_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compiler may end the process."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    monkeypatch.setattr(fused, "_try_out", lambda _: pytest.fail("tried"))
+    with pytest.warns(UserWarning, match=r"capability \(6, 1\) is below \(7, 0\)"):
+        obstacle = fused.find_obstacle(GPU)
+    assert obstacle is not None
 
 
 def test_what_is_tried_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
