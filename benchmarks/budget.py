@@ -4,7 +4,7 @@ Weights, gradients, the state of SGD with momentum and the images are in the 3 G
 planned from ``momconv.peak_memory``, or, for momentumnet, which looks at values and so cannot be
 traced, from two small measured steps; then steps with it are run and timed, and their peak is what
 PyTorch's allocator counts. A GPU grants the process no more than 3 GiB, and the batch is the
-largest that runs there. "used" is the share of the 3 GiB.
+largest that runs there, beside the context of CUDA. "used" is the share of the 3 GiB.
 """
 
 from collections.abc import Callable
@@ -20,6 +20,8 @@ from benchmarks.isolation import attempt
 from benchmarks.methods import METHODS
 from benchmarks.tables import Log, Out, Row, choose_device, show
 from momconv import peak_memory
+from momconv.exhaustion import is_exhaustion
+from momconv.planner.allowance import find_allowance
 from momconv.planner.measurement import measure_step, per_image, static_bytes, time_step
 from momconv.planner.micro_batch import Line
 from momconv.units import format_bytes
@@ -64,7 +66,8 @@ def compare(key: str, device: torch.device) -> Row:
     if device.type == "cuda":
         # The steps below are not followed by SGD's, so its state is not there.
         whole = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction((BUDGET - static.optimizer) / whole, device)
+        tensors = BUDGET - find_allowance(device).context - static.optimizer
+        torch.cuda.set_per_process_memory_fraction(tensors / whole, device)
 
     def measure(batch: int) -> int:
         step = measure_step(model, batch, CASE.resolution, precision=CASE.precision, device=device)
@@ -73,7 +76,9 @@ def compare(key: str, device: torch.device) -> Row:
     def runs(batch: int) -> bool:
         try:
             measure(batch)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_exhaustion(error):
+                raise
             return False
         return True
 

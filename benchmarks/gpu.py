@@ -63,6 +63,7 @@ def _watch(check: Check, place: Place, seconds: float) -> Iterator[Figure]:
     receiver, sender = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=_work, args=(check, place, sender))
     process.start()
+    assert process.pid
     sender.close()
     ends = time.monotonic() + seconds
     try:
@@ -77,8 +78,9 @@ def _watch(check: Check, place: Place, seconds: float) -> Iterator[Figure]:
         note = f"the process died with exit code {process.exitcode}"
         yield Figure("all of it", "ended", goal=False, note=note)
     finally:
+        process.kill()  # which may not be a group yet
         with suppress(ProcessLookupError):  # all that it has started ends, too
-            os.killpg(process.pid or 0, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
         process.join(10)
 
 

@@ -1,6 +1,7 @@
 """The checks of benchmarks/gpu.py: each looks at one thing on a device and yields figures."""
 
 import csv
+import gc
 import json
 import math
 import os
@@ -89,7 +90,8 @@ def look_at_environment(place: Place) -> Iterator[Figure]:
     for package in ("torch", "torchvision", "triton", "numba", "momentumnet"):
         yield Figure("software", package, note=_find_version(package))
     yield Figure("software", "CUDA", note=f"{torch.version.cuda}, cuDNN {_find_cudnn()}")
-    yield Figure("software", "allocator", note=os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default"))
+    settings = (os.environ.get(f"PYTORCH_{name}", "") for name in ("ALLOC_CONF", "CUDA_ALLOC_CONF"))
+    yield Figure("software", "allocator", note=" ".join(filter(None, settings)) or "default")
     compiler = next(filter(shutil.which, (os.environ.get("CC", ""), "gcc", "clang", "cc")), None)
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     yield Figure("Triton", "compiler", goal=compiler is not None, note=str(compiler))
@@ -135,23 +137,42 @@ def compare_bits(place: Place) -> Iterator[Figure]:
         differing = sum(
             count_differences(*make_state(shape, gamma, remainder, dtype, place.device), gamma)
             for remainder in remainders
-            for shape in _list_shapes(place)
+            for shape in _list_shapes(place, is_first=remainder == remainders[0])
         )
         case = f"γ {gamma:g}, {dtype}".replace("torch.", "")
         yield Figure(case, "elements that differ", differing, differing == 0)
+    yield _compare_many(place)
+
+
+def _compare_many(place: Place) -> Figure:
+    """More elements than an int32 counts: a small state again and again, of no round size."""
     size = 2**16 + 5 if place.is_small else 2**31 + 5
-    needed = 64 * size  # bytes: the state, y, the next x, and all of it in double precision
-    if place.device.type == "cuda" and torch.cuda.mem_get_info(place.device)[0] < needed:
-        yield Figure(f"{size} elements", "elements that differ", note="too little memory")
-        return
-    state, y = make_state((size,), 0.9, torch.int8, torch.bfloat16, place.device)
-    differing = count_differences(state, y, 0.9)
-    yield Figure(f"{size} elements", "elements that differ", differing, differing == 0)
+    label, name = f"{size} elements", "elements that differ"
+    small, few = make_state((2**12 + 7,), 0.9, torch.int8, torch.bfloat16, place.device)
+    try:
+        tensors = (_repeat(t, size) for t in (small.x, small.low, small.v, small.r, few))
+        *parts, y = tensors
+        differing = count_differences(State(*parts), y, 0.9)  # type: ignore[arg-type]
+    except Exception as error:
+        is_short = is_exhaustion(error)
+        return Figure(label, name, goal=None if is_short else False, note=explain(error))
+    return Figure(label, name, differing, differing == 0)
 
 
-def _list_shapes(place: Place) -> list[tuple[int, ...]]:
-    """Odd sizes, and images, which are laid out with channels last."""
-    odd = [(1,), (1023,), (1025,), (4099,)]
+def _repeat(tensor: Tensor | None, size: int) -> Tensor | None:
+    if tensor is None:
+        return None
+    # Of no more memory than the result has.
+    repeated = tensor.new_empty(math.ceil(size / len(tensor)), len(tensor)).copy_(tensor)
+    return repeated.view(-1)[:size]
+
+
+def _list_shapes(place: Place, *, is_first: bool) -> list[tuple[int, ...]]:
+    """Odd sizes, and images, which are laid out with channels last.
+
+    Kernels are built anew for a size of 1, which is why that is tried with one remainder only.
+    """
+    odd = [(1,)] * is_first + [(1023,), (1025,), (4099,)]
     return [*odd, (2, 3, 5, 7)] if place.is_small else [*odd, (3_000_017,), (8, 67, 31, 33)]
 
 
@@ -357,6 +378,7 @@ def _measure_peak(
     case: Case, strategy: StrategyChoice, device: torch.device
 ) -> tuple[PeakMemory, dict[str, int]]:
     """The prediction for a step, and the peaks of what was requested, allocated and reserved."""
+    gc.collect()  # what the case before has left
     model = _prepare(case, "momconv", device)
     set_strategy(model, strategy)
     training = Training(case.resolution, case.precision, device=device.type)
@@ -506,6 +528,7 @@ def _compare_methods(case: Case, device: torch.device) -> Iterator[Figure]:
 
 def _time_steps(model: nn.Module, case: Case, device: torch.device) -> tuple[int, float]:
     """The peak of a step above what was there before, and the median of its times."""
+    gc.collect()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     images, labels = _make_batch(case, device)

@@ -1,4 +1,8 @@
-"""The speed of a device, fitted to two training steps, of which one is clearly longer."""
+"""The speed of a device, fitted to two training steps, of which one is clearly longer.
+
+A GPU works while further operations are launched: until the work takes longer than that, more images
+take no more time. So these are steps of which twice the images take clearly longer.
+"""
 
 from collections.abc import Iterator
 
@@ -15,7 +19,7 @@ from momconv.zoo.networks import check_resolution
 
 _FEW = 2  # images
 _MOST = 256
-_LONGER = 1.5  # times the step with few; of less, launches and the clock's noise are too much
+_LONGER = 1.5  # times the step with half as many; of less, launches and noise are too much
 _LARGEST_SIDE = 96  # pixels
 
 
@@ -31,17 +35,16 @@ def measure_speed(model: nn.Module, training: Training, limit: int) -> Speed:
     side = _find_side(model, training.resolution)
     predictor = Predictor(model, training)
     speed = estimate_speed(device.type, training.precision)
-    few: tuple[Work, float] | None = None
+    half: tuple[Work, float] | None = None
     for images in _double(_FEW, _MOST):
         prediction = predictor.predict(images, resolution=side)
         work = prediction.work
         if prediction.peak.total > limit:
             return speed
         seconds = time_step(model, images, side, training.precision, device)
-        if few is None:
-            few = work, seconds
-        elif seconds > _LONGER * few[1]:
-            return speed.fit(few, (work, seconds))
+        if half is not None and seconds > _LONGER * half[1]:
+            return speed.fit(half, (work, seconds))
+        half = work, seconds
     return speed
 
 

@@ -11,6 +11,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 import momconv
 from momconv.momentum.sequential import momentum_stages
 from momconv.planner.cost import Speed, Work, count_work, estimate_speed
+from momconv.planner.measurement import time_step
 from momconv.planner.prediction import Predictor, Training
 from momconv.planner.speed import measure_speed
 from momconv.zoo.networks import build
@@ -89,7 +90,7 @@ class Flat(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(12, 4))
 
 
-@pytest.mark.parametrize(("per_image", "most"), [(0.0, 256), (0.0005, 64), (0.05, 4)])
+@pytest.mark.parametrize(("per_image", "most"), [(0.0, 256), (0.0005, 256), (0.05, 4)])
 def test_a_speed_is_fitted_to_steps_that_differ(
     per_image: float, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,24 @@ def test_a_speed_is_fitted_to_steps_that_differ(
         assert speed.seconds(work) == pytest.approx(0.05 + 1000 * per_image, rel=0.1)
     else:
         assert speed == estimate_speed("cpu", "fp32")
+
+
+def test_a_gpu_that_works_while_operations_are_launched_is_not_taken_for_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def time_step(_: nn.Module, images: int, *__: object) -> float:
+        return max(0.05, 0.0014 * images)
+
+    monkeypatch.setattr("momconv.planner.speed.time_step", time_step)
+    work = Predictor(Flat(), Training(2)).predict(1000).work
+    speed = measure_speed(Flat(), Training(2), 2**30)
+    assert speed.seconds(work) == pytest.approx(1.4, rel=0.2)
+
+
+def test_a_step_that_is_disturbed_is_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 9.0, 10.0, 17.0, 20.0, 21.0])  # to warm up, while something else ran, alone
+    monkeypatch.setattr("momconv.planner.measurement.time.perf_counter", lambda: next(ticks))
+    assert time_step(Flat(), 2, 2, "fp32", CPU) == 1.0
 
 
 def test_steps_that_would_not_fit_are_not_run() -> None:
