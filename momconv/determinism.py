@@ -34,7 +34,7 @@ def deterministic(*, wanted: bool) -> Iterator[None]:
 def describe_tf32(device: torch.device) -> str:
     """Return where the GPU rounds the factors of products in fp32 to 11 bits, as newer ones can."""
     settings = {  # allow_tf32 raises where these were set
-        "convolutions": torch.backends.cudnn.conv,
+        "convolutions": torch.backends.cudnn.conv,  # type: ignore[attr-defined]
         "linear layers": torch.backends.cuda.matmul,
     }
     places = [name for name, backend in settings.items() if backend.fp32_precision == "tf32"]

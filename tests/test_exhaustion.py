@@ -25,7 +25,7 @@ from momconv.exhaustion import (
 )
 
 # What is said where memory runs out: by Python, PyTorch, oneDNN, safetensors, glibc, CUDA, cuDNN,
-# cuBLAS, NCCL.
+# cuBLAS and its kin, NCCL, Triton.
 EXHAUSTIONS: list[BaseException] = [
     MemoryError(),
     MemoryError("std::bad_alloc"),
@@ -49,19 +49,36 @@ EXHAUSTIONS: list[BaseException] = [
     ImportError("libopenblas.so: failed to map segment from shared object"),
     SafetensorError("Error while serializing: I/O error: Cannot allocate memory (os error 12)"),
     RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("No valid engine configs for ConvolutionBackwardFilter"),
+    RuntimeError("cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the…"),
+    RuntimeError("[cudnn_frontend] Error: No valid execution plans built."),
     RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
     RuntimeError(
         "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in…"
     ),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when calling `cublasCreate(handle)`"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate`"),
+    RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
+    RuntimeError("CUDA error: resource allocation failed when calling `cusparseCreate(handle)`"),
+    RuntimeError("CURAND_STATUS_ALLOCATION_FAILED"),
     RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"),
+    RuntimeError("CUDA error (2): cudaErrorMemoryAllocation"),
+    RuntimeError("Allocation on device 0 would exceed allowed memory. (out of memory)"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"),
+    RuntimeError("NCCL error …: unhandled cuda error. Last error:\nCuda failure 2 'out of memory'"),
+    RuntimeError("NCCL error …: Error while creating shared memory segment /dev/shm/nccl-1 (5)"),
     RuntimeError(
         "NCCL error …: unhandled cuda error. Last error:\nFailed to CUDA calloc async 4 bytes"
     ),
     RuntimeError(
         '!handles_.at(i) INTERNAL ASSERT FAILED at "/c10/cuda/CUDACachingAllocator.cpp":430'
     ),
+    RuntimeError('INTERNAL ASSERT FAILED at "/c10/cuda/CUDAMallocAsyncAllocator.cpp":5'),
 ]
 OTHERS: list[BaseException] = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"),
@@ -69,6 +86,9 @@ OTHERS: list[BaseException] = [
         "could not create a primitive descriptor for the LSTM forward propagation primitive"
     ),
     RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUDA error: too many resources requested for launch"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("out of resource: shared memory, Required: 270336, Hardware limit: 232448."),
     RuntimeError("[enforce fail at inline_container.cc:1] unexpected pos 64 vs 0"),
     ImportError("libgomp.so.1: cannot allocate memory in static TLS block"),
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),

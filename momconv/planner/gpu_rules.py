@@ -57,6 +57,7 @@ _IN_WIDEST = {
     *("index_put", "tensordot", "scatter_add"),
 }
 _FUSED = {"softmax.int": torch.ops.aten._softmax, "log_softmax.int": torch.ops.aten._log_softmax}
+_DROPOUT = 4  # its place among the arguments of attention
 _AUTOCAST = "AutocastCPU"
 _lock = RLock()  # what is replaced is so for all threads
 
@@ -149,9 +150,8 @@ def _dropout(input: Tensor, p: float, train: bool) -> Tensor:  # noqa: FBT001 (a
     return made
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+def _attend(*args: Any, **options: Any) -> Tensor:
     """Without dropout, for which the kernels of a GPU need no memory."""
-    mask, _, is_causal = (*rest, *(None, 0.0, False)[len(rest) :])
-    attend = torch.ops.aten.scaled_dot_product_attention.default
-    made: Tensor = attend.decompose(q, k, v, mask, 0.0, is_causal, **options)
+    args = tuple(0.0 if place == _DROPOUT else arg for place, arg in enumerate(args))
+    made: Tensor = torch.ops.aten.scaled_dot_product_attention.default.decompose(*args, **options)
     return made

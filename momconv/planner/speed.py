@@ -1,7 +1,7 @@
 """The speed of a device, fitted to two training steps, of which one is clearly longer.
 
-A GPU works while further operations are launched: until the work takes longer than that, more images
-take no more time. So these are steps of which twice the images take clearly longer.
+A GPU works while further operations are launched: until the work takes longer than that, more
+images take no more time. So these are steps of which twice the images take clearly longer.
 """
 
 from collections.abc import Iterator

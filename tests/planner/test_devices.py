@@ -1,8 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
 
+from momconv.data.folder import Folder
+from momconv.data.source import ImageSet
 from momconv.errors import ResourceError, UsageError
+from momconv.evaluation import evaluate
 from momconv.planner.devices import find_device, is_there, make_current, parse_device
+from momconv.planner.search import plan
+from momconv.prediction import predict
+from momconv.zoo.networks import build
 
 
 def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +38,21 @@ def test_a_gpu_that_is_not_there_is_named(
     assert refused.value.message.startswith(f"--device {name}: this PyTorch ({torch.__version__})")
     assert refused.value.message.endswith("CUDA_VISIBLE_DEVICES: unset")
     assert refused.value.fix == fix
+
+
+def test_who_computes_there_names_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    model = build("cifar_resnet20")
+    images = ImageSet(Folder(Path()), ("a",), ())
+    for work in (
+        lambda: plan(model, 2, device="cuda"),
+        lambda: evaluate(model, images, device="cuda:1"),
+        lambda: predict(model, [], device=torch.device("cuda")),
+    ):
+        with pytest.raises(ResourceError, match="sees no GPU"):
+            work()
 
 
 def test_a_gpu_that_is_there_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
