@@ -20,6 +20,7 @@ from momconv.errors import InversionError, UsageError
 from momconv.files import model_file, plain_file
 from momconv.momentum.equations import Velocity
 from momconv.momentum.sequential import forget_ranges
+from momconv.opening import find_model_file
 from momconv.planner.devices import find_device
 from momconv.planner.saving import predict_saving
 from momconv.reports.conversion import CalibrationReport, Conversion, Reversion
@@ -262,8 +263,9 @@ def _open_workshop(original: nn.Module, means: Means, listener: Listener) -> _Wo
 
 def _check_names(model: str, path: Path) -> None:
     """Refuse what is no network, or a file that would not be taken for a converted one."""
-    if not is_known(model) and Path(model).is_file():
-        options = "--back" if is_converted(Path(model)) else "resnet50 --weights"
+    file = find_model_file(Path(model))
+    if not is_known(model) and file.is_file():
+        options = "--back" if is_converted(file) else "resnet50 --weights"
         raise UsageError(
             f"{model} is a file; a network is converted by its name, with weights from a file",
             kind="usage.unknown_model",

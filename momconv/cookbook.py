@@ -36,3 +36,19 @@ def find_recipe(name: str) -> Path:
         kind="usage.no_recipe",
         fix=f"one of {', '.join(recipes)}",
     )
+
+
+def locate_recipe(path: Path) -> Path:
+    """Return the file of a recipe: ``path``, that of the run in it, or what comes along so called.
+
+    A file stands before a recipe of the same name, and this one before a folder.
+
+    Raises:
+        UsageError: A mere name is of none of them.
+    """
+    if path.is_file() or (len(path.parts) > 1 and not path.is_dir()):
+        return path
+    inside = path / "config.yaml"
+    if str(path) not in list_recipes() and (path.is_dir() or path.suffix):
+        return inside if inside.is_file() else path
+    return find_recipe(str(path))

@@ -9,6 +9,24 @@ from pathlib import Path
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0)  # a named pipe that nobody writes to opens too
 
 
+BEST = "best.safetensors"  # in the folder of a run, the model of its best epoch
+
+
+def find_model_file(path: Path) -> Path:
+    """Return ``path``, or the best model in it where it is the folder of a run."""
+    inside = path / BEST
+    return inside if inside.is_file() else path
+
+
+def name_after(model: Path) -> str:
+    """Return what is made of a ``model`` file may be called: by its run, if it is the best of one.
+
+    >>> name_after(Path("runs/ants/best.safetensors")), name_after(Path("ants.safetensors"))
+    ('ants', 'ants')
+    """
+    return model.absolute().parent.name if model.name == BEST else model.stem
+
+
 def is_special(path: Path) -> bool:
     """Return whether ``path`` is a named pipe, a socket or a device, or a link to one."""
     try:

@@ -31,7 +31,7 @@ from pydantic import (
 
 from momconv.errors import UsageError
 from momconv.names import NamedPath
-from momconv.opening import read_regular
+from momconv.opening import find_model_file, read_regular
 from momconv.units import parse_bytes, parse_duration, parse_path
 from momconv.vocabulary import (
     OPTIMIZERS,
@@ -133,7 +133,8 @@ class ModelRecipe(_Section):
         Option("--weights", "NAME", "Its weights: a name, a file, or none for random ones."),
     ] = "DEFAULT"
     from_file: Annotated[
-        FileOrFolder | None, Option("--from", "FILE", "A converted network to start from instead.")
+        Annotated[FileOrFolder, AfterValidator(find_model_file)] | None,
+        Option("--from", "FILE", "A converted network, or a run's folder, to start from instead."),
     ] = None
 
 

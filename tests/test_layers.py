@@ -22,6 +22,7 @@ LAYERS = [
     "determinism",
     "recipe",
     "cookbook",
+    "catalogue",
     "tracing",
     "momentum",
     "zoo",
@@ -50,7 +51,7 @@ NO_TORCH = [
     "momconv.recipe",
     "momconv.data.splits",
 ]
-NO_TORCH += ["momconv.cookbook"]
+NO_TORCH += ["momconv.cookbook", "momconv.catalogue", "momconv.reports.models"]
 NO_TORCH += [f"momconv.cli.{path.stem}" for path in PACKAGE.glob("cli/*.py")]
 
 

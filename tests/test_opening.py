@@ -7,7 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from momconv.cli import app
-from momconv.opening import is_special, open_regular, read_regular
+from momconv.opening import find_model_file, is_special, open_regular, read_regular
 
 pytestmark = pytest.mark.timeout(60)  # nobody ever writes to these pipes
 
@@ -73,3 +73,15 @@ def test_what_becomes_a_pipe_after_it_was_looked_at_is_refused(
     monkeypatch.setattr("momconv.opening.is_special", lambda path: False)
     with pytest.raises(OSError, match="not a regular file"):
         open_regular(here / "w")
+
+
+def test_the_folder_of_a_run_stands_for_its_best_model(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    other.mkdir()
+    (run / "best.safetensors").touch()
+    assert find_model_file(run) == run / "best.safetensors"
+    assert [find_model_file(path) for path in (other, tmp_path / "none")] == [
+        other,
+        tmp_path / "none",
+    ]

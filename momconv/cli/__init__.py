@@ -8,12 +8,10 @@ import signal
 import sys
 import warnings
 from io import TextIOWrapper
-from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from momconv._version import __version__
 from momconv.cli import (
@@ -30,8 +28,8 @@ from momconv.cli import (
 )
 from momconv.cli import eval as eval_
 from momconv.cli._console import Terminated, configure, guarded, out, show_warning
+from momconv.cli._group import Commands
 from momconv.exhaustion import keep_reserve
-from momconv.words import abridge
 
 EXIT_CODES = (
     "Exit codes: 0 done · 1 failed · 2 usage or recipe · 3 images · 4 model file · "
@@ -39,30 +37,9 @@ EXIT_CODES = (
 )
 
 
-_OptionError: Any = typer.BadParameter.__mro__[1]  # of whatever click Typer brings
-
-
-class _Commands(TyperGroup):
-    """Refuses empty arguments: as a path, what an unset variable leaves were the current folder."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for before, argument in pairwise(["momconv", *args]):
-            option = argument.removesuffix("=") if argument.startswith("--") else argument
-            if not argument or option != argument:
-                raise typer.BadParameter(f"what follows {option or before} is empty")
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except _OptionError as error:
-            error.message = abridge(error.message, 800)
-            raise
-
-
 app = typer.Typer(
     name="momconv",
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

@@ -26,13 +26,14 @@ from momconv.errors import MomconvError, ResourceError, UncheckedFile
 from momconv.exhaustion import explain, is_exhaustion, release_reserve
 from momconv.files.cache import cache_folder
 from momconv.names import encode_name
-from momconv.opening import open_at_once
+from momconv.opening import find_model_file, open_at_once
 from momconv.units import format_duration, parse_duration, parse_path
 from momconv.words import abridge, fit_screen, printable
 
 P = ParamSpec("P")
 
 _NAMES_OR_FILES = ("model", "network", "weights")  # options that take either
+_MODEL_FILES = ("file", "back", "compare")  # that may be the folder of a run instead
 _UNBOUNDED = 10**6  # characters of a line, where no terminal has to wrap it
 
 
@@ -181,21 +182,30 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         except BrokenPipeError:
             out.on_broken_pipe()
         except (Exception, KeyboardInterrupt, Terminated) as error:
-            failure = _failure(error)
-            if _settings.debug or os.environ.get("MOMCONV_DEBUG"):
-                show(Text(traceback.format_exc()), minor=False)
-            failure.report(as_json=bool(kwargs.get("json_output")))
-            raise typer.Exit(failure.code) from None
+            raise typer.Exit(fail(error, as_json=bool(kwargs.get("json_output")))) from None
 
     return run
 
 
+def fail(error: BaseException, *, as_json: bool) -> int:
+    """Tell what went wrong, as a JSON document on stdout if so wanted; the code to exit with."""
+    failure = _failure(error)
+    if _settings.debug or os.environ.get("MOMCONV_DEBUG"):
+        show(Text(traceback.format_exc()), minor=False)
+    failure.report(as_json=as_json)
+    return failure.code
+
+
 def _expand(name: str, value: Any) -> Any:
-    """Return the ``value`` of an option or argument, without ``~`` where it is a path."""
+    """Return the ``value`` of an option or argument, without ``~`` where it is a path.
+
+    Where a model is wanted, the folder of a run is the best one in it.
+    """
     if isinstance(value, list):
         return [_expand(name, part) for part in value]
     if isinstance(value, Path):
-        return parse_path(value)
+        path = parse_path(value)
+        return find_model_file(path) if name in _MODEL_FILES else path
     if name in _NAMES_OR_FILES and value is not None:
         parse_path(value)
         return os.path.expanduser(value)

@@ -1,5 +1,6 @@
 """Options that several commands have."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,10 @@ ArgumentOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead, on stdout.")
+]
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(metavar="FILE", help="A converted or fine-tuned model, or a run's folder."),
 ]
 NetworkOption = Annotated[
     str | None,

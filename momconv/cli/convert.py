@@ -13,6 +13,7 @@ from momconv.cli._options import ArgumentOption, JsonOption, NetworkOption, Over
 from momconv.cli._own import Function
 from momconv.errors import UsageError
 from momconv.files.atomic import require_free
+from momconv.opening import name_after
 from momconv.units import parse_duration, parse_share
 from momconv.vocabulary import Velocity
 from momconv.words import quoted
@@ -169,7 +170,7 @@ def convert(  # noqa: PLR0913 (one for each option)
         velocity=velocity or "zero",
         gain=gain is not False,
     )
-    path = output or Path(f"{back.stem}-plain.safetensors" if back else scheme.file_name)
+    path = output or Path(f"{name_after(back)}-plain.safetensors" if back else scheme.file_name)
     require_free(path, overwrite=overwrite)
     with ExitStack() as bars:
         done: Conversion | Reversion

@@ -14,6 +14,7 @@ from momconv.cli._options import (
     ArgumentOption,
     DeviceOption,
     JsonOption,
+    ModelArgument,
     NetworkOption,
 )
 from momconv.cli._own import Function
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 def evaluate(  # noqa: PLR0913 (one for each option)
     *,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A converted or fine-tuned model.")],
+    file: ModelArgument,
     data: Annotated[
         Path, typer.Option(metavar="FOLDER", help="The folder of classes, or one with val/ in it.")
     ],

@@ -8,9 +8,16 @@ import typer
 from rich.text import Text
 
 from momconv.cli._console import err, out, print_json, warn
-from momconv.cli._options import ArgumentOption, JsonOption, NetworkOption, OverwriteOption
+from momconv.cli._options import (
+    ArgumentOption,
+    JsonOption,
+    ModelArgument,
+    NetworkOption,
+    OverwriteOption,
+)
 from momconv.cli._own import Function
 from momconv.files.atomic import require_free
+from momconv.opening import name_after
 from momconv.units import format_bytes
 
 if TYPE_CHECKING:
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
 
 def export(  # noqa: PLR0913 (one for each option)
     *,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A converted or fine-tuned model.")],
+    file: ModelArgument,
     format_: Annotated[
         Literal["torch-export", "onnx", "torchvision"],
         typer.Option("--format", help="torchvision is a plain state dict, without momentum."),
@@ -45,7 +52,7 @@ def export(  # noqa: PLR0913 (one for each option)
     from momconv.files.plain_file import check_suffix
 
     plain = "-plain" if format_ == "torchvision" else ""
-    path = output or Path(f"{file.stem}{plain}{SUFFIXES[format_]}")
+    path = output or Path(f"{name_after(file)}{plain}{SUFFIXES[format_]}")
     if format_ == "torchvision":
         check_suffix(path)
     require_extra(format_)

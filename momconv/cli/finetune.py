@@ -26,8 +26,10 @@ from momconv.cli._recipe_options import (
     to_parameter,
     with_recipe_options,
 )
+from momconv.cookbook import locate_recipe
 from momconv.errors import MomconvError, ResourceError, UsageError
 from momconv.recipe import Recipe, dump_recipe, load_recipe, shorten
+from momconv.units import parse_path
 
 if TYPE_CHECKING:
     from momconv.training.finetuning import Result
@@ -41,6 +43,10 @@ _option = partial(typer.Option, rich_help_panel=RUN)
 def finetune(  # noqa: PLR0913 (one for each option)
     context: typer.Context,
     *,
+    images: Annotated[
+        Path | None,
+        typer.Argument(metavar="FOLDER", help="The images, as --data FOLDER."),
+    ] = None,
     network: NetworkOption = None,
     arg: ArgumentOption = None,
     no_calibrate: Annotated[
@@ -51,7 +57,10 @@ def finetune(  # noqa: PLR0913 (one for each option)
             rich_help_panel=MOMENTUM,
         ),
     ] = False,
-    recipe: Annotated[Path | None, _option(metavar="FILE", help="A recipe in YAML.")] = None,
+    recipe: Annotated[
+        Path | None,
+        _option(metavar="FILE", help="A recipe in YAML, or the name of one that comes along."),
+    ] = None,
     set_: Annotated[
         list[str] | None, _option("--set", metavar="KEY=VALUE", help="Change the recipe.")
     ] = None,
@@ -104,13 +113,13 @@ def finetune(  # noqa: PLR0913 (one for each option)
 
     _refuse_contradictions(context.params)
     given = read_options(context.params)
+    given |= {"data.path": str(_agree(images, given.get("data.path")))} if images else {}
     given |= {"model.name": network} if network else {}
     given |= {"model.arguments": arg} if arg else {}
     given |= {"momentum.calibrate": False} if no_calibrate else {}
     if resume == Path("last") and not resume.is_dir():
         resume = find_last_run()
-    if resume is not None:
-        recipe = _mend(RunFolder(resume))
+    recipe = _mend(RunFolder(resume)) if resume else recipe and locate_recipe(recipe)
     wanted = load_recipe(recipe, set_ or [], os.environ, given)
     folder = resume or output or name_folder(wanted)
     if auto_name:
@@ -129,6 +138,17 @@ def finetune(  # noqa: PLR0913 (one for each option)
         _run_beside(wanted, folder, choices)
     else:
         _run(wanted, folder, choices)
+
+
+def _agree(images: Path, data: object) -> Path:
+    """Return the folder of images, which may be given in two ways."""
+    if data is not None and parse_path(str(data)).absolute() != images.absolute():
+        raise UsageError(
+            f"two folders of images: {images}, and --data {data}",
+            kind="usage.exclusive_options",
+            fix="--train-dir FOLDER --val-dir FOLDER",
+        )
+    return images
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,13 @@
 """``momconv inspect``."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from momconv.cli._console import out, print_json
-from momconv.cli._options import ArgumentOption, JsonOption, NetworkOption
+from momconv.cli._options import ArgumentOption, JsonOption, ModelArgument, NetworkOption
 from momconv.cli._own import Function
 
 
 def inspect(
     *,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A converted or fine-tuned model.")],
+    file: ModelArgument,
     network: NetworkOption = None,
     arg: ArgumentOption = None,
     json_output: JsonOption = False,

@@ -2,16 +2,15 @@
 
 from dataclasses import asdict
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from momconv.cli._console import out, print_json, progress
+from momconv.catalogue import Entry, read_catalogue
+from momconv.cli._console import out, print_json
 from momconv.cli._options import JsonOption
 from momconv.errors import UsageError
-
-if TYPE_CHECKING:
-    from momconv.planner.catalogue import Entry
+from momconv.reports.models import show_models
 
 Order = Literal["name", "parameters", "resolution", "runs", "deepest", "store", "saved"]
 
@@ -26,30 +25,28 @@ def models(
 ) -> None:
     """List the networks that momconv converts, and what that saves.
 
-    Memory is predicted for training steps of 32 images at the network's own
-    resolution: seconds for each network the first time, then remembered.
+    Memory was predicted for training steps of 32 images at the network's own resolution.
     """
-    from momconv.planner.catalogue import list_entries
-    from momconv.reports.inspection import show_models
-    from momconv.zoo.networks import names
-
-    wanted = [n for n in names() if not pattern or any(fnmatch(n, each) for each in pattern)]
-    if not wanted:
+    catalogue = read_catalogue()
+    entries = [
+        entry
+        for entry in catalogue.entries
+        if not pattern or any(fnmatch(entry.name, each) for each in pattern)
+    ]
+    if not entries:
         raise UsageError(
             f"no network is called {' or '.join(pattern or ())}",
             kind="usage.unknown_model",
             fix="momconv models",
         )
-    with progress("predicting", len(wanted)) as report:
-        entries = list_entries(wanted, report)
     if sort != "name":
         entries.sort(key=lambda entry: _key(entry, sort), reverse=True)
     if json_output:
-        listed = [{"name": entry.name, **asdict(entry), "saved": entry.saved} for entry in entries]
-        print_json({"ok": True, "models": listed})
+        listed = [asdict(entry) | {"saved": entry.saved} for entry in entries]
+        print_json({"ok": True, "predicted_by": catalogue.predicted_by, "models": listed})
         return
-    out.print(show_models(entries))
+    out.print(show_models(catalogue, entries))
 
 
-def _key(entry: "Entry", sort: Order) -> float:
+def _key(entry: Entry, sort: Order) -> float:
     return float(getattr(entry, "store_bytes" if sort == "store" else sort))

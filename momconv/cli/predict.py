@@ -22,6 +22,7 @@ from momconv.cli._options import (
     ArgumentOption,
     DeviceOption,
     JsonOption,
+    ModelArgument,
     NetworkOption,
 )
 from momconv.cli._own import Function
@@ -36,7 +37,7 @@ _SHOWN = 10  # unreadable images that warnings name
 
 def predict(  # noqa: PLR0913 (one for each option)
     *,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A converted or fine-tuned model.")],
+    file: ModelArgument,
     paths: Annotated[
         list[Path],
         typer.Argument(

@@ -9,7 +9,7 @@ from momconv.cli._console import err, out, print_json, progress
 from momconv.cli._options import ArgumentOption, DeviceOption, JsonOption, NetworkOption
 from momconv.cli._own import Function
 from momconv.errors import UsageError
-from momconv.opening import is_special
+from momconv.opening import find_model_file, is_special
 from momconv.units import parse_bytes
 from momconv.vocabulary import OptimizerName
 from momconv.words import quoted
@@ -25,7 +25,8 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     model: Annotated[
         str,
         typer.Argument(
-            help="A network, such as resnet50, or your own, as model.py:make, or a converted file."
+            help="A network, such as resnet50, or your own, as model.py:make, or a converted file,"
+            " or a run's folder."
         ),
     ] = "resnet152",
     network: NetworkOption = None,
@@ -139,7 +140,7 @@ def _load(function: Function, model: str, gamma: float | None, device: str) -> "
     """Return the converted network; one by name with random weights: memory is the same."""
     from momconv.momentum.sequential import momentum_stages
     from momconv.surgery.conversion import convert
-    from momconv.zoo.networks import build, outline
+    from momconv.zoo.networks import build, is_known, outline
     from momconv.zoo.own import is_own, make, parse_arguments
 
     if gamma == 0:
@@ -148,6 +149,8 @@ def _load(function: Function, model: str, gamma: float | None, device: str) -> "
             kind="usage.gamma",
             fix="--gamma 0.9",
         )
+    if not is_known(model):
+        model = str(find_model_file(Path(model)))
     if not _names_a_file(model):
         if is_own(model):
             network = make(model, parse_arguments(function.arguments or []))

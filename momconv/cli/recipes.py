@@ -9,12 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from momconv.cli._console import guarded, out, print_json
+from momconv.cli._group import Commands
 from momconv.cli._options import JsonOption, OverwriteOption
 from momconv.cookbook import find_recipe, list_recipes
 from momconv.files.atomic import require_free, write_text
 from momconv.recipe import load_recipe
 
-app = typer.Typer(no_args_is_help=True, help="The recipes that come with momconv.")
+app = typer.Typer(cls=Commands, no_args_is_help=True, help="The recipes that come with momconv.")
 
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="As momconv recipes ls shows it.")]
 

@@ -23,6 +23,7 @@ from momconv._version import __version__
 from momconv.errors import ModelFileError, UsageError
 from momconv.files.atomic import write_atomically
 from momconv.files.tensor_file import write_tensors
+from momconv.opening import find_model_file
 from momconv.surgery.conversion import apply_schemes, read_schemes
 from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, describe
@@ -87,7 +88,7 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
     """Return the network that ``save`` wrote, in eval mode.
 
     Args:
-        path: The file.
+        path: The file, or the folder of a run, for its best model.
         network: For a file of a network of your own: one made by the same function, which is
             changed. Nothing in a file is ever run, so momconv does not call that function itself.
 
@@ -95,7 +96,7 @@ def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:
         ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
         UsageError: The file holds a network of your own, and there is no ``network``.
     """
-    path = Path(path)
+    path = find_model_file(Path(path))
     state = checkpoints.read_state(path)
     metadata = _read(path)
     description = metadata.description
@@ -118,7 +119,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
     """
-    return _read_verified(Path(path)).model_dump(mode="json", by_alias=True)
+    return _read_verified(find_model_file(Path(path))).model_dump(mode="json", by_alias=True)
 
 
 def read_skeleton(path: str | Path, network: nn.Module | None = None) -> nn.Module:
@@ -130,7 +131,7 @@ def read_skeleton(path: str | Path, network: nn.Module | None = None) -> nn.Modu
         ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
         UsageError: The file holds a network of your own, and there is no ``network``.
     """
-    path = Path(path)
+    path = find_model_file(Path(path))
     metadata = _read_verified(path)
     if metadata.description.num_classes > path.stat().st_size:
         raise _inconsistent(path, "it has more classes than bytes")
@@ -145,7 +146,7 @@ def read_description(path: str | Path) -> Description:
     Raises:
         ModelFileError: The file is missing, damaged, not converted, or of a newer momconv.
     """
-    return _read_verified(Path(path)).description
+    return _read_verified(find_model_file(Path(path))).description
 
 
 def _compose(model: nn.Module, extra: Mapping[str, object]) -> dict[str, str]:

@@ -1,13 +1,12 @@
 """What a model file says about its network, and the networks that momconv converts."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
@@ -15,8 +14,6 @@ from momconv.data.values import describe_ranges
 from momconv.errors import ModelFileError
 from momconv.files.model_file import read_metadata, read_skeleton
 from momconv.names import encode_name
-from momconv.planner.catalogue import Entry
-from momconv.planner.saving import IMAGES
 from momconv.reports.conversion import (
     describe_drift,
     describe_rounding,
@@ -191,23 +188,3 @@ def _describe(record: Mapping[str, Any]) -> str:
         elif value is not None:
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
     return ", ".join(part for part in parts if part)
-
-
-def show_models(entries: Iterable[Entry]) -> Table:
-    """Return a row for each network that momconv converts."""
-    caption = f"MiB for an image in a training step of {IMAGES}, predicted"
-    table = Table("network", box=None, pad_edge=False, caption=caption, caption_justify="left")
-    for title in ("parameters", "pixels", "runs", "deepest", "store", "auto", "saved"):
-        table.add_column(title, justify="right")
-    for entry in entries:
-        table.add_row(
-            entry.name,
-            f"{entry.parameters / 1e6:.1f} M",
-            str(entry.resolution),
-            str(entry.runs),
-            str(entry.deepest),
-            f"{entry.store_bytes / _MIB:.1f}",
-            f"{entry.auto_bytes / _MIB:.1f}",
-            f"{entry.saved:.0%}",
-        )
-    return table

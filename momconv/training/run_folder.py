@@ -11,6 +11,7 @@ from pathlib import Path
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files import claim
 from momconv.files.atomic import find_aside, is_temporary, remove, require_writable, sweep
+from momconv.opening import BEST, name_after
 from momconv.recipe import Recipe
 from momconv.units import format_bytes
 from momconv.zoo import own
@@ -25,7 +26,7 @@ def _ignore(_: str) -> None:
 def name_folder(recipe: Recipe) -> Path:
     """Return the default folder of a run, below the working directory."""
     file = recipe.model.from_file
-    model = file.stem if file else own.file_stem(recipe.model.name)
+    model = name_after(file) if file else own.file_stem(recipe.model.name)
     data = recipe.data.path.absolute().name if recipe.data.path else "images"
     return _RUNS / f"{model}-{data}"
 
@@ -79,7 +80,7 @@ class RunFolder:
     state = _Child("state.safetensors")  # of one moment, all that resuming needs
     previous = _Child("state.previous.safetensors")  # the one before, should that be damaged
     damaged = _Child("state.damaged.safetensors")  # a state that could not be read
-    best = _Child("best.safetensors")  # the model of the best epoch
+    best = _Child(BEST)  # the model of the best epoch
     last = _Child("last.safetensors")  # the model as it was last saved
     rates = _Child("lr_finder.csv")  # the loss at the learning rates that were tried
     metrics = _Child("metrics.csv")  # a line of numbers for each epoch

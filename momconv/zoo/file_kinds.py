@@ -121,9 +121,6 @@ def describe_folder(path: Path) -> ModelFileError:
         fix = f"python {_quote(path / 'zero_to_fp32.py')} {_quote(path)} weights"
     elif "saved_model.pb" in names:
         return _has_no_weights(path, "a SavedModel of TensorFlow", kind="is_folder")
-    elif "best.safetensors" in names:
-        what = "the folder of a run, and not a model in it"
-        fix = _quote(path / "best.safetensors")
     else:
         what = "a folder, and not a file in it"
         inside = [path / name for name in names if name.endswith(_WEIGHTS)]

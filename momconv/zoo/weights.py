@@ -16,7 +16,7 @@ from torchvision.models import get_model_weights
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.exhaustion import is_exhaustion
 from momconv.names import encode_name
-from momconv.opening import is_special
+from momconv.opening import find_model_file, is_special
 from momconv.words import quoted
 from momconv.zoo import checkpoints, own
 from momconv.zoo.cifar import DEPTHS
@@ -70,7 +70,7 @@ def load_network(
     if weights == "none":
         return build(name)
     if _is_file_name(weights):
-        path = Path(weights)
+        path = find_model_file(Path(weights))
         return _load(name, path, _recognise(name, path), _Reading(new_head, tell))
     published = _find_published(name, str(weights))
     return _load(name, _fetch(published), published, _Reading(new_head, tell))
@@ -159,7 +159,7 @@ def _load_own(
     model = own.make(name, arguments, resolution=resolution, pretrained=pretrained)
     if not from_file:
         return model
-    path = Path(weights)
+    path = find_model_file(Path(weights))
     state, classes = reading.find(name, path, model, find_head(model))
     if classes:
         model = own.remake(replace(describe(model), num_classes=classes), model)

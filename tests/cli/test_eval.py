@@ -56,6 +56,15 @@ def test_without_json_there_are_tables(model: Path, colours: Path) -> None:
     assert "true \\ predicted" in ran.stdout
 
 
+def test_the_folder_of_a_run_is_its_best_model(run_folder: Path, colours: Path) -> None:
+    named, best = (
+        json.loads(run(file, "--data", colours, "--json").stdout)
+        for file in (run_folder, run_folder / "best.safetensors")
+    )
+    assert named == best
+    assert named["file"] == str(run_folder / "best.safetensors")
+
+
 def test_the_validation_split_is_taken_where_there_is_one(
     model: Path, colours: Path, tmp_path: Path
 ) -> None:

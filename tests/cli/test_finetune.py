@@ -95,6 +95,27 @@ def test_ctrl_c_and_resume_come_to_the_same_as_no_interruption(
         assert all(torch.equal(ours[key], theirs[key]) for key in same)
 
 
+def test_the_images_are_an_argument_or_an_option(colours: Path, tmp_path: Path) -> None:
+    options = [*SMALL, *IN_PROCESS, "--dry-run", "--json", "-o", str(tmp_path / "run")]
+    ways = ([str(colours)], ["--data", str(colours)], [str(colours), f"--data={colours}"])
+    documents = [json.loads(run(*given, *options).stdout) for given in ways]
+    assert {document["recipe"]["data"]["path"] for document in documents} == {str(colours)}
+    refused = run(colours, "--data", tmp_path, *options)
+    error = json.loads(refused.stdout)["error"]
+    assert (refused.exit_code, error["kind"]) == (2, "usage.exclusive_options")
+    assert error["message"] == f"two folders of images: {colours}, and --data {tmp_path}"
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--model", "resnet5O"], ["--model", "resnet50", "--weights", "IMAGENET1K_V9"]]
+)
+def test_names_are_checked_before_images_are_opened(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: list[str]
+) -> None:
+    monkeypatch.setattr("momconv.training.images.check_images", None)
+    assert run(colours, *wrong, "-o", tmp_path / "run").exit_code == 2
+
+
 def test_sigterm_is_143(colours: Path, tmp_path: Path) -> None:
     process = start("--data", colours, *SMALL, "--epochs", "50", "-o", tmp_path / "run")
     assert process.stderr is not None

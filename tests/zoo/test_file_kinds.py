@@ -153,7 +153,6 @@ def test_an_index_and_a_part_say_how_to_join_them(tmp_path: Path) -> None:
         (".metadata", "a distributed checkpoint of PyTorch", "dcp_to_torch"),
         ("zero_to_fp32.py", "a checkpoint of DeepSpeed", "python "),
         ("saved_model.pb", "a SavedModel of TensorFlow", "state_dict()"),
-        ("best.safetensors", "the folder of a run, and not a model in it", "best.safetensors"),
         ("model.safetensors", "a folder, and not a file in it", "--weights "),
     ],
 )
