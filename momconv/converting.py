@@ -6,7 +6,7 @@ are loaded, the network is brought close to its original again, certified, and w
 
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -33,8 +33,9 @@ from momconv.training.progress import SILENT, Listener
 from momconv.words import itemise, plural
 from momconv.zoo.checkpoints import is_converted
 from momconv.zoo.description import describe, mark_as_seen
-from momconv.zoo.networks import check_name, is_known
+from momconv.zoo.networks import check_name, check_resolution, is_known
 from momconv.zoo.own import file_stem, is_own, parse_arguments, restate, write_options
+from momconv.zoo.preparation import Preparation, describe_assumption, prepare_as
 from momconv.zoo.weights import load_network
 
 _FEW = 100  # images, below which BatchNorm's statistics are poor
@@ -48,7 +49,8 @@ class Scheme:
     Attributes:
         model: The network's name, or a function of the user's that makes it.
         arguments: Of that function, each as KEY=VALUE.
-        resolution: Pixels of the sides of its images.
+        resolution: Pixels of the sides of its images; None for its own.
+        preparation: What else is said of how images become its input.
         weights: A name of torchvision's, a file, or "none".
         gamma: γ; None for the largest with which few images get another top-1.
         max_drift: How many these may be, a share.
@@ -59,7 +61,8 @@ class Scheme:
 
     model: str
     arguments: tuple[str, ...] = ()
-    resolution: int = 224
+    resolution: int | None = None
+    preparation: Preparation = field(default_factory=Preparation)
     weights: str = "DEFAULT"
     gamma: float | None = 0.9
     max_drift: float = 0.01
@@ -130,14 +133,7 @@ def convert_network(
     """
     _check_names(scheme.model, path)
     means.check()
-    arguments = parse_arguments(scheme.arguments)
-    original = load_network(
-        scheme.model,
-        scheme.weights,
-        arguments,
-        resolution=scheme.resolution,
-        tell=listener.tell,
-    )
+    original = _load(scheme, listener)
     apply = cache(partial(scheme.apply, original))
     means.settle_ranges(original, listener)
     listener.advance(f"converting {scheme.model}", 0, 1)
@@ -165,6 +161,20 @@ def convert_network(
     _warn_of_images(workshop.images, listener)
     _warn_of_result(done, listener)
     return done
+
+
+def _load(scheme: Scheme, listener: Listener) -> nn.Module:
+    said = replace(scheme.preparation, resolution=scheme.resolution)
+    arguments = parse_arguments(scheme.arguments)
+    original = load_network(
+        scheme.model, scheme.weights, arguments, resolution=said.side, tell=listener.tell
+    )
+    if said.side is not None:
+        check_resolution(original, said.side)
+    prepare_as(original, said)
+    if note := describe_assumption(original):
+        listener.tell(note)
+    return original
 
 
 def revert_network(
@@ -322,7 +332,8 @@ def _command(scheme: Scheme, means: Means, path: Path) -> str:
     """Return what converts the network like this, but for γ and the length of the work."""
     words = ["momconv", "convert", scheme.model, "--weights", scheme.weights]
     words += write_options(scheme.arguments)
-    words += ["--resolution", str(scheme.resolution)] if scheme.resolution != 224 else []
+    words += ["--resolution", str(scheme.resolution)] if scheme.resolution else []
+    words += scheme.preparation.write_options()
     words += ["--stages", scheme.stages] if scheme.stages != "auto" else []
     words += ["--velocity", scheme.velocity] if scheme.velocity != "zero" else []
     words += [] if scheme.gain else ["--no-gain"]

@@ -19,6 +19,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -35,6 +36,7 @@ from momconv.opening import find_model_file, read_regular
 from momconv.units import parse_bytes, parse_duration, parse_path
 from momconv.vocabulary import (
     OPTIMIZERS,
+    Interpolation,
     Monitor,
     OptimizerName,
     Precision,
@@ -57,6 +59,12 @@ def _readable_by(parse: Callable[[Any], object]) -> AfterValidator:
     return AfterValidator(check)
 
 
+def split_channels(value: object) -> object:
+    """Return the parts of a text between its commas; a single number is that of all three."""
+    parts = value.split(",") if isinstance(value, str) else value
+    return parts * 3 if isinstance(parts, list) and len(parts) == 1 else parts
+
+
 _MOST = 10**9  # of what is counted: more is a slip, and no longer a number to compute with
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
@@ -75,6 +83,11 @@ Duration = Annotated[
     str,
     _readable_by(parse_duration),
     WithJsonSchema({"description": "a duration like 10min"}),
+]
+Channels = Annotated[
+    tuple[float, float, float],
+    BeforeValidator(split_channels),
+    WithJsonSchema({"description": "three numbers like 0.5,0.5,0.5"}),
 ]
 FileOrFolder = Annotated[NamedPath, _readable_by(parse_path), AfterValidator(parse_path)]
 NameOrPath = Annotated[
@@ -186,6 +199,25 @@ class DataRecipe(_Section):
         Pixels | None,
         Option("--resolution", "PIXELS", "Side of the images in the network.", _OPTIMISATION),
     ] = None  # None: what the weights were made for
+    resize: Annotated[
+        Pixels | None,
+        Option("--resize", "PIXELS", "Shorter side before the centre crop.", _IMAGES),
+    ] = None  # None: as the network says, like the following; in proportion to ``resolution``
+    crop: Annotated[
+        Fraction | Pixels | None,
+        Option("--crop", "F", "Share of that which the crop keeps, as 0.875; or pixels.", _IMAGES),
+    ] = None  # instead of ``resize``, or of ``resolution``
+    mean: Annotated[
+        Channels | None,
+        Option("--mean", "R,G,B", "Subtracted from colours of 0 to 1.", _IMAGES),
+    ] = None
+    std: Annotated[
+        Channels | None, Option("--std", "R,G,B", "What they are divided by then.", _IMAGES)
+    ] = None
+    interpolation: Annotated[
+        Interpolation | None,
+        Option("--interpolation", "NAME", "Of the resizing: bilinear, bicubic, …", _IMAGES),
+    ] = None
     limit: Annotated[
         Fraction, Option("--limit", "F", "Only that part of each class, for a try.", _IMAGES)
     ] = 1  # of the images of each class, for a try

@@ -13,6 +13,9 @@ Monitor = Literal["val/top1", "val/macro_f1", "val/loss"]  # says which epoch is
 Strategy = Literal["store", "checkpoint", "segment", "momentum"]
 StrategyChoice = Literal["auto", Strategy]
 Strategies = StrategyChoice | dict[str, str]  # one for all stages, or each stage's by its name
+Interpolation = Literal[
+    "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
+]
 OptimizerName = Literal["sgd", "adamw"]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,9 @@ _INTERRUPTED = 130  # exit code
 _COUNTS = (2000, 5000)  # images, without and with distillation
 
 
+_input = partial(typer.Option, rich_help_panel="How images become the input")
+
+
 def convert(  # noqa: PLR0913 (one for each option)
     *,
     model: Annotated[
@@ -38,8 +42,23 @@ def convert(  # noqa: PLR0913 (one for each option)
     resolution: Annotated[
         int | None,
         typer.Option(
-            metavar="PIXELS", min=16, help="Side of your network's images.", show_default="224"
+            metavar="PIXELS", min=16, help="Side of the network's images.", show_default="its own"
         ),
+    ] = None,
+    resize: Annotated[
+        str | None, _input(metavar="PIXELS", help="Shorter side before the centre crop.")
+    ] = None,
+    crop: Annotated[
+        str | None, _input(metavar="F", help="Share of that which the crop keeps, as 0.875.")
+    ] = None,
+    mean: Annotated[
+        str | None, _input(metavar="R,G,B", help="Subtracted from colours of 0 to 1.")
+    ] = None,
+    std: Annotated[
+        str | None, _input(metavar="R,G,B", help="What they are divided by then.")
+    ] = None,
+    interpolation: Annotated[
+        str | None, _input(metavar="NAME", help="Of the resizing: bilinear, bicubic, …")
     ] = None,
     network: NetworkOption = None,
     back: Annotated[
@@ -146,6 +165,11 @@ def convert(  # noqa: PLR0913 (one for each option)
         "MODEL": model,
         "--weights": weights,
         "--resolution": resolution,
+        "--resize": resize,
+        "--crop": crop,
+        "--mean": mean,
+        "--std": std,
+        "--interpolation": interpolation,
         "--gamma": gamma,
         "--max-drift": max_drift,
         "--stages": stages,
@@ -157,12 +181,22 @@ def convert(  # noqa: PLR0913 (one for each option)
     limit, wanted = parse_share(max_drift or "1%", "--max-drift"), _read_gamma(gamma or "0.9")
 
     from momconv.converting import Means, Scheme, convert_network, revert_network
+    from momconv.zoo.preparation import parse_preparation
 
     means = Means(calibrate, verify, max_images or _COUNTS[bool(length)], seed, length, device)
     scheme = Scheme(
         model=model or "",
         arguments=tuple(arg or []),
-        resolution=resolution or 224,
+        resolution=resolution,
+        preparation=parse_preparation(
+            {
+                "resize": resize,
+                "crop": crop,
+                "mean": mean,
+                "std": std,
+                "interpolation": interpolation,
+            }
+        ),
         weights=weights or "DEFAULT",
         gamma=wanted,
         max_drift=limit,

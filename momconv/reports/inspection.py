@@ -109,12 +109,8 @@ def inspect_file(path: Path, own: nn.Module | None = None) -> FileInspection:
 
 def describe_input(p: Preprocessing) -> str:
     """Return how an image becomes the input, in the order in which it is done."""
-    mean, std = (", ".join(f"{value:g}" for value in values) for values in (p.mean, p.std))
     values = f"{ranges}, " if (ranges := describe_ranges(p.ranges)) else ""
-    return (
-        f"{values}shorter side to {p.resize} ({p.interpolation}), centre {p.resolution} × "
-        f"{p.resolution}, minus ({mean}), over ({std})"
-    )
+    return f"{values}{p.describe()}"
 
 
 def _check(path: Path, name: str, kind: Any, value: object) -> Any:
@@ -137,7 +133,8 @@ def _facts(inspection: FileInspection) -> Iterator[tuple[str, str]]:
     if description.arguments:
         yield "arguments", printable(", ".join(description.arguments))
     yield "classes", _list_classes(description)
-    yield "input", describe_input(description.preprocessing)
+    guess = " (assumed, as nobody said so)" if description.assumed else ""
+    yield "input", f"{describe_input(description.preprocessing)}{guess}"
     sha256 = f" (sha256 {description.source_sha256})" if description.source_sha256 else ""
     yield "weights", printable(f"from {description.source}{sha256}")
     if seen := description.seen:

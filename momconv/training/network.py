@@ -11,11 +11,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from momconv.errors import UsageError
 from momconv.files import model_file
 from momconv.momentum.sequential import momentum_stages
-from momconv.recipe import ANNEAL_FROM, ModelRecipe, MomentumRecipe, Recipe, TrainRecipe, names_code
+from momconv.recipe import (
+    ANNEAL_FROM,
+    DataRecipe,
+    ModelRecipe,
+    MomentumRecipe,
+    Recipe,
+    TrainRecipe,
+    names_code,
+)
 from momconv.surgery.conversion import convert, set_gamma
 from momconv.zoo import own
 from momconv.zoo.description import attach, describe
 from momconv.zoo.networks import check_resolution, replace_head
+from momconv.zoo.preparation import Preparation, describe_assumption, prepare_as
 from momconv.zoo.seen import SeenImages
 from momconv.zoo.stages import freeze
 from momconv.zoo.weights import load_network
@@ -39,16 +48,24 @@ def load(recipe: Recipe, tell: Callable[[str], None] = lambda _text: None) -> nn
     else:
         how = recipe.momentum
         gamma = gamma_at(how, epochs=0)
-        plain = load_plain(recipe.model, recipe.data.resolution, tell)
+        plain = load_plain(recipe.model, read_preparation(recipe.data).side, tell)
         if recipe.model.weights == "none" and not names_code(recipe.model.name):
             attach(plain, replace(describe(plain), seen=SeenImages(complete=True)))
         model = convert(plain, gamma, how.stages, how.velocity, gain=how.gain)
-    if recipe.data.resolution is not None:
-        check_resolution(model, recipe.data.resolution)
-        description = describe(model)
-        preprocessing = description.preprocessing.at(recipe.data.resolution)
-        attach(model, replace(description, preprocessing=preprocessing))
+    said = read_preparation(recipe.data)
+    if said.side is not None:
+        check_resolution(model, said.side)
+    prepare_as(model, said)
+    if note := describe_assumption(model):
+        tell(note)
+    attach(model, replace(describe(model), assumed=False))  # it learns with them, whatever they are
     return model
+
+
+def read_preparation(recipe: DataRecipe) -> Preparation:
+    """Return what the recipe says of how images become the network's input."""
+    names = ("resolution", "resize", "crop", "mean", "std", "interpolation")
+    return Preparation(**{name: getattr(recipe, name) for name in names})
 
 
 def load_plain(
@@ -58,9 +75,8 @@ def load_plain(
 ) -> nn.Module:
     """Return the network as it was before its conversion; its head may be a new one."""
     arguments = own.parse_arguments(recipe.arguments)
-    side = resolution or own.RESOLUTION
     return load_network(
-        recipe.name, recipe.weights, arguments, resolution=side, new_head=True, tell=tell
+        recipe.name, recipe.weights, arguments, resolution=resolution, new_head=True, tell=tell
     )
 
 

@@ -34,6 +34,7 @@ _FIXED = [
     *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
     *("momentum.calibrate", "momentum.anneal"),
     *("data.train_dir", "data.val_dir", "data.labels", "data.unknown_classes"),
+    *("data.resize", "data.crop", "data.mean", "data.std", "data.interpolation"),
     *("data.resolution", "data.val_frac", "data.split_seed", "data.limit", "data.max_images"),
     *("train.batch_size", "train.optimizer", "train.seed", "train.freeze", "train.freeze_bn"),
     *("train.ema", "train.monitor"),

@@ -195,7 +195,7 @@ def _calibrate(run: TrainingRun) -> None:
     is done, an image takes up to twice what it takes in half precision.
     """
     recipe, plan, half = run.recipe, run.plan, run.plan.precision != "fp32"
-    original = network.load_plain(recipe.model, recipe.data.resolution)
+    original = network.load_plain(recipe.model, network.read_preparation(recipe.data).side)
     network.place(original, run.device)
     alone = plan  # one process calibrates, which then takes more than its share of a batch
     if run.processes.count > 1:

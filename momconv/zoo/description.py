@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field, FiniteFloat, PositiveInt
 from torch import nn
 
 from momconv.errors import UsageError
+from momconv.vocabulary import Interpolation
 from momconv.zoo.seen import SeenImages
 
-_Pixels = Annotated[int, Field(gt=0, le=2**12)]  # bounds what a stranger's file can ask for
+Pixels = Annotated[int, Field(gt=0, le=2**12)]  # bounds what a stranger's file can ask for
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
-Interpolation = Literal[
-    "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
-]
-
-
 ValueRange = tuple[FiniteFloat, FiniteFloat]
 
 
@@ -59,8 +55,8 @@ class Preprocessing:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
-    resolution: _Pixels
-    resize: _Pixels
+    resolution: Pixels
+    resize: Pixels
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     interpolation: Interpolation = "bilinear"
@@ -70,6 +66,14 @@ class Preprocessing:
         """Return the same for another ``resolution``, with ``resize`` scaled in proportion."""
         resize = round(self.resize * resolution / self.resolution)
         return replace(self, resolution=resolution, resize=resize)
+
+    def describe(self) -> str:
+        """Return what is done to an image whose values are 8-bit, in that order."""
+        mean, std = (", ".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
+        return (
+            f"shorter side to {self.resize} ({self.interpolation}), centre {self.resolution} × "
+            f"{self.resolution}, minus ({mean}), over ({std})"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ class Description:
         source_sha256: SHA-256 of the file that the weights came from.
         arguments: Of the function that makes a network of the user's own, each as ``KEY=VALUE``.
         seen: The images that it was trained on; ``None`` when unknown.
+        assumed: Whether nobody said how images are prepared, so that ``preprocessing`` is a guess.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -97,6 +102,7 @@ class Description:
     source_sha256: str | None = None
     arguments: tuple[str, ...] = ()
     seen: SeenImages | None = None
+    assumed: bool = False
 
     def __post_init__(self) -> None:
         if self.classes is not None and len(self.classes) != self.num_classes:

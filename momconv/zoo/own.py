@@ -22,10 +22,12 @@ import yaml
 from torch import nn
 
 from momconv.errors import ResourceError, UsageError
+from momconv.vocabulary import Interpolation
 from momconv.words import quoted
-from momconv.zoo.description import Description, Interpolation, Preprocessing, attach
+from momconv.zoo.description import Description, Preprocessing, attach
 from momconv.zoo.networks import build_described, count_classes, replace_head
 from momconv.zoo.offline import is_offline
+from momconv.zoo.preparation import read_own
 
 RESOLUTION = 224  # pixels, of networks that do not know theirs
 _TIMM = "timm:"
@@ -55,7 +57,7 @@ def make(
     name: str,
     arguments: Mapping[str, Any] | None = None,
     *,
-    resolution: int = RESOLUTION,
+    resolution: int | None = None,
     pretrained: bool = False,
 ) -> nn.Module:
     """Return the network that ``name`` says, with a description.
@@ -63,7 +65,8 @@ def make(
     Args:
         name: Such as ``model.py:make`` or ``timm:resnet26``.
         arguments: Of the function.
-        resolution: Side of its images in pixels; timm's networks know theirs.
+        resolution: Side of its images in pixels, unless as the network says, or 224; timm's know
+            theirs.
         pretrained: Whether a network of timm's gets its published weights.
 
     Raises:
@@ -86,7 +89,10 @@ def make(
         raise UsageError(
             f"{name} makes a {type(model).__name__}, not a torch.nn.Module", kind="usage.factory"
         )
-    _describe(model, name, arguments, Preprocessing(resolution, resolution, _MEAN, _STD))
+    said, usual = read_own(model, name), Preprocessing(RESOLUTION, RESOLUTION, _MEAN, _STD)
+    preprocessing = said.apply(usual) if said else usual
+    preprocessing = preprocessing.at(resolution or preprocessing.resolution)
+    _describe(model, name, arguments, preprocessing, assumed=said is None)
     return model
 
 
@@ -160,10 +166,15 @@ def write_options(arguments: Sequence[str]) -> list[str]:
 
 
 def _describe(
-    model: nn.Module, name: str, arguments: Mapping[str, Any] | None, preprocessing: Preprocessing
+    model: nn.Module,
+    name: str,
+    arguments: Mapping[str, Any] | None,
+    preprocessing: Preprocessing,
+    *,
+    assumed: bool = False,
 ) -> None:
-    written = write_arguments(arguments or {})
-    attach(model, Description(name, count_classes(model), preprocessing, arguments=written))
+    written, classes = write_arguments(arguments or {}), count_classes(model)
+    attach(model, Description(name, classes, preprocessing, arguments=written, assumed=assumed))
 
 
 def _find(name: str) -> Callable[..., Any]:

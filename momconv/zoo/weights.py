@@ -42,7 +42,7 @@ def load_network(
     weights: str | Path = "DEFAULT",
     arguments: Mapping[str, Any] | None = None,
     *,
-    resolution: int = 224,
+    resolution: int | None = None,
     new_head: bool = False,
     tell: Callable[[str], None] = lambda _text: None,
 ) -> nn.Module:
@@ -55,7 +55,7 @@ def load_network(
             random weights. With a function of yours, all but a file leave the weights as it makes
             them.
         arguments: Of that function.
-        resolution: Of the images of the network that it makes, in pixels.
+        resolution: Of the images of the network that it makes, in pixels, unless it says.
         new_head: Whether the head will be replaced, so that a file need not have one.
         tell: Hears what of a file was taken, and under which names, where that is not plain.
 
@@ -150,7 +150,7 @@ def _load_own(
     name: str,
     weights: str | Path,
     arguments: Mapping[str, Any] | None,
-    resolution: int,
+    resolution: int | None,
     reading: _Reading,
 ) -> nn.Module:
     """Return the network that a function of the user's makes, or one of timm's."""
@@ -176,7 +176,8 @@ def _load(name: str, path: Path, published: Any | None, reading: _Reading) -> nn
     model = build(name, classes, resolution)
     reading.fill(name, path, model, state)
     digest = checkpoints.sha256(path)
-    description = replace(describe(model), source=encode_name(path.name), source_sha256=digest)
+    name_, assumed = encode_name(path.name), published is None
+    description = replace(describe(model), source=name_, source_sha256=digest, assumed=assumed)
     if published is not None:
         description = replace(
             description,
