@@ -27,7 +27,7 @@ from momconv.planner.profile import VARIANTS, MemoryProfile, profile
 from momconv.recipe import DataRecipe, ModelRecipe, MomentumRecipe, Recipe, TrainRecipe
 from momconv.surgery.calibration import calibrate
 from momconv.surgery.conversion import convert
-from momconv.training.finetuning import finetune
+from momconv.training.finetuning import Result, finetune
 from momconv.training.progress import SILENT, Listener
 from momconv.training.run_folder import RunFolder
 from momconv.zoo.description import describe
@@ -53,6 +53,7 @@ class Demo:
     finetuned: Path
     scores: dict[Path, Scores]  # on the held-out images
     memory: MemoryProfile
+    runs: tuple[Result, ...]  # that made the original and the fine-tuned one
 
 
 def demonstrate(
@@ -92,21 +93,23 @@ def _demonstrate(
     listener.tell(f"note: writing handwritten digits to {digits}")
     _write_images(digits, pictures, labels)
     listener.tell(f"note: pretraining a {ARCHITECTURE}")
-    original = finetune(
+    pretrained = finetune(
         _pretraining(digits / "pretrain", epochs[0]), folder / "pretraining", listener=listener
-    ).best
+    )
+    original = pretrained.best
     listener.tell(f"note: converting it, γ = {GAMMA}")
     converted = folder / "converted.safetensors"
     _convert(original, digits / "pretrain", converted, listener)
     listener.tell("note: fine-tuning it with momentum")
-    finetuned = finetune(
+    tuned = finetune(
         _finetuning(converted, digits / "train", epochs[1]),
         folder / "finetuning",
         listener=listener,
-    ).best
+    )
     listener.tell("note: comparing")
-    scores = {path: _score(path, digits / "val") for path in (original, converted, finetuned)}
-    return Demo(original, converted, finetuned, scores, _profile(converted, listener))
+    scores = {path: _score(path, digits / "val") for path in (original, converted, tuned.best)}
+    memory = _profile(converted, listener)
+    return Demo(original, converted, tuned.best, scores, memory, (pretrained, tuned))
 
 
 def _load_digits() -> tuple["NDArray[np.uint8]", list[int]]:

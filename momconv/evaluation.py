@@ -4,7 +4,7 @@ import itertools
 import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ T = TypeVar("T")
 _Z = 1.959964  # of the normal distribution, for 95 %
 _BINS = 15  # of confidence, as in Guo et al. 2017
 _WORST = 10
+_TOP = 5  # classes, among which the right one is, where there are more
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class Scores:
     confusion: tuple[tuple[int, ...], ...]  # images of the row's class predicted as the column's
     mistakes: tuple[Mistake, ...]  # the most confident ones, the worst first
     said: tuple[int, ...]  # the class of each image, in their order; NONE without an answer
+    top5: float | None = None  # among the five most probable; None with no more classes than that
 
     @property
     def unanswered(self) -> int:
@@ -121,13 +123,15 @@ def evaluate(  # noqa: PLR0913 (one for each choice)
     workers: int = 0,
     precision: Precision = "fp32",
     progress: Callable[[int, int], None] | None = None,
+    hear: Callable[[Tensor], None] | None = None,
 ) -> Scores:
     """Return the scores of ``model``, in eval mode, with the preprocessing that it describes.
 
     All ``images`` count; ``momconv.keep_unseen`` leaves out those that the model was trained on.
 
     The model moves to ``device``; its training flags are afterwards what they were. ``progress`` is
-    called with the number of images done and the number of all. Where memory runs out, fewer than
+    called with the number of images done and the number of all, ``hear`` with the probabilities of
+    each batch, in the order of this process's images. Where memory runs out, fewer than
     ``batch_size`` images go through the network at once.
 
     In a job of torch.distributed each process takes a share of the images, and all get the scores
@@ -154,7 +158,7 @@ def evaluate(  # noqa: PLR0913 (one for each choice)
     calibration = MulticlassCalibrationError(
         len(images.classes), n_bins=_BINS, sync_on_compute=count > 1
     ).to(device)
-    confidences, said = list[float](), list[int]()
+    found = _Answers()
     parts = Parts()
     with in_eval_mode(model.to(device)), torch.no_grad():
         for pictures, labels in _read_together(loader, count):
@@ -165,12 +169,34 @@ def evaluate(  # noqa: PLR0913 (one for each choice)
             loss.update(F.cross_entropy(outputs, targets, reduction="none"))
             probabilities = outputs.softmax(1)
             calibration.update(probabilities.nan_to_num(0), targets)
-            confidences += probabilities.amax(1).tolist()
-            said += named.tolist()
+            found.add(named, probabilities, targets)
+            if hear:
+                hear(probabilities.cpu())
             if progress:
-                progress(len(said), len(dataset))
-    found = metrics.compute() | {"loss": loss.compute(), "calibration": calibration.compute()}
-    return _summarise(found, images, _gather(said, count), _gather(confidences, count))
+                progress(len(found.said), len(dataset))
+    figures = metrics.compute() | {"loss": loss.compute(), "calibration": calibration.compute()}
+    return _summarise(figures, images, found.gather(count))
+
+
+@dataclass(slots=True)
+class _Answers:
+    """What is said of each image."""
+
+    said: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    near: list[bool] = field(default_factory=list)  # whether the right class is among the first
+
+    def add(self, named: Tensor, probabilities: Tensor, targets: Tensor) -> None:
+        """Remember a batch."""
+        first = probabilities.topk(min(_TOP, probabilities.shape[1])).indices
+        self.said += named.tolist()
+        self.confidences += probabilities.amax(1).tolist()
+        self.near += ((first == targets[:, None]).any(1) & (named != NONE)).tolist()
+
+    def gather(self, count: int) -> "_Answers":
+        """Return what ``count`` processes found on their shares, in the order of the images."""
+        parts = (self.said, self.confidences, self.near)
+        return _Answers(*(_gather(part, count) for part in parts))  # type: ignore[arg-type]
 
 
 def _check(images: ImageSet, num_classes: int) -> None:
@@ -245,9 +271,7 @@ def _make_metrics(classes: int, *, sync: bool) -> MetricCollection:
     )
 
 
-def _summarise(
-    found: Mapping[str, Tensor], images: ImageSet, said: Sequence[int], confidences: Sequence[float]
-) -> Scores:
+def _summarise(found: Mapping[str, Tensor], images: ImageSet, answered: _Answers) -> Scores:
     kinds = len(images.classes)
     columns = (found[name].tolist()[:kinds] for name in ("precision", "recall", "f1"))
     support = images.counts().values()
@@ -263,8 +287,9 @@ def _summarise(
         calibration_error=float(found["calibration"]),
         classes=classes,
         confusion=tuple(map(tuple, found["confusion"][:kinds, :kinds].tolist())),
-        mistakes=_find_mistakes(images, said, confidences),
-        said=tuple(said),
+        mistakes=_find_mistakes(images, answered.said, answered.confidences),
+        said=tuple(answered.said),
+        top5=sum(answered.near) / n if kinds > _TOP else None,
     )
 
 

@@ -99,6 +99,29 @@ def test_the_worst_mistakes_are_those_it_is_surest_of(scores: Scores, images: Im
     assert probabilities[-1] > 0.99
 
 
+class Ranking(nn.Module):
+    """Puts the class "a" before "b" and so on, whatever the image."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.logits = -torch.arange(classes).float()
+        attach(self, Description("cifar_resnet20", classes, PREPROCESSING))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits.expand(len(images), -1)
+
+
+def test_the_right_class_may_be_among_the_five_first(images: ImageSet) -> None:
+    """Of the classes "a" to "f" the last one is the sixth; the others have four images each."""
+    samples = [replace(s, label=n // 4) for n, s in enumerate(images.samples)]
+    six = ImageSet(images.source, tuple("abcdef"), tuple(samples))
+    heard = list[Tensor]()
+    scores = evaluate(Ranking(6), six, batch_size=7, hear=heard.append)
+    assert (scores.top1, scores.top5) == (4 / 24, 20 / 24)
+    assert torch.equal(torch.cat(heard), Ranking(6).logits.softmax(0).expand(24, -1))
+    assert evaluate(Ranking(3), images).top5 is None  # of three it always is
+
+
 class Sure(nn.Module):
     """Says "blue" with the same confidence for every image."""
 

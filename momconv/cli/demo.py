@@ -2,6 +2,7 @@
 
 import shlex
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,12 +26,17 @@ def demo(
     """Train on handwritten digits, convert, fine-tune and compare, in a minute or two."""
     from momconv.demo import demonstrate
     from momconv.reports.memory import judge
+    from momconv.reports.run import report_run
 
     with ExitStack() as bars:
-        done = demonstrate(output, listener=Display(bars))
+        display = Display(bars)
+        done = demonstrate(output, listener=display)
+        for run in done.runs:
+            report_run(run, partial(display.advance, f"describing {run.folder.name}"))
     out.print(_tabulate(done))
     out.print(Text(f"\n{judge(done.memory)}"))
     file, data = (shlex.quote(str(p)) for p in (done.finetuned, output / "digits" / "val"))
+    out.print(Text(f"report: {done.runs[-1].folder / 'report.html'}"), soft_wrap=True)
     out.print(Text(f"next: momconv eval {file} --data {data}"), soft_wrap=True)
 
 

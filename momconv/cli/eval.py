@@ -1,7 +1,7 @@
 """``momconv eval``."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,11 +23,12 @@ from momconv.units import parse_share
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from momconv.data.source import ImageSet
     from momconv.data.unseen import Exposure
     from momconv.evaluation import Scores
+    from momconv.reports.evaluation import EvaluationFolder
     from momconv.zoo.description import Description, Preprocessing
 
 
@@ -67,6 +68,18 @@ def evaluate(  # noqa: PLR0913 (one for each option)
         ),
     ] = None,
     device: DeviceOption = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Write a report there, and what is said of each image.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier evaluation there.")
+    ] = False,
     max_bad_fraction: Annotated[
         float, typer.Option(metavar="F", min=0, max=1, help="Of unreadable images, left out.")
     ] = 0.05,
@@ -79,6 +92,7 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     from momconv.files.model_file import read_description
     from momconv.planner.devices import find_device
 
+    record = _open_record(output, data, overwrite=overwrite)
     least = None if min_top1 is None else parse_share(min_top1, "--min-top1")
     where = find_device(device)
     others, description = compare or [], read_description(file)
@@ -93,20 +107,40 @@ def evaluate(  # noqa: PLR0913 (one for each option)
         [known.seen for known in (description, *compared)],
         keep_all=split == "train",
     )
-    if exposure.counted:
-        warn(exposure.describe(len(images.samples)))
-    chosen = count_workers(len(images.samples), where) if workers is None else workers
-    reading = {"batch_size": batch_size, "workers": chosen}
-    scores = {path: _score(load(path), path, images, where, reading) for path in (file, *others)}
+    _warn_of_counted(exposure, images)
+    reading = {
+        "batch_size": batch_size,
+        "workers": count_workers(len(images.samples), where) if workers is None else workers,
+    }
+    scores = {
+        file: _score(load(file), file, images, where, reading, record.hear if record else None)
+    }
+    scores |= {path: _score(load(path), path, images, where, reading) for path in others}
+    if record:
+        record.write(file, images, description, scores[file], exposure.describe(scores[file].n))
+        note(f"a report is in {record.report}")
     failure = _judge(file, scores[file], least)
     if json_output:
         _print_json(scores, images, exposure, failure)
-    else:
-        _print(scores, exposure)
-        if failure:
-            raise failure
+        raise typer.Exit(failure.exit_code if failure else 0)
+    _print(scores, exposure)
     if failure:
-        raise typer.Exit(failure.exit_code)
+        raise failure
+
+
+def _open_record(output: Path | None, data: Path, *, overwrite: bool) -> "EvaluationFolder | None":
+    from momconv.reports.evaluation import EvaluationFolder
+
+    if output is None:
+        return None
+    record = EvaluationFolder(output, data)
+    record.require_free(overwrite=overwrite)
+    return record
+
+
+def _warn_of_counted(exposure: "Exposure", images: "ImageSet") -> None:
+    if exposure.counted:
+        warn(exposure.describe(len(images.samples)))
 
 
 def _score(
@@ -115,6 +149,7 @@ def _score(
     images: "ImageSet",
     device: "torch.device",
     reading: Mapping[str, int],
+    hear: "Callable[[Tensor], None] | None" = None,
 ) -> "Scores":
     from momconv.evaluation import evaluate as score
     from momconv.words import plural
@@ -127,6 +162,7 @@ def _score(
             device=device,
             workers=reading["workers"],
             progress=lambda done, _: report(done, ""),
+            hear=hear,
         )
     if scores.unanswered == scores.n:
         raise ModelFileError(

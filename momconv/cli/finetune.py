@@ -397,6 +397,7 @@ def _print_result(result: "Result", recipe: Recipe) -> None:
         "last model": result.last,
         "numbers": run.metrics,
         "card": run.card,
+        "report": run.report,
         "next": f"momconv eval {shlex.quote(str(result.best))} --data {data}{own}",
     }
     for label, value in rows.items():

@@ -16,7 +16,7 @@ from momconv.planner.micro_batch import Curve, Line, StaticBytes
 from momconv.planner.prediction import PeakMemory, Predictor, StepPrediction, Training
 from momconv.planner.speed import measure_speed
 from momconv.planner.stages import assign_modules
-from momconv.vocabulary import STRATEGIES, StrategyChoice
+from momconv.vocabulary import STRATEGIES, Strategies, StrategyChoice
 
 # "plain" is the network before its conversion; the others are strategies of the converted one.
 Variant = Literal["plain", StrategyChoice]
@@ -121,6 +121,33 @@ def profile(
     least = min(gamma for gamma in gammas.values() if gamma)
     speed = _find_speed(model, training, measuring=measuring)
     return MemoryProfile(static, least, stages, speed, tuple(profiles))
+
+
+def compare_peaks(
+    model: nn.Module, training: Training, images: int, chosen: Strategies
+) -> dict[str, PeakMemory]:
+    """Predict the peak of a step with so many ``images``, in each way that people compare.
+
+    Those are the plain network, the converted one checkpointed and with momentum, and as
+    ``chosen``. A network that is not converted is only plain.
+    """
+    model = copy.deepcopy(model).to("meta").train()
+    gammas = {name: stage.gamma for name, stage in momentum_stages(model).items()}
+    predictor, peaks = Predictor(model, training), dict[str, PeakMemory]()
+
+    def predict(variant: Variant, name: str) -> None:
+        _become(predictor.model, variant, gammas)
+        peaks[name] = predictor.predict(images).peak
+
+    predict("plain", "plain")
+    if any(gammas.values()):
+        predict("checkpoint", "checkpointed")
+        predict("momentum", "momentum")
+        for name, stage in momentum_stages(predictor.model).items():
+            stage.gamma = gammas[name]
+        set_strategy(predictor.model, chosen)
+        peaks["chosen"] = predictor.predict(images).peak
+    return peaks
 
 
 def _find_speed(model: nn.Module, training: Training, *, measuring: bool) -> Speed:

@@ -1,9 +1,11 @@
 """What a finished run leaves for people: pictures, a model card, and a config for other tools."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from torch import nn
 
 from momconv.data.dataset import count_workers
 from momconv.evaluation import Scores, evaluate
@@ -11,7 +13,11 @@ from momconv.files.atomic import write_text
 from momconv.files.export import to_config
 from momconv.files.model_file import load
 from momconv.planner.devices import find_device
+from momconv.planner.prediction import PeakMemory, Training
+from momconv.planner.profile import compare_peaks
 from momconv.reports.model_card import compose_card
+from momconv.reports.page import render
+from momconv.reports.run_page import compose_run_page
 from momconv.reports.run_plots import (
     draw_confusion,
     draw_curves,
@@ -30,7 +36,7 @@ _BATCH = 32  # images to evaluate at once
 
 
 def report_run(result: Result, progress: Callable[[int, int], None] | None = None) -> None:
-    """Write ``README.md``, ``config.json`` and pictures to the folder of a run.
+    """Write ``README.md``, ``report.html``, ``config.json`` and pictures to the folder of a run.
 
     The network of the best epoch is evaluated once more, for the confusion and the mistakes, which
     a run does not keep. ``progress`` is called with the number of images done and of all.
@@ -61,15 +67,36 @@ def _report(result: Result, progress: Callable[[int, int], None] | None) -> None
             progress=progress,
         )
     run = RunFolder(result.folder)
-    plots = _draw(result, description, scores) if recipe.log.plots else []
+    peaks = _compare_peaks(model, result) if recipe.log.plots else {}
+    plots = _draw(result, description, scores, peaks) if recipe.log.plots else []
     config = json.dumps(to_config(description), indent=2, ensure_ascii=False)
     write_text(run.model_config, f"{config}\n")
     write_text(run.card, compose_card(result, description, scores, plots))
     if scores:
         write_text(run.confusion, confusion_to_csv(scores))
+    page = compose_run_page(result, description, scores, plots, peaks)
+    write_text(run.report, render(page))
 
 
-def _draw(result: Result, description: Description, scores: Scores | None) -> list[Path]:
+def _compare_peaks(model: nn.Module, result: Result) -> dict[str, PeakMemory]:
+    """Return what a step of the run takes in each way that people compare, predicted."""
+    request, plan = result.plan.request, result.plan
+    training = Training(
+        request.resolution,
+        plan.precision,
+        request.optimizer,
+        ema=request.ema,
+        device=request.device,
+    )
+    return compare_peaks(model, training, plan.micro_batch, plan.strategy)
+
+
+def _draw(
+    result: Result,
+    description: Description,
+    scores: Scores | None,
+    peaks: Mapping[str, PeakMemory],
+) -> list[Path]:
     """Return the pictures that were drawn, and remove earlier ones that are not drawn now."""
     run = RunFolder(result.folder)
     run.plots.mkdir(exist_ok=True)
@@ -83,7 +110,7 @@ def _draw(result: Result, description: Description, scores: Scores | None) -> li
         draw_confusion(scores, confusion)
     if scores and scores.mistakes:
         draw_mistakes(scores.mistakes, description.preprocessing, mistakes)
-    draw_memory(result.plan, memory)
+    draw_memory(result.plan, peaks, memory)
     draw_training_images(result.splits.train, description.preprocessing, result.recipe, images)
     with suppress(OSError, ValueError, LookupError):  # there is no such table, or a damaged one
         draw_rates(run.rates, result.recipe.train.resolved_lr, rates)

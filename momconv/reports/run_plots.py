@@ -3,7 +3,7 @@
 import csv
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from momconv.data.transforms import training_transform
 from momconv.evaluation import Mistake, Scores
 from momconv.files.atomic import write_atomically
 from momconv.planner.plan import Plan
+from momconv.planner.prediction import PeakMemory
 from momconv.recipe import Recipe
 from momconv.training.progress import EpochRow
 from momconv.words import printable
@@ -33,24 +34,29 @@ _EXAMPLES = 15  # images
 _COLUMNS = 5  # of them
 _CELL = 240  # pixels of an image with its words
 _SIDE = 190  # pixels of the image
+_TITLE = 44  # pixels above the images
 _TEXT = 13  # pixels of the words' height
 _DPI = 100
+_MIB = 2**20
 _LENGTH = 24  # characters of a class
 
 
 def draw_curves(history: Sequence[EpochRow], path: Path) -> None:
-    """Draw loss, top-1, learning rate and, where it changes, γ over the epochs."""
+    """Draw loss, top-1 and macro F1, learning rate and, where it changes, γ over the epochs."""
     epochs = [row.epoch for row in history]
     validated = [row for row in history if row.val_loss is not None]
     held_out = [row.epoch for row in validated]
-    titles = ["loss", "top-1 of held-out images, %", "learning rate"]
+    titles = ["loss", "scores of held-out images, %", "learning rate"]
     titles += ["γ"] if len({row.gamma for row in history}) > 1 else []
     with _figure(path, (4 * len(titles), 3)) as figure:
         loss, top1, rate, *gamma = panels = figure.subplots(1, len(titles))
         loss.plot(epochs, [row.train_loss for row in history], ".-", label="training")
         loss.plot(held_out, [row.val_loss for row in validated], ".-", label="held out")
         loss.legend()
-        top1.plot(held_out, [100 * (row.val_top1 or 0) for row in validated], ".-")
+        top1.plot(held_out, [100 * (row.val_top1 or 0) for row in validated], ".-", label="top-1")
+        f1 = [100 * row.val_macro_f1 if row.val_macro_f1 is not None else None for row in validated]
+        top1.plot(held_out, f1, ".--", label="macro F1")
+        top1.legend()
         rate.plot(epochs, [row.lr for row in history], ".-")
         for axes in gamma:
             axes.plot(epochs, [row.gamma for row in history], ".-")
@@ -74,9 +80,9 @@ def draw_confusion(scores: Scores, path: Path) -> None:
         ticks = range(len(shown))
         axes.set_xticks(ticks, names, rotation=90)
         axes.set_yticks(ticks, names)
-        axes.set(xlabel="said", ylabel="is")
-        if len(shown) < len(scores.classes):
-            axes.set(title=f"the {len(shown)} most confused of {len(scores.classes)} classes")
+        all_ = len(shown) == len(scores.classes)
+        which = "" if all_ else f" ({len(shown)} most confused of {len(scores.classes)} classes)"
+        axes.set(xlabel="said", ylabel="is", title=f"What is taken for what{which}")
         for row, column in ((r, c) for r in ticks for c in ticks if len(shown) <= _MOST_COUNTS):
             colour = "white" if shares[row][column] > 0.5 else "black"
             number = str(counts[row][column])
@@ -88,7 +94,8 @@ def draw_mistakes(mistakes: Sequence[Mistake], p: Preprocessing, path: Path) -> 
     texts = [
         f"said {_shorten(m.said)} ({m.probability:.0%})\nis {_shorten(m.truth)}" for m in mistakes
     ]
-    _draw_images((decode(mistake.path, p.ranges) for mistake in mistakes), texts, path)
+    images = (decode(mistake.path, p.ranges) for mistake in mistakes)
+    _draw_images("The surest mistakes", images, texts, path)
 
 
 def draw_training_images(images: ImageSet, p: Preprocessing, recipe: Recipe, path: Path) -> None:
@@ -101,7 +108,8 @@ def draw_training_images(images: ImageSet, p: Preprocessing, recipe: Recipe, pat
     numbers = [number * total // count for number in range(count)]
     pictures = (to_pil_image((dataset[n][0] * std + mean).clamp(0, 1)) for n in numbers)
     names = [_shorten(images.classes[images.samples[n].label]) for n in numbers]
-    _draw_images(pictures, names, path)
+    title = f"Training images as in the first epoch (augment: {data.augment})"
+    _draw_images(title, pictures, names, path)
 
 
 def draw_rates(table: Path, chosen: float, path: Path) -> None:
@@ -114,21 +122,24 @@ def draw_rates(table: Path, chosen: float, path: Path) -> None:
         axes.plot(rates, [float(row["loss"]) for row in rows], ".", label="loss of a step")
         axes.plot(rates, [float(row["smoothed"]) for row in rows], label="smoothed")
         axes.axvline(chosen, color="tab:green", label=f"chosen: {chosen:g}")
-        axes.set(xscale="log", xlabel="learning rate")
+        axes.set(xscale="log", xlabel="learning rate", title="Loss at the rates that were tried")
         axes.xaxis.set_major_formatter("{x:g}")  # the usual one writes formulas
         axes.xaxis.set_minor_formatter("")
         axes.legend()
 
 
-def _draw_images(images: Iterable[Image.Image], texts: Sequence[str], path: Path) -> None:
+def _draw_images(
+    title: str, images: Iterable[Image.Image], texts: Sequence[str], path: Path
+) -> None:
     from matplotlib.font_manager import findfont
 
     font = ImageFont.truetype(findfont("DejaVu Sans"), _TEXT)  # which comes with matplotlib
-    width, height = _COLUMNS * _CELL, math.ceil(len(texts) / _COLUMNS) * _CELL
+    width, height = _COLUMNS * _CELL, _TITLE + math.ceil(len(texts) / _COLUMNS) * _CELL
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
+    draw.text((width / 2, 10), title, "black", font.font_variant(size=18), anchor="ma")
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
-        x, y = _CELL * (number % _COLUMNS), _CELL * (number // _COLUMNS)
+        x, y = _CELL * (number % _COLUMNS), _TITLE + _CELL * (number // _COLUMNS)
         small = _shrink(image)
         sheet.paste(small, (x + (_CELL - small.width) // 2, y))
         place = (x + _CELL / 2, y + _SIDE + 4)
@@ -142,18 +153,53 @@ def _shrink(image: Image.Image) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def draw_memory(plan: Plan, path: Path) -> None:
-    """Draw the peak of a training step, as predicted and as measured, and the limit."""
-    amounts = {"predicted": plan.predicted_bytes, "measured": plan.measured_bytes}
-    known = {name: amount / 2**20 for name, amount in amounts.items() if amount is not None}
-    known["limit"] = plan.limit_bytes / 2**20
-    with _figure(path, (8, 2.4)) as figure:
+def draw_memory(plan: Plan, peaks: Mapping[str, PeakMemory], path: Path) -> None:
+    """Draw the peak of a training step in each way by its parts, what was measured, and the limit.
+
+    Without ``peaks`` the one that was predicted is not divided.
+    """
+    measured, limit = plan.measured_bytes, plan.limit_bytes / _MIB
+    totals = {name: peak.total / _MIB for name, peak in peaks.items()}
+    totals |= {} if peaks else {"predicted": plan.predicted_bytes / _MIB}
+    totals |= {} if measured is None else {"measured": measured / _MIB}
+    with _figure(path, (8, 1.6 + 0.45 * len(totals))) as figure:
         axes = figure.subplots()
-        colours = ["tab:blue"] * (len(known) - 1) + ["lightgrey"]
-        bars = axes.barh([*known], [*known.values()], color=colours)
-        axes.bar_label(bars, fmt="%.0f MiB", padding=3)
-        axes.set(xlabel="MiB at the peak of a training step", xlim=(0, 1.15 * max(known.values())))
+        left = dict.fromkeys(totals, 0.0)
+        for part in split_peak(next(iter(peaks.values()))) if peaks else ():
+            widths = {name: split_peak(peak)[part] / _MIB for name, peak in peaks.items()}
+            if any(widths.values()):
+                begins = [left[name] for name in widths]
+                axes.barh([*widths], [*widths.values()], left=begins, label=part)
+                left |= {name: left[name] + width for name, width in widths.items()}
+        whole = {name: total for name, total in totals.items() if name not in peaks}
+        axes.barh([*whole], [*whole.values()], color="grey")
+        for place, total in enumerate(totals.values()):
+            axes.text(total, place, f" {total:.0f} MiB", va="center")
+        largest = max(totals.values())
+        if limit < 1.5 * largest:
+            axes.axvline(limit, color="tab:red", linestyle="--", label="limit")
+        axes.set(
+            title=f"Peak of a training step of {plan.micro_batch} images, predicted",
+            xlabel="MiB",
+            xlim=(0, 1.18 * max(largest, limit if limit < 1.5 * largest else 0)),
+        )
         axes.invert_yaxis()
+        if peaks:
+            axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def split_peak(peak: PeakMemory) -> dict[str, int]:
+    """Return the parts of a peak in bytes, under what people call them."""
+    return {
+        "weights": peak.weights + peak.ema,
+        "gradients": peak.gradients,
+        "optimiser state": peak.optimizer,
+        "images": peak.batch,
+        "activations": sum(peak.activations.values()),
+        "side information": peak.side_information,
+        "recomputed and scratch": peak.transients,
+        "context and fragmentation": peak.allowance,
+    }
 
 
 def _choose_classes(scores: Scores) -> list[int]:

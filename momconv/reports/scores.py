@@ -23,9 +23,10 @@ def show_scores(scores: Scores, remark: str = "") -> Iterator[RenderableType]:
     A ``remark`` on all of it stands below the first ones.
     """
     low, high = scores.interval
+    top5 = f", top-5 {scores.top5:.2%}" if scores.top5 is not None else ""
     yield Text(
         f"top-1 {scores.top1:.2%} (95 % interval {low:.1%} to {high:.1%}) "
-        f"on {plural(scores.n, 'image')}\nmacro F1 {scores.macro_f1:.3f} · "
+        f"on {plural(scores.n, 'image')}{top5}\nmacro F1 {scores.macro_f1:.3f} · "
         f"calibration error {scores.calibration_error:.3f} · loss {scores.loss:.4f}"
     )
     if uncovered := scores.uncovered:

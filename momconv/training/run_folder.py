@@ -88,6 +88,7 @@ class RunFolder:
     board = _Child("tensorboard")  # the same for TensorBoard, if that is asked for
     card = _Child("README.md")  # what the network is, for people
     model_config = _Child("config.json")  # the same for other tools
+    report = _Child("report.html")  # all of this to look at
     confusion = _Child("confusion.csv")  # what held-out images of each class are taken for
     plots = _Child("plots")  # the run in pictures
 
@@ -289,7 +290,7 @@ class RunFolder:
             *(self.config, self.provenance, self.plan, self.split, self.data_report, self.rates),
             *(self.state, self.previous, self.damaged, self.best, self.last),
             *(self.metrics, self.events, self.board),
-            *(self.card, self.model_config, self.confusion, self.plots),
+            *(self.card, self.model_config, self.report, self.confusion, self.plots),
         }
 
     def _others(self, known: Collection[Path]) -> list[Path]:

@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import PageReader
 from typer.testing import CliRunner, Result
 
 from momconv.cli import app
@@ -63,6 +65,36 @@ def test_the_folder_of_a_run_is_its_best_model(run_folder: Path, colours: Path) 
     )
     assert named == best
     assert named["file"] == str(run_folder / "best.safetensors")
+
+
+def test_a_folder_gets_a_report_and_what_is_said_of_each_image(
+    model: Path, colours: Path, tmp_path: Path
+) -> None:
+    words: list[str | Path] = [model, "--data", colours, "-o", tmp_path / "out", "--json"]
+    document = json.loads(run(*words).stdout)
+    names = ["confusion.csv", "confusion.png", "predictions.csv", "report.html"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+    page = PageReader((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert f"{document['top1']:.1%} top-1 on 24 images" in page.text
+    assert page.pictures == 1 + len(document["mistakes"])
+    with (tmp_path / "out" / "predictions.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["path"] for row in rows}) == 24
+    hits = sum(row["label"] == row["prediction"] for row in rows)
+    assert hits == round(24 * document["top1"])
+    for row in rows:
+        assert Path(row["path"]).parent.name == row["label"]
+        shares = {name: float(row[name]) for name in ("blue", "green", "red")}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
+        assert shares[row["prediction"]] == max(shares.values()) == float(row["probability"])
+
+    again = json.loads(run(*words).stdout)["error"]
+    assert (again["code"], again["kind"]) == (2, "usage.output_exists")
+    assert run(*words, "--overwrite").exit_code == 0
+    inside = json.loads(run(*words[:-2], colours / "out", "--json").stdout)["error"]
+    assert inside["kind"] == "usage.output_in_data"
+    assert not (colours / "out").exists()
 
 
 def test_the_validation_split_is_taken_where_there_is_one(

@@ -143,7 +143,7 @@ def test_results_are_on_stdout_and_the_rest_on_stderr(colours: Path, tmp_path: P
     ran = run("--data", colours, *SMALL, *IN_PROCESS, "--epochs", "1", "-o", folder)
     assert ran.exit_code == 0
     labels = [line.split("  ")[0] for line in ran.stdout.splitlines()]
-    assert labels == ["best top-1", "best model", "last model", "numbers", "card", "next"]
+    assert labels == ["best top-1", "best model", "last model", "numbers", "card", "report", "next"]
     command = f"momconv eval {folder / 'best.safetensors'} --data {colours}"
     assert ran.stdout.splitlines()[-1].split(maxsplit=1)[1] == command
     lines = ran.stderr.splitlines()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from pages import PageReader
 from PIL import Image
 
 from momconv.evaluation import ClassScore, Mistake, Scores
@@ -125,9 +126,44 @@ def test_without_plots_everything_else_is_written(run: Result, tmp_path: Path) -
 
     report_run(replace(run, folder=tmp_path, recipe=recipe))
 
-    written = ["README.md", "config.json", "confusion.csv"]
+    written = ["README.md", "config.json", "confusion.csv", "report.html"]
     assert sorted(path.name for path in tmp_path.iterdir()) == written
     assert "plots/" not in (tmp_path / "README.md").read_text()
+
+
+def test_the_page_shows_the_run(folder: Path, run: Result) -> None:
+    page = PageReader((folder / "report.html").read_text(encoding="utf-8"))
+    # Curves, confusion, memory and training images, and the worst errors one by one.
+    wrong = round(6 * (1 - (run.best_epoch.val_top1 or 0)))
+    assert page.pictures == 4 + wrong
+    for word in (
+        "cifar_resnet20 on colours",
+        f"{run.best_epoch.val_top1:.1%} top-1 on 6 images 95 % interval",
+        f"The surest of {wrong} mistakes.",
+        "class images precision recall F1 blue 2",
+        "predicted plain checkpointed momentum chosen weights 1.0 MiB",
+        "18 images in",
+        str(run.splits.fingerprint),
+        "momconv predict",
+        "strategy",
+    ):
+        assert word in page.text
+
+
+def test_the_page_needs_no_pictures_and_no_scores(run: Result, tmp_path: Path) -> None:
+    splits = replace(run.splits, val=run.splits.val.select([]))
+    epoch = replace(run.best_epoch, val_loss=None, val_top1=None)
+    recipe = run.recipe.change(log={"plots": False})
+
+    report_run(
+        replace(
+            run, folder=tmp_path, recipe=recipe, splits=splits, best_epoch=epoch, history=(epoch,)
+        )
+    )
+
+    page = PageReader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.pictures == 0
+    assert "top-1" not in page.text
 
 
 def test_without_held_out_images_there_are_no_scores(run: Result, tmp_path: Path) -> None:
