@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from momconv.surgery.conversion import convert, revert
     from momconv.surgery.distillation import distill
     from momconv.training.finetuning import finetune
+    from momconv.training.releasing import release_gradients
     from momconv.zoo.weights import load_network
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "peak_memory",
     "plan",
     "predict",
+    "release_gradients",
     "revert",
     "save",
     "set_strategy",
@@ -58,6 +60,7 @@ _HOMES = {
     "peak_memory": "planner.prediction",
     "plan": "planner.search",
     "predict": "prediction",
+    "release_gradients": "training.releasing",
     "revert": "surgery.conversion",
     "save": "files.model_file",
     "set_strategy": "momentum.sequential",

@@ -270,7 +270,12 @@ class TrainRecipe(_Section):
         Count | Literal["auto"],
         Option("--micro-batch", "N", "Images in the network at once. (default: {})", _MEMORY),
     ] = "auto"
-    optimizer: OptimizerName = "sgd"
+    optimizer: Annotated[
+        OptimizerName,
+        Option(
+            "--optimizer", "NAME", "{} (default), adamw, sgd-8bit or adamw-8bit.", _OPTIMISATION
+        ),
+    ] = "sgd"
     lr: Annotated[
         PositiveFloat | Literal["auto"] | None,
         Option("--lr", "RATE", "Highest learning rate, or auto to look for one.", _OPTIMISATION),
@@ -316,7 +321,8 @@ class TrainRecipe(_Section):
         Option("--memory", "AMOUNT", "Limit, such as 3GiB. (default: what is free)", _MEMORY),
     ] = None
     headroom: BelowOne = 0.1  # of the free memory, kept back where ``memory`` is not given
-    may_change: list[Literal["gamma", "precision"]] = []  # by the plan, to be faster
+    release_gradients: bool | Literal["auto"] = "auto"  # use and free each in the backward pass
+    may_change: list[Literal["gamma", "precision", "optimizer"]] = []  # by the plan
     device: Annotated[str, Option("--device", "NAME", "auto, cpu, cuda or cuda:1.", _MEMORY)] = (
         "auto"
     )
@@ -343,6 +349,23 @@ class TrainRecipe(_Section):
         bool,
         Option("--sync-bn", "", "Let BatchNorm see the images of all processes; on GPUs.", _MEMORY),
     ] = False  # BatchNorm sees a micro-batch of all processes
+
+    @property
+    def can_release_gradients(self) -> bool:
+        """Whether nothing asks for all gradients at once; in fp16, the scale of the loss does."""
+        undivided = self.micro_batch == "auto" or self.micro_batch > self.batch_size
+        return undivided and self.clip is None and self.precision != "fp16"
+
+    @model_validator(mode="after")
+    def _check_release(self) -> Self:
+        if self.release_gradients is not True or self.can_release_gradients:
+            return self
+        raise UsageError(
+            "train.release_gradients needs the whole batch at once, and neither the norm of all "
+            "gradients (train.clip) nor fp16, which looks at all of them",
+            kind="usage.conflict",
+            fix="--set train.release_gradients=auto",
+        )
 
     @property
     def resolved_lr(self) -> float:

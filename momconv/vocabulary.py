@@ -4,7 +4,7 @@ An optimiser or a strategy is its name and its row here, besides the code that c
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -16,7 +16,7 @@ Strategies = StrategyChoice | dict[str, str]  # one for all stages, or each stag
 Interpolation = Literal[
     "nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"
 ]
-OptimizerName = Literal["sgd", "adamw"]
+OptimizerName = Literal["sgd", "adamw", "sgd-8bit", "adamw-8bit"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,9 @@ class OptimizerRow:
     """What is known of an optimiser before it runs.
 
     Attributes:
-        class_name: Of its class in torch.optim, which also is its name in reports.
-        states: Tensors that it keeps for each trainable parameter, of its size.
+        class_name: Of its class in torch.optim or, of 8 bits, momconv.eightbit, and in reports.
+        states: Tensors that it keeps for each trainable parameter, of its shape.
+        bits: Of each of their values.
         rates: The range in which a learning rate is looked for.
         default_rate: The highest rate for a batch of so many images.
         arguments: What it is made with besides rate and weight decay, given the recipe's momentum.
@@ -69,24 +70,29 @@ class OptimizerRow:
 
     class_name: str
     states: int
+    bits: Literal[8, 32] = 32
     rates: tuple[float, float]
     default_rate: Callable[[int], float]
     arguments: Callable[[float], Mapping[str, object]]
 
 
+_SGD = OptimizerRow(
+    class_name="SGD",
+    states=1,
+    rates=(1e-5, 1.0),
+    default_rate=lambda batch_size: 0.01 * batch_size / 32,
+    arguments=lambda momentum: {"momentum": momentum, "nesterov": momentum > 0},
+)
+_ADAMW = OptimizerRow(
+    class_name="AdamW",
+    states=2,
+    rates=(1e-7, 1e-1),
+    default_rate=lambda _: 1e-4,
+    arguments=lambda _: {},
+)
 OPTIMIZERS: Mapping[OptimizerName, OptimizerRow] = {
-    "sgd": OptimizerRow(
-        class_name="SGD",
-        states=1,
-        rates=(1e-5, 1.0),
-        default_rate=lambda batch_size: 0.01 * batch_size / 32,
-        arguments=lambda momentum: {"momentum": momentum, "nesterov": momentum > 0},
-    ),
-    "adamw": OptimizerRow(
-        class_name="AdamW",
-        states=2,
-        rates=(1e-7, 1e-1),
-        default_rate=lambda _: 1e-4,
-        arguments=lambda _: {},
-    ),
+    "sgd": _SGD,
+    "adamw": _ADAMW,
+    "sgd-8bit": replace(_SGD, class_name="SGD8bit", bits=8),
+    "adamw-8bit": replace(_ADAMW, class_name="AdamW8bit", bits=8),
 }

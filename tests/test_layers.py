@@ -20,6 +20,7 @@ LAYERS = [
     "states",
     "heap",
     "determinism",
+    "eightbit",
     "recipe",
     "cookbook",
     "catalogue",

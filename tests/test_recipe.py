@@ -18,6 +18,7 @@ from momconv.recipe import (
     load_recipe,
     recall_recipe,
 )
+from momconv.vocabulary import OPTIMIZERS
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 Write = Callable[[str | bytes], Path]
@@ -188,7 +189,7 @@ def test_an_unknown_key_is_placed_and_the_nearest_is_offered(
         ("train.epochs", "0", "'0' is not an integer ≥ 1"),
         ("train.epochs", "~", "null is not an integer ≥ 1"),
         ("train.micro_batch", "lots", "'lots' is not an integer ≥ 1 or auto"),
-        ("train.optimizer", "adam", "'adam' is not sgd or adamw"),
+        ("train.optimizer", "adam", "'adam' is not sgd or adamw or sgd-8bit or adamw-8bit"),
         ("train.lr", "nan", "'nan' is not a number > 0 or auto or null"),
         ("train.lr", "inf", "'inf' is not a number > 0 or auto or null"),
         ("train.memory", "much", "'much' is not an amount of memory like 3GiB or null"),
@@ -479,7 +480,7 @@ recipes = st.builds(
         epochs=counts,
         batch_size=counts,
         micro_batch=st.just("auto") | counts,
-        optimizer=st.sampled_from(["sgd", "adamw"]),
+        optimizer=st.sampled_from([*OPTIMIZERS]),
         lr=st.none() | st.just("auto") | positive,
         freeze=st.lists(st.text()),
         momentum=below_one,

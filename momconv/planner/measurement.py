@@ -24,6 +24,7 @@ from torch._C._profiler import _ExtraFields_Allocation, _ProfilerEvent
 from torch.autograd.profiler import profile
 from torch.nn import functional as F
 
+from momconv.eightbit import state_bytes
 from momconv.heap import keeping_freed_memory
 from momconv.momentum.sequential import forget_ranges, momentum_stages
 from momconv.planner.micro_batch import Line, StaticBytes
@@ -103,13 +104,24 @@ def time_step(
     return min(times[1:])
 
 
-def static_bytes(model: nn.Module, optimizer: OptimizerName, *, ema: bool = False) -> StaticBytes:
+def static_bytes(
+    model: nn.Module,
+    optimizer: OptimizerName,
+    *,
+    ema: bool = False,
+    release_gradients: bool = False,
+) -> StaticBytes:
     """Return the bytes of weights, gradients, optimiser state and average in training."""
     parameters = list(model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
-    state = OPTIMIZERS[optimizer].states * trained
-    return StaticBytes(weights, gradients=trained, optimizer=state, ema=weights if ema else 0)
+    row = OPTIMIZERS[optimizer]
+    state = trained
+    if row.bits == 8:
+        state = sum(state_bytes(p.numel()) for p in parameters if p.requires_grad)
+    state *= row.states
+    gradients = 0 if release_gradients else trained
+    return StaticBytes(weights, gradients, optimizer=state, ema=weights if ema else 0)
 
 
 def available_bytes(device: torch.device, headroom: float = _HEADROOM) -> int:

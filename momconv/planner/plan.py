@@ -18,8 +18,8 @@ from momconv.planner.prediction import PeakMemory, Training
 from momconv.units import format_bytes, parse_bytes
 from momconv.vocabulary import Precision, Strategies, StrategyChoice
 
-Change = Literal["gamma", "precision"]
-Fixed = Literal["gamma", "resolution", "freeze"]
+Change = Literal["gamma", "precision", "optimizer", "release_gradients"]
+Fixed = Literal["gamma", "resolution", "freeze", "optimizer", "release_gradients"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,12 @@ class Request(Training):
 
     @property
     def sizes(self) -> list[int]:
-        """The micro-batches to consider, evenly filled, the largest first."""
+        """The micro-batches to consider, evenly filled, the largest first.
+
+        Released gradients do not add up, so a batch is one, also the last one of an epoch.
+        """
+        if self.release_gradients:
+            return [self.largest_part(self.share_size + 1)]
         if self.micro_batch != "auto":
             return [min(self.micro_batch, self.share)]
         evenly = {split_evenly(self.share, size)[0] for size in range(1, self.share + 1)}
@@ -104,7 +109,8 @@ class Plan:
     allocator's, has not.
 
     Attributes:
-        request: What was asked for, with the precision that was decided on.
+        request: What was asked for, with the precision, the optimiser and the release of gradients
+            that were decided on.
         strategy: For ``momconv.set_strategy``: one for all stages, or each stage's by its name;
             "store" if the model has nothing to set.
         stages: What that means for each stage of a model that has the strategy.
@@ -167,6 +173,7 @@ class Plan:
             return None
         return replace(
             self,
+            request=replace(self.request, release_gradients=False),  # they have to add up now
             micro_batch=smaller,
             measured_bytes=None,
             seconds_per_image=None,
@@ -199,7 +206,8 @@ class Plan:
         if sizes[-1] < sizes[0]:
             parts += f" or {sizes[-1]}"
         whose = f" over {request.processes} processes, each" if request.processes > 1 else ""
-        text = f"batch of {request.batch}{whose} in {parts} ({self.stages}, {self.precision})"
+        how = ", gradients released" if request.release_gradients else ""
+        text = f"batch of {request.batch}{whose} in {parts} ({self.stages}, {self.precision}{how})"
         peak, limit = format_bytes(self.predicted_bytes), format_bytes(self.limit_bytes)
         whose = "the limit" if request.memory else "what is free"
         text = f"{text}, {peak} predicted at the peak; {whose} is {limit}"

@@ -27,6 +27,7 @@ from momconv.planner.devices import parse_device
 from momconv.planner.fakes import Imitator
 from momconv.planner.gpu_rules import as_on_gpu
 from momconv.planner.measurement import run_step, static_bytes
+from momconv.planner.micro_batch import StaticBytes
 from momconv.planner.scratch import peak_within
 from momconv.planner.spots import Spot, Spots
 from momconv.planner.stages import assign_modules, marking
@@ -54,7 +55,7 @@ class PeakMemory:
 
     Attributes:
         weights: Parameters and buffers.
-        gradients: Of the trainable parameters, which exist throughout.
+        gradients: Of the trainable parameters, which exist throughout unless they are released.
         optimizer: The optimiser's state.
         ema: The averaged copy of the weights, 0 without one.
         batch: The input images and labels.
@@ -108,6 +109,13 @@ class Training:
     _: KW_ONLY
     ema: bool = False
     device: str = "cpu"  # or "cuda"
+    release_gradients: bool = False  # each is used and freed in the backward pass
+
+    def static_bytes(self, model: nn.Module) -> StaticBytes:
+        """Return what training ``model`` holds whatever the batch is."""
+        return static_bytes(
+            model, self.optimizer, ema=self.ema, release_gradients=self.release_gradients
+        )
 
 
 class Course(NamedTuple):
@@ -161,6 +169,7 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
     strategy: Strategies | None = None,
     ema: bool = False,
     device: str = "cpu",
+    release_gradients: bool = False,
 ) -> PeakMemory:
     """Predict the peak memory of a training step of ``model``, in its current mode.
 
@@ -182,12 +191,21 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
         strategy: As for ``momconv.set_strategy``; None keeps the model's.
         ema: Whether an averaged copy of the weights is kept.
         device: "cpu" or "cuda".
+        release_gradients: Whether each is used and freed in the backward pass, as by
+            ``momconv.release_gradients``.
 
     Raises:
         UsageError: The strategy or the device is unknown, or what the model computes depends on
             values, which fake tensors do not have.
     """
-    training = Training(resolution, precision, optimizer, ema=ema, device=device)
+    training = Training(
+        resolution,
+        precision,
+        optimizer,
+        ema=ema,
+        device=device,
+        release_gradients=release_gradients,
+    )
     return Predictor(model, training).predict(batch, strategy).peak
 
 
@@ -229,7 +247,7 @@ class Predictor:
             images = torch.empty(batch, 3, side, side, device=self._device)
             labels = torch.empty(batch, dtype=torch.long, device=self._device)
             trace.run(self.model, images, labels, training.precision)
-        static = static_bytes(self.model, training.optimizer, ema=training.ema)
+        static = training.static_bytes(self.model)
         peak = trace.report(
             weights=static.weights,
             gradients=static.gradients,

@@ -11,7 +11,7 @@ from torch import nn
 
 from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.planner.cost import Speed, Work, estimate_speed
-from momconv.planner.measurement import available_bytes, per_image, static_bytes, time_step
+from momconv.planner.measurement import available_bytes, per_image, time_step
 from momconv.planner.micro_batch import Curve, Line, StaticBytes
 from momconv.planner.prediction import PeakMemory, Predictor, StepPrediction, Training
 from momconv.planner.speed import measure_speed
@@ -117,7 +117,7 @@ def profile(
             _become(model, variant, gammas)
             found = _measure(found, model, training)
         profiles.append(found)
-    static = static_bytes(model, training.optimizer)
+    static = training.static_bytes(model)
     least = min(gamma for gamma in gammas.values() if gamma)
     speed = _find_speed(model, training, measuring=measuring)
     return MemoryProfile(static, least, stages, speed, tuple(profiles))
@@ -178,7 +178,7 @@ def _measure(found: Profile, model: nn.Module, training: Training) -> Profile:
     """Return the profile with what small steps of ``model`` take."""
     device = torch.device(training.device)
     step = per_image(model, training.resolution, precision=training.precision, device=device)
-    static = static_bytes(model, training.optimizer)
+    static = training.static_bytes(model)
     image_bytes = 3 * training.resolution**2 * torch.float32.itemsize
     line = Line(static.total + step.fixed_bytes, step.bytes_per_image + image_bytes)
     seconds = time_step(model, _TIMED, training.resolution, training.precision, device)

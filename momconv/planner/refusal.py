@@ -9,11 +9,12 @@ from momconv.errors import ResourceError, UsageError
 from momconv.planner.outlook import GAMMAS, SLACK, Outlook, list_strategies, raise_gamma
 from momconv.planner.prediction import PeakMemory
 from momconv.units import format_bytes
-from momconv.vocabulary import StrategyChoice
+from momconv.vocabulary import OPTIMIZERS, StrategyChoice
 from momconv.words import plural
 from momconv.zoo.stages import find_stages, freeze
 
 _GRID = 32  # pixels; the resolutions that classification networks divide evenly
+_RELEASE = "--set train.release_gradients=true"
 _TRIES = 3  # resolutions, or stages to freeze, that are tried out
 
 
@@ -28,12 +29,16 @@ def does_not_fit(outlook: Outlook) -> ResourceError:
     totals = {name: outlook.predict(name, size).peak.total for name in outlook.strategies}
     leanest = min(reversed(totals), key=lambda name: totals[name] // 2**20)
     peak, images = outlook.predict(leanest, size).peak, request.largest_part(size)
+    attempt = _Attempt(outlook, leanest, size, peak)
+    leaner = dict(_find_leaner(attempt))
+    fitting = [option for option, total in leaner.items() if total <= outlook.usable_bytes]
+    needs = [f"with {option}: {format_bytes(total)}" for option, total in leaner.items()]
     return ResourceError(
         f"a micro-batch of {plural(images, 'image')} does not fit: it needs "
         f"{format_bytes(peak.total)} ({leanest}), the limit is "
-        f"{format_bytes(outlook.limit_bytes)}\n{_break_down(peak)}",
+        f"{format_bytes(outlook.limit_bytes)}\n" + "\n".join([_break_down(peak), *needs]),
         kind="memory.does_not_fit",
-        fix="\n".join(_find_fixes(_Attempt(outlook, leanest, size, peak))),
+        fix="\n".join([*fitting, *_find_fixes(attempt)]),
     )
 
 
@@ -69,6 +74,24 @@ class _Attempt:
         outlook = self.outlook
         peak = outlook.try_out(strategy or self.strategy, size or self.size, **changes)
         return peak.total <= outlook.usable_bytes
+
+
+def _find_leaner(attempt: _Attempt) -> Iterator[tuple[str, int]]:
+    """Yield options with which the optimiser's state, the gradients or both take less; the peaks.
+
+    Where gradients are released, that is of the whole batch at once.
+    """
+    outlook, request = attempt.outlook, attempt.outlook.request
+    smaller, whole = f"{request.optimizer}-8bit", request.share_size + 1
+    of_state = {"optimizer": smaller} if smaller in OPTIMIZERS else {}
+    of_gradients = {"release_gradients": True} if not request.release_gradients else {}
+    for changes in (of_state, of_gradients, of_state | of_gradients):
+        if not changes or changes.keys() & request.fixed:
+            continue
+        size = whole if "release_gradients" in changes else attempt.size
+        texts = {"optimizer": f"--optimizer {smaller}", "release_gradients": _RELEASE}
+        option = " ".join(texts[name] for name in changes)
+        yield option, outlook.try_out(attempt.strategy, size, **changes).total
 
 
 def _find_fixes(attempt: _Attempt) -> Iterator[str]:

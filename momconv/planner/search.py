@@ -11,11 +11,12 @@ So that a plan can be repeated, times that were measured decide only what change
 is the strategy, and whether a precision is faster, where that may change.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from operator import itemgetter
-from typing import Literal
+from typing import Literal, cast
 
 from torch import nn
 
@@ -24,7 +25,14 @@ from momconv.momentum.sequential import momentum_stages
 from momconv.planner.outlook import GAMMAS, FindSpeed, Outlook, Rank
 from momconv.planner.plan import Change, Plan, Request
 from momconv.planner.refusal import does_not_fit
-from momconv.vocabulary import STRATEGIES, OptimizerName, Precision, Strategies, StrategyChoice
+from momconv.vocabulary import (
+    OPTIMIZERS,
+    STRATEGIES,
+    OptimizerName,
+    Precision,
+    Strategies,
+    StrategyChoice,
+)
 
 
 def plan(  # noqa: PLR0913 (each is a fact about the training)
@@ -38,6 +46,7 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
     precision: Precision = "fp32",
     optimizer: OptimizerName = "sgd",
     device: str = "cpu",
+    release_gradients: bool = False,
     may_change: Collection[Change] = (),
 ) -> Plan:
     """Plan how ``model`` is trained fastest within ``memory``; nothing is run, ``model`` stays.
@@ -52,8 +61,12 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
         precision: "bf16" and "fp16" are autocast.
         optimizer: Whose state counts.
         device: "cpu" or "cuda".
-        may_change: "gamma" (to 0.95 or 0.99, with less side information), "precision" (from fp32 to
-            bf16) or both, if more of the batch fits then, or it is faster by a twentieth or more.
+        release_gradients: Whether each is used and freed in the backward pass, which takes the
+            whole batch at once.
+        may_change: "gamma" (to 0.95 or 0.99, with less side information) and "precision" (from fp32
+            to bf16), if more of the batch fits then, or it is faster by a twentieth or more;
+            "optimizer" (to the one whose state has 8 bits) and "release_gradients", if more of the
+            batch fits then.
 
     Raises:
         ResourceError: Nothing fits; the error says what would.
@@ -64,6 +77,7 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
         precision,
         optimizer,
         device=device,
+        release_gradients=release_gradients,
         batch_size=batch_size,
         micro_batch=micro_batch,
         strategy=strategy,
@@ -89,23 +103,35 @@ def search(model: nn.Module, request: Request, find_speed: FindSpeed | None = No
     limit = request.find_limit(model)
     found: list[tuple[Rank, Plan]] = []
     refusals: list[ResourceError] = []
-    for precision in _list_precisions(request):
-        outlook = partial(Outlook, model, replace(request, precision=precision), limit, find_speed)
+    for changed in _list_requests(request):
+        is_leaner = changed != replace(request, precision=changed.precision)
+        if is_leaner and found and not min(found, key=itemgetter(0))[0].lacking:
+            break
         try:
-            rank, plan = _search(model, outlook)
+            rank, plan = _search(model, partial(Outlook, model, changed, limit, find_speed))
         except ResourceError as error:
             refusals.append(error)
         else:
-            found.append((rank.at_cost(is_changed=precision != request.precision), plan))
+            found.append((rank.at_cost(is_changed=changed != request), plan))
     if not found:
         raise refusals[0]
     return min(found, key=itemgetter(0))[1]
 
 
-def _list_precisions(request: Request) -> list[Precision]:
-    """Return those to consider, what was asked for first."""
-    asked = request.precision
-    return ["fp32", "bf16"] if asked == "fp32" and "precision" in request.may_change else [asked]
+def _list_requests(request: Request) -> Iterator[Request]:
+    """Yield what may be asked for instead; that whose only use is to save memory comes last."""
+    allowed, leaner = request.may_change, f"{request.optimizer}-8bit"
+    precisions: list[Precision] = [request.precision]
+    if request.precision == "fp32" and "precision" in allowed:
+        precisions.append("bf16")
+    optimizers = [request.optimizer]
+    if leaner in OPTIMIZERS and "optimizer" in allowed:
+        optimizers.append(cast(OptimizerName, leaner))
+    releases = [request.release_gradients]
+    if not request.release_gradients and "release_gradients" in allowed:
+        releases.append(True)
+    for optimizer, release, precision in product(optimizers, releases, precisions):
+        yield replace(request, precision=precision, optimizer=optimizer, release_gradients=release)
 
 
 def _search(model: nn.Module, look: Callable[..., Outlook]) -> tuple[Rank, Plan]:

@@ -160,17 +160,19 @@ def _is_recomputed(model: nn.Module) -> bool:
 
 
 def _find_leaves(outputs: Iterable[Tensor], images: Tensor) -> list[Tensor]:
-    """Return the parameters with which these were computed from the images, those that are trained.
+    """Return the trained parameters on which what backward needs of the stem may depend.
 
     The others of the network may change before the stem is repeated: an optimiser may step while
-    backward is under way.
+    backward is under way. So may those whose gradient needs nothing of the stem, such as an
+    embedding that is added at its end.
     """
-    waiting = [output.grad_fn for output in outputs]
-    leaves, seen = [], {images.grad_fn}
+    waiting = [(output.grad_fn, False) for output in outputs]
+    leaves, seen = [], {(images.grad_fn, False), (images.grad_fn, True)}
     while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            leaves += [node.variable] if hasattr(node, "variable") else []
-            waiting += [following for following, _ in node.next_functions]
+        node, is_needed = waiting.pop()
+        if node is not None and (node, is_needed) not in seen:
+            seen.add((node, is_needed))
+            leaves += [node.variable] if is_needed and hasattr(node, "variable") else []
+            is_needed = is_needed or any(name.startswith("_raw_saved_") for name in dir(node))
+            waiting += [(following, is_needed) for following, _ in node.next_functions]
     return leaves

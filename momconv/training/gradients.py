@@ -1,5 +1,7 @@
 """The work of an optimisation step: gradients of its micro-batches, and the change they make."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,7 +12,13 @@ from momconv.training.optimisation import set_rate
 from momconv.training.run import TrainingRun
 
 
-def add_gradients(run: TrainingRun, images: Tensor, labels: Tensor, share: float) -> Tensor:
+def add_gradients(
+    run: TrainingRun,
+    images: Tensor,
+    labels: Tensor,
+    share: float,
+    before_backward: Callable[[], None] = lambda: None,
+) -> Tensor:
     """Add the gradients of a micro-batch that is ``share`` of its batch; its part of the loss.
 
     The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
@@ -25,6 +33,7 @@ def add_gradients(run: TrainingRun, images: Tensor, labels: Tensor, share: float
         outputs = run.model(images)
         total = F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
         loss = share / len(labels) * total
+        before_backward()
         run.scaler.scale(loss).backward()
     return loss.detach()
 
@@ -46,7 +55,7 @@ def weigh_labels(labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
 
 
 def take_step(run: TrainingRun, lr: float) -> None:
-    """Change the weights by the gradients that have been added up."""
+    """Change the weights by the gradients that have been added up, unless they did in backward."""
     set_rate(run.optimizer, lr)
     if (clip := run.recipe.train.clip) is not None:
         clip_grad_norm_(run.model.parameters(), clip)

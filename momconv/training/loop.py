@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +39,9 @@ from momconv.training.memory import (
 )
 from momconv.training.network import compiling, read_gamma, start_training
 from momconv.training.omission import find_number, leave_out
+from momconv.training.optimisation import set_rate
 from momconv.training.progress import EpochRow, has_stalled
+from momconv.training.releasing import changing_in_backward
 from momconv.training.run import TrainingRun
 from momconv.training.saving import (
     Autosave,
@@ -142,33 +144,82 @@ def _add_up(
 
     Then the run is to go on from wherever it is now, prepared not to fail again.
     """
+    is_released = step.is_undivided and run.plan.request.release_gradients
     try:
         with naming_exhaustion(), _all_or_nothing(run):
-            loss = _add_share(run, step, report, check)
+            with _changing_in_backward(run, is_wanted=is_released) as norms:
+                loss = _add_share(run, step, report, check, is_released=is_released)
             run.processes.add([loss])
             run.processes.add_gradients(run.model)
             run.scaler.scale(loss)  # a process without an image has not made its scale yet
             run.scaler.unscale_(run.optimizer)
-            _require_finite(run, loss, step)
-    except (OutOfMemory, NotReproducible) as error:
-        halve(run, error)
-        save_event(run)
-        return None
-    except UnreadableImage as error:
-        leave_out(run, "train", error)
-        return None
-    except RangeOverflow:
-        return None  # the ranges are wider now
+            _require_finite(run, loss, step, norms)
     except NotFinite as error:
         go_back_and_slow_down(run, error)
+        return None
+    except (OutOfMemory, NotReproducible, UnreadableImage, RangeOverflow) as error:
+        if not run.is_whole:
+            _undo_changes(run, error)
+        _prepare_to_redo(run, error)
         return None
     return loss
 
 
+@contextmanager
+def _changing_in_backward(run: TrainingRun, *, is_wanted: bool) -> Iterator[list[Tensor]]:
+    """Let the backward pass inside take the step, if that is wanted.
+
+    The list then has the norms of the gradients that are gone.
+    """
+    if not is_wanted:
+        yield []
+        return
+    set_rate(run.optimizer, _find_rate(run))
+    with changing_in_backward(run.optimizer, run.processes) as norms:
+        yield norms
+
+
+def _undo_changes(run: TrainingRun, error: MomconvError) -> None:
+    """Go back to the state that was saved last: some weights have changed within backward.
+
+    Raises:
+        ResourceError: There are other processes, and none can go back by itself.
+    """
+    if run.processes.count > 1:
+        raise ResourceError(
+            f"{error.message}\nin a backward pass that changes the weights; the state that was "
+            "saved last is kept",
+            kind=error.kind,
+            fix=run.folder.resume_command,
+        ) from None
+    go_back(run)
+
+
+def _prepare_to_redo(run: TrainingRun, error: MomconvError) -> None:
+    """Change what keeps a step from failing in the same way again.
+
+    Raises:
+        MomconvError: Nothing does.
+    """
+    if isinstance(error, OutOfMemory | NotReproducible):
+        halve(run, error)
+        save_event(run)
+    elif isinstance(error, UnreadableImage):
+        leave_out(run, "train", error)
+    # The ranges that overflowed are wider now.
+
+
 def _add_share(
-    run: TrainingRun, step: Step, report: "_Report", check: Callable[[], None]
+    run: TrainingRun,
+    step: Step,
+    report: "_Report",
+    check: Callable[[], None],
+    *,
+    is_released: bool,
 ) -> Tensor:
     """Add up the gradients of this process's images of a step; their part of its loss.
+
+    Those that are released change the weights, which are not whole afterwards.
 
     Raises:
         OutOfMemory: In this process or in another one.
@@ -178,24 +229,53 @@ def _add_share(
     """
     loss, left = torch.zeros((), device=run.device), step.images
     fault: MomconvError | None = None
+    agreement = _Agreement(run=run, is_needed=is_released)
     try:
         with naming_exhaustion():
             for images, labels in step.parts:
                 share = len(labels) / step.images
-                if has_to_measure(run, len(labels)):
-                    loss += measure_gradients(run, images, labels, share)
-                else:
-                    loss += add_gradients(run, images, labels, share)
+                add = measure_gradients if has_to_measure(run, len(labels)) else add_gradients
+                loss += add(run, images, labels, share, agreement.seek)
                 left -= len(labels)
                 report(len(labels))
-                if run.processes.count == 1:  # several stop together, between two steps
+                # Several processes stop together, and half-done steps are finished.
+                if run.processes.count == 1 and run.is_whole:
                     check()
     except (OutOfMemory, NotReproducible, RangeOverflow, UnreadableImage) as error:
         fault = error
-    _fail_together(run, fault)
+    if not agreement.is_sought:
+        _fail_together(run, fault)
+    elif fault:
+        raise fault
     if left:
         report(left)  # those of the other processes
     return loss
+
+
+@dataclass(slots=True, kw_only=True)
+class _Agreement:
+    """That of all processes to begin a backward pass in which weights change, where it is needed.
+
+    Attributes:
+        run: Of this process.
+        is_needed: Whether weights change.
+        is_sought: Whether the others have been asked.
+    """
+
+    run: TrainingRun
+    is_needed: bool
+    is_sought: bool = False
+
+    def seek(self) -> None:
+        """From now on, the run is half done, unless this raises an error.
+
+        Raises:
+            MomconvError: A forward pass has failed.
+        """
+        if self.is_needed:
+            self.is_sought = True
+            _fail_together(self.run, None)
+            self.run.is_whole = False
 
 
 def _fail_together(run: TrainingRun, fault: MomconvError | None) -> None:
@@ -259,7 +339,7 @@ def _step(run: TrainingRun, step: Step, loss: Tensor, began: float) -> bool:
     Raises:
         ResourceError: Memory ran out in one of several processes, which cannot go back by itself.
     """
-    lr = run.progress.lr_factor * run.rate_at(run.progress.epoch, run.progress.step)
+    lr = _find_rate(run)
     with indivisible(run):
         try:
             with naming_exhaustion():
@@ -279,6 +359,11 @@ def _step(run: TrainingRun, step: Step, loss: Tensor, began: float) -> bool:
         run.progress.count_step(step.images, float(loss), time.perf_counter() - began)
         anneal_networks(run)
     return True
+
+
+def _find_rate(run: TrainingRun) -> float:
+    """Return the learning rate of the step that comes next."""
+    return run.progress.lr_factor * run.rate_at(run.progress.epoch, run.progress.step)
 
 
 def _stop_if_asked(run: TrainingRun, check: Callable[[], None]) -> None:
@@ -317,8 +402,14 @@ def _all_or_nothing(run: TrainingRun) -> Iterator[None]:
         undo.pop_all()
 
 
-def _require_finite(run: TrainingRun, loss: Tensor, step: Step) -> None:
+def _require_finite(run: TrainingRun, loss: Tensor, step: Step, norms: Sequence[Tensor]) -> None:
+    """Do nothing if loss and gradients are finite; of those that are gone, the ``norms`` say that.
+
+    Raises:
+        NotFinite: They are not.
+    """
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    gradients += norms
     if math.isfinite(loss) and math.isfinite(get_total_norm(gradients)):
         return
     if math.isfinite(loss) and run.scaler.get_scale() > 1:

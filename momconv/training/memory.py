@@ -1,8 +1,8 @@
 """Memory in a run: what is measured of it, and what happens when it runs out."""
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from momconv.errors import NotReproducible, OutOfMemory
 from momconv.exhaustion import EXHAUSTED, naming_exhaustion
 from momconv.planner.allowance import find_allowance
-from momconv.planner.measurement import measure, static_bytes
+from momconv.planner.measurement import measure
 from momconv.planner.outlook import SLACK
 from momconv.planner.plan import Plan
 from momconv.training.gradients import add_gradients
@@ -29,14 +29,24 @@ def has_to_measure(run: TrainingRun, images: int) -> bool:
     """Return whether what a micro-batch of so many takes is unknown yet, as it may be on a CPU.
 
     Equal shapes take equal memory. A limit that was asked for is checked once more in each epoch.
-    Where only the head learns, it is less than planned.
+    Where only the head learns, it is less than planned. A step that is taken in backward would
+    count the optimiser's state where it begins with it.
     """
+    begun, trained = run.optimizer.state, (p for p in run.model.parameters() if p.requires_grad)
+    if run.plan.request.release_gradients and any(p not in begun for p in trained):
+        return False
     if run.head_only or run.device.type != "cpu" or images in run.measured_sizes:
         return False
     return run.recipe.train.memory is not None or run.plan.measured_bytes is None
 
 
-def measure_gradients(run: TrainingRun, images: Tensor, labels: Tensor, share: float) -> Tensor:
+def measure_gradients(
+    run: TrainingRun,
+    images: Tensor,
+    labels: Tensor,
+    share: float,
+    before_backward: Callable[[], None] = lambda: None,
+) -> Tensor:
     """Add gradients as ``add_gradients`` does, and let the plan learn the peak.
 
     Raises:
@@ -44,11 +54,12 @@ def measure_gradients(run: TrainingRun, images: Tensor, labels: Tensor, share: f
             a CPU.
     """
     losses: list[Tensor] = []
-    work = partial(add_gradients, run, images, labels, share)
-    with _holding_gradients(run.model):
+    work = partial(add_gradients, run, images, labels, share, before_backward)
+    training = run.plan.request
+    with nullcontext() if training.release_gradients else _holding_gradients(run.model):
         peak = measure(lambda: losses.append(work()), run.device)
     train = run.recipe.train
-    static = static_bytes(run.model, train.optimizer, ema=train.ema > 0)
+    static = training.static_bytes(run.model)
     _learn_peak(run, static.total + images.nbytes + labels.nbytes + peak)
     run.measured_sizes.add(len(labels))
     if train.memory is not None and run.plan.is_exceeded:

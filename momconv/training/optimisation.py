@@ -1,7 +1,9 @@
 """The optimiser and what belongs to it: parameter groups, learning rate, precision, average."""
 
+import itertools
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from momconv import eightbit
 from momconv.errors import UsageError
 from momconv.momentum.sequential import read_ranges, set_ranges
 from momconv.recipe import TrainRecipe
@@ -24,9 +27,16 @@ _SCALER_STATE = ("scale", "_growth_tracker")
 def make_optimizer(model: nn.Module, recipe: TrainRecipe) -> Optimizer:
     """Return the recipe's optimiser, with the rate and the weight decay of each group."""
     groups, row = _group_parameters(model, recipe), OPTIMIZERS[recipe.optimizer]
-    # The fused kernels need no temporary copy of all gradients, which nobody has planned for.
-    arguments = {"fused": groups[0]["params"][0].is_cuda, **row.arguments(recipe.momentum)}
-    optimizer: Optimizer = getattr(optim, row.class_name)(groups, recipe.resolved_lr, **arguments)
+    arguments = row.arguments(recipe.momentum)
+    if row.bits == 8:
+        make = getattr(eightbit, row.class_name)
+    else:  # the fused kernels need no temporary copies, which nobody has planned for
+        make = partial(getattr(optim, row.class_name), fused=True)
+    optimizer: Optimizer = make(groups, recipe.resolved_lr, **arguments)
+    if isinstance(optimizer, optim.SGD) and recipe.momentum:
+        # Fused, it cannot begin the buffers of some parameters after those of others.
+        for parameter in itertools.chain(*(group["params"] for group in groups)):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 

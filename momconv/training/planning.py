@@ -62,14 +62,17 @@ def plan_again(plan: Plan, request: Request, model: nn.Module) -> Plan:
 def plan_together(plan: Plan, model: nn.Module, processes: Processes) -> Plan:
     """Return ``plan`` with the smallest micro-batch of all processes.
 
+    Gradients are released in all of them, or in none.
+
     Raises:
         ResourceError: A process is gone.
     """
-    (negative,) = processes.largest(-plan.micro_batch)
-    if -negative == plan.micro_batch:
+    negative, some_keep = processes.largest(-plan.micro_batch, not plan.request.release_gradients)
+    request = replace(plan.request, release_gradients=not some_keep)
+    if -negative == plan.micro_batch and request == plan.request:
         return plan
-    smaller = plan_batches(model, replace(plan.request, micro_batch=-negative))
-    return replace(smaller, request=plan.request)
+    smaller = plan_batches(model, replace(request, micro_batch=-negative))
+    return replace(smaller, request=request)
 
 
 def warn_of_noise(plan: Plan, model: nn.Module) -> str | None:

@@ -12,10 +12,14 @@ its backward pass as PyTorch's DistributedDataParallel does:
   of the memory would have to know.
 
 What that costs is the overlap of sum and computation, once a step, however many micro-batches.
+
+Gradients that are released in backward are summed as they come. By then all agree that no forward
+pass has failed. A process that fails later ends, and so do those that wait for it; the run goes on
+from its last saved state.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,6 +76,26 @@ class Processes:
             for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 assert work is not None
                 work.wait()
+
+    def begin_adding(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to replace ``tensor`` by its sum over the processes; what waits until it is.
+
+        All processes must do so in the same order.
+
+        Raises:
+            ResourceError: A process is gone, which may be noticed later.
+        """
+        if self.count == 1:
+            return lambda: None
+        with self.noticing_losses():
+            work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+
+        def wait() -> None:
+            with self.noticing_losses():
+                work.wait()
+
+        return wait
 
     def add_gradients(self, model: nn.Module) -> None:
         """Sum the gradients, and average the statistics that BatchNorm has learnt in this step.

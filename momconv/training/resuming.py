@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -66,9 +67,9 @@ def resume(assignment: Assignment) -> TrainingRun:
     _tell_of_another_machine(assignment)
     network.place(model, assignment.device)
     network.start_training(model, recipe.train)
-    fixed: tuple[Fixed, ...] = ("gamma", "resolution", "freeze")
+    fixed: tuple[Fixed, ...] = ("gamma", "resolution", "freeze", "optimizer")
     request = assignment.request_plan(model, len(splits.train.samples), fixed)
-    plan = _recall_plan(folder, request, model)
+    plan = _recall_plan(assignment, request, model)
     run = make_run(assignment, splits, model, plan, saved.progress)
     saved.restore_optimizer(run.optimizer, model)
     saved.restore_random_states()
@@ -130,10 +131,15 @@ def _tell_of_another_machine(assignment: Assignment) -> None:
     tell_of_differences(began, now, assignment.listener)
 
 
-def _recall_plan(folder: RunFolder, request: Request, model: nn.Module) -> Plan:
-    if not folder.plan.is_file():
+def _recall_plan(assignment: Assignment, request: Request, model: nn.Module) -> Plan:
+    path, train = assignment.folder.plan, assignment.recipe.train
+    if not path.is_file():
         return plan_batches(model, request)
-    return plan_again(Plan.from_json(read_regular(folder.plan)), request, model)
+    plan = Plan.from_json(read_regular(path))
+    if train.release_gradients == "auto":
+        release = plan.request.release_gradients and train.can_release_gradients
+        request = replace(request, release_gradients=release)
+    return plan_again(plan, request, model)
 
 
 def _give_up_lost_model(run: TrainingRun) -> bool:

@@ -63,6 +63,7 @@ class Assignment:
             strategy=recipe.momentum.strategy,
             memory=train.memory,
             headroom=train.headroom,
+            release_gradients=train.release_gradients is True,
             processes=processes.count,
             sharers=processes.on_this_machine if self.device.type == "cpu" else 1,
             may_change=may_change,

@@ -10,7 +10,7 @@ from momconv.data.source import Splits
 from momconv.data.values import find_ranges, settle_ranges, warn_of_values
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
-from momconv.planner.plan import Fixed, Plan
+from momconv.planner.plan import Change, Fixed, Plan
 from momconv.recipe import Recipe, dump_recipe
 from momconv.surgery.conversion import set_gamma
 from momconv.training import network
@@ -125,13 +125,18 @@ def _plan(assignment: Assignment, model: nn.Module, images: int) -> tuple[Recipe
     """
     before, listener = assignment.recipe, assignment.listener
     assignment.folder.require_room(_disk_bytes(model, before))
-    fixed: tuple[Fixed, ...] = ("gamma",) if _has_fixed_gamma(before) else ()
-    may_change = tuple(change for change in before.train.may_change if change not in fixed)
-    request = assignment.request_plan(model, images, fixed, may_change)
+    fixed: list[Fixed] = ["gamma"] if _has_fixed_gamma(before) else []
+    may_change: list[Change] = [c for c in before.train.may_change if c not in fixed]
+    if not before.train.can_release_gradients:
+        fixed.append("release_gradients")
+    elif before.train.release_gradients == "auto":
+        may_change.append("release_gradients")
+    request = assignment.request_plan(model, images, tuple(fixed), tuple(may_change))
     plan = plan_batches(model, request)
+    decided = {name: getattr(plan.request, name) for name in ("precision", "optimizer")}
     recipe = before.change(
         momentum={"gamma": plan.gamma} if plan.gamma is not None else {},
-        train={"precision": plan.precision} if plan.precision != request.precision else {},
+        train={name: v for name, v in decided.items() if v != getattr(request, name)},
     )
     if plan.gamma is not None:
         set_gamma(model, plan.gamma, gain=recipe.momentum.gain)
@@ -144,7 +149,8 @@ def _plan(assignment: Assignment, model: nn.Module, images: int) -> tuple[Recipe
 def _describe_changes(recipe: Recipe) -> str:
     return (
         f"note: as that is faster, or more of the batch fits (train.may_change): γ is "
-        f"{recipe.momentum.gamma:g}, precision {recipe.train.precision}"
+        f"{recipe.momentum.gamma:g}, precision {recipe.train.precision}, optimiser "
+        f"{recipe.train.optimizer}"
     )
 
 

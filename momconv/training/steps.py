@@ -33,10 +33,17 @@ def fewest_images(model: nn.Module) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The images of one optimisation step, their number, and this process's micro-batches."""
+    """The images of one optimisation step, their number, and this process's micro-batches.
+
+    Attributes:
+        indices: Of the images, of all processes.
+        parts: The micro-batches.
+        is_undivided: Whether it is one micro-batch in each of the processes.
+    """
 
     indices: list[int]
     parts: Iterator[Part]
+    is_undivided: bool = False
 
     @property
     def images(self) -> int:
@@ -85,7 +92,7 @@ class Steps:
             own = itertools.islice(parts, len(self._micro_batches.steps[step]))
             indices = [index % self._count for index in batch]
             parts_of_step = self._mixer.mix(own, epoch=epoch, step=first + step)
-            yield Step(indices, map(self._lay_out, parts_of_step))
+            yield Step(indices, map(self._lay_out, parts_of_step), self._is_undivided(len(batch)))
 
     def close(self) -> None:
         """End the processes that read."""
@@ -113,6 +120,12 @@ class Steps:
         share, micro_batch = batch[own.start : own.stop], self._run.plan.micro_batch
         parts = split_batch(share, micro_batch, largest=largest)
         return self._mixer.extend(parts, before=batch[own.start - 1])
+
+    def _is_undivided(self, images: int) -> bool:
+        """Return whether so many are one micro-batch in each process; they all know that."""
+        run, count = self._run, self._run.processes.count
+        largest = math.ceil(images / count)
+        return largest <= run.plan.micro_batch and images >= count * fewest_images(run.model)
 
     def _fill_up(self, batches: list[list[int]], left_out: Collection[int]) -> list[list[int]]:
         """Return ``batches`` without ``left_out``; too small ones take the epoch's first images.

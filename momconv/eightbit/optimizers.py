@@ -1,0 +1,209 @@
+"""SGD with momentum and AdamW whose state takes a byte a value.
+
+They compute in single precision, and round what they keep. On a CPU a step is one pass over memory
+(loops.py); elsewhere, and without Numba, a few operations for each piece of a parameter. No state
+ever exists as a whole in single precision. Both give the same bits.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+
+from momconv.eightbit.blocks import SMALLEST, Blocks, count_blocks
+
+_PIECE = 2**20  # values at a time where there is no loop; whole blocks
+_SCALES = "_scales"  # the end of a name, beside that of the bytes
+_T = TypeVar("_T")
+
+
+class _Optimizer(Optimizer):
+    """What both have in common: where the state is, and how a step goes through it."""
+
+    signs: ClassVar[Mapping[str, bool]]  # the states, and whether their values may be negative
+    loop: ClassVar[str]  # in loops.py
+
+    @abstractmethod
+    def find_constants(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:
+        """Return what a parameter's step depends on besides its values."""
+
+    @staticmethod
+    @abstractmethod
+    def compute(parameter: Tensor, gradient: Tensor, states: list[Tensor], *constants: Any) -> None:
+        """Change a piece of a parameter and of its states, all in single precision, in place."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], _T] | None = None) -> _T | None:  # type: ignore[override]
+        """Change each parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._change(parameter, parameter.grad, group)
+        return loss
+
+    def _change(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            for name in self.signs:
+                _begin(state, name, parameter)
+        state["step"] += 1
+        constants = self.find_constants(group, int(state["step"]))
+        values = _flatten(parameter.detach(), parameter)
+        gradient = _flatten(gradient, parameter)
+        if len(values) < SMALLEST:
+            states = [_flatten(state[name], parameter) for name in self.signs]
+            self.compute(values, gradient, states, *constants)
+            return
+        blocks = [
+            Blocks(_flatten(state[name], parameter), state[f"{name}{_SCALES}"], signed)
+            for name, signed in self.signs.items()
+        ]
+        if values.dtype == gradient.dtype == torch.float32 and values.is_cpu and _has_loops():
+            import_module("momconv.eightbit.loops").run(
+                self.loop, values, gradient, blocks, constants
+            )
+            increment_version(parameter)  # as PyTorch's operations do
+        else:
+            self._change_in_pieces(values, gradient, blocks, constants)
+
+    def _change_in_pieces(
+        self, values: Tensor, gradient: Tensor, blocks: list[Blocks], constants: Iterable[float]
+    ) -> None:
+        for start in range(0, len(values), _PIECE):
+            stop = min(start + _PIECE, len(values))
+            states = [state.read(start, stop) for state in blocks]
+            self.compute(values[start:stop], gradient[start:stop], states, *constants)
+            for block, state in zip(blocks, states, strict=True):
+                block.write(start, state)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what ``state_dict`` returned; PyTorch's own would make floats of the bytes."""
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                like = parameter if value.shape == parameter.shape else value
+                device = value.device if name == "step" else parameter.device
+                copy = torch.empty_like(like, dtype=value.dtype, device=device)
+                self.state[parameter][name] = copy.copy_(value)
+
+
+class SGD8bit(_Optimizer):
+    """torch.optim.SGD, with a momentum buffer of a byte a value.
+
+    Args:
+        params: As for every optimiser of PyTorch's.
+        lr: The learning rate.
+        momentum: Its factor of the buffer.
+        weight_decay: Added to the gradient, times the parameter.
+        nesterov: Whether the step looks ahead.
+    """
+
+    signs: ClassVar = {"momentum_buffer": True}
+    loop = "sgd"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        nesterov: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"nesterov": nesterov})
+
+    def find_constants(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:
+        """Return rate, weight decay, momentum, and whether the step looks ahead."""
+        names = "lr", "weight_decay", "momentum", "nesterov"
+        return tuple(float(group[name]) for name in names)
+
+    @staticmethod
+    def compute(parameter: Tensor, gradient: Tensor, states: list[Tensor], *constants: Any) -> None:
+        """Take a step of SGD."""
+        (buffer,), (rate, decay, momentum, looks_ahead) = states, constants
+        gradient = parameter * decay + gradient
+        buffer.mul_(momentum).add_(gradient)
+        change = buffer * momentum + gradient if looks_ahead else buffer
+        parameter.sub_(change * rate)
+
+
+class AdamW8bit(_Optimizer):
+    """torch.optim.AdamW, with both moments of a byte a value.
+
+    Args:
+        params: As for every optimiser of PyTorch's.
+        lr: The learning rate.
+        betas: How much of the moments stays.
+        eps: Added to the root of the second moment.
+        weight_decay: Of the parameters, times the rate.
+    """
+
+    signs: ClassVar = {"exp_avg": True, "exp_avg_sq": False}
+    loop = "adamw"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    def find_constants(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:
+        """Return the factors of parameter, moments, root and change, and what keeps from zero."""
+        rate, (first, second) = float(group["lr"]), group["betas"]
+        decay = 1 - rate * group["weight_decay"]
+        root = 1 / math.sqrt(1 - second**step)
+        return decay, 1 - first, second, 1 - second, root, group["eps"], rate / (1 - first**step)
+
+    @staticmethod
+    def compute(parameter: Tensor, gradient: Tensor, states: list[Tensor], *constants: Any) -> None:
+        """Take a step of AdamW."""
+        mean, square = states
+        decay, fresh, kept, fresh_square, root, eps, rate = constants
+        mean.add_((gradient - mean).mul_(fresh))
+        square.mul_(kept).add_((gradient * gradient).mul_(fresh_square))
+        # In single precision, libraries round roots as they like.
+        change = mean / square.double().sqrt().float().mul_(root).add_(eps)
+        parameter.mul_(decay).sub_(change.mul_(rate))
+
+
+def _begin(state: dict[str, Tensor], name: str, parameter: Tensor) -> None:
+    """Add a state of zeros."""
+    if parameter.numel() < SMALLEST:
+        state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+        return
+    state[name] = torch.zeros_like(parameter, dtype=torch.uint8)
+    blocks = count_blocks(parameter.numel())
+    state[f"{name}{_SCALES}"] = torch.zeros(blocks, device=parameter.device)
+
+
+def _flatten(x: Tensor, parameter: Tensor) -> Tensor:
+    """Return x in the order in which ``parameter`` lies in memory: a view, if it lies so too."""
+    order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
+    return x.permute(order).reshape(-1)
+
+
+@cache
+def _has_loops() -> bool:
+    return find_spec("numba") is not None

@@ -1,0 +1,125 @@
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn, optim
+
+from momconv.eightbit import AdamW8bit, SGD8bit, optimizers
+from momconv.eightbit.blocks import Blocks, numbers
+from momconv.planner.measurement import measure
+
+LAST = torch.channels_last
+KINDS: list[tuple[type, type, dict[str, Any]]] = [
+    (AdamW8bit, optim.AdamW, {"weight_decay": 0.1}),
+    (SGD8bit, optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    (SGD8bit, optim.SGD, {"momentum": 0.5}),
+]
+
+
+def parameters() -> list[nn.Parameter]:
+    """Channels last, one and a half blocks in it; not a multiple of a block; too small."""
+    torch.manual_seed(0)
+    shapes = torch.randn(32, 43, 3, 1).to(memory_format=LAST), torch.randn(70, 65), torch.randn(9)
+    return [nn.Parameter(values) for values in shapes]
+
+
+def train(optimizer: optim.Optimizer, own: Iterable[nn.Parameter], steps: range) -> None:
+    for step in steps:
+        torch.manual_seed(step)
+        for p in own:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+
+
+def assert_same(own: optim.Optimizer, other: optim.Optimizer) -> None:
+    mine, yours = ([p for g in o.param_groups for p in g["params"]] for o in (own, other))
+    for p, q in zip(mine, yours, strict=True):
+        assert torch.equal(p, q)
+        assert own.state[p].keys() == other.state[q].keys()
+        for name, value in own.state[p].items():
+            assert torch.equal(value, other.state[q][name])
+            assert value.dtype == other.state[q][name].dtype
+
+
+def test_the_numbers_are_those_of_the_libraries() -> None:
+    signed, unsigned = numbers(signed=True).tolist(), numbers(signed=False).tolist()
+    assert len(signed) == len(unsigned) == 256
+    assert signed[126:130] == pytest.approx([-5.5e-7, 0, 5.5e-7, 3.25e-6])
+    assert (signed[0], signed[-2], signed[-1]) == pytest.approx((-0.99296875, 0.99296875, 1))
+    assert unsigned[:3] == pytest.approx([0, 3.25e-7, 7.75e-7])
+    assert unsigned[-2:] == pytest.approx([0.996484375, 1])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_value_becomes_the_nearest_and_only_zero_may_become_zero_in_a_root(signed: bool) -> None:
+    values = torch.tensor([0.5, 1e-9, 0.0])
+    state = Blocks(torch.zeros(3, dtype=torch.uint8), torch.zeros(1), signed)
+    state.write(0, values)
+    near = 0.5 * numbers(signed=signed)
+    assert state.scales.tolist() == [0.5]
+    nearest = near[(near - values[:, None]).abs().argmin(1)].tolist()
+    assert state.read(0, 3).tolist() == (nearest if signed else [0.5, near[1], near[1]])
+
+
+@pytest.mark.parametrize(("kind", "plain", "arguments"), KINDS)
+def test_the_loop_and_the_pieces_give_the_same_bits_near_those_of_full_precision(
+    kind: type, plain: type, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    for make, has_loops in ((kind, True), (kind, False), (plain, True)):
+        monkeypatch.setattr(optimizers, "_has_loops", lambda has=has_loops: has)
+        monkeypatch.setattr(optimizers, "_PIECE", 512)
+        own = parameters()
+        made.append(make(own, lr=0.01, **arguments))
+        train(made[-1], own, range(4))
+    looped, in_pieces, exact = made
+    assert_same(looped, in_pieces)
+    own, others = (o.param_groups[0]["params"] for o in (looped, exact))
+    for p, q, start in zip(own, others, parameters(), strict=True):
+        error, change = (p - q).norm(), (q - start).norm()
+        assert 0 < error < 0.03 * change if p.numel() >= 4096 else error < 1e-5 * change
+
+
+@pytest.mark.parametrize(("kind", "_plain", "arguments"), KINDS)
+def test_what_goes_on_from_a_saved_state_has_the_same_bits(
+    kind: type, _plain: type, arguments: dict[str, Any]
+) -> None:
+    own = parameters()
+    whole = kind(own, lr=0.01, **arguments)
+    train(whole, own, range(2))
+    others = copy.deepcopy(own)
+    resumed = kind(others, lr=0.5, **arguments)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    train(whole, own, range(2, 4))
+    train(resumed, others, range(2, 4))
+    assert_same(whole, resumed)
+
+
+def test_a_step_makes_no_copy_of_the_state() -> None:
+    p = nn.Parameter(torch.ones(1024, 1024))
+    optimizer = AdamW8bit([p])
+    p.grad = torch.ones_like(p)
+    state = measure(optimizer.step, torch.device("cpu"))
+    assert 2 * p.numel() < state < 2.1 * p.numel()  # which it begins with
+    assert measure(optimizer.step, torch.device("cpu")) < 0.01 * p.numel()
+
+
+def test_autograd_notices_a_step() -> None:
+    p = nn.Parameter(torch.ones(5000))
+    loss = (p * p).sum()
+    p.grad = torch.ones_like(p)
+    SGD8bit([p]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_gradient_in_another_memory_format_counts_by_its_indices() -> None:
+    def step(layout: torch.memory_format) -> Tensor:
+        p = nn.Parameter(torch.zeros(32, 43, 3, 1).to(memory_format=LAST))
+        p.grad = torch.arange(p.numel()).view(p.shape).float().to(memory_format=layout)
+        SGD8bit([p], lr=1.0).step()
+        return p.detach()
+
+    assert torch.equal(step(LAST), step(torch.contiguous_format))
