@@ -16,7 +16,7 @@ from momconv.planner.measurement import available_bytes
 from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
 from momconv.planner.prediction import PeakMemory, Training
 from momconv.units import format_bytes, parse_bytes
-from momconv.vocabulary import Precision, Strategies, StrategyChoice
+from momconv.vocabulary import OPTIMIZERS, Precision, Strategies, StrategyChoice
 
 Change = Literal["gamma", "precision", "optimizer", "release_gradients"]
 Fixed = Literal["gamma", "resolution", "freeze", "optimizer", "release_gradients"]
@@ -206,8 +206,10 @@ class Plan:
         if sizes[-1] < sizes[0]:
             parts += f" or {sizes[-1]}"
         whose = f" over {request.processes} processes, each" if request.processes > 1 else ""
-        how = ", gradients released" if request.release_gradients else ""
-        text = f"batch of {request.batch}{whose} in {parts} ({self.stages}, {self.precision}{how})"
+        how = [self.stages, self.precision]
+        how += [request.optimizer] if OPTIMIZERS[request.optimizer].bits == 8 else []
+        how += ["gradients released"] if request.release_gradients else []
+        text = f"batch of {request.batch}{whose} in {parts} ({', '.join(how)})"
         peak, limit = format_bytes(self.predicted_bytes), format_bytes(self.limit_bytes)
         whose = "the limit" if request.memory else "what is free"
         text = f"{text}, {peak} predicted at the peak; {whose} is {limit}"

@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,12 +16,12 @@ from momconv.errors import ResourceError, UsageError
 from momconv.momentum.sequential import momentum_stages
 from momconv.planner.cost import Speed, estimate_speed
 from momconv.planner.outlook import SLACK
-from momconv.planner.plan import Request
+from momconv.planner.plan import Fixed, Request
 from momconv.planner.prediction import Predictor, Training, peak_memory
 from momconv.planner.search import plan, search
 from momconv.recipe import TrainRecipe, load_recipe
 from momconv.training.network import start_training
-from momconv.units import parse_bytes
+from momconv.units import format_bytes, parse_bytes
 from momconv.zoo.networks import build
 from momconv.zoo.stages import freeze
 
@@ -245,6 +245,39 @@ def refusal(model: nn.Module, memory: int, **changes: Any) -> ResourceError:
     return refused.value
 
 
+def test_a_leaner_state_is_advised_with_what_it_needs_and_released_gradients_too() -> None:
+    model = build("cifar_resnet20").train()
+    small = peak_memory(model, 1, SIDE, optimizer="adamw-8bit").total
+    leanest = peak_memory(model, 1, SIDE, optimizer="adamw-8bit", release_gradients=True).total
+    error = refusal(model, int(small * 1.02), batch_size=1, optimizer="adamw")
+    assert f"with --optimizer adamw-8bit: {format_bytes(small)}" in error.message
+    first, *_ = (error.fix or "").splitlines()
+    assert first == "--optimizer adamw-8bit"
+    error = refusal(model, int(leanest * 1.02), batch_size=1, optimizer="adamw-8bit")
+    both = "--set train.release_gradients=true"
+    assert f"with {both}: {format_bytes(leanest)}" in error.message
+    assert both in (error.fix or "").splitlines()
+
+
+def test_what_saves_memory_alone_changes_only_where_memory_asks_for_it() -> None:
+    model = build("cifar_resnet20").train()
+    allowed: Any = {"may_change": ["release_gradients", "optimizer"], "optimizer": "adamw"}
+    unchanged = plan(model, SIDE, "1GiB", 4, **allowed)
+    assert (unchanged.request.optimizer, unchanged.request.release_gradients) == ("adamw", False)
+    limit = int(peak_memory(model, 4, SIDE, optimizer="adamw", release_gradients=True).total * 1.02)
+    released = plan(model, SIDE, limit, 4, **allowed)
+    assert (released.request.optimizer, released.sizes) == ("adamw", (4,))
+    assert released.request.release_gradients
+    assert released.peak is not None
+    assert released.peak.gradients == 0
+
+
+def test_a_batch_whose_gradients_are_released_is_undivided() -> None:
+    request = Request(SIDE, images=9, batch_size=4, release_gradients=True)
+    assert request.sizes == [5]  # the last one of the epoch
+    assert replace(request, images=8).sizes == [4]
+
+
 def test_every_advice_fits() -> None:
     model, side = build("cifar_resnet20").train(), 128
     limit = peak_memory(model, 1, side).total * 4 // 5
@@ -309,7 +342,7 @@ def test_what_cannot_be_changed_is_not_advised() -> None:
         strategy="momentum",
     )
     with pytest.raises(ResourceError) as refused:
-        search(model, replace(request, fixed=("gamma", "freeze", "resolution")))
+        search(model, replace(request, fixed=get_args(Fixed)))
     options = [line.split()[0] for line in (refused.value.fix or "").splitlines()]
     assert options == ["--micro-batch", "--memory"]
 
