@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks import transfer
+from benchmarks import transfer, whole
 from benchmarks.tables import Row, find_logs, number
 
 Series = dict[str, list[tuple[float, float]]]  # points (x, MiB) by method
@@ -25,6 +25,8 @@ STYLES = {
     "momconv": ("#D55E00", "D"),
     "momconv, plain": ("#CC79A7", "v"),
 }
+
+WHOLE_COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00")
 
 TRANSFER_STYLES = {
     "plain": ("#000000", "o"),
@@ -136,12 +138,34 @@ def draw_frontier(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def draw_whole(rows: Sequence[Row]) -> Figure:
+    """What a step's memory consists of, as stacked bars, with a panel for each network."""
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    figure = Figure(figsize=(8, 1.9 * len(networks)), layout="constrained")
+    panels = figure.subplots(len(networks), 1, squeeze=False)[:, 0]
+    for axes, network in zip(panels, networks, strict=True):
+        own = [row for row in rows if row["network"] == network][::-1]
+        methods, ends = [row["method"] for row in own], [0.0] * len(own)
+        for part, colour in zip(whole.PARTS, WHOLE_COLOURS, strict=True):
+            sizes = [float(row[part]) / 1024 for row in own]
+            axes.barh(methods, sizes, left=ends, color=colour, label=part)
+            ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+        axes.set(title=f"{network}, {own[-1]['optimizer']}", xlabel="GiB")
+        axes.bar_label(axes.containers[-1], [f" {end:.1f}" for end in ends])
+        axes.margins(x=0.08)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
 PICTURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "depth": draw_depth,
     "batches": draw_batches,
     "ladder": draw_ladder,
     "transfer": draw_transfer,
     "frontier": draw_frontier,
+    "whole": draw_whole,
 }
 
 

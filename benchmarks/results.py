@@ -101,6 +101,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]] | None] = {
     "loading": show_all,
     "fuzz": show_all,
     "budget": show_all,
+    "whole": partial(pivot, case=("network",), method="method", value="MiB"),
     "estimates": partial(pivot, case=("network", "images"), method="tool", value="% of measured"),
     "cost": partial(
         spread, by=("strategy",), values=("measured ratio", "calibrated ratio", "assumed ratio")

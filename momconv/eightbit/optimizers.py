@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from momconv.eightbit.blocks import SMALLEST, Blocks, count_blocks
 
 _PIECE = 2**20  # values at a time where there is no loop; whole blocks
-_SCALES = "_scales"  # the end of a name, beside that of the bytes
+SCALES = "_scales"  # the end of a name, beside that of the bytes
 _T = TypeVar("_T")
 
 
@@ -68,7 +68,7 @@ class _Optimizer(Optimizer):
             self.compute(values, gradient, states, *constants)
             return
         blocks = [
-            Blocks(_flatten(state[name], parameter), state[f"{name}{_SCALES}"], signed)
+            Blocks(_flatten(state[name], parameter), state[f"{name}{SCALES}"], signed)
             for name, signed in self.signs.items()
         ]
         if values.dtype == gradient.dtype == torch.float32 and values.is_cpu and _has_loops():
@@ -195,7 +195,7 @@ def _begin(state: dict[str, Tensor], name: str, parameter: Tensor) -> None:
         return
     state[name] = torch.zeros_like(parameter, dtype=torch.uint8)
     blocks = count_blocks(parameter.numel())
-    state[f"{name}{_SCALES}"] = torch.zeros(blocks, device=parameter.device)
+    state[f"{name}{SCALES}"] = torch.zeros(blocks, device=parameter.device)
 
 
 def _flatten(x: Tensor, parameter: Tensor) -> Tensor:

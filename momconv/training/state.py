@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from momconv.eightbit import count_blocks
+from momconv.eightbit import SCALES, count_blocks
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files.atomic import write_atomically
 from momconv.files.tensor_file import write_tensors
@@ -238,11 +238,14 @@ def _find_unfitting(model: nn.Module, tensors: Mapping[str, Tensor]) -> str | No
     """Return a name in the optimiser's state that no parameter has, or not in this shape."""
     parameters = dict(model.named_parameters())
     for key, value in tensors.items():
-        parameter = parameters.get(key.partition("/")[2])
+        kind, _, name = key.partition("/")
+        parameter = parameters.get(name)
         if parameter is None:
             return key
-        blocks = torch.Size([count_blocks(parameter.numel())])
-        if value.shape not in (parameter.shape, torch.Size([]), blocks):
+        shape = parameter.shape
+        if kind.endswith(SCALES):
+            shape = torch.Size([count_blocks(parameter.numel())])
+        if value.shape not in (shape, torch.Size([])):
             return key
     return None
 
