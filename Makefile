@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint dist clean
 
 demo: .venv/installed
 	$(BIN)/momconv demo
@@ -18,8 +18,14 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A wheel and an sdist, in dist/, which are looked into and tried.
+dist: .venv/installed
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python scripts/check_dist.py dist
+
 clean:
-	rm -rf .venv momconv-demo
+	rm -rf .venv momconv-demo dist build
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

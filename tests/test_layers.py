@@ -38,6 +38,7 @@ LAYERS = [
     "diagnosis",
     "reports",
     "converting",
+    "hub",
     "__init__",
     "cli",
     "__main__",

@@ -24,6 +24,7 @@ from momconv.cli import (
     models,
     predict,
     profile_memory,
+    push,
     recipes,
 )
 from momconv.cli import eval as eval_
@@ -95,6 +96,7 @@ app.command("eval")(guarded(eval_.evaluate))
 app.command("predict")(guarded(predict.predict))
 app.command("inspect")(guarded(inspect.inspect))
 app.command("export")(guarded(export.export))
+app.command("push")(guarded(push.push))
 app.command("profile-memory")(guarded(profile_memory.profile_memory))
 app.command("doctor")(guarded(doctor.doctor))
 app.command("models")(guarded(models.models))

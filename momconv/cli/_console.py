@@ -19,7 +19,9 @@ from typing import Any, ParamSpec
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, ProgressColumn, Task
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from momconv.errors import MomconvError, ResourceError, UncheckedFile
@@ -34,6 +36,7 @@ P = ParamSpec("P")
 
 _NAMES_OR_FILES = ("model", "network", "weights")  # options that take either
 _MODEL_FILES = ("file", "back", "compare")  # that may be the folder of a run instead
+_LONGEST_BAR = 40  # characters
 _UNBOUNDED = 10**6  # characters of a line, where no terminal has to wrap it
 
 
@@ -284,17 +287,36 @@ def progress(
     if _settings.quiet or not err.is_terminal:
         yield _plain_lines(title, total, clock)
         return
-    with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}", markup=False),
-        console=err,
-        transient=True,
-    ) as bar:
-        task = bar.add_task(title, total=total, text="")
-        yield lambda done, text: bar.update(task, completed=done, text=text)
+    with Progress(_Line(), console=err, transient=True) as bar:
+        task = bar.add_task(title, total=total, text="", visible=False)
+        yield lambda done, text: bar.update(task, completed=done, text=text, visible=True)
+
+
+class _Line(ProgressColumn):
+    """Epoch, count and time left, never cut; then a bar, where there is room, and the rest."""
+
+    def render(self, task: Task) -> Table:
+        """Return the line in the width of the terminal."""
+        text = str(task.fields["text"])
+        epoch, _, rest = text.partition(" · ") if text.startswith("epoch") else ("", "", text)
+        left = "-:--:--" if task.time_remaining is None else _clock(task.time_remaining)
+        head = f"{task.completed:.0f}/{task.total:.0f} · {left} left"
+        head = f"{epoch} · {head}" if epoch else head
+        if len(task.description) + len(head) + 1 < err.width:
+            head = f"{task.description} {head}"
+        room = err.width - len(head) - 1
+        details = Text(rest, no_wrap=True)
+        details.truncate(max(0, room - 1), overflow="ellipsis")
+        width = min(_LONGEST_BAR, room - len(details) - 2)
+        line = Table.grid(padding=(0, 1, 0, 0))
+        bar = [ProgressBar(task.total or 1, task.completed, width)] if width > 0 else []
+        line.add_row(Text(head, no_wrap=True), *bar, details)
+        return line
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def _plain_lines(title: str, total: int, clock: Callable[[], float]) -> Report:

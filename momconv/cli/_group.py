@@ -35,11 +35,20 @@ _BY_SYNONYM = {word: name for name, words in _SYNONYMS.items() for word in words
 class Commands(TyperGroup):
     """Refuses empty arguments: as a path, what an unset variable leaves were the current folder."""
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
-        """Run the command line, and leave the program with its code."""
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        *rest: Any,
+        standalone_mode: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Run the command line, and leave the program with its code if it stands alone."""
         words = list(sys.argv[1:] if args is None else args)
+        options["standalone_mode"] = False  # so that errors come here
+        if not standalone_mode:
+            return super().main(words, *rest, **options)
         try:
-            code = super().main(words, *rest, **options | {"standalone_mode": False})
+            code = super().main(words, *rest, **options)
         except typer.Abort:
             code = 1
         except (_ClickError, MomconvError) as error:

@@ -37,6 +37,16 @@ _KINDS = 8  # suffixes that a message lists
 _RECENT = 2 * 10**9  # nanoseconds, in which a file may change again without its times changing
 
 
+def name_images(folder: Path) -> str:
+    """Return what people call the images in ``folder``: by the folder around train/ and the like.
+
+    >>> name_images(Path("/data/photos")), name_images(Path("/data/photos/train"))
+    ('photos', 'photos')
+    """
+    path = folder.absolute()
+    return path.parent.name if path.name.lower() in SPLITS and path.parent.name else path.name
+
+
 @dataclass(frozen=True, slots=True)
 class Folder:
     """A folder that has one folder for each class, as a source of images."""

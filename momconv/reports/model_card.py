@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from momconv._version import __version__
+from momconv.data.folder import name_images
 from momconv.evaluation import Scores
 from momconv.recipe import Recipe
 from momconv.reports.inspection import describe_input
@@ -36,8 +37,9 @@ def compose_card(
     """
     recipe = result.recipe
     name = f"{description.architecture} on {_name_data(recipe)}"
+    data = _name_data(recipe)
     front = yaml.safe_dump(
-        _compose_front_matter(name, description, scores), sort_keys=False, allow_unicode=True
+        _compose_front_matter(name, data, description, scores), sort_keys=False, allow_unicode=True
     )
     parts = [
         f"---\n{front}---\n\n# {_escape(name)}\n",
@@ -53,9 +55,13 @@ def compose_card(
 
 
 def _compose_front_matter(
-    name: str, description: Description, scores: Scores | None
+    name: str, data: str, description: Description, scores: Scores | None
 ) -> dict[str, Any]:
+    """Return what ``huggingface_hub.ModelCard`` reads."""
     front: dict[str, Any] = {
+        "license": "other",
+        "license_name": "of-the-original-weights-and-the-images",
+        "datasets": [printable(data)],
         "tags": ["image-classification", "momconv", "momentum-residual-network"],
         "pipeline_tag": "image-classification",
         "library_name": "momconv",
@@ -66,7 +72,9 @@ def _compose_front_matter(
         return front
     figures = {"accuracy": scores.top1, "f1": scores.macro_f1}
     metrics = [{"type": kind, "value": round(value, 4)} for kind, value in figures.items()]
-    results = [{"task": {"type": "image-classification"}, "metrics": metrics}]
+    dataset = {"name": printable(data), "type": "imagefolder", "split": "validation"}
+    task = {"type": "image-classification", "name": "Image classification"}
+    results = [{"task": task, "dataset": dataset, "metrics": metrics}]
     index = [{"name": printable(name), "results": results}]
     return front | {"metrics": list(figures), "model-index": index}
 
@@ -198,7 +206,9 @@ def _list_limits(scores: Scores | None, result: Result, description: Description
 
 
 def _name_data(recipe: Recipe) -> str:
-    return recipe.data.path.absolute().name if recipe.data.path else "images"
+    """Return what the images are called: the folder, or that in which it is "train" or the like."""
+    folder = recipe.data.path or recipe.data.train_dir
+    return name_images(folder) if folder else "images"
 
 
 def _tabulate(titles: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

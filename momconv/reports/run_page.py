@@ -8,6 +8,7 @@ from typing import Any
 
 from momconv._version import __version__
 from momconv.data.decoding import UnreadableImage, decode
+from momconv.data.folder import name_images
 from momconv.evaluation import ClassScore, Scores
 from momconv.names import encode_name
 from momconv.planner.plan import Plan
@@ -78,7 +79,7 @@ def compose_run_page(
         _show_commands(result, description, data),
     ]
     return Page(
-        title=f"{description.architecture} on {data.absolute().name}",
+        title=f"{description.architecture} on {name_images(data)}",
         subtitle=f"{plural(description.num_classes, 'class')}, fine-tuned for "
         f"{plural(result.epochs, 'epoch')}, momconv {__version__}",
         figures=tuple(_list_run_figures(result, scores)),
@@ -112,7 +113,7 @@ def compose_evaluation_page(
         Section(title="Repeat", commands=(command,)),
     )
     return Page(
-        title=f"{file.name} on {data.absolute().name}",
+        title=f"{file.name} on {name_images(data)}",
         subtitle=f"{description.architecture}, {plural(description.num_classes, 'class')}, "
         f"momconv {__version__}",
         figures=tuple(_list_figures(scores)),

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from momconv.data.folder import name_images
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files import claim
 from momconv.files.atomic import find_aside, is_temporary, remove, require_writable, sweep
@@ -27,7 +28,7 @@ def name_folder(recipe: Recipe) -> Path:
     """Return the default folder of a run, below the working directory."""
     file = recipe.model.from_file
     model = name_after(file) if file else own.file_stem(recipe.model.name)
-    data = recipe.data.path.absolute().name if recipe.data.path else "images"
+    data = name_images(recipe.data.path) if recipe.data.path else "images"
     return _RUNS / f"{model}-{data}"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from pages import PageReader
 from PIL import Image
 
@@ -83,6 +84,16 @@ def test_the_front_matter_is_what_a_hub_reads(folder: Path) -> None:
     (index,) = front["model-index"]
     kinds = [metric["type"] for metric in index["results"][0]["metrics"]]
     assert kinds == front["metrics"] == ["accuracy", "f1"]
+
+
+def test_the_library_of_the_hub_reads_the_card(folder: Path, run: Result) -> None:
+    data = ModelCard.load(folder / "README.md").data
+    assert (data.license, data.datasets, data.library_name) == ("other", ["colours"], "momconv")
+    assert data.eval_results is not None
+    figures = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert figures["accuracy"] == pytest.approx(run.best_epoch.val_top1, abs=1e-4)
+    assert {result.dataset_name for result in data.eval_results} == {"colours"}
+    assert {result.dataset_type for result in data.eval_results} == {"imagefolder"}
 
 
 def test_the_card_has_the_figures_of_the_run(folder: Path, run: Result) -> None:
