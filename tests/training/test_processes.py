@@ -158,8 +158,11 @@ def wait_for_epoch(folder: RunFolder, processes: list[ForkServerProcess]) -> Non
         assert processes[0].exitcode is None
 
 
+@pytest.mark.parametrize(
+    "parts", [[], ["train.micro_batch=auto", "train.release_gradients=true"]], ids=["", "released"]
+)
 def test_two_processes_take_the_step_of_one_on_the_joint_batch(
-    colours: Path, tmp_path: Path
+    parts: list[str], colours: Path, tmp_path: Path
 ) -> None:
     """The first state of SGD's momentum is the gradient; the shares are of 11 and 10 images.
 
@@ -168,7 +171,7 @@ def test_two_processes_take_the_step_of_one_on_the_joint_batch(
     images, whose rounding errors are below 2^-24 √2^20 = 2^-14 of the largest term if they are
     independent.
     """
-    recipe = small(colours, *FROZEN, "train.batch_size=21", "data.val_frac=0.13")
+    recipe = small(colours, *FROZEN, "train.batch_size=21", "data.val_frac=0.13", *parts)
     assert end(start(2, recipe, tmp_path / "two")) == [0, 0]
     one = finetune(recipe, tmp_path / "one")
     ours, theirs = (load_file(RunFolder(tmp_path / name).state) for name in ("two", "one"))
