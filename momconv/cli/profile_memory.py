@@ -54,6 +54,9 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     optimizer: Annotated[
         OptimizerName, typer.Option(help="What holds a state for each parameter.")
     ] = "sgd",
+    release_gradients: Annotated[
+        bool, typer.Option("--release-gradients", help="Each is used and freed in backward.")
+    ] = False,
     device: DeviceOption = "auto",
     measure: Annotated[
         bool, typer.Option("--measure", help="Run small steps as well, and trust them instead.")
@@ -88,7 +91,9 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
         measured = _load(Function(network, arg), model, gamma, "cpu" if measure else "meta")
     side = resolution or describe(measured).preprocessing.resolution
     check_resolution(measured, side)
-    training = Training(side, precision, optimizer, device=where)
+    training = Training(
+        side, precision, optimizer, device=where, release_gradients=release_gradients
+    )
     with progress("measuring" if measure else "predicting", len(VARIANTS)) as report:
         found = profile(measured, training, measuring=measure, progress=report)
     if csv is not None:
@@ -100,6 +105,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
         "resolution": side,
         "precision": precision,
         "optimizer": optimizer,
+        "release_gradients": release_gradients,
         "device": where,
     }
     if json_output:

@@ -45,6 +45,8 @@ def show_memory(
         f"\nin the budgets for all: weights {format_bytes(static.weights)}, gradients "
         f"{format_bytes(static.gradients)}, optimiser {format_bytes(static.optimizer)}"
     )
+    yield Text(f"all that is alive at the peak of {EXAMPLE} images, predicted")
+    yield _tabulate_whole(profile)
     for variant in VARIANTS:
         explanation = _PLAIN if variant == "plain" else STRATEGIES[variant].explanation
         yield Text(f"{variant:<11}{explanation}")
@@ -67,6 +69,18 @@ def _tabulate_batches(profile: MemoryProfile, batch_sizes: Sequence[int]) -> Tab
         table.add_column(str(size), justify="right")
     for p in profile.profiles:
         table.add_row(p.variant, *(format_bytes(p.peak.at(size)) for size in batch_sizes))
+    return table
+
+
+def _tabulate_whole(profile: MemoryProfile) -> Table:
+    """Return what depends on the images beside what does not."""
+    table = Table("strategy", box=None, pad_edge=False)
+    for name in ("weights", "gradients", "optimiser", "images", "step", "in all"):
+        table.add_column(name, justify="right")
+    for p in profile.profiles:
+        peak = p.example
+        parts = peak.weights, peak.gradients, peak.optimizer, peak.batch, peak.step, peak.total
+        table.add_row(p.variant, *map(format_bytes, parts))
     return table
 
 

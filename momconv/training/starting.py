@@ -8,6 +8,7 @@ from torch import nn
 from momconv.data.inspection import find_guessed, find_outside
 from momconv.data.source import Splits
 from momconv.data.values import find_ranges, settle_ranges, warn_of_values
+from momconv.errors import ResourceError
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
 from momconv.planner.plan import Change, Fixed, Plan
@@ -31,6 +32,7 @@ from momconv.training.provenance import Provenance, find_provenance, tell_of_dif
 from momconv.training.rate_finder import find_rate
 from momconv.training.run import Assignment, TrainingRun, make_run
 from momconv.training.saving import begin
+from momconv.training.steps import fewest_images
 from momconv.zoo.description import Preprocessing, describe, mark_as_seen
 
 _NO_MOMENTUM = (
@@ -197,15 +199,16 @@ def _choose_rate(run: TrainingRun) -> None:
 def _calibrate(run: TrainingRun) -> None:
     """Adapt the converted network to its original, which is loaded for that and then dropped.
 
-    It weighs no more than the gradients, which do not exist yet. In single precision, in which this
-    is done, an image takes up to twice what it takes in half precision.
+    It weighs no more than the gradients, which do not exist yet, and for which there is room unless
+    they are to be released. In single precision, in which this is done, an image takes up to twice
+    what it takes in half precision.
     """
     recipe, plan, half = run.recipe, run.plan, run.plan.precision != "fp32"
     original = network.load_plain(recipe.model, network.read_preparation(recipe.data).side)
     network.place(original, run.device)
     alone = plan  # one process calibrates, which then takes more than its share of a batch
-    if run.processes.count > 1:
-        alone = plan_batches(run.model, replace(plan.request, processes=1))
+    if run.processes.count > 1 or plan.request.release_gradients:
+        alone = _plan_alone(plan, run.model)
     calibrate_on(
         run.splits.train,
         run.model,
@@ -218,6 +221,17 @@ def _calibrate(run: TrainingRun) -> None:
     )
     if alone is not plan:
         plan.apply(run.model)
+
+
+def _plan_alone(plan: Plan, model: nn.Module) -> Plan:
+    """Return the plan of one process that keeps gradients; as few images as can be if none fits."""
+    request = replace(plan.request, processes=1, release_gradients=False)
+    try:
+        return plan_batches(model, request)
+    except ResourceError:
+        if not plan.request.release_gradients:
+            raise
+        return replace(plan, micro_batch=fewest_images(model))
 
 
 def _check_images(recipe: Recipe, splits: Splits, listener: Listener) -> None:
