@@ -100,7 +100,7 @@ def predict(
 
     Raises:
         UsageError: The model has no description.
-        DataError: A path does not exist, there is none, or no image can be read.
+        DataError: No path exists, there is none, or no image can be read.
         ModelFileError: The network's output is not finite for any image.
         ResourceError: There is no such GPU.
     """
@@ -140,18 +140,21 @@ def predict(
 def list_files(paths: Iterable[Path]) -> list[Path]:
     """Return the files among ``paths``, and every image below the folders among them, each once.
 
-    What does not exist may be a pattern, in which ``**`` stands for any folders.
+    What does not exist may be a pattern, in which ``**`` stands for any folders. If it is none, it
+    is in the list, as a file that cannot be read.
 
     Raises:
-        DataError: One does not exist, a folder has no images, or there are no paths at all.
+        DataError: None exists, a folder has no images, or there are no paths at all.
     """
-    found: dict[Path, None] = {}
+    found, missing = dict[Path, None](), set[Path]()
     for path in paths:
         matches = [path] if path.exists() else _match(path)
         if not matches:
-            raise _missing(path)
-        for match in matches:
+            missing.add(path)
+        for match in matches or [path]:
             found |= dict.fromkeys(list_images(match) if match.is_dir() else [match])
+    if found and found.keys() == missing:
+        raise _missing(next(iter(found)))
     if not found:
         raise DataError("the list of images is empty", kind="data.no_images", fix="name a folder")
     return list(found)

@@ -320,7 +320,10 @@ class TrainRecipe(_Section):
         Memory | None,
         Option("--memory", "AMOUNT", "Limit, such as 3GiB. (default: what is free)", _MEMORY),
     ] = None
-    headroom: BelowOne = 0.1  # of the free memory, kept back where ``memory`` is not given
+    headroom: Annotated[
+        BelowOne,
+        Option("--headroom", "F", "Of what is free, kept back without --memory. ({})", _MEMORY),
+    ] = 0.1  # of the free memory, kept back where ``memory`` is not given
     release_gradients: bool | Literal["auto"] = "auto"  # use and free each in the backward pass
     may_change: list[Literal["gamma", "precision", "optimizer"]] = []  # by the plan
     device: Annotated[str, Option("--device", "NAME", "auto, cpu, cuda or cuda:1.", _MEMORY)] = (
@@ -336,7 +339,14 @@ class TrainRecipe(_Section):
         CountFromZero,
         Option("--freeze-epochs", "N", "At first, only the head learns. (default: {})", _LEARNING),
     ] = 0  # first, in which only the head learns
-    save_every: Count | Duration = "10min"  # steps or time, inside an epoch; its end always
+    save_every: Annotated[
+        Count | Duration,
+        Option("--save-every", "TIME", "Steps or time between states. (default: {})", _RUN),
+    ] = "10min"  # steps or time, inside an epoch; its end always
+    keep: Annotated[
+        Annotated[int, Field(ge=0, le=2)],
+        Option("--keep", "N", "States kept once it is done, to train on. (default: {})", _RUN),
+    ] = 2  # 2: also the one before, should the last be damaged
     time_limit: Annotated[
         Duration | None,
         Option("--time-limit", "TIME", "Such as 2h: then save and stop, to be resumed.", _RUN),

@@ -14,6 +14,7 @@ from momconv import predict
 from momconv.data.decoding import decode
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError, ModelFileError
+from momconv.prediction import Unreadable
 from momconv.zoo.description import Description, Preprocessing, attach, describe
 from momconv.zoo.networks import build
 
@@ -126,6 +127,13 @@ def test_what_does_not_exist_may_be_a_pattern(colours: Path, tmp_path: Path) -> 
     assert found[6:] == [f"red/{n}.png" for n in range(2, 8)]
     literal = Path(shutil.copy(colours / "red" / "0.png", tmp_path / "[01].png"))
     assert [image.path for image in predict(Brightest(), [literal]).images] == [literal]
+
+
+def test_what_does_not_exist_has_a_record_beside_what_does(colours: Path) -> None:
+    here, gone = colours / "red" / "0.png", colours / "red" / "none.png"
+    done = predict(Brightest(), [here, gone])
+    assert [image.path for image in done.images] == [here]
+    assert done.unreadable == (Unreadable(gone, "No such file or directory"),)
 
 
 def test_what_does_not_exist_is_named_with_what_does(colours: Path) -> None:

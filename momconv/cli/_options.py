@@ -1,9 +1,18 @@
 """Options that several commands have."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def ask_to_refetch(wanted: bool) -> bool:  # noqa: FBT001 (Typer calls it)
+    """Let what is read from now on be fetched again where it is damaged."""
+    if wanted:
+        os.environ["MOMCONV_REFETCH"] = "1"
+    return wanted
+
 
 ArgumentOption = Annotated[
     list[str] | None,
@@ -23,6 +32,14 @@ NetworkOption = Annotated[
         "--network",
         metavar="FUNCTION",
         help="For a file of a network of your own: what makes it, as model.py:make.",
+    ),
+]
+RefetchOption = Annotated[
+    bool,
+    typer.Option(
+        "--refetch",
+        callback=ask_to_refetch,
+        help="Download weights again whose copy here is damaged.",
     ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the file.")]

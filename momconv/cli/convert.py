@@ -10,7 +10,13 @@ import typer
 
 from momconv.cli._console import out, print_json
 from momconv.cli._display import Display
-from momconv.cli._options import ArgumentOption, JsonOption, NetworkOption, OverwriteOption
+from momconv.cli._options import (
+    ArgumentOption,
+    JsonOption,
+    NetworkOption,
+    OverwriteOption,
+    RefetchOption,
+)
 from momconv.cli._own import Function
 from momconv.errors import UsageError
 from momconv.files.atomic import require_free
@@ -61,6 +67,7 @@ def convert(  # noqa: PLR0913 (one for each option)
         str | None, _input(metavar="NAME", help="Of the resizing: bilinear, bicubic, …")
     ] = None,
     network: NetworkOption = None,
+    refetch: RefetchOption = False,
     back: Annotated[
         Path | None,
         typer.Option(

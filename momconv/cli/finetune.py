@@ -17,7 +17,7 @@ from rich.text import Text
 
 from momconv.cli._console import Terminated, note, out, print_json, progress, tell, warn
 from momconv.cli._display import Display
-from momconv.cli._options import ArgumentOption, NetworkOption
+from momconv.cli._options import ArgumentOption, NetworkOption, RefetchOption
 from momconv.cli._recipe_options import (
     MOMENTUM,
     RUN,
@@ -49,6 +49,7 @@ def finetune(  # noqa: PLR0913 (one for each option)
     ] = None,
     network: NetworkOption = None,
     arg: ArgumentOption = None,
+    refetch: RefetchOption = False,
     no_calibrate: Annotated[
         bool,
         typer.Option(

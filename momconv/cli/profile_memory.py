@@ -1,5 +1,7 @@
 """``momconv profile-memory``."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,6 +19,9 @@ from momconv.words import quoted
 if TYPE_CHECKING:
     from torch import nn
 
+    from momconv.planner.prediction import Training
+
+_RECORDED = 4  # images of the step in a snapshot
 _BUDGETS = ["3GiB,8GiB,24GiB,80GiB"]
 
 
@@ -68,6 +73,12 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the table as CSV.")
     ] = None,
+    snapshot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --measure on a GPU: its memory in a step, for memory_viz."
+        ),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Predict what an image costs in training: stored, checkpointed, or with momentum.
@@ -85,8 +96,9 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     from momconv.zoo.description import describe
     from momconv.zoo.networks import check_resolution
 
-    _require_outputs(plot, csv)
+    _require_outputs(plot, csv, snapshot)
     where = str(find_device(device)) if measure or device == "auto" else device
+    _require_history(snapshot, where, measuring=measure)
     with err.status(f"converting {model}"):
         measured = _load(Function(network, arg), model, gamma, "cpu" if measure else "meta")
     side = resolution or describe(measured).preprocessing.resolution
@@ -96,10 +108,14 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     )
     with progress("measuring" if measure else "predicting", len(VARIANTS)) as report:
         found = profile(measured, training, measuring=measure, progress=report)
-    if csv is not None:
-        write_text(csv, to_csv(found, budgets, sizes))
-    if plot is not None:
-        draw_memory(found, budgets, plot)
+    writers: dict[Path | None, Callable[[Path], None]] = {
+        snapshot: partial(_record, measured, training),
+        csv: lambda target: write_text(target, to_csv(found, budgets, sizes)),
+        plot: partial(draw_memory, found, budgets),
+    }
+    for path, write in writers.items():
+        if path is not None:
+            write(path)
     setting = {
         "model": model,
         "resolution": side,
@@ -115,16 +131,42 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     out.print("", *show_memory(found, budgets, sizes), sep="\n")
 
 
-def _require_outputs(plot: Path | None, csv: Path | None) -> None:
-    """Do nothing if both can be written."""
+def _require_history(snapshot: Path | None, device: str, *, measuring: bool) -> None:
+    """Do nothing if PyTorch can tell the history of the memory of ``device``, or nobody asks."""
+    if snapshot is not None and not (measuring and device.startswith("cuda")):
+        raise UsageError(
+            f"--snapshot: PyTorch records the memory of GPUs in steps that are run, not of {device}"
+            if measuring
+            else "--snapshot: a step has to be run for it",
+            kind="usage.snapshot",
+            fix="--measure --device cuda --snapshot FILE",
+        )
+
+
+def _record(model: "nn.Module", training: "Training", path: Path) -> None:
+    from momconv.files.atomic import write_atomically
+    from momconv.planner.measurement import write_snapshot
+
+    model.to(training.device).train()
+    write_atomically(
+        path,
+        lambda target: write_snapshot(
+            model, _RECORDED, training.resolution, training.precision, target
+        ),
+    )
+
+
+def _require_outputs(plot: Path | None, csv: Path | None, snapshot: Path | None) -> None:
+    """Do nothing if all can be written."""
     from momconv.files.atomic import require_writable
     from momconv.reports.memory_plot import require_picture_name
 
     if plot is not None:
         require_picture_name(plot)
         require_writable(plot, "--plot")
-    if csv is not None:
-        require_writable(csv, "--csv")
+    for path, option in ((csv, "--csv"), (snapshot, "--snapshot")):
+        if path is not None:
+            require_writable(path, option)
 
 
 def _split(texts: list[str]) -> list[str]:

@@ -73,7 +73,7 @@ class Export:
 
 def config_path(path: Path) -> Path:
     """Return the JSON file beside ``path``."""
-    return path.with_suffix(".json")
+    return path.with_name(f"{path.name}.json")  # so that each format has its own
 
 
 def to_config(description: Description) -> dict[str, Any]:

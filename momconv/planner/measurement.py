@@ -84,6 +84,26 @@ def per_image(
     return Line.through(few, many)
 
 
+def write_snapshot(
+    model: nn.Module, batch: int, resolution: int, precision: Precision, path: Path
+) -> None:
+    """Write a GPU's memory during a step as in ``measure_step`` for pytorch.org/memory_viz.
+
+    ``model`` is on that GPU.
+    """
+    device = next(model.parameters()).device
+    with _keeping_state(model, device):
+        images = torch.randn(batch, 3, resolution, resolution, device=device)
+        labels = torch.zeros(batch, dtype=torch.long, device=device)
+        run_step(model, images, labels, precision)  # allocates workspaces
+        torch.cuda.memory._record_memory_history()
+        try:
+            run_step(model, images, labels, precision)
+            torch.cuda.memory._dump_snapshot(str(path))
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+
 def time_step(
     model: nn.Module, batch: int, resolution: int, precision: Precision, device: torch.device
 ) -> float:

@@ -245,7 +245,12 @@ def tabulate_stages(
     stages: Sequence[Stage], parameters: int, certificate: Certificate | None
 ) -> Table:
     """Return a row for each stage of a network with so many ``parameters`` in all."""
-    table = Table("stage", box=None, pad_edge=False)
+    caption = (
+        "with momentum: the numbers of these blocks, from 0 · γ: in their rule\n"
+        "headroom: bits from the largest activation to the end of its grid\n"
+        "bits a block: kept for each value, so that backward finds the activations again"
+    )
+    table = Table("stage", box=None, pad_edge=False, caption=caption, caption_justify="left")
     for title in ("blocks", "with momentum", "parameters", "γ", "headroom", "bits a block"):
         table.add_column(title, justify="right")
     certificates = {stage.name: stage for stage in certificate.stages} if certificate else {}

@@ -24,6 +24,9 @@ _PLAIN = "the network before its conversion, all activations stored"
 _COLOURS = ("cyan", "blue", "green", "yellow", "magenta", "red")
 
 
+_HARDLY = 0.9  # of what checkpointing needs, from which on it is no gain to speak of
+
+
 def show_memory(
     profile: MemoryProfile, budgets: Mapping[str, int], batch_sizes: Sequence[int] = ()
 ) -> Iterator[RenderableType]:
@@ -130,8 +133,14 @@ def judge(profile: MemoryProfile) -> str:
         verdict += f", {_ratio(needs['plain'], needs[least])} the plain network"
     if _inverts(least):
         verdict += f" and {_ratio(needs[recomputed], needs[least])} checkpointing ({recomputed})"
-    if min(needs["momentum"], needs["auto"]) < needs[recomputed]:
+    with_momentum = min(needs["momentum"], needs["auto"])
+    if with_momentum < _HARDLY * needs[recomputed]:
         return f"{verdict}."
+    if with_momentum < needs[recomputed]:
+        return (
+            f"{verdict}. Momentum hardly helps here: checkpointing alone ({recomputed}) needs "
+            f"{amounts[recomputed]}, and keeps the plain network."
+        )
     return (
         f"{verdict}. Momentum does not pay here: with it, it is {amounts['momentum']}; with "
         f"checkpointing alone, {amounts[recomputed]}."

@@ -88,7 +88,10 @@ def finetune(
         if recipe.train.time_limit is not None:
             run.ends = began + parse_duration(recipe.train.time_limit)
         train(run)
-    return _conclude(run)
+        result = _conclude(run)
+        if run.processes.leads:
+            run.folder.keep_states(run.recipe.train.keep)
+    return result
 
 
 def _conclude(run: TrainingRun) -> Result:

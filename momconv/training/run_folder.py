@@ -197,6 +197,11 @@ class RunFolder:
                 fix=f"-o {shlex.quote(str(self.find_unused()))}",
             ) from error
 
+    def keep_states(self, count: int) -> None:
+        """Keep the newest ``count`` of the two states of a run that is done."""
+        for path in (self.state, self.previous)[count:]:
+            path.unlink(missing_ok=True)
+
     def require_state(self) -> None:
         """Do nothing if there is a run to resume.
 

@@ -31,7 +31,7 @@ from momconv.zoo.networks import (
     outline,
     preprocessing_of,
 )
-from momconv.zoo.offline import is_offline
+from momconv.zoo.offline import is_offline, is_refetching
 from momconv.zoo.own import is_own
 
 _SUFFIXES = (".pth", ".th", ".pt", ".ckpt", ".bin", ".tar", ".pt2", ".onnx", ".safetensors")
@@ -265,24 +265,31 @@ def _recognise(name: str, path: Path) -> Any | None:
 def _fetch(published: Any) -> Path:
     """Return the file of ``published`` in PyTorch's cache, downloaded if need be, and verified."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / PurePosixPath(published.url).name
-    if not path.exists():
-        if is_offline():
-            raise _unreachable(published, path, "not asked for, as momconv is --offline")
-        try:
-            _download(published.url, path)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            if is_exhaustion(error):
-                raise
-            raise _unreachable(published, path, error) from error
-    digest = checkpoints.sha256(path)
     expected = _prefix(published.url)
+    again = path.exists() and is_refetching() and not is_offline()
+    if again and not checkpoints.sha256(path).startswith(expected):
+        path.unlink()
+    if not path.exists():
+        _obtain(published, path)
+    digest = checkpoints.sha256(path)
     if not digest.startswith(expected):
         raise ResourceError(
             f"the cached file {path} is damaged\nit has sha256 {digest}, expected {expected}…",
             kind="weights.bad_cache",
-            fix=f"rm {shlex.quote(str(path))}",
+            fix=f"--refetch\nrm {shlex.quote(str(path))}",
         )
     return path
+
+
+def _obtain(published: Any, path: Path) -> None:
+    if is_offline():
+        raise _unreachable(published, path, "not asked for, as momconv is --offline")
+    try:
+        _download(published.url, path)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        if is_exhaustion(error):
+            raise
+        raise _unreachable(published, path, error) from error
 
 
 def _download(url: str, destination: Path) -> None:

@@ -51,7 +51,7 @@ def test_torch_export_computes_the_same(model: Path, images: Tensor, tmp_path: P
     extra = {"momconv.config": ""}
     program = torch.export.load(path, extra_files=extra)
     assert torch.equal(program.module()(images), apply(model, images))
-    config = json.loads((tmp_path / "m.json").read_text())
+    config = json.loads((tmp_path / "m.pt2.json").read_text())
     assert json.loads(extra["momconv.config"]) | {"sha256": checkpoints.sha256(path)} == config
     assert config["label_names"] == ["ants", "bees"]
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
@@ -73,7 +73,7 @@ def test_onnx_computes_the_same_in_another_library(
         torch.from_numpy(logits), apply(model, images), rtol=0, atol=2.0**-12
     )
     (entry,) = onnx.load(path).metadata_props
-    config = json.loads((tmp_path / "m.json").read_text())
+    config = json.loads((tmp_path / "m.onnx.json").read_text())
     assert json.loads(entry.value) | {"sha256": checkpoints.sha256(path)} == config
 
 
@@ -123,11 +123,11 @@ def test_mistakes_are_explained(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "there.pt2").touch()
-    (tmp_path / "beside.json").touch()
+    (tmp_path / "beside.pt2.json").touch()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     mistakes: list[tuple[list[str | Path], int, str]] = [
         ([model, "--format", "torch-export", "-o", tmp_path / "there.pt2"], 2, "already exists"),
-        ([model, "--format", "torch-export", "-o", tmp_path / "beside.pt2"], 2, "beside.json"),
+        ([model, "--format", "torch-export", "-o", tmp_path / "beside.pt2"], 2, "beside.pt2.json"),
         ([model, "--format", "torchvision", "-o", tmp_path / "m.bin"], 2, "cannot tell the format"),
         ([model, "--format", "onnx", "-o", tmp_path / "m.onnx"], 2, "needs onnxruntime, which"),
         ([model, "--format", "tflite"], 2, "--format"),

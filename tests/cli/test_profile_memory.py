@@ -137,3 +137,11 @@ def test_mistakes_are_explained(args: list[str], code: int, message: str) -> Non
     assert ran.exit_code == code
     assert f"error: {message}" in ran.stderr
     assert ran.stdout == ""
+
+
+@pytest.mark.parametrize("words", [[], ["--measure", "--device", "cpu"]])
+def test_a_snapshot_is_of_steps_on_a_gpu(tmp_path: Path, words: list[str]) -> None:
+    ran = run("cifar_resnet20", *words, "--snapshot", str(tmp_path / "memory.pickle"))
+    assert ran.exit_code == 2
+    assert ran.stderr.startswith("error: --snapshot: ")
+    assert list(tmp_path.iterdir()) == []

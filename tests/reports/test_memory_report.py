@@ -114,6 +114,12 @@ def test_it_fits_80_columns_in_any_encoding(encoding: str) -> None:
             "times less than checkpointing (segment).",
         ),
         (
+            (12, 5, 6, 4.75),
+            "momentum needs least: 4.8 MiB an image, 2.5 times less than the plain network and 1.1 "
+            "times less than checkpointing (checkpoint). Momentum hardly helps here: checkpointing "
+            "alone (checkpoint) needs 5.0 MiB an image, and keeps the plain network.",
+        ),
+        (
             (12, 6, 7, 6),
             "checkpoint needs least: 6.0 MiB an image, 2.0 times less than the plain network. "
             "Momentum does not pay here: with it, it is 6.0 MiB an image; with checkpointing "
@@ -125,7 +131,7 @@ def test_it_fits_80_columns_in_any_encoding(encoding: str) -> None:
             "7.0 MiB an image; with checkpointing alone, 6.0 MiB an image.",
         ),
     ],
-    ids=["momentum", "checkpoint", "plain"],
+    ids=["momentum", "hardly", "checkpoint", "plain"],
 )
 def test_the_verdict_is_honest(needs: tuple[float, float, float, float], verdict: str) -> None:
     assert judge(profiled(*needs)) == verdict

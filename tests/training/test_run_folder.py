@@ -138,6 +138,17 @@ def test_a_run_can_be_resumed_between_two_names_of_its_state(tmp_path: Path) -> 
     run.require_state()
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_so_many_states_are_kept_as_is_asked_for(tmp_path: Path, count: int) -> None:
+    folder = RunFolder(tmp_path)
+    states = [folder.state, folder.previous]
+    for path in (*states, folder.best):
+        path.touch()
+    folder.keep_states(count)
+    assert [path.exists() for path in states] == [n < count for n in range(2)]
+    assert folder.best.exists()
+
+
 def test_what_cannot_be_resumed_is_named_with_what_can(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"does not exist: .*/x \(looked for state"):
         RunFolder(tmp_path / "x").require_state()

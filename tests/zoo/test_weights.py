@@ -101,6 +101,22 @@ def test_a_download_with_another_hash_leaves_nothing_behind(
     assert list(cache.iterdir()) == []
 
 
+def test_a_damaged_copy_is_fetched_again_if_that_is_asked_for(
+    published: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir(parents=True)
+    (cache / published.name).write_bytes(b"junk")
+    monkeypatch.setenv("MOMCONV_REFETCH", "1")
+    with _serving(published.parent) as server:
+        _publish_at(f"{server}/{published.name}", monkeypatch)
+        load_network("resnet18")
+    assert (cache / published.name).read_bytes() == published.read_bytes()
+    load_network("resnet18")  # the copy is whole, and nobody serves any more
+    (cache / published.name).write_bytes(b"junk")
+    monkeypatch.setenv("MOMCONV_OFFLINE", "1")
+    assert _failure("resnet18").kind == "weights.bad_cache"
+
+
 @pytest.mark.parametrize("gone", ["file", "server"])
 def test_an_unreachable_file_comes_with_a_way_out(
     gone: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -155,7 +171,7 @@ def test_a_damaged_cached_file_is_never_unpickled(
     error = _failure("resnet18")
     assert f"the cached file {path} is damaged" in error.message
     assert "expected f37072fd" in error.message
-    assert error.fix == f"rm {path}"
+    assert error.fix == f"--refetch\nrm {path}"
 
 
 @pytest.mark.parametrize("name", ["IMAGENET1K_V9", "ResNet18_Weights.IMAGENET1K_V1", "resnet50"])
