@@ -2,15 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint dist clean
+.PHONY: demo test suite lint dist clean
 
 demo: .venv/installed
 	$(BIN)/momconv demo
 
+# At the same time: neither the types nor, at its end, the suite keeps all cores busy.
+test: .venv/installed
+	$(MAKE) --jobs=2 lint suite
+
 # A process and one thread for each core: more threads would only get in each other's way.
 # Bytecode is kept, wherever the user's shell says otherwise: the tests start many programs.
 # Files are given out as they are collected, the longest first (tests/conftest.py).
-test: lint
+suite: .venv/installed
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed

@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: the real data beside the repository, where it exists."""
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,11 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 settings.register_profile("repeatable", derandomize=True)  # the same inputs each time
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """Let Python not look for garbage, a second each time, in half a million objects that stay."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
