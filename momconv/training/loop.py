@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from momconv import heap
 from momconv.data.decoding import UnreadableImage
 from momconv.errors import (
     DataError,
@@ -21,7 +22,6 @@ from momconv.errors import (
 )
 from momconv.evaluation import Scores
 from momconv.exhaustion import EXHAUSTED, keep_reserve, naming_exhaustion
-from momconv.heap import keeping_freed_memory
 from momconv.momentum.sequential import read_ranges, set_ranges
 from momconv.states import keep_buffers
 from momconv.training.gradients import add_gradients, take_step
@@ -87,7 +87,10 @@ def train(run: TrainingRun) -> None:
         saving_on_failure(run),
         offering_to_resume(run),
         compiling(run.model, wanted=run.recipe.train.compile),
-        keeping_freed_memory(run.device),
+        # Where gradients are released, memory counts more than time.
+        heap.returning_freed_memory(run.device)
+        if run.plan.request.release_gradients
+        else heap.keeping_freed_memory(run.device),
     ):
         while not _is_done(run):
             _begin_epoch(run)
