@@ -311,6 +311,15 @@ class TrainRecipe(_Section):
         Literal["auto", Precision],
         Option("--precision", "NAME", "auto, fp32, bf16 or fp16 (on GPUs).", _MEMORY),
     ] = "auto"
+    channels_last: Annotated[
+        bool,
+        Option(
+            "--channels-last/--no-channels-last",
+            "",
+            "Lay images out by pixel, mostly faster. (default: {})",
+            _MEMORY,
+        ),
+    ] = True  # otherwise by channel
     compile: bool = False  # the residual blocks, by torch.compile
     deterministic: bool = False  # algorithms that repeat their results on a GPU
     seed: Annotated[

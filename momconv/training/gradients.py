@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from momconv.planner.measurement import autocast
+from momconv.training.network import find_layout
 from momconv.training.optimisation import set_rate
 from momconv.training.run import TrainingRun
 
@@ -24,7 +25,8 @@ def add_gradients(
     The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
     Weights of classes, whose mean over all images is 1, do not change what that is divided by.
     """
-    images = images.to(run.device, non_blocking=True, memory_format=torch.channels_last)
+    layout = find_layout(run.recipe.train)
+    images = images.to(run.device, non_blocking=True, memory_format=layout)
     labels = labels.to(run.device, non_blocking=True)
     smoothing = run.recipe.train.label_smoothing
     if run.class_weights is not None:

@@ -93,11 +93,16 @@ def fit_head(model: nn.Module, classes: tuple[str, ...]) -> None:
         replace_head(model, classes)
 
 
-def place(model: nn.Module, device: torch.device) -> None:
-    """Move ``model`` to ``device``."""
+def find_layout(recipe: TrainRecipe) -> torch.memory_format:
+    """Return how weights and images lie in memory."""
     # cuDNN's fast kernels want the channels last. With oneDNN's a step of a ResNet-50 takes 5 to
     # 7 % less time, one of a ResNet-18 8 to 16 % (one thread of an AMD EPYC, torch 2.14).
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return torch.channels_last if recipe.channels_last else torch.contiguous_format
+
+
+def place(model: nn.Module, device: torch.device, recipe: TrainRecipe) -> None:
+    """Move ``model`` to ``device``, in the recipe's layout."""
+    model.to(device=device, memory_format=find_layout(recipe))  # type: ignore[call-overload]
 
 
 def start_training(model: nn.Module, recipe: TrainRecipe) -> None:

@@ -65,7 +65,7 @@ def resume(assignment: Assignment) -> TrainingRun:
     require_validation(recipe, splits)
     _tell_of_images(assignment, splits, before)
     _tell_of_another_machine(assignment)
-    network.place(model, assignment.device)
+    network.place(model, assignment.device, assignment.recipe.train)
     network.start_training(model, recipe.train)
     fixed: tuple[Fixed, ...] = ("gamma", "resolution", "freeze", "optimizer")
     request = assignment.request_plan(model, len(splits.train.samples), fixed)

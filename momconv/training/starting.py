@@ -84,7 +84,7 @@ def prepare(
     train = images.splits.train
     network.fit_head(model, train.classes)
     mark_as_seen(model, (images.findings[sample.path].sha256 for sample in train.samples))
-    network.place(model, device)
+    network.place(model, device, recipe.train)
     network.start_training(model, recipe.train)
     if frozen := describe_frozen(model):
         listener.tell(frozen)
@@ -205,7 +205,7 @@ def _calibrate(run: TrainingRun) -> None:
     """
     recipe, plan, half = run.recipe, run.plan, run.plan.precision != "fp32"
     original = network.load_plain(recipe.model, network.read_preparation(recipe.data).side)
-    network.place(original, run.device)
+    network.place(original, run.device, run.recipe.train)
     alone = plan  # one process calibrates, which then takes more than its share of a batch
     if run.processes.count > 1 or plan.request.release_gradients:
         alone = _plan_alone(plan, run.model)

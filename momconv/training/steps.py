@@ -5,7 +5,6 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from momconv.data.dataset import LabelledImages, end_workers, make_loader, read_batches
@@ -22,6 +21,7 @@ from momconv.training.batches import (
     split_order,
     weigh_images,
 )
+from momconv.training.network import find_layout
 from momconv.training.run import TrainingRun
 from momconv.zoo.description import describe
 
@@ -105,7 +105,7 @@ class Steps:
         """
         images, labels = part
         if self._run.device.type == "cpu":
-            images = images.contiguous(memory_format=torch.channels_last)
+            images = images.contiguous(memory_format=find_layout(self._run.recipe.train))
         return images, labels
 
     def _read_share(self, batch: list[int]) -> list[list[int]]:

@@ -428,11 +428,13 @@ def test_a_run_s_results_are_the_average_which_resuming_keeps_exactly(
     assert evaluate(best, val).top1 == result.best_epoch.val_top1
 
 
-def test_the_plan_counts_the_average(colours: Path, tmp_path: Path) -> None:
-    finetune(small(colours, "train.ema=0.9", "train.epochs=1"), tmp_path)
+@pytest.mark.parametrize("last", ["true", "false"])
+def test_the_plan_counts_the_average(colours: Path, tmp_path: Path, last: str) -> None:
+    changes = ("train.ema=0.9", "train.epochs=1", f"train.channels_last={last}")
+    finetune(small(colours, *changes), tmp_path)
     plan = Plan.from_json((tmp_path / "plan.json").read_text())
     model = model_file.load(tmp_path / "last.safetensors").train()
-    place(model, torch.device("cpu"))
+    place(model, torch.device("cpu"), TrainRecipe(channels_last=last == "true"))
     peak = peak_memory(model, 3, 32, strategy=plan.strategy, ema=True)
     assert plan.predicted_bytes == peak.total == pytest.approx(plan.measured_bytes, rel=0.02)
     assert peak.ema == peak.weights
