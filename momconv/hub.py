@@ -89,6 +89,7 @@ def push(upload: Upload, *, private: bool = False) -> str:
 def _import() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
         import huggingface_hub.utils
     except ImportError as error:
