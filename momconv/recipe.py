@@ -37,6 +37,7 @@ from momconv.units import parse_bytes, parse_duration, parse_path
 from momconv.vocabulary import (
     OPTIMIZERS,
     Interpolation,
+    MomentumUse,
     Monitor,
     OptimizerName,
     Precision,
@@ -152,8 +153,15 @@ class ModelRecipe(_Section):
 
 
 class MomentumRecipe(_Section):
-    """How its blocks become momentum blocks, and where the backward pass gets its activations."""
+    """Whether and how its blocks become momentum blocks, and what the backward pass stores.
 
+    Who sets how blocks change wants them to: then ``use`` is "always" unless it is set too.
+    """
+
+    use: Annotated[
+        MomentumUse,
+        Option("--momentum", "WHEN", "{} (where it pays; default), always or never.", _MOMENTUM),
+    ] = "auto"  # of a network by its name; one from a file is what it is
     gamma: Annotated[
         UnitInterval,
         Option("--gamma", "G", "0 … 1; 0 is the plain network. (default: {})", _MOMENTUM),
@@ -167,6 +175,19 @@ class MomentumRecipe(_Section):
         StrategyChoice,
         Option("--strategy", "NAME", "auto (the fastest that fits), store, …", _MEMORY),
     ] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settle_use(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or "use" in given:
+            return given
+        is_wanted = given.keys() & _OF_MOMENTUM or given.get("strategy") == "momentum"
+        return {**given, "use": "always"} if is_wanted else given
+
+    @property
+    def final_gamma(self) -> float:
+        """γ at the end of a run: 0 where the plain network is kept."""
+        return 0.0 if self.use == "never" else self.gamma
 
 
 class DataRecipe(_Section):
@@ -409,6 +430,7 @@ class LogRecipe(_Section):
     ] = True
 
 
+_OF_MOMENTUM = {"gamma", "stages", "velocity", "gain", "anneal"}  # keys of that section
 _PATHS = ("path", "train_dir", "val_dir", "labels")  # of the images
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
+MomentumUse = Literal["auto", "always", "never"]  # auto: where it pays
 Velocity = Literal["zero", "residual"]  # v[0]: 0, or f(x[0])
 Monitor = Literal["val/top1", "val/macro_f1", "val/loss"]  # says which epoch is best
 Strategy = Literal["store", "checkpoint", "segment", "momentum"]

@@ -72,6 +72,18 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{ending}"
 
 
+def align(rows: Sequence[Sequence[str]]) -> str:
+    """Return ``rows`` as lines of columns.
+
+    >>> print(align([["plain", "6 GiB", "yes"], ["momentum", "1.4 GiB", "no"]]))
+    plain     6 GiB    yes
+    momentum  1.4 GiB  no
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
 def name_some(names: Sequence[str | Path], most: int = 5) -> str:
     """Return the first ``most`` of the names in a line, and how many more there are.
 

@@ -179,9 +179,8 @@ class Outlook:
 
     @cached_property
     def speed(self) -> Speed:
-        """Of the device, measured if that was asked for and there is something to compare."""
-        is_compared = len(self.latest) > 1 or "precision" in self.request.may_change
-        if self._find_speed is not None and is_compared:
+        """Of the device, measured if that was asked for."""
+        if self._find_speed is not None:
             return self._find_speed(self.request, self.limit_bytes)
         return self.estimated_speed
 

@@ -20,6 +20,8 @@ from momconv.vocabulary import OPTIMIZERS, Precision, Strategies, StrategyChoice
 
 Change = Literal["gamma", "precision", "optimizer", "release_gradients"]
 Fixed = Literal["gamma", "resolution", "freeze", "optimizer", "release_gradients"]
+Network = Literal["plain", "momentum"]
+_OF_FORWARD = 0.3  # of a step's time: what its forward pass takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class Request(Training):
     Attributes:
         batch_size: Images of an optimisation step.
         images: Of an epoch, whose last batch may be larger by one; None: one batch.
+        held_out: Images on which each epoch is validated.
+        epochs: Of the run.
         micro_batch: A number to keep to, or "auto".
         strategy: One to keep to, or "auto" for the fastest that fits.
         memory: For everything, what is loaded already included: bytes, or text like "3GiB"; None:
@@ -51,6 +55,8 @@ class Request(Training):
     sharers: int = 1
     may_change: tuple[Change, ...] = ()
     fixed: tuple[Fixed, ...] = field(default=(), compare=False)
+    held_out: int = field(default=0, compare=False)
+    epochs: int = field(default=1, compare=False)
 
     @property
     def batch(self) -> int:
@@ -92,6 +98,11 @@ class Request(Training):
         """Return the images that go through the network at once, at most."""
         return largest_part(self.share_images, self.share_size, micro_batch)
 
+    def count_seconds(self, seconds_per_image: float) -> float:
+        """Return the time of an epoch, with validation, in which there is no backward pass."""
+        validated = math.ceil(self.held_out / self.processes) * _OF_FORWARD
+        return (self.share_images + validated) * seconds_per_image
+
     def find_limit(self, model: nn.Module) -> int:
         """Return the bytes for everything, the loaded ``model`` included."""
         if self.memory is None:
@@ -99,6 +110,27 @@ class Request(Training):
             free = available_bytes(device, self.headroom)
             return free // self.sharers + held_bytes(model, device)
         return parse_bytes(self.memory) if isinstance(self.memory, str) else self.memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """A way to train that was considered.
+
+    Attributes:
+        network: The plain one, or its momentum network.
+        is_stored: Whether all activations are, or some are computed again.
+        micro_batch: The images that go through it at once.
+        predicted_bytes: At the peak of a step.
+        seconds_per_image: The time of a step, about.
+        fits: Whether that is within the limit.
+    """
+
+    network: Network
+    is_stored: bool
+    micro_batch: int
+    predicted_bytes: int
+    seconds_per_image: float
+    fits: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +155,8 @@ class Plan:
         is_calibrated: Whether that comes from steps that were measured on the device.
         measured_bytes: As ``predicted_bytes``, in the first step of a run.
         measured_seconds: As ``seconds_per_image``, in its first epoch.
+        alternatives: What was considered, if there was a choice of networks.
+        reason: Why this one was chosen.
     """
 
     request: Annotated[Request, Field(alias="setting")]
@@ -137,6 +171,15 @@ class Plan:
     is_calibrated: bool = False
     measured_bytes: int | None = None
     measured_seconds: float | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    reason: str = ""
+
+    @property
+    def epoch_seconds(self) -> float | None:
+        """The time of an epoch, about; None if that of an image is not known."""
+        if self.seconds_per_image is None:
+            return None
+        return self.request.count_seconds(self.seconds_per_image)
 
     @property
     def precision(self) -> Precision:
@@ -183,7 +226,13 @@ class Plan:
     def to_json(self) -> str:
         """Return the plan as a JSON document, with the sizes."""
         document = TypeAdapter(Plan).dump_python(self, mode="json", by_alias=True)
-        return json.dumps(document | {"sizes": self.sizes}, indent=2) + "\n"
+        seconds = self.epoch_seconds
+        more = {
+            "sizes": self.sizes,
+            "seconds_per_epoch": seconds,
+            "seconds": seconds and seconds * self.request.epochs,
+        }
+        return json.dumps(document | more, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

@@ -16,11 +16,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from operator import itemgetter
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 from torch import nn
 
-from momconv.errors import ResourceError
 from momconv.momentum.sequential import momentum_stages
 from momconv.planner.outlook import GAMMAS, FindSpeed, Outlook, Rank
 from momconv.planner.plan import Change, Plan, Request
@@ -93,29 +92,52 @@ def search(model: nn.Module, request: Request, find_speed: FindSpeed | None = No
     Args:
         model: As there.
         request: What is asked for.
-        find_speed: Asked for the device's speed where strategies or precisions have to be compared;
-            None: it is estimated.
+        find_speed: Asked for the device's speed; None: it is estimated.
 
     Raises:
         ResourceError: Nothing fits; the error says what would.
         UsageError: One image alone cannot be trained on.
     """
     limit = request.find_limit(model)
-    found: list[tuple[Rank, Plan]] = []
-    refusals: list[ResourceError] = []
+    found = find_best(model, request, limit, find_speed)
+    if found is None:
+        raise does_not_fit(Outlook(model, request, limit))
+    return found.plan
+
+
+class Found(NamedTuple):
+    """The best plan, and how good it is.
+
+    Attributes:
+        rank: By times that were measured, if any were.
+        foreseen: By times that were estimated, which are the same whenever it is planned.
+        plan: The plan.
+        outlook: What steps were predicted to take.
+    """
+
+    rank: Rank
+    foreseen: Rank
+    plan: Plan
+    outlook: Outlook
+
+
+def find_best(
+    model: nn.Module, request: Request, limit: int, find_speed: FindSpeed | None = None
+) -> Found | None:
+    """Return the best plan within ``limit`` bytes, the loaded ``model`` included; None: no fit.
+
+    Raises:
+        UsageError: One image alone cannot be trained on.
+    """
+    found: list[Found] = []
     for changed in _list_requests(request):
         is_leaner = changed != replace(request, precision=changed.precision)
-        if is_leaner and found and not min(found, key=itemgetter(0))[0].lacking:
+        if is_leaner and found and not min(found, key=itemgetter(0)).rank.lacking:
             break
-        try:
-            rank, plan = _search(model, partial(Outlook, model, changed, limit, find_speed))
-        except ResourceError as error:
-            refusals.append(error)
-        else:
-            found.append((rank.at_cost(is_changed=changed != request), plan))
-    if not found:
-        raise refusals[0]
-    return min(found, key=itemgetter(0))[1]
+        if best := _search(model, partial(Outlook, model, changed, limit, find_speed)):
+            rank = best.rank.at_cost(is_changed=changed != request)
+            found.append(best._replace(rank=rank))
+    return min(found, key=itemgetter(0), default=None)
 
 
 def _list_requests(request: Request) -> Iterator[Request]:
@@ -134,23 +156,24 @@ def _list_requests(request: Request) -> Iterator[Request]:
         yield replace(request, precision=precision, optimizer=optimizer, release_gradients=release)
 
 
-def _search(model: nn.Module, look: Callable[..., Outlook]) -> tuple[Rank, Plan]:
-    """Return the best plan in a precision by estimated times, and how good it is by measured ones.
+def _search(model: nn.Module, look: Callable[..., Outlook]) -> Found | None:
+    """Return the best plan in a precision by estimated times.
 
     ``look`` gives the outlook on a γ.
     """
     own = look()
     strategy, size = own.strategies[0], own.request.sizes[0]
     if own.fits(strategy, size):  # it does the least
-        return _choose(own, strategy, size)
+        return _choose(own, strategy, size, own.rank(strategy, size, own.estimated_speed))
     options = _list_options(own)
     if not own.can_combine or all(rank.lacking for rank, *_ in options):
         for gamma in _list_gammas(model, own.request):
             options += _list_options(look(gamma=gamma))
-    for _, outlook, size in sorted(options, key=itemgetter(0)):
+    for foreseen, outlook, size in sorted(options, key=itemgetter(0)):
         if found := outlook.find_fastest(size, outlook.estimated_speed):
-            return _choose(outlook, outlook.find_fastest(size, outlook.speed) or found, size)
-    raise does_not_fit(own)
+            fastest = outlook.find_fastest(size, outlook.speed) or found
+            return _choose(outlook, fastest, size, foreseen)
+    return None
 
 
 def _list_gammas(model: nn.Module, request: Request) -> list[float]:
@@ -175,10 +198,10 @@ def _list_options(outlook: Outlook) -> list[tuple[Rank, Outlook, int]]:
     ]
 
 
-def _choose(outlook: Outlook, strategy: Strategies, micro_batch: int) -> tuple[Rank, Plan]:
+def _choose(outlook: Outlook, strategy: Strategies, micro_batch: int, foreseen: Rank) -> Found:
     rank, request = outlook.rank(strategy, micro_batch, outlook.speed), outlook.request
     peak = outlook.predict(strategy, micro_batch).peak
-    return rank, Plan(
+    plan = Plan(
         request=replace(request, may_change=(), fixed=()),  # decided now
         strategy=strategy,
         micro_batch=micro_batch,
@@ -189,3 +212,4 @@ def _choose(outlook: Outlook, strategy: Strategies, micro_batch: int) -> tuple[R
         seconds_per_image=rank.seconds,
         is_calibrated=outlook.speed.is_measured,
     )
+    return Found(rank, foreseen, plan, outlook)

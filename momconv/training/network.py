@@ -34,7 +34,9 @@ _BACKEND = "inductor"  # of torch.compile
 
 
 def load(recipe: Recipe, tell: Callable[[str], None] = lambda _text: None) -> nn.Module:
-    """Return the recipe's network with momentum stages, for its resolution.
+    """Return the recipe's network with its stages, for its resolution.
+
+    Its blocks follow the momentum rule if that is wanted at any rate, or it comes from a file so.
 
     ``tell`` hears what of a file was taken.
 
@@ -46,12 +48,10 @@ def load(recipe: Recipe, tell: Callable[[str], None] = lambda _text: None) -> nn
     if recipe.model.from_file is not None:
         model = model_file.load(recipe.model.from_file, make_own(recipe.model))
     else:
-        how = recipe.momentum
-        gamma = gamma_at(how, epochs=0)
         plain = load_plain(recipe.model, read_preparation(recipe.data).side, tell)
         if recipe.model.weights == "none" and not names_code(recipe.model.name):
             attach(plain, replace(describe(plain), seen=SeenImages(complete=True)))
-        model = convert(plain, gamma, how.stages, how.velocity, gain=how.gain)
+        model = choose_rule(plain, recipe.momentum, wanted=recipe.momentum.use == "always")
     said = read_preparation(recipe.data)
     if said.side is not None:
         check_resolution(model, said.side)
@@ -66,6 +66,16 @@ def read_preparation(recipe: DataRecipe) -> Preparation:
     """Return what the recipe says of how images become the network's input."""
     names = ("resolution", "resize", "crop", "mean", "std", "interpolation")
     return Preparation(**{name: getattr(recipe, name) for name in names})
+
+
+def choose_rule(model: nn.Module, recipe: MomentumRecipe, *, wanted: bool) -> nn.Module:
+    """Return ``model`` as a momentum network or, unless that is wanted, as the plain one.
+
+    Raises:
+        UsageError: There is nothing in it to convert as asked.
+    """
+    gamma = gamma_at(recipe, epochs=0) if wanted else 0.0
+    return convert(model, gamma, recipe.stages, recipe.velocity, gain=recipe.gain)
 
 
 def load_plain(
@@ -156,7 +166,7 @@ def gamma_at(recipe: MomentumRecipe, epochs: float) -> float:
 
 def anneal(model: nn.Module, recipe: MomentumRecipe, epochs: float) -> None:
     """Give ``model`` the γ of its next step. Without annealing it keeps its own."""
-    if recipe.anneal:
+    if recipe.anneal and recipe.use != "never":
         set_gamma(model, gamma_at(recipe, epochs), gain=recipe.gain)
 
 

@@ -1,7 +1,8 @@
 """How a run fits its memory: planned by prediction, and checked against its first step."""
 
+import copy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -9,12 +10,25 @@ from torch import nn
 from momconv.determinism import describe_tf32
 from momconv.errors import ResourceError
 from momconv.momentum.sequential import momentum_stages
+from momconv.planner.choice import Choice, choose
+from momconv.planner.cost import estimate_speed
 from momconv.planner.outlook import FEW, has_batch_norm
-from momconv.planner.plan import Plan, Request
+from momconv.planner.plan import Alternative, Plan, Request
+from momconv.planner.prediction import Predictor
 from momconv.planner.search import search
 from momconv.planner.speed import measure_speed
+from momconv.recipe import MomentumRecipe
+from momconv.training import network
 from momconv.training.processes import Processes
 from momconv.training.progress import Listener
+from momconv.units import format_bytes, format_duration
+from momconv.words import align
+from momconv.zoo.networks import outline
+
+_LONG = 2 * 3600  # seconds of a run on a CPU, from which on a smaller network is named
+_SMALLER = ("resnet50", "resnet18", "mobilenet_v3_small")
+_WORTH_TELLING = 0.5  # of the time
+_IMAGES = 4  # of the steps that are compared
 
 
 def plan_batches(model: nn.Module, request: Request) -> Plan:
@@ -26,9 +40,36 @@ def plan_batches(model: nn.Module, request: Request) -> Plan:
         ResourceError: Nothing fits.
         UsageError: Only one image fits or is asked for, and BatchNorm cannot take it alone.
     """
-    found = search(model, request, partial(measure_speed, model))
-    found.apply(model)
-    return replace(found, stages=_name_strategies(model))
+    return name_ways(search(model, request, partial(measure_speed, model)), model)
+
+
+def name_ways(plan: Plan, model: nn.Module) -> Plan:
+    """Give ``model`` the strategy of ``plan``, and return the plan with its stages named."""
+    plan.apply(model)
+    return replace(plan, stages=_name_strategies(model))
+
+
+def choose_network(model: nn.Module, request: Request, recipe: MomentumRecipe) -> Choice:
+    """Return whether the plain ``model`` or its momentum network is to be trained, and how.
+
+    Raises:
+        ResourceError: Neither fits.
+        UsageError: Only one image fits or is asked for, and BatchNorm cannot take it alone.
+    """
+    momentum = network.choose_rule(_sketch(model), recipe, wanted=True)
+    if not network.read_gamma(momentum):
+        return Choice("plain", search(model, request, partial(measure_speed, model)))
+    return choose(model, momentum, request, cache(partial(measure_speed, model)))
+
+
+def _sketch(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` without memory."""
+    memo: dict[int, object] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return copy.deepcopy(model, memo)
 
 
 def _name_strategies(model: nn.Module) -> str:
@@ -75,6 +116,27 @@ def plan_together(plan: Plan, model: nn.Module, processes: Processes) -> Plan:
     return replace(smaller, request=request)
 
 
+def suggest_smaller(plan: Plan, model: nn.Module) -> str | None:
+    """Return what to tell if a run would take hours on a CPU: the network that would not."""
+    request, epoch = plan.request, plan.epoch_seconds
+    if torch.device(request.device).type != "cpu" or epoch is None:
+        return None
+    total = epoch * request.epochs
+    if total <= _LONG:
+        return None
+    speed = estimate_speed(request.device, request.precision)
+
+    def time(network: nn.Module) -> float:
+        return speed.seconds(Predictor(network, request).predict(_IMAGES).work)
+
+    own = time(model)
+    shares = {name: time(outline(name).train()) / own for name in _SMALLER}
+    name = next((n for n, share in shares.items() if share * total <= _LONG / 2), _SMALLER[-1])
+    if shares[name] > _WORTH_TELLING:
+        return None
+    return f"with --model {name} it would be about {format_duration(shares[name] * total)} in all"
+
+
 def warn_of_noise(plan: Plan, model: nn.Module) -> str | None:
     """Return what to tell if BatchNorm sees only a few images of a batch."""
     fewest = plan.sizes[-1]
@@ -86,9 +148,43 @@ def warn_of_noise(plan: Plan, model: nn.Module) -> str | None:
     )
 
 
+def _describe_alternatives(plan: Plan) -> str:
+    """Return a table of what was considered."""
+    heads = ("", "memory", "at once", "an epoch", "fits", "what the network computes")
+    return align([heads, *(_describe_alternative(plan, a) for a in plan.alternatives)])
+
+
+def _describe_alternative(plan: Plan, alternative: Alternative) -> tuple[str, ...]:
+    if alternative.network == "momentum":
+        name, change = "momentum", "changes, but for calibration"
+    else:
+        name = f"plain, {'stored' if alternative.is_stored else 'recomputed'}"
+        change = "stays"
+    seconds = plan.request.count_seconds(alternative.seconds_per_image)
+    return (
+        name,
+        format_bytes(alternative.predicted_bytes),
+        str(alternative.micro_batch),
+        format_duration(seconds),
+        "yes" if alternative.fits else "no",
+        change,
+    )
+
+
+def _describe_time(seconds: float, epochs: int) -> str:
+    text = f"about {format_duration(seconds)} an epoch"
+    return text if epochs == 1 else f"{text}, {format_duration(seconds * epochs)} in all"
+
+
 def tell_of_plan(plan: Plan, model: nn.Module, listener: Listener) -> None:
-    """Tell how the batch is split, and what to mind."""
+    """Tell what was considered, how the batch is split, how long it takes, and what to mind."""
+    if plan.alternatives:
+        listener.tell(f"note: {plan.reason}\n{_describe_alternatives(plan)}")
     listener.tell(f"note: {plan}")
+    if plan.is_calibrated and plan.epoch_seconds is not None:
+        listener.tell(f"note: {_describe_time(plan.epoch_seconds, plan.request.epochs)}")
+        if shorter := suggest_smaller(plan, model):
+            listener.tell(f"note: {shorter}")
     device = torch.device(plan.request.device)
     if plan.request.precision == "fp32" and device.type == "cuda":
         listener.tell(f"note: fp32 on this GPU is {describe_tf32(device)}")

@@ -68,7 +68,7 @@ def resume(assignment: Assignment) -> TrainingRun:
     network.place(model, assignment.device, assignment.recipe.train)
     network.start_training(model, recipe.train)
     fixed: tuple[Fixed, ...] = ("gamma", "resolution", "freeze", "optimizer")
-    request = assignment.request_plan(model, len(splits.train.samples), fixed)
+    request = assignment.request_plan(model, splits, fixed)
     plan = _recall_plan(assignment, request, model)
     run = make_run(assignment, splits, model, plan, saved.progress)
     saved.restore_optimizer(run.optimizer, model)

@@ -45,11 +45,11 @@ class Assignment:
     def request_plan(
         self,
         model: nn.Module,
-        images: int,
+        splits: Splits,
         fixed: tuple[Fixed, ...],
         may_change: tuple[Change, ...] = (),
     ) -> Request:
-        """Return what is asked of the plan for epochs of so many ``images``."""
+        """Return what is asked of the plan for these images."""
         recipe, train, processes = self.recipe, self.recipe.train, self.processes
         return Request(
             describe(model).preprocessing.resolution,
@@ -57,7 +57,9 @@ class Assignment:
             train.optimizer,
             ema=train.ema > 0,
             device=str(self.device),
-            images=images,
+            images=len(splits.train.samples),
+            held_out=len(splits.val.samples),
+            epochs=train.epochs,
             batch_size=train.batch_size,
             micro_batch=train.micro_batch,
             strategy=recipe.momentum.strategy,

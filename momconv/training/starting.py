@@ -26,7 +26,7 @@ from momconv.training.images import (
 )
 from momconv.training.omission import leave_out
 from momconv.training.optimisation import describe_frozen, require_stages
-from momconv.training.planning import plan_batches, tell_of_plan
+from momconv.training.planning import choose_network, name_ways, plan_batches, tell_of_plan
 from momconv.training.progress import Listener, require_validation
 from momconv.training.provenance import Provenance, find_provenance, tell_of_differences
 from momconv.training.rate_finder import find_rate
@@ -71,7 +71,7 @@ def prepare(
     found = find_images(folder, recipe.data, listener)
     model = network.load(recipe, listener.tell)
     require_stages(model, recipe.train)
-    if recipe.momentum.gamma and not network.read_gamma(model):
+    if recipe.momentum.use == "always" and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
     images = keep_readable(found, recipe.data, listener, describe(model).seen)
     _check_images(recipe, images.splits, listener)
@@ -88,7 +88,7 @@ def prepare(
     network.start_training(model, recipe.train)
     if frozen := describe_frozen(model):
         listener.tell(frozen)
-    changed, plan = _plan(assignment, model, len(train.samples))
+    changed, model, plan = _plan(assignment, model, images.splits)
     run = make_run(replace(assignment, recipe=changed), images.splits, model, plan)
     return Prepared(run, images, provenance)
 
@@ -119,8 +119,10 @@ def start(
     return run
 
 
-def _plan(assignment: Assignment, model: nn.Module, images: int) -> tuple[Recipe, Plan]:
-    """Plan how a run fits the memory, and tell. Recipe and network get what that changes.
+def _plan(
+    assignment: Assignment, model: nn.Module, splits: Splits
+) -> tuple[Recipe, nn.Module, Plan]:
+    """Plan how a run fits the memory, and tell. Return recipe and network as that changes them.
 
     Raises:
         ResourceError: It does not, or what it writes does not fit the disk.
@@ -133,19 +135,27 @@ def _plan(assignment: Assignment, model: nn.Module, images: int) -> tuple[Recipe
         fixed.append("release_gradients")
     elif before.train.release_gradients == "auto":
         may_change.append("release_gradients")
-    request = assignment.request_plan(model, images, tuple(fixed), tuple(may_change))
-    plan = plan_batches(model, request)
+    request = assignment.request_plan(model, splits, tuple(fixed), tuple(may_change))
+    recipe = before
+    if before.momentum.use == "auto" and before.model.from_file is None:
+        chosen, plan = choose_network(model, request, before.momentum)
+        recipe = before.change(momentum={"use": "always" if chosen == "momentum" else "never"})
+        if chosen == "momentum":
+            model = network.choose_rule(model, recipe.momentum, wanted=True)
+        plan = name_ways(plan, model)
+    else:
+        plan = plan_batches(model, request)
     decided = {name: getattr(plan.request, name) for name in ("precision", "optimizer")}
-    recipe = before.change(
+    recipe = recipe.change(
         momentum={"gamma": plan.gamma} if plan.gamma is not None else {},
         train={name: v for name, v in decided.items() if v != getattr(request, name)},
     )
     if plan.gamma is not None:
         set_gamma(model, plan.gamma, gain=recipe.momentum.gain)
-    if recipe != before:
+    if plan.gamma is not None or plan.precision != request.precision:
         listener.tell(_describe_changes(recipe))
     tell_of_plan(plan, model, listener)
-    return recipe, plan
+    return recipe, model, plan
 
 
 def _describe_changes(recipe: Recipe) -> str:
@@ -242,4 +252,5 @@ def _check_images(recipe: Recipe, splits: Splits, listener: Listener) -> None:
 
 def _has_fixed_gamma(recipe: Recipe) -> bool:
     """Return whether γ is that of a network that was converted before, or anneals."""
-    return recipe.model.from_file is not None or recipe.momentum.anneal > 0
+    momentum = recipe.momentum
+    return recipe.model.from_file is not None or momentum.use == "never" or momentum.anneal > 0

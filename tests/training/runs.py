@@ -23,6 +23,7 @@ from momconv.training.run_folder import RunFolder
 SMALL = [
     "model.name=cifar_resnet20",
     "model.weights=none",
+    "momentum.use=always",
     "data.workers=0",
     "train.epochs=2",
     "train.batch_size=5",
