@@ -1,8 +1,6 @@
 """Where results go: a table on the terminal, and a CSV named after machine and torch version."""
 
 import csv
-import platform
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from momconv.planner.devices import name_processor
+
 Row = dict[str, str]  # cells by column
 
 RESULTS = Path(__file__).parent / "results"
 Out = Annotated[Path | None, typer.Option(help="Where the results go.", show_default="results/")]
-_CPU_INFO = Path("/proc/cpuinfo")
 _FAILED = "failed"
 MISSING = "–"  # in place of a ratio where a method failed
 
@@ -85,7 +84,7 @@ def machine(device: torch.device) -> str:
     """The GPU or the processor that does the work."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device).replace(" ", "-")
-    return f"{_processor()}-{torch.get_num_threads()}-threads"
+    return f"{name_processor()}-{torch.get_num_threads()}-threads"
 
 
 def choose_device() -> torch.device:
@@ -111,13 +110,3 @@ def ratio(row: Row, base: Row | None, column: str) -> str:
     ours = number(row, column)
     theirs = number(base, column) if base else None
     return f"{ours / theirs:.2f}" if ours is not None and theirs else MISSING
-
-
-def _processor() -> str:
-    """The model of the processor where the system tells it, else its architecture.
-
-    Without the signs of trademarks: links to pictures may have no parentheses.
-    """
-    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.is_file() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return re.sub(r"\((?:R|TM)\)", "", next(models, platform.machine())).replace(" ", "-")

@@ -1,154 +1,126 @@
-"""A convolution as oneDNN sees it: its shape, and the layouts to which its tensors are copied."""
+"""What a convolution's CPU kernels allocate for themselves, measured on a few images.
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+Which algorithm oneDNN takes, and with it what that copies, depends on shape, layout, type, threads
+and processor, and is its private business. So each distinct convolution runs once with few images
+and once with some more, and the course of its allocations is extrapolated to the images of a step.
+What was measured is kept for the next time, by processor, threads and version of PyTorch.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
-FLOAT = 4  # bytes
-BLOCK = 16  # channels, and rows of a tile
-PAIRS = 32  # channels in a row of a tile
-_IMAGE_CHANNELS = 3  # up to so many, oneDNN reads the input of a convolution as it is
-_SMALL_KERNEL = 3  # up to this, groups of one channel are computed without blocks of weights
+from momconv.errors import ResourceError
+from momconv.files.atomic import write_text
+from momconv.files.cache import cache_folder
+from momconv.planner.devices import name_processor
+from momconv.planner.measurement import record
+from momconv.planner.micro_batch import Curve
 
-
-@dataclass(frozen=True, slots=True)
-class Convolution:
-    """A convolution and what its kernels copy."""
-
-    x: Tensor
-    weight: Tensor
-    y: Tensor  # or its gradient
-    stride: Sequence[int]
-    padding: Sequence[int]
-    groups: int
-
-    @property
-    def kernel(self) -> Sequence[int]:
-        """Height and width."""
-        return self.weight.shape[2:]
-
-    @property
-    def inputs(self) -> int:
-        """Of a group."""
-        return self.weight.shape[1]
-
-    @property
-    def outputs(self) -> int:
-        """Of a group."""
-        return len(self.weight) // self.groups
-
-    @property
-    def is_strided(self) -> bool:
-        """Whether it skips pixels."""
-        return max(self.stride) > 1
-
-    @property
-    def is_depthwise(self) -> bool:
-        """Whether each channel is a group."""
-        return self.groups > 1 and self.inputs == 1 and self.groups == len(self.weight)
-
-    @property
-    def is_small_depthwise(self) -> bool:
-        """Whether its weight is not put into blocks."""
-        return self.is_depthwise and max(self.kernel) <= _SMALL_KERNEL
-
-    @property
-    def is_channels_last(self) -> bool:
-        """Whether PyTorch keeps it channels-last."""
-        return suggest_memory_format(self.x) == torch.channels_last
-
-    @property
-    def is_pointwise(self) -> bool:
-        """Whether its kernel is one pixel."""
-        return math.prod(self.kernel) == 1
-
-    @property
-    def is_product(self) -> bool:
-        """Whether it is a product of the image itself."""
-        return self.is_pointwise and not self.is_strided and not any(self.padding)
-
-    @property
-    def is_bf16(self) -> bool:
-        """Whether oneDNN has algorithms for this type, as it has with AVX-512."""
-        return self.x.dtype == torch.bfloat16 and has_avx512()
-
-    @property
-    def is_tiled(self) -> bool:
-        """Whether oneDNN multiplies tiles, which it reads from channels-last tensors."""
-        return self.is_bf16 and supports("amx_bf16") and not self.is_depthwise
-
-    @property
-    def columns(self) -> int:
-        """Bytes of im2col's matrix for one image."""
-        inputs = self.weight[0].numel()
-        return int(inputs * math.prod(self.y.shape[2:]) * self.x.element_size())
-
-    @property
-    def copied_columns(self) -> int:
-        """As ``columns``, but 0 where the image itself is the matrix."""
-        return 0 if self.is_product else self.columns
-
-    @property
-    def blocked_x(self) -> int:
-        """Bytes of the input in blocks; 0 if it is read as it is."""
-        return 0 if self.x.shape[1] <= _IMAGE_CHANNELS else blocked(self.x)
-
-    @property
-    def blocked_weight(self) -> int:
-        """Bytes of the weight with its outputs and, within a group, its inputs in blocks."""
-        outputs, inputs = in_blocks(self.outputs), in_blocks(self.inputs)
-        if self.is_depthwise:
-            outputs, inputs = 1, 1
-        elif self.x.shape[1] <= _IMAGE_CHANNELS:
-            inputs = self.inputs
-        return self.weight_of(outputs, inputs)
-
-    def weight_of(self, outputs: int, inputs: int) -> int:
-        """Return the bytes of the weight, had a group so many outputs and inputs."""
-        area = math.prod(self.kernel) * self.weight.element_size()
-        return int(self.groups * outputs * inputs * area)
-
-    @property
-    def weight_copy(self) -> int:
-        """Bytes of the weight brought to the layout of a channels-last input."""
-        ready = self.weight.is_contiguous(memory_format=torch.channels_last)
-        return self.weight.nbytes if self.is_channels_last and not ready else 0
+aten = torch.ops.aten
+Course = list[int]  # bytes alive after each allocation and release
+# With so many arguments that have an image in each row, which come first.
+CONVOLUTIONS = {aten.convolution.default: 1, aten.convolution_backward.default: 2}
+_FEW, _ENOUGH = 2, 16  # images; with so many PyTorch leaves the most to oneDNN
+_CPU = torch.device("cpu")
 
 
-def blocked(x: Tensor) -> int:
-    """Return the bytes of x with its channels in whole blocks."""
-    return int(x.nbytes // x.shape[1] * in_blocks(x.shape[1]))
+def peak_of_convolution(func: OpOverload, args: Sequence[Any], _results: object = None) -> int:
+    """Return the most bytes that ``func(*args)`` adds to the live memory, its results included."""
+    images = len(args[0])
+    few, many = _choose_images(func, args)
+    if images <= many:
+        return max(_measure(func, args, images))
+    courses = [(count, _measure(func, args, count)) for count in (few, many)]
+    return Curve.through(*courses).at(images)
 
 
-def in_blocks(channels: int) -> int:
-    """Return the channels, rounded up to whole vectors of the processor."""
-    return round_up(channels, 16 if has_avx512() else 8)
+def _choose_images(func: OpOverload, args: Sequence[Any]) -> tuple[int, int]:
+    """Return how many images show what more of them take: there is one for each thread.
+
+    With few images PyTorch may choose kernels of its own instead of oneDNN's.
+    """
+    images, few = len(args[0]), max(_FEW, torch.get_num_threads())
+    with _disable_current_modes():
+        if images > few and _find_backend(func, args, few) != _find_backend(func, args, images):
+            few = max(_ENOUGH, few)
+    return few, few + 1 if few in (_FEW, _ENOUGH) else 2 * few
 
 
-def in_pairs(channels: int) -> int:
-    """Return the channels, filled up to pairs of which tiles have whole rows."""
-    return round_up(channels, PAIRS if channels > PAIRS else 2)
+def _find_backend(func: OpOverload, args: Sequence[Any], images: int) -> object:
+    batched = CONVOLUTIONS[func]
+    x, weight, _bias, *rest = args[batched - 1 :]
+    return torch._C._select_conv_backend(x[:images], weight, None, *rest[:6])
 
 
-def ceil_div(number: int, divisor: int) -> int:
-    """Return the quotient, rounded up."""
-    return -(-number // divisor)
+def _measure(func: OpOverload, args: Sequence[Any], images: int) -> Course:
+    """Return the course of ``func`` with so many images."""
+    key, file = _describe(func, args, images), _file()
+    known = _recall(file)
+    if key not in known:
+        known[key] = _run(func, args, images)
+        _remember(file, known)
+    return known[key]
 
 
-def round_up(number: int, step: int) -> int:
-    """Return the next multiple of ``step``."""
-    return ceil_div(number, step) * step
+def _run(func: OpOverload, args: Sequence[Any], images: int) -> Course:
+    batched = CONVOLUTIONS[func]
+    with _disable_current_modes(), torch.no_grad():
+        real = tree_map_only(Tensor, _make, list(args))
+        for index in range(batched):
+            real[index] = _make(args[index], images)
+        results: list[object] = []  # they live until the end
+        changes = record(lambda: results.append(func(*real)), _CPU)
+    return [*accumulate(changes, initial=0)]
 
 
-def has_avx512() -> bool:
-    """Return whether PyTorch uses vectors of 512 bits."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+def _make(like: Tensor, images: int | None = None) -> Tensor:
+    """Return zeros in the layout of ``like``."""
+    shape = [*like.shape] if images is None else [images, *like.shape[1:]]
+    reach = sum((size - 1) * step for size, step in zip(shape, like.stride(), strict=True))
+    zeros = torch.zeros(reach + 1, dtype=like.dtype, device=_CPU)
+    return zeros.as_strided(shape, like.stride())
 
 
-def supports(instructions: str) -> bool:
-    """Return whether the processor has ``instructions``."""
-    return bool(torch.cpu.get_capabilities().get(instructions))
+def _describe(func: OpOverload, args: Sequence[Any], images: int) -> str:
+    batched = CONVOLUTIONS[func]
+    plain = tree_map_only(
+        Tensor, lambda t: f"{t.dtype} {[*t.shape]} {[*t.stride()]}", list(args[batched:])
+    )
+    tensors = [f"{t.dtype} {[*t.shape[1:]]} {[*t.stride()]}" for t in args[:batched]]
+    return f"{func} {images} {tensors} {plain}"
+
+
+# What is kept
+
+
+def _file() -> Path:
+    name = f"{name_processor()}-{torch.get_num_threads()}-threads-torch-{torch.__version__}"
+    return cache_folder() / "convolutions" / f"{name}.json"
+
+
+@cache
+def _recall(file: Path) -> dict[str, Course]:
+    """Return what is kept in ``file``; nothing if that is missing or damaged."""
+    try:
+        return TypeAdapter(dict[str, Course]).validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return {}
+
+
+def _remember(file: Path, courses: Mapping[str, Course]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(courses))
+    except (OSError, ResourceError):
+        return  # then it is measured again

@@ -1,7 +1,9 @@
 """The device that a run computes on."""
 
 import os
+import platform
 import re
+from pathlib import Path
 
 import torch
 
@@ -9,6 +11,18 @@ from momconv.errors import ResourceError, UsageError
 from momconv.words import plural, quoted
 
 _NAME = re.compile(r"cpu|cuda(:(0|[1-9][0-9]?))?")
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def name_processor() -> str:
+    """Return the model of the processor where the system tells it, else its architecture.
+
+    It can be part of a file's name, and of a link: there are no spaces or signs of trademarks.
+    """
+    lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    name = re.sub(r"\((?:R|TM)\)", "", next(models, platform.machine()))
+    return re.sub(r"[\s/]+", "-", name)
 
 
 def find_device(name: str = "auto") -> torch.device:

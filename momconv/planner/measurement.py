@@ -44,7 +44,7 @@ def measure(work: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes that ``work`` keeps alive on ``device`` while it runs."""
     if device.type == "cuda":
         return _count_on_cuda(work, device)
-    return max(accumulate(_record(work, device), initial=0))
+    return max(accumulate(record(work, device), initial=0))
 
 
 def measure_step(
@@ -209,7 +209,7 @@ def run_step(
 # The allocator's record
 
 
-def _record(work: Callable[[], object], device: torch.device) -> list[int]:
+def record(work: Callable[[], object], device: torch.device) -> list[int]:
     """Return the bytes that ``work`` allocates or, negative, releases again, in order."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes on stderr
     with profile(profile_memory=True) as profiler:

@@ -2,14 +2,14 @@
 
 Fake tensors show what an operation returns, not this. The rules say how many bytes are alive at
 most while an operation runs, its results included, as a function of its arguments. They were read
-off PyTorch's allocator, one operation at a time, and hold for PyTorch's CPU kernels and oneDNN's;
-oneDNN's choice of algorithm, and with it a convolution's scratch, depends on the processor. Not
-known is what products of matrices and attention copy in bf16 on tiles (AMX), a few MiB at most.
+off PyTorch's allocator, one operation at a time, and hold for PyTorch's CPU kernels. What oneDNN's
+convolutions need depends on the processor and is measured (convolution.py). Not known is what
+products of matrices and attention copy in bf16 on tiles (AMX), a few MiB at most.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-from momconv.planner import conv_scratch
-from momconv.planner.convolution import FLOAT
+from momconv.planner.convolution import CONVOLUTIONS, peak_of_convolution
 
 aten = torch.ops.aten
+_FLOAT = 4  # bytes
 Arguments = tuple[Any, ...]
 ScratchRule = Callable[[Arguments, Sequence[Tensor]], int]
 
@@ -69,8 +69,8 @@ def _sum(args: Arguments, results: Sequence[Tensor]) -> int:
 def _mean(args: Arguments, results: Sequence[Tensor]) -> int:
     """Return the bytes with a copy in single precision, in which half precision is averaged."""
     x = args[0]
-    copied = x.element_size() < FLOAT and x.dtype.is_floating_point
-    return _bytes(*results) + (FLOAT * (x.numel() + results[0].numel()) if copied else 0)
+    copied = x.element_size() < _FLOAT and x.dtype.is_floating_point
+    return _bytes(*results) + (_FLOAT * (x.numel() + results[0].numel()) if copied else 0)
 
 
 # Attention, whose blocks are PyTorch's
@@ -101,8 +101,8 @@ def _score_block(query: Tensor, key: Tensor) -> tuple[int, int]:
 
 def _per_thread(floats: int, narrow: int, query: Tensor) -> int:
     """Return the bytes of so many floats a thread, ``narrow`` of them in half precision too."""
-    half = query.element_size() if query.element_size() < FLOAT else 0
-    return torch.get_num_threads() * (floats * FLOAT + narrow * half)
+    half = query.element_size() if query.element_size() < _FLOAT else 0
+    return torch.get_num_threads() * (floats * _FLOAT + narrow * half)
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -115,8 +115,7 @@ def _copies(*tensors: Tensor) -> int:
 
 
 _RULES: dict[OpOverload, ScratchRule] = {
-    aten.convolution.default: conv_scratch.forward,
-    aten.convolution_backward.default: conv_scratch.backward,
+    **{func: partial(peak_of_convolution, func) for func in CONVOLUTIONS},
     aten.native_batch_norm_backward.default: _batch_norm_backward,
     aten.native_layer_norm.default: _layer_norm,
     aten.native_layer_norm_backward.default: _layer_norm_backward,

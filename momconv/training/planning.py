@@ -129,12 +129,14 @@ def suggest_smaller(plan: Plan, model: nn.Module) -> str | None:
     def time(network: nn.Module) -> float:
         return speed.seconds(Predictor(network, request).predict(_IMAGES).work)
 
-    own = time(model)
-    shares = {name: time(outline(name).train()) / own for name in _SMALLER}
-    name = next((n for n, share in shares.items() if share * total <= _LONG / 2), _SMALLER[-1])
-    if shares[name] > _WORTH_TELLING:
+    own, share, name = time(model), 1.0, ""
+    for name in _SMALLER:
+        share = time(outline(name).train()) / own
+        if share * total <= _LONG / 2:
+            break
+    if share > _WORTH_TELLING:
         return None
-    return f"with --model {name} it would be about {format_duration(shares[name] * total)} in all"
+    return f"with --model {name} it would be about {format_duration(share * total)} in all"
 
 
 def warn_of_noise(plan: Plan, model: nn.Module) -> str | None:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import deep
 import pytest
 from runs import Log, resume, small
 
@@ -15,10 +16,11 @@ from momconv.recipe import MomentumRecipe, Recipe, load_recipe, recall_recipe
 from momconv.training.finetuning import Result, finetune, rehearse
 from momconv.training.network import read_gamma
 from momconv.training.planning import suggest_smaller
-from momconv.zoo.networks import build
+from momconv.zoo.networks import outline
 
 BATCH = 5
-AUTO = ["momentum.use=auto", "train.micro_batch=auto", "model.name=cifar_resnet110"]
+NAME = f'model.name="{deep.__file__}:make"'
+AUTO = ["momentum.use=auto", "train.micro_batch=auto", "data.resolution=32", NAME]
 
 
 def run(images: Path, folder: Path, *changes: str) -> tuple[Result, list[str]]:
@@ -29,15 +31,15 @@ def run(images: Path, folder: Path, *changes: str) -> tuple[Result, list[str]]:
 @pytest.fixture(scope="module")
 def needy(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, list[str]]:
     """A run in memory for which the plain network would take two micro-batches."""
-    converted = convert(build("cifar_resnet110"), 0.9).train()
+    converted = convert(deep.make(), 0.9).train()
     limit = int(peak_memory(converted, BATCH, 32, strategy="auto").total * 1.015)
     folder = tmp_path_factory.mktemp("runs") / "needy"
     return run(colours, folder, f'train.memory="{limit}"', "train.epochs=1")
 
 
 def test_with_memory_enough_the_network_stays_plain(colours: Path, tmp_path: Path) -> None:
-    result, told = run(colours, tmp_path / "run", "train.epochs=1", "model.name=cifar_resnet20")
-    assert read_gamma(model_file.load(result.best)) == 0
+    result, told = run(colours, tmp_path / "run", "train.epochs=1")
+    assert read_gamma(model_file.load(result.best, deep.make())) == 0
     assert result.best_epoch.gamma == 0
     assert recall_recipe(tmp_path / "run" / "config.yaml").momentum.use == "never"
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
@@ -55,14 +57,14 @@ def test_with_memory_enough_the_network_stays_plain(colours: Path, tmp_path: Pat
 def test_with_little_it_is_converted(needy: tuple[Result, list[str]]) -> None:
     result, told = needy
     assert result.plan.micro_batch == BATCH
-    assert read_gamma(model_file.load(result.best)) == 0.9
+    assert read_gamma(model_file.load(result.best, deep.make())) == 0.9
     assert recall_recipe(result.folder / "config.yaml").momentum.use == "always"
     assert any(line.startswith("note: momentum, 5 images at once, where") for line in told)
 
 
 def test_what_was_decided_holds_when_the_run_goes_on(needy: tuple[Result, list[str]]) -> None:
     result, _ = needy
-    done = resume(result.folder, "train.epochs=2", 'train.memory="2GiB"')
+    done = resume(result.folder, "train.epochs=2", NAME, 'train.memory="2GiB"')
     assert [row.gamma for row in done.history] == [0.9, 0.9]
     assert done.plan.micro_batch == BATCH
 
@@ -86,7 +88,7 @@ def test_who_sets_how_blocks_change_wants_them_to() -> None:
 
 @pytest.mark.parametrize("use", ["always", "never"])
 def test_there_need_be_no_choice(use: str, colours: Path, tmp_path: Path) -> None:
-    recipe = small(colours, *AUTO, f"momentum.use={use}", "model.name=cifar_resnet20")
+    recipe = small(colours, *AUTO, f"momentum.use={use}")
     log = Log()
     plan = rehearse(recipe, tmp_path / "run", listener=log).plan
     assert (plan.alternatives, plan.reason) == ((), "")
@@ -94,10 +96,12 @@ def test_there_need_be_no_choice(use: str, colours: Path, tmp_path: Path) -> Non
 
 
 def test_a_network_that_would_not_take_hours_is_named() -> None:
-    request = Request(224, batch_size=32, images=2000, held_out=200, epochs=10)
+    request = Request(64, batch_size=32, images=2000, held_out=200, epochs=10)
     plan = Plan(request=request, strategy="store", micro_batch=32, predicted_bytes=1, limit_bytes=2)
-    model = build("resnet152")
+    model = outline("resnet50").train()
     assert suggest_smaller(replace(plan, seconds_per_image=0.3), model) is None  # 100 minutes
-    told = suggest_smaller(replace(plan, seconds_per_image=0.6), model)
+    told = suggest_smaller(replace(plan, seconds_per_image=0.5), model)
     assert told
     assert told.startswith("with --model resnet18 it would be about ")
+    small = outline("mobilenet_v3_small").train()
+    assert suggest_smaller(replace(plan, seconds_per_image=0.5), small) is None
