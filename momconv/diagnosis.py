@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from momconv._version import __version__
+from momconv.allocator import ALLOCATORS, find_allocator
 from momconv.determinism import describe_tf32
 from momconv.errors import MomconvError
 from momconv.files.atomic import write_text
@@ -196,6 +197,16 @@ def _look_at_memory() -> Iterator[HealthCheck]:
         found=f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free, of which "
         f"a run takes at most {format_bytes(usable)}",
         fix=f"end {_largest_process()}",
+    )
+    allocator = find_allocator()
+    yield HealthCheck(
+        "allocator",
+        ok=allocator is not None,
+        found=f"{allocator[0].name}, {allocator[1]}"
+        if allocator
+        else "the system's, which is slower",
+        fix=f"apt install {ALLOCATORS[0].package}",
+        needed=False,
     )
     yield HealthCheck("most of it", ok=True, found=f"is held by {_largest_process()}")
     shared = Path("/dev/shm")

@@ -17,6 +17,7 @@ LAYERS = [
     "units",
     "opening",
     "exhaustion",
+    "allocator",
     "states",
     "heap",
     "determinism",

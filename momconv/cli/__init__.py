@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from momconv._version import __version__
+from momconv.allocator import start_again
 from momconv.cli import (
     convert,
     demo,
@@ -108,6 +109,7 @@ def main() -> None:
     """Run the command line, on a terminal of any encoding."""
     # Threads that wait by spinning are up to 10 times slower where anything else is running.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    start_again(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

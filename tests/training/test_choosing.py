@@ -100,8 +100,8 @@ def test_a_network_that_would_not_take_hours_is_named() -> None:
     plan = Plan(request=request, strategy="store", micro_batch=32, predicted_bytes=1, limit_bytes=2)
     model = outline("resnet50").train()
     assert suggest_smaller(replace(plan, seconds_per_image=0.3), model) is None  # 100 minutes
-    told = suggest_smaller(replace(plan, seconds_per_image=0.5), model)
+    told = suggest_smaller(replace(plan, seconds_per_image=0.4), model)
     assert told
     assert told.startswith("with --model resnet18 it would be about ")
     small = outline("mobilenet_v3_small").train()
-    assert suggest_smaller(replace(plan, seconds_per_image=0.5), small) is None
+    assert suggest_smaller(replace(plan, seconds_per_image=0.4), small) is None
