@@ -174,7 +174,8 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
     """Predict the peak memory of a training step of ``model``, in its current mode.
 
     Neither memory for the step nor a pass through the network is needed: only shapes are computed,
-    but for a CPU each kind of convolution runs once on a few images (convolution.py). ``model`` may be on any device, ``torch.device("meta")`` included, and stays as it is.
+    but for a CPU each kind of convolution runs once on a few images (convolution.py). ``model`` may
+    be on any device, ``torch.device("meta")`` included, and stays as it is.
 
     For a CPU, benchmarks/prediction.py compares with measured peaks. What kernels need for
     themselves depends on its instructions and threads, and is predicted for the CPU that predicts.

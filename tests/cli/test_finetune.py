@@ -148,8 +148,16 @@ def test_results_are_on_stdout_and_the_rest_on_stderr(colours: Path, tmp_path: P
     assert ran.stdout.splitlines()[-1].split(maxsplit=1)[1] == command
     lines = ran.stderr.splitlines()
     assert lines[0].startswith("note: no val/ folder; holding out 20% per class (seed 0)")
-    assert lines[1].startswith("note: batch of 5 in 2 micro-batches of 3 or 2 (store, fp32), ")
-    assert lines[2].startswith("warning: BatchNorm sees only 2 of 5 images")
+    assert lines[1].startswith("note: the plain network, 2 images at once")
+    assert [line.split("  ")[0] for line in lines[3:6]] == [
+        "plain, stored",
+        "plain, recomputed",
+        "momentum",
+    ]
+    assert lines[6].startswith("note: batch of 5 in 2 micro-batches of 3 or 2 (store, fp32), ")
+    assert lines[7].startswith("note: about ")
+    assert lines[7].endswith(" an epoch")
+    assert lines[8].startswith("warning: BatchNorm sees only 2 of 5 images")
     assert lines[3].startswith("epoch 1/1 · loss ")
     assert " · val top-1 " in lines[3]
     assert " · macro F1 " in lines[3]
@@ -244,7 +252,7 @@ def test_a_signal_before_the_run_is_told_and_leaves_nothing(
         monkeypatch.setattr(Predictor, "predict", predict)
     torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
     options: list[str | Path] = [*SMALL, "--weights", tmp_path / "trained.th"]
-    options += ["--micro-batch", "5"]
+    options += ["--micro-batch", "5", "--momentum", "always"]
     ran = run("--data", colours, *options, *IN_PROCESS, "-o", tmp_path / "run")
     assert (ran.exit_code, ran.stdout) == (128 + number, "")
     assert ran.stderr.splitlines()[-1] == f"error: {word}"

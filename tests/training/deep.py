@@ -1,6 +1,5 @@
 """A narrow network of one long run, for which inversion needs less than checkpoints."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +15,8 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return x + y
 
 
 class Deep(nn.Module):
@@ -27,7 +27,8 @@ class Deep(nn.Module):
         self.fc = nn.Linear(WIDTH, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.as_tensor(self.fc(self.layers(self.stem(x)).mean((2, 3))))
+        y: Tensor = self.fc(self.layers(self.stem(x)).mean((2, 3)))
+        return y
 
 
 def make() -> nn.Module:
