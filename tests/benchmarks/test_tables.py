@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import tables
 from benchmarks.tables import Log, Out, find_logs, number, ratio
+from momconv.planner import devices
 
 PROGRAMS = Path(tables.__file__).parent
 KEY = ("network", "method")
@@ -45,7 +46,7 @@ def test_a_log_is_found_again_with_the_machine_and_the_torch_in_its_name(log: Lo
 def test_a_processor_is_named_without_parentheses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices, "_CPU_INFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("cores: 2\nmodel name\t: Intel(R) Core(TM) i7 CPU @ 3 GHz\n")
     assert tables.machine(torch.device("cpu")).startswith("Intel-Core-i7-CPU-@-3-GHz-")
 
