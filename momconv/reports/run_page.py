@@ -70,7 +70,7 @@ def compose_run_page(
         show(
             "Memory and the plan",
             "memory",
-            lines=(str(result.plan), *_compare(result.plan)),
+            lines=(*_explain(result.plan), str(result.plan), *_compare(result.plan)),
             tables=tuple(_tabulate_peaks(peaks)),
             summary="The whole plan (plan.json)",
             details=tuple(_tabulate_plan(folder)),
@@ -187,6 +187,12 @@ def _describe_images(result: Result) -> str:
         f"Changed at random in each epoch: data.augment is {recipe.augment}, "
         f"{flipped if recipe.flip else 'never mirrored'}."
     )
+
+
+def _explain(plan: Plan) -> Iterator[str]:
+    """Yield why this network is trained in this way, if there was a choice."""
+    if plan.reason:
+        yield f"Chosen: {plan.reason}."
 
 
 def _compare(plan: Plan) -> Iterator[str]:

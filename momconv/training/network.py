@@ -41,12 +41,19 @@ def load(recipe: Recipe, tell: Callable[[str], None] = lambda _text: None) -> nn
     ``tell`` hears what of a file was taken.
 
     Raises:
-        UsageError: There is no such network, or nothing in it to convert as asked.
+        UsageError: There is no such network, or nothing in it to convert as asked, or momentum is
+            not wanted in a file that has it.
         ModelFileError: Its file is missing, damaged or of another kind.
         ResourceError: Its weights cannot be downloaded.
     """
     if recipe.model.from_file is not None:
         model = model_file.load(recipe.model.from_file, make_own(recipe.model))
+        if recipe.momentum.use == "never" and read_gamma(model):
+            raise UsageError(
+                "--momentum never: the network of --from is a momentum network",
+                kind="usage.conflict",
+                fix="momconv convert --back FILE -o plain.pth",
+            )
     else:
         plain = load_plain(recipe.model, read_preparation(recipe.data).side, tell)
         if recipe.model.weights == "none" and not names_code(recipe.model.name):

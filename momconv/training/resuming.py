@@ -32,7 +32,7 @@ from momconv.zoo import checkpoints
 # What a run is about: to change it is to start another.
 _FIXED = [
     *("model.name", "model.arguments", "model.weights", "model.from_file"),
-    *("momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
+    *("momentum.use", "momentum.gamma", "momentum.stages", "momentum.velocity", "momentum.gain"),
     *("momentum.calibrate", "momentum.anneal"),
     *("data.train_dir", "data.val_dir", "data.labels", "data.unknown_classes"),
     *("data.resize", "data.crop", "data.mean", "data.std", "data.interpolation"),

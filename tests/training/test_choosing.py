@@ -9,6 +9,7 @@ import pytest
 from runs import Log, resume, small
 
 from momconv import convert
+from momconv.errors import UsageError
 from momconv.files import model_file
 from momconv.planner.plan import Plan, Request
 from momconv.planner.prediction import peak_memory
@@ -105,3 +106,18 @@ def test_a_network_that_would_not_take_hours_is_named() -> None:
     assert told.startswith("with --model resnet18 it would be about ")
     small = outline("mobilenet_v3_small").train()
     assert suggest_smaller(replace(plan, seconds_per_image=0.4), small) is None
+
+
+def test_a_file_is_taken_as_it_is(
+    needy: tuple[Result, list[str]], colours: Path, tmp_path: Path
+) -> None:
+    start = ["train.epochs=1", f'model.from_file="{needy[0].best}"']
+    with pytest.raises(UsageError, match="is a momentum network"):
+        run(colours, tmp_path / "run", *start, "momentum.use=never")
+    plan = rehearse(small(colours, *AUTO, *start), tmp_path / "run").plan
+    assert plan.alternatives == ()
+
+
+def test_what_was_decided_is_what_the_run_is_about(needy: tuple[Result, list[str]]) -> None:
+    with pytest.raises(UsageError, match=r"momentum\.use"):
+        resume(needy[0].folder, NAME, "momentum.use=never")
