@@ -102,7 +102,12 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def autocast_settings(device_type: str) -> dict[str, Any]:
-    """Return the arguments with which torch.autocast does what it is doing now."""
+    """Return the arguments with which torch.autocast does what it is doing now.
+
+    Without autocast of their own, tensors without memory ("meta") are as on a CPU.
+    """
+    if not torch.amp.is_autocast_available(device_type):
+        device_type = "cpu"
     return {
         "device_type": device_type,
         "enabled": torch.is_autocast_enabled(device_type),

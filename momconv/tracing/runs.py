@@ -175,7 +175,7 @@ def observe(model: nn.Module, blocks: Iterable[nn.Module], inputs: Sequence[Tens
     mode = x.fake_mode if isinstance(x, FakeTensor) else FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_imitate(tensor, mode) for tensor in inputs]
     kind = x.device.type
-    settings = autocast_settings(kind if torch.amp.is_autocast_available(kind) else "cpu")  # meta
+    settings = autocast_settings(kind)
     observer = _Observer(blocks)
     # Without autocast's cache of cast weights, which would keep fake ones for the real pass.
     with (

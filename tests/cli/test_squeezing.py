@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from momconv.cli import app
 from momconv.files import model_file
+from momconv.zoo.description import attach, describe
 from momconv.zoo.networks import build
 
 # As soon as the command opens a file of this name, or puts one in its place, its address space is
@@ -42,7 +44,7 @@ def squeeze(name: str, more: int, *args: object) -> subprocess.CompletedProcess[
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MOMCONV_ALLOCATOR": "system"},
     )
 
 
@@ -52,7 +54,8 @@ def test_a_run_without_memory_ends_with_5_and_a_fix_and_goes_on_with_some(
 ) -> None:
     run, options = tmp_path / "run", ["--epochs", "2", "--batch-size", "5", "--workers", "0"]
     args = ["finetune", "--data", colours, "--model", "cifar_resnet20", "--weights", "none"]
-    ran = squeeze("metrics.csv", 0, *args, *options, "-o", run)
+    args += ["--resolution", "128"]  # so that no image fits where something else was before
+    ran = squeeze("state.safetensors", 2**22, *args, *options, "-o", run)
     assert ran.returncode == 5, ran.stderr
     assert "ran out of memory" in ran.stderr
     assert f"fix: momconv finetune --resume {run}" in ran.stderr
@@ -64,6 +67,9 @@ def test_a_run_without_memory_ends_with_5_and_a_fix_and_goes_on_with_some(
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_an_evaluation_without_memory_ends_with_5(colours: Path, tmp_path: Path) -> None:
     model, file = build("cifar_resnet20", 3), tmp_path / "model.safetensors"
+    description = describe(model)
+    large = description.preprocessing.at(512)  # as above
+    attach(model, replace(description, preprocessing=large))
     model_file.save(model, file)
     ran = squeeze("red/7.png", 0, "eval", file, "--data", colours, "--workers", "0")
     assert ran.returncode == 5, ran.stderr

@@ -29,6 +29,7 @@ def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
         None,
         [
             *("model.name=cifar_resnet20", "model.weights=none", "train.epochs=2", "train.lr=1e-6"),
+            "momentum.use=always",
             *("train.batch_size=9", "train.device=cpu", "data.workers=0"),
             f'data.path="{colours}"',
         ],
