@@ -30,7 +30,7 @@ def does_not_fit(outlook: Outlook) -> ResourceError:
     leanest = min(reversed(totals), key=lambda name: totals[name] // 2**20)
     peak, images = outlook.predict(leanest, size).peak, request.largest_part(size)
     attempt = _Attempt(outlook, leanest, size, peak)
-    leaner = dict(_find_leaner(attempt))
+    leaner = {option: total for option, total in _find_leaner(attempt) if total < peak.total}
     fitting = [option for option, total in leaner.items() if total <= outlook.usable_bytes]
     needs = [f"with {option}: {format_bytes(total)}" for option, total in leaner.items()]
     return ResourceError(
