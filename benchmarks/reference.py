@@ -63,7 +63,8 @@ def train_by_momconv(network: str, data: Path, batch: int) -> float:
         words = ["finetune", str(data), "--model", network, "--weights", "none", "--epochs", "1"]
         words += ["--momentum", "never", "--batch-size", str(batch), "--micro-batch", str(batch)]
         words += ["--workers", str(WORKERS), "--no-plots", "-o", str(run)]
-        subprocess.run([sys.executable, "-m", "momconv", "-q", *words], check=True)
+        command = [sys.executable, "-m", "momconv", "-q", *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         with (run / "metrics.csv").open() as file:
             return float(next(csv.DictReader(file))["images_per_second"])
 
