@@ -47,12 +47,6 @@ def find_allocator(
     return None
 
 
-def name_current() -> str:
-    """Return the name of the allocator of this process."""
-    preloaded = os.environ.get(_PRELOAD, "")
-    return next((a.name for a in ALLOCATORS if a.file in preloaded), "the system's")
-
-
 def start_again(words: Sequence[str]) -> None:
     """Start this process again with a quicker allocator, if a command of ``words`` computes.
 

@@ -12,25 +12,17 @@ TABLE = Path(__file__).with_name("catalogue.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One network, and what its conversion saves in a training step at its own resolution.
+class Saving:
+    """What a training step allocates for an image, in bytes; weights and the like not counted.
 
     Attributes:
-        name: As for ``momconv convert``.
-        parameters: How many numbers it learns.
-        resolution: Pixels of the sides of its images.
-        runs: How many runs of residual blocks it has.
-        deepest: The blocks of the longest of them.
-        store_bytes: Allocated for an image in the plain network with everything stored.
-        auto_bytes: In the converted one, as ``finetune`` plans it.
+        resolution: Pixels of the image's sides.
+        store_bytes: In the plain network with everything stored.
+        auto_bytes: In the converted one, under "auto".
         relative_seconds: The time of its step, about, as a multiple of the plain network's.
     """
 
-    name: str
-    parameters: int
     resolution: int
-    runs: int
-    deepest: int
     store_bytes: int
     auto_bytes: int
     relative_seconds: float
@@ -39,6 +31,23 @@ class Entry:
     def saved(self) -> float:
         """The share of the memory that is saved; below 0 where the conversion costs memory."""
         return 1 - self.auto_bytes / self.store_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry(Saving):
+    """One network, and what its conversion saves at its own resolution.
+
+    Attributes:
+        name: As for ``momconv convert``.
+        parameters: How many numbers it learns.
+        runs: How many runs of residual blocks it has.
+        deepest: The blocks of the longest of them.
+    """
+
+    name: str
+    parameters: int
+    runs: int
+    deepest: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,11 +184,6 @@ class MomentumRecipe(_Section):
         is_wanted = given.keys() & _OF_MOMENTUM or given.get("strategy") == "momentum"
         return {**given, "use": "always"} if is_wanted else given
 
-    @property
-    def final_gamma(self) -> float:
-        """γ at the end of a run: 0 where the plain network is kept."""
-        return 0.0 if self.use == "never" else self.gamma
-
 
 class DataRecipe(_Section):
     """The images. A relative path starts at the working directory."""

@@ -10,8 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from momconv.catalogue import Saving
 from momconv.names import encode_name
-from momconv.planner.saving import Saving
 from momconv.surgery.adaptation import AdaptationStep
 from momconv.surgery.certificate import Accuracy, Certificate, StageCertificate
 from momconv.surgery.conversion import Stage

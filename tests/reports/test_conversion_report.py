@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from momconv.planner.saving import Saving
+from momconv.catalogue import Saving
 from momconv.reports.conversion import CalibrationReport, Conversion, Reversion
 from momconv.surgery.adaptation import AdaptationStep
 from momconv.surgery.certificate import Accuracy, Certificate, StageCertificate

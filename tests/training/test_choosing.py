@@ -13,7 +13,7 @@ from momconv.errors import UsageError
 from momconv.files import model_file
 from momconv.planner.plan import Plan, Request
 from momconv.planner.prediction import peak_memory
-from momconv.recipe import MomentumRecipe, Recipe, load_recipe, recall_recipe
+from momconv.recipe import MomentumRecipe, load_recipe, recall_recipe
 from momconv.training.finetuning import Result, finetune, rehearse
 from momconv.training.network import read_gamma
 from momconv.training.planning import suggest_smaller
@@ -83,8 +83,6 @@ def test_who_sets_how_blocks_change_wants_them_to() -> None:
     left = [[], ["momentum.strategy=store"], ["momentum.calibrate=false"]]
     assert [load_recipe(None, keys).momentum.use for keys in left] == ["auto"] * 3
     assert load_recipe(None, ["momentum.use=auto", "momentum.gamma=0.5"]).momentum.use == "auto"
-    assert Recipe().momentum.final_gamma == 0.9
-    assert load_recipe(None, ["momentum.use=never"]).momentum.final_gamma == 0
 
 
 @pytest.mark.parametrize("use", ["always", "never"])
