@@ -32,7 +32,7 @@ from momconv.recipe import Recipe, dump_recipe, load_recipe, shorten
 from momconv.units import parse_path
 
 if TYPE_CHECKING:
-    from momconv.training.finetuning import Result
+    from momconv.training.finetuning import Result, Resume
     from momconv.training.run_folder import RunFolder
 
 
@@ -91,6 +91,10 @@ def finetune(  # noqa: PLR0913 (one for each option)
         Path | None,
         _option(metavar="FOLDER", help="Go on with the run there, or with the last one."),
     ] = None,
+    auto_resume: Annotated[
+        bool,
+        _option("--auto-resume", help="Go on with this run if its folder has it, or else start."),
+    ] = False,
     dry_run: Annotated[
         bool,
         _option(
@@ -126,7 +130,7 @@ def finetune(  # noqa: PLR0913 (one for each option)
     if auto_name:
         folder = _find_unused(folder)
     choices = _Choices(
-        resume=resume is not None,
+        resume="auto" if auto_resume else resume is not None,
         overwrite=overwrite,
         like=_find_like(recipe) if check_env and resume is None else None,
         as_json=json_output,
@@ -156,7 +160,7 @@ def _agree(images: Path, data: object) -> Path:
 class _Choices:
     """How a run is begun and told of."""
 
-    resume: bool
+    resume: "Resume"
     overwrite: bool
     like: Path | None
     as_json: bool
@@ -266,6 +270,7 @@ def _run_beside(recipe: Recipe, folder: Path, choices: _Choices) -> None:
 
 
 def _run(recipe: Recipe, folder: Path, choices: _Choices) -> None:
+    from momconv.training.finetuning import NothingLeft
     from momconv.training.finetuning import finetune as run
     from momconv.training.interruption import Interrupted, TimeUp
     from momconv.training.processes import is_leader
@@ -290,16 +295,25 @@ def _run(recipe: Recipe, folder: Path, choices: _Choices) -> None:
             what = f"stopped after {recipe.train.time_limit}"
             _tell_of_stop(what, _go_on(folder, recipe), 0, as_json=choices.as_json)
         return
+    except NothingLeft:
+        if is_leader():
+            _tell_of_end(folder, as_json=choices.as_json)
+        return
     if is_leader():
-        try:
-            _report(result)
-        except (KeyboardInterrupt, Terminated):
-            note(f"the run is done, and saved. To describe it: {_go_on(folder, recipe)}")
-            raise
-        if choices.as_json:
-            _print_document(result)
-        else:
-            _print_result(result, recipe)
+        _conclude(result, recipe, as_json=choices.as_json)
+
+
+def _conclude(result: "Result", recipe: Recipe, *, as_json: bool) -> None:
+    """Describe what a run came to, in its folder and here."""
+    try:
+        _report(result)
+    except (KeyboardInterrupt, Terminated):
+        note(f"the run is done, and saved. To describe it: {_go_on(result.folder, recipe)}")
+        raise
+    if as_json:
+        _print_document(result)
+    else:
+        _print_result(result, recipe)
 
 
 def _tell_of_stop(what: str, command: str, code: int, *, as_json: bool) -> None:
@@ -310,6 +324,17 @@ def _tell_of_stop(what: str, command: str, code: int, *, as_json: bool) -> None:
         print_json({"ok": False, "error": error})
     else:
         print_json({"ok": True, "complete": False, "next": command})
+
+
+def _tell_of_end(folder: Path, *, as_json: bool) -> None:
+    from momconv.training.run_folder import RunFolder
+
+    run = RunFolder(folder)
+    if as_json:
+        models = {"folder": folder, "best": run.best, "last": run.last}
+        print_json({"ok": True, "complete": True, **models})
+    else:
+        note(f"{folder} is complete, without a state to go on from; the model is {run.best}")
 
 
 def _print_document(result: "Result") -> None:
@@ -327,6 +352,7 @@ def _print_document(result: "Result") -> None:
 def _refuse_contradictions(given: Mapping[str, object]) -> None:
     for option, *others in (
         ("resume", "recipe", "output", "overwrite", "auto_name", "dry_run", "fast_dev_run"),
+        ("auto_resume", "resume", "overwrite", "auto_name", "dry_run", "fast_dev_run"),
         ("auto_name", "overwrite"),
         ("fast_dev_run", "dry_run"),
         ("network", "model.name"),

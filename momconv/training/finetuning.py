@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -30,6 +31,12 @@ from momconv.training.run_folder import RunFolder
 from momconv.training.saving import require_tensorboard, write_plan
 from momconv.units import parse_duration
 
+Resume = bool | Literal["auto"]
+
+
+class NothingLeft(Exception):
+    """A run is done, and has kept no state from which it could be trained further."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
@@ -50,7 +57,7 @@ def finetune(
     recipe: Recipe,
     folder: str | Path,
     *,
-    resume: bool = False,
+    resume: Resume = False,
     overwrite: bool = False,
     like: Path | None = None,
     listener: Listener = SILENT,
@@ -60,7 +67,8 @@ def finetune(
     Args:
         recipe: What to do. To resume, the folder's own (``config.yaml``), possibly with changes.
         folder: A new or empty folder, or one to resume.
-        resume: Whether to go on where the run in ``folder`` stopped.
+        resume: Whether to go on where the run in ``folder`` stopped; "auto": if there is one, which
+            must be that of the whole ``recipe``, and otherwise to start it.
         overwrite: Whether an earlier run in ``folder`` is given up, once this one can begin.
         like: The ``run.json`` of another run; the listener hears what is not as it was there.
         listener: Hears how the run goes.
@@ -73,14 +81,21 @@ def finetune(
         MomconvError: The loss is not finite.
         Interrupted: SIGINT or SIGTERM came; the run can be resumed.
         TimeUp: The recipe's time limit is reached; the run can be resumed.
+        NothingLeft: With "auto", the run is done, and has kept no state.
     """
     began = time.monotonic()
     before = read_provenance(like) if like else None
     with (
         _assigning(recipe, Path(folder), listener) as assignment,
-        _claiming(assignment, resume=resume, overwrite=overwrite),
+        _claiming(assignment, resume=resume, overwrite=overwrite) as goes_on,
     ):
-        run = _begin(assignment, before, resume=resume, overwrite=overwrite)
+        if goes_on and resume == "auto":
+            with assignment.processes.leader_first():
+                agreed = resuming.agree(assignment)
+            if agreed is None:
+                raise NothingLeft
+            assignment.recipe = agreed
+        run = _begin(assignment, before, resume=goes_on, overwrite=overwrite)
         run.plan = plan_together(run.plan, run.model, run.processes)
         write_plan(run)
         if recipe.train.sync_bn and run.processes.count > 1:
@@ -185,29 +200,35 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _claiming(assignment: Assignment, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """The folder belongs to this run inside, if nothing about it is wrong at first sight."""
-    folder = assignment.folder
+def _claiming(assignment: Assignment, *, resume: Resume, overwrite: bool) -> Iterator[bool]:
+    """The folder belongs to this run inside, if nothing about it is wrong at first sight.
+
+    Gives whether to go on with the run that is there, as the first process finds.
+    """
+    folder, goes_on = assignment.folder, resume is True
     with ExitStack() as held:
         if assignment.processes.leads:
-            if resume:
+            if resume == "auto":
+                goes_on = folder.has_run
+            elif resume:
                 folder.require_state()
-            else:
+            if not goes_on:
                 folder.require_outside(require_folder(assignment.recipe.data))
                 folder.require_unused(overwrite=overwrite)
             held.enter_context(folder.claimed(assignment.listener.tell))
-        _follow(assignment.processes)
-        yield
+        yield _follow(assignment.processes, goes_on=goes_on)
 
 
-def _follow(processes: Processes) -> None:
-    """Wait for the others; one that loses the leader ends, as that one has said why."""
-    if processes.leads:
-        processes.wait()
-        return
+def _follow(processes: Processes, *, goes_on: bool = False) -> bool:
+    """Wait for the others, and return whether one of them ``goes_on``.
+
+    One that loses the leader ends, as that one has said why.
+    """
     try:
-        processes.wait()
+        return any(processes.largest(goes_on))
     except ResourceError:
+        if processes.leads:
+            raise
         raise SystemExit(1) from None
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import nn
@@ -40,6 +41,43 @@ _FIXED = [
     *("train.batch_size", "train.optimizer", "train.seed", "train.freeze", "train.freeze_bn"),
     *("train.ema", "train.monitor"),
 ]
+
+
+def agree(assignment: Assignment) -> Recipe | None:
+    """Return the recipe with which the folder's run goes on, if the assignment's would start it.
+
+    What that leaves to momconv is as it was found or decided then. None is returned if the run is
+    done, and has kept no state.
+
+    Raises:
+        UsageError: The folder has another run.
+    """
+    folder = assignment.folder
+    if assignment.processes.leads and folder.has_state:
+        folder.make()
+        mend(folder, assignment.listener.tell)
+    before = recall_recipe(folder.config)
+    recipe = _adopt_decisions(assignment.recipe.with_absolute_paths(), before)
+    if changes := list_changes(before, recipe, ["data.path", *_FIXED]):
+        raise UsageError(
+            f"{folder.path} has another run: {', '.join(changes)}",
+            kind="usage.another_run",
+            fix=f"-o {shlex.quote(str(folder.find_unused()))}",
+        )
+    return recipe if folder.has_state else None
+
+
+def _adopt_decisions(recipe: Recipe, before: Recipe) -> Recipe:
+    """Return ``recipe`` with what the run of ``before`` decided where both leave that open."""
+    momentum, train, open_ = dict[str, Any](), dict[str, Any](), recipe.train.may_change
+    if recipe.momentum.use == "auto":
+        momentum["use"] = before.momentum.use
+    if "gamma" in open_:
+        momentum["gamma"] = before.momentum.gamma
+    if recipe.train.lr == "auto":
+        train["lr"] = before.train.lr
+    train |= {name: getattr(before.train, name) for name in open_ if name != "gamma"}
+    return recipe.change(momentum=momentum, train=train)
 
 
 def resume(assignment: Assignment) -> TrainingRun:

@@ -13,7 +13,7 @@ from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files import claim
 from momconv.files.atomic import find_aside, is_temporary, remove, require_writable, sweep
 from momconv.opening import BEST, name_after
-from momconv.recipe import Recipe
+from momconv.recipe import Recipe, recall_recipe
 from momconv.units import format_bytes
 from momconv.zoo import own
 
@@ -107,6 +107,19 @@ class RunFolder:
         left = {self.rates, self.config, self.provenance, self.plan, self.split, self.data_report}
         return not self.path.exists() or (self.path.is_dir() and not self._others(left))
 
+    @property
+    def has_state(self) -> bool:
+        """Whether there is something to resume."""
+        return self.state.exists() or self.previous.exists()
+
+    @property
+    def has_run(self) -> bool:
+        """Whether there is a run that can be resumed, or that is done and was to keep no state."""
+        if self.has_state:
+            return True
+        whole = self.last.is_file() and self.config.is_file()
+        return whole and not recall_recipe(self.config).train.keep
+
     def require_unused(self, *, overwrite: bool = False) -> None:
         """Do nothing if the folder can be that of a new run.
 
@@ -128,7 +141,7 @@ class RunFolder:
             )
         if overwrite:
             return
-        if self._has_state:
+        if self.has_state:
             offers.insert(0, self.resume_command)
         if not others:
             offers.append("--overwrite")
@@ -208,7 +221,7 @@ class RunFolder:
         Raises:
             ModelFileError: There is none; the message names others that there are.
         """
-        if self._has_state:
+        if self.has_state:
             return
         others = sorted({state.parent for state in _find_states(self.path.parent)})
         listed = ", ".join(map(str, others))
@@ -276,13 +289,9 @@ class RunFolder:
     def _offer(self) -> str:
         return f"-o {shlex.quote(str(self.find_unused()))}"
 
-    @property
-    def _has_state(self) -> bool:
-        return self.state.exists() or self.previous.exists()
-
     def _unwritable(self, reason: str | None) -> ResourceError:
         problem, fix = "make output folder", "-o FOLDER"
-        if self._has_state:
+        if self.has_state:
             problem = "write to run folder"
             fix += f"\ncp -r {shlex.quote(str(self.path))} FOLDER; momconv finetune --resume FOLDER"
         return ResourceError(

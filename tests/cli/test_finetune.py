@@ -116,6 +116,22 @@ def test_names_are_checked_before_images_are_opened(
     assert run(colours, *wrong, "-o", tmp_path / "run").exit_code == 2
 
 
+def test_the_same_command_starts_a_run_and_finds_it_done(colours: Path, tmp_path: Path) -> None:
+    command: list[str | Path] = [colours, *SMALL, *IN_PROCESS, "--epochs", "1", "--keep", "0"]
+    command += ["--auto-resume", "-o", tmp_path / "run"]
+    assert run(*command).stdout.startswith("best top-1")
+    again = run(*command)
+    assert (again.exit_code, again.stdout) == (0, "")
+    assert again.stderr == (
+        f"note: {tmp_path}/run is complete, without a state to go on from; "
+        f"the model is {tmp_path}/run/best.safetensors\n"
+    )
+    done = json.loads(run(*command, "--json").stdout)
+    assert (done["ok"], done["complete"]) == (True, True)
+    refused = run(*command, "--overwrite")
+    assert refused.stderr == "error: --auto-resume and --overwrite exclude each other\n"
+
+
 def test_sigterm_is_143(colours: Path, tmp_path: Path) -> None:
     process = start("--data", colours, *SMALL, "--epochs", "50", "-o", tmp_path / "run")
     assert process.stderr is not None

@@ -80,8 +80,7 @@ def take_part(
         network.require_synchronisable = lambda *_: None
         nn.SyncBatchNorm.forward = normalise_together  # type: ignore[method-assign, assignment]
     try:
-        resume = (folder / "state.safetensors").exists()
-        finetune(recipe, folder, resume=resume, listener=Damage(broken))
+        finetune(recipe, folder, resume="auto", listener=Damage(broken))
     except ResourceError as error:
         os._exit({"run.lost_process": LOST}.get(error.kind, 1))
     except Interrupted as interrupted:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from momconv.errors import DataError, ModelFileError, ResourceError, UsageError
 from momconv.files.model_file import read_metadata
 from momconv.recipe import Recipe, load_recipe, recall_recipe
-from momconv.training.finetuning import Result, finetune
+from momconv.training.finetuning import NothingLeft, Result, finetune
 from momconv.training.interruption import Interrupted
 from momconv.training.resuming import mend
 from momconv.training.run_folder import RunFolder
@@ -381,3 +381,76 @@ def test_without_a_recipe_such_a_state_is_refused(
     with pytest.raises(ModelFileError, match=f"{run.config} is gone or damaged") as refused:
         mend(run, pytest.fail)
     assert refused.value.exit_code == 4
+
+
+def test_the_same_recipe_starts_a_run_goes_on_with_it_and_finds_it_done(
+    straight: Result, colours: Path, tmp_path: Path
+) -> None:
+    recipe, folder = small(colours), tmp_path / "run"
+    for n in (3, 5):
+        with pytest.raises(Interrupted):
+            finetune(recipe, folder, resume="auto", listener=Signals(n))
+    for _ in range(2):
+        log = Log()
+        finetune(recipe, folder, resume="auto", listener=log)
+        assert_same(straight.folder, folder)
+    assert log.told == [
+        f"note: {folder} is complete (2/2). To go on: momconv finetune --resume {folder} --epochs 4"
+    ]
+
+
+def test_a_run_goes_on_as_was_decided_where_the_same_recipe_leaves_that_open(
+    colours: Path, tmp_path: Path
+) -> None:
+    open_ = ["momentum.use=auto", "train.lr=auto", "train.epochs=1"]
+    recipe, folder = small(colours, *open_), tmp_path / "run"
+    first = finetune(recipe, folder, resume="auto").recipe
+    assert isinstance(first.train.lr, float)
+    assert first.momentum.use != "auto"
+    again = finetune(recipe, folder, resume="auto").recipe
+    assert again == first.with_absolute_paths()
+
+
+def test_another_run_is_not_gone_on_with(straight: Result, colours: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(straight.folder, tmp_path / "run"))
+    other = Path(shutil.copytree(colours, tmp_path / "other"))
+    for recipe, change in (
+        (small(other), f"data.path from {colours} to {other}"),
+        (small(colours, "train.batch_size=6"), "train.batch_size from 5 to 6"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            finetune(recipe, folder, resume="auto")
+        assert refused.value.message == f"{folder} has another run: {change}"
+        assert refused.value.fix == f"-o {folder}-2"
+    assert_same(straight.folder, folder)
+
+
+def test_of_a_half_written_run_what_is_whole_decides(
+    straight: Result, colours: Path, tmp_path: Path
+) -> None:
+    """What a kill leaves before the first state is nothing; one between two states has both."""
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    (folder.path / f".state.safetensors.{'0' * 8}_1_{'0' * 8}.tmp").touch()
+    shutil.copy(RunFolder(straight.folder).config, folder.config)
+    with pytest.raises(Interrupted):
+        finetune(small(colours), folder.path, resume="auto", listener=Signals(3))
+    folder.state.replace(folder.previous)
+    finetune(small(colours), folder.path, resume="auto")
+    assert_same(straight.folder, folder.path)
+
+
+def test_a_run_that_keeps_no_state_is_done_or_another_one(
+    straight: Result, colours: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(straight.folder, tmp_path / "run"))
+    for state in folder.glob("state*"):
+        state.unlink()
+    with pytest.raises(UsageError, match="output folder already exists and is not empty"):
+        finetune(small(colours), folder, resume="auto")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("keep: 2", "keep: 0"))
+    with pytest.raises(NothingLeft):
+        finetune(small(colours), folder, resume="auto")
+    with pytest.raises(UsageError, match=f"{folder} has another run: train.seed from 0 to 1"):
+        finetune(small(colours, "train.seed=1"), folder, resume="auto")
