@@ -39,6 +39,7 @@ TITLE = "frontier"
 KEY = ("network", "method", "budget")
 RATIO = "of store all"
 BUDGETS, TURNS = 10, 3
+FINENESS = 0.97  # of the search for the least budget
 OURS = {"momconv": 0.9, "momconv, plain": 0.0}  # with their γ
 THEIRS = ["store", "checkpoint", "checkpoint-sqrt", "momentumnet"]
 CASES = [
@@ -70,9 +71,11 @@ def plan_points(case: Case, method: str) -> list[Point]:
         model = convert(make_network(case.network), OURS[method])
     predictor = Predictor(model, Training(case.resolution, case.precision))
     stored = predictor.predict(case.batch, "store")
-    least = predictor.predict(case.batch, "auto").peak.step
     combinations = Combinations(predictor, case.batch, stored)
     speed = estimate_speed("cpu", case.precision)
+    least = float(stored.peak.step)
+    while combinations.find(least * FINENESS, speed):
+        least *= FINENESS
     found: dict[tuple[tuple[str, str], ...], Point] = {}
     for n in range(BUDGETS):
         budget = least * (stored.peak.step / least) ** (n / (BUDGETS - 1))

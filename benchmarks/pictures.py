@@ -22,8 +22,8 @@ STYLES = {
     "checkpoint each block": ("#009E73", "x"),
     "momentumnet, gradients apart": ("#56B4E9", "v"),
     "momentumnet": ("#E69F00", "^"),
-    "momconv": ("#D55E00", "D"),
     "momconv, plain": ("#CC79A7", "v"),
+    "momconv": ("#D55E00", "D"),
 }
 
 WHOLE_COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00")
@@ -132,7 +132,6 @@ def draw_frontier(rows: Sequence[Row]) -> Figure:
             title=network,
             xlabel="memory of a training step (MiB per image)",
             ylabel="time of a step, of storing all",
-            xscale="log",
         )
     add_legend(figure, panels[0])
     return figure
