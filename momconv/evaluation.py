@@ -5,6 +5,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +34,7 @@ from momconv.exhaustion import Parts
 from momconv.names import encode_name
 from momconv.planner.devices import make_current
 from momconv.planner.measurement import autocast
-from momconv.states import in_eval_mode
+from momconv.states import are_sharded, in_eval_mode
 from momconv.surgery.drift import NONE, answers
 from momconv.vocabulary import Precision
 from momconv.words import plural
@@ -159,9 +160,10 @@ def evaluate(  # noqa: PLR0913 (one for each choice)
         len(images.classes), n_bins=_BINS, sync_on_compute=count > 1
     ).to(device)
     found = _Answers()
-    parts = Parts()
-    with in_eval_mode(model.to(device)), torch.no_grad():
-        for pictures, labels in _read_together(loader, count):
+    parts = Parts(batch_size if are_sharded([model]) else 1)
+    finish = partial(_keep_company, model.to(device), len(images.samples) / (count * batch_size))
+    with in_eval_mode(model), torch.no_grad():
+        for pictures, labels in _read_together(loader, count, finish):
             with autocast(precision, device):
                 outputs = parts.forward(model, pictures, device).float()
             named, targets = answers(outputs), labels.to(device)
@@ -235,17 +237,32 @@ def _gather(own: Sequence[T], count: int) -> list[T]:
     return [entry[1] for row in rows for entry in row if entry is not None]
 
 
-def _read_together(loader: "DataLoader[Any]", count: int) -> Iterator[Any]:
+def _keep_company(model: nn.Module, most: float, done: int) -> None:
+    """Go through a network that is divided as often as the process with ``most`` batches."""
+    if are_sharded([model]):
+        side, device = describe(model).preprocessing.resolution, next(model.parameters()).device
+        for _ in range(math.ceil(most) - done):
+            model(torch.zeros(1, 3, side, side, device=device))
+
+
+def _read_together(
+    loader: "DataLoader[Any]", count: int, finish: Callable[[int], None]
+) -> Iterator[Any]:
     """Yield the batches of a loader; a file that cannot be read fails all of ``count`` processes.
+
+    Before they speak of that, ``finish`` hears how many batches there were.
 
     Raises:
         UnreadableImage: Some process could not read the file that it names.
     """
     failed: UnreadableImage | None = None
+    done = 0
     try:
-        yield from read_batches(loader)
+        for done, batch in enumerate(read_batches(loader), start=1):  # noqa: B007
+            yield batch
     except UnreadableImage as error:
         failed = error
+    finish(done)
     if count > 1:
         shares: list[list[tuple[Path, str]]] = [[] for _ in range(count)]
         dist.all_gather_object(shares, [(failed.path, failed.reason)] if failed else [])

@@ -384,6 +384,50 @@ class TrainRecipe(_Section):
         bool,
         Option("--sync-bn", "", "Let BatchNorm see the images of all processes; on GPUs.", _MEMORY),
     ] = False  # BatchNorm sees a micro-batch of all processes
+    shard: Annotated[
+        bool | Literal["auto"],
+        Option(
+            "--shard",
+            "auto|true|false",
+            "Divide weights, gradients and optimiser state among processes. (default: {})",
+            _MEMORY,
+        ),
+    ] = "auto"  # weights, gradients and optimiser state are divided among the processes
+
+    @property
+    def can_shard(self) -> bool:
+        """Whether nothing is asked for that is not divided among processes."""
+        return not self._find_undivided()
+
+    def _find_undivided(self) -> dict[str, str]:
+        """Return what asks for whole weights, gradients or states, and what does not."""
+        own = {
+            f"--optimizer {self.optimizer}, whose blocks of values have one scale": (
+                OPTIMIZERS[self.optimizer].bits == 8,
+                f"--optimizer {self.optimizer.removesuffix('-8bit')}",
+            ),
+            "train.release_gradients, as they are freed in backward anyway": (
+                self.release_gradients is True,
+                "--set train.release_gradients=auto",
+            ),
+            "train.compile, as weights come and go around each block": (
+                self.compile,
+                "--set train.compile=false",
+            ),
+        }
+        return {name: fix for name, (is_asked, fix) in own.items() if is_asked}
+
+    @model_validator(mode="after")
+    def _check_shard(self) -> Self:
+        undivided = self._find_undivided()
+        if self.shard is not True or not undivided:
+            return self
+        name, fix = next(iter(undivided.items()))
+        raise UsageError(
+            f"--shard true does not go with {name}",
+            kind="usage.conflict",
+            fix=f"{fix}\n--shard false",
+        )
 
     @property
     def can_release_gradients(self) -> bool:

@@ -62,6 +62,12 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     release_gradients: Annotated[
         bool, typer.Option("--release-gradients", help="Each is used and freed in backward.")
     ] = False,
+    processes: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="Among which weights, gradients and state are divided."
+        ),
+    ] = 1,
     device: DeviceOption = "auto",
     measure: Annotated[
         bool, typer.Option("--measure", help="Run small steps as well, and trust them instead.")
@@ -98,13 +104,18 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
 
     _require_outputs(plot, csv, snapshot)
     where = str(find_device(device)) if measure or device == "auto" else device
-    _require_history(snapshot, where, measuring=measure)
+    _require_measurable(snapshot, where, processes, measuring=measure)
     with err.status(f"converting {model}"):
         measured = _load(Function(network, arg), model, gamma, "cpu" if measure else "meta")
     side = resolution or describe(measured).preprocessing.resolution
     check_resolution(measured, side)
     training = Training(
-        side, precision, optimizer, device=where, release_gradients=release_gradients
+        side,
+        precision,
+        optimizer,
+        device=where,
+        release_gradients=release_gradients,
+        shards=processes,
     )
     with progress("measuring" if measure else "predicting", len(VARIANTS)) as report:
         found = profile(measured, training, measuring=measure, progress=report)
@@ -122,6 +133,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
         "precision": precision,
         "optimizer": optimizer,
         "release_gradients": release_gradients,
+        "processes": processes,
         "device": where,
     }
     if json_output:
@@ -131,8 +143,19 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     out.print("", *show_memory(found, budgets, sizes), sep="\n")
 
 
-def _require_history(snapshot: Path | None, device: str, *, measuring: bool) -> None:
-    """Do nothing if PyTorch can tell the history of the memory of ``device``, or nobody asks."""
+def _require_measurable(
+    snapshot: Path | None, device: str, processes: int, *, measuring: bool
+) -> None:
+    """Do nothing if a step can be measured here as it is asked for, or need not be.
+
+    PyTorch tells the history of the memory of GPUs alone.
+    """
+    if measuring and processes > 1:
+        raise UsageError(
+            f"--measure runs a step in one process alone, and --processes is {processes}",
+            kind="usage.conflict",
+            fix=f"--processes {processes}\n--measure --processes 1",
+        )
     if snapshot is not None and not (measuring and device.startswith("cuda")):
         raise UsageError(
             f"--snapshot: PyTorch records the memory of GPUs in steps that are run, not of {device}"

@@ -17,7 +17,7 @@ import torch
 import torchvision
 from pydantic import BaseModel, ConfigDict, Field, Json, ValidationError
 from pydantic_core import to_json
-from torch import nn
+from torch import Tensor, nn
 
 from momconv._version import __version__
 from momconv.errors import ModelFileError, UsageError
@@ -66,7 +66,13 @@ def check_suffix(path: Path) -> None:
         )
 
 
-def save(model: nn.Module, path: str | Path, extra: Mapping[str, object] | None = None) -> None:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    extra: Mapping[str, object] | None = None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write ``model`` to ``path``, all or nothing.
 
     Two calls write the same bytes, but for the time and the checksum, which covers it.
@@ -75,13 +81,15 @@ def save(model: nn.Module, path: str | Path, extra: Mapping[str, object] | None 
         model: A network with a description, converted or not, on any device.
         path: The file to write; its folder must exist.
         extra: JSON values to keep in the file, such as metrics. The file's own names win.
+        weights: Its state dict, where it has only a part of it.
 
     Raises:
         UsageError: The model has no description.
         ResourceError: The file cannot be written.
     """
     metadata = _compose(model, extra or {})
-    write_atomically(Path(path), lambda target: write_tensors(target, model.state_dict(), metadata))
+    tensors = model.state_dict() if weights is None else weights
+    write_atomically(Path(path), lambda target: write_tensors(target, tensors, metadata))
 
 
 def load(path: str | Path, network: nn.Module | None = None) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from momconv.errors import RangeOverflow
 from momconv.momentum.equations import Rule, find_exponent, widen
+from momconv.momentum.faults import is_postponing
 from momconv.momentum.measures import note_magnitudes
 from momconv.momentum.replay import evaluate, random_state, set_random_state
 from momconv.states import is_fake, is_graph_made, keep_buffers, without_hooks
@@ -43,11 +44,13 @@ def require_range(
     What is not finite has come out as such, as in any network, and is no matter of the range.
 
     Raises:
-        RangeOverflow: It was not; ``tell`` has been called with a sufficient exponent.
+        RangeOverflow: It was not; ``tell`` has been called with a sufficient exponent or, where
+            all processes would have to look for that, with the next one.
     """
     if float(seen) < 2.0**exponent:
         return
-    largest = measure()  # values that were too large may have changed others
+    # Values that were too large may have changed others.
+    largest = 2.0**exponent if is_postponing() else measure()
     if math.isfinite(largest):
         tell(max(exponent + 1, find_exponent(largest)))
         raise RangeOverflow(

@@ -24,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 
 from momconv.errors import InversionError, NotReproducible, UsageError
+from momconv.momentum.faults import tell_fault
 from momconv.momentum.measures import checksum
 from momconv.momentum.seam import Cut, Norms, PlainCut
 from momconv.states import (
@@ -167,10 +168,12 @@ class Replay:
             NotReproducible: It is something else.
         """
         if self._sum is not None and _sum(computed) != self._sum:
-            raise NotReproducible(
-                f"a {self._block._get_name()} computed something else when it was run again",
-                kind="inversion.not_reproducible",
-                fix='momconv.set_strategy(model, "store")',
+            tell_fault(
+                NotReproducible(
+                    f"a {self._block._get_name()} computed something else when it was run again",
+                    kind="inversion.not_reproducible",
+                    fix='momconv.set_strategy(model, "store")',
+                )
             )
 
     def _detach(self, x: Tensor) -> list[Tensor]:

@@ -16,6 +16,7 @@ from momconv.errors import RangeOverflow, UsageError
 from momconv.momentum.arguments import bind
 from momconv.momentum.autograd import Strategy, run
 from momconv.momentum.equations import LOWEST, Rule, Velocity, coefficients
+from momconv.momentum.faults import is_postponing, tell_fault
 from momconv.momentum.inversion import EndState, follow, walk_back
 from momconv.momentum.members import mark, unmark
 from momconv.momentum.ranging import find_range, has_values, require_range, survey
@@ -276,12 +277,12 @@ class MomentumSequential(nn.Sequential):
         if None in calls:
             try:
                 require_range(measure, seen, exponent, partial(self.set_range, part.start))
-            except RangeOverflow:
-                if self.training:
-                    raise
-                # Buffers and random generators have not changed: it can be done again at once.
-                (exponent,) = (p.exponent for p in self.runs or () if p.start == part.start)
-                return self._follow(this, replace(part, exponent=exponent), calls, x)
+            except RangeOverflow as error:
+                if not (self.training or is_postponing()):
+                    # Buffers and random generators have not changed: it can be done again at once.
+                    (exponent,) = (p.exponent for p in self.runs or () if p.start == part.start)
+                    return self._follow(this, replace(part, exponent=exponent), calls, x)
+                tell_fault(error)
         ranges[part.start] = exponent
         return y
 

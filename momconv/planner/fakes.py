@@ -69,11 +69,18 @@ class Imitator(Generic[_T]):
         self._examine = examine
         self._memories: dict[Hashable, _Memory[_T]] = {}
 
-    def copy(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Return a copy of ``model`` on ``device`` whose parameters and buffers are fakes."""
+    def copy(
+        self, model: nn.Module, device: torch.device, *, is_contiguous: bool = False
+    ) -> nn.Module:
+        """Return a copy of ``model`` on ``device`` whose parameters and buffers are fakes.
+
+        They lie in memory as those of ``model`` do, unless they are to be contiguous.
+        """
         memo: dict[int, Any] = {}
         for tensor in (*model.parameters(), *model.buffers()):
-            fake = self._make(_New(tensor.shape, tensor.stride(), tensor.dtype, device))
+            straight = make_contiguous_strides_for(tensor.shape)
+            stride = straight if is_contiguous else tensor.stride()
+            fake = self._make(_New(tensor.shape, stride, tensor.dtype, device))
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
         return copy.deepcopy(model, memo)

@@ -10,6 +10,7 @@ the measurement: work that frees such memory is not credited for it.
 """
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -130,11 +131,17 @@ def static_bytes(
     *,
     ema: bool = False,
     release_gradients: bool = False,
+    shards: int = 1,
 ) -> StaticBytes:
-    """Return the bytes of weights, gradients, optimiser state and average in training."""
+    """Return the bytes of weights, gradients, optimiser state and average in training.
+
+    Of each parameter, a process has the first of so many ``shards``; the others are as large or
+    padded.
+    """
     parameters = list(model.parameters())
-    trained = sum(p.nbytes for p in parameters if p.requires_grad)
-    weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
+    trained = sum(shard_bytes(p, shards) for p in parameters if p.requires_grad)
+    weights = sum(shard_bytes(p, shards) for p in parameters)
+    weights += sum(buffer.nbytes for buffer in model.buffers())
     row = OPTIMIZERS[optimizer]
     state = trained
     if row.bits == 8:
@@ -142,6 +149,14 @@ def static_bytes(
     state *= row.states
     gradients = 0 if release_gradients else trained
     return StaticBytes(weights, gradients, optimizer=state, ema=weights if ema else 0)
+
+
+def shard_bytes(parameter: Tensor, shards: int) -> int:
+    """Return the bytes of the largest of so many parts of the rows of ``parameter``."""
+    if shards == 1:
+        return parameter.nbytes
+    rows, *others = parameter.shape
+    return math.ceil(rows / shards) * math.prod(others) * parameter.itemsize
 
 
 def available_bytes(device: torch.device, headroom: float = _HEADROOM) -> int:

@@ -258,6 +258,7 @@ class Plan:
         how = [self.stages, self.precision]
         how += [request.optimizer] if OPTIMIZERS[request.optimizer].bits == 8 else []
         how += ["gradients released"] if request.release_gradients else []
+        how += ["weights divided"] if request.shards > 1 else []
         text = f"batch of {request.batch}{whose} in {parts} ({', '.join(how)})"
         peak, limit = format_bytes(self.predicted_bytes), format_bytes(self.limit_bytes)
         whose = "the limit" if request.memory else "what is free"

@@ -25,6 +25,7 @@ from momconv.planner.allowance import find_allowance
 from momconv.planner.cost import Work, count_work
 from momconv.planner.devices import parse_device
 from momconv.planner.fakes import Imitator
+from momconv.planner.gathering import Gathering
 from momconv.planner.gpu_rules import as_on_gpu
 from momconv.planner.measurement import run_step, static_bytes
 from momconv.planner.micro_batch import StaticBytes
@@ -36,6 +37,7 @@ from momconv.vocabulary import OptimizerName, Precision, Strategies
 
 _CUDA_BLOCK = 512  # bytes to which PyTorch's CUDA allocator rounds up
 
+_GATHERING = "gathering"
 _ACCUMULATION = "torch::autograd::AccumulateGrad"
 
 
@@ -68,6 +70,7 @@ class PeakMemory:
         operation: The operation that runs at the peak.
         alive: The tensors of ``activations``, ``side_information`` and ``transients``, the largest
             kinds first.
+        gathered: Weights, and gradients, that are together where they are divided among processes.
     """
 
     weights: int
@@ -82,6 +85,7 @@ class PeakMemory:
     stage: str
     operation: str
     alive: tuple[Alive, ...]
+    gathered: int = 0
 
     @property
     def static(self) -> int:
@@ -91,7 +95,8 @@ class PeakMemory:
     @property
     def step(self) -> int:
         """What a step allocates, as ``momconv.planner.measurement.measure_step`` counts it."""
-        return sum(self.activations.values()) + self.side_information + self.transients
+        activations = sum(self.activations.values())
+        return activations + self.side_information + self.gathered + self.transients
 
     @property
     def total(self) -> int:
@@ -110,11 +115,16 @@ class Training:
     ema: bool = False
     device: str = "cpu"  # or "cuda"
     release_gradients: bool = False  # each is used and freed in the backward pass
+    shards: int = 1  # processes among which weights, gradients and state are divided
 
     def static_bytes(self, model: nn.Module) -> StaticBytes:
         """Return what training ``model`` holds whatever the batch is."""
         return static_bytes(
-            model, self.optimizer, ema=self.ema, release_gradients=self.release_gradients
+            model,
+            self.optimizer,
+            ema=self.ema,
+            release_gradients=self.release_gradients,
+            shards=self.shards,
         )
 
 
@@ -170,6 +180,7 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
     ema: bool = False,
     device: str = "cpu",
     release_gradients: bool = False,
+    processes: int = 1,
 ) -> PeakMemory:
     """Predict the peak memory of a training step of ``model``, in its current mode.
 
@@ -194,6 +205,8 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
         device: "cpu" or "cuda".
         release_gradients: Whether each is used and freed in the backward pass, as by
             ``momconv.release_gradients``.
+        processes: Among which weights, gradients and the optimiser's state are divided
+            (``train.shard``); the peak is that of the first.
 
     Raises:
         UsageError: The strategy or the device is unknown, or what the model computes depends on
@@ -206,6 +219,7 @@ def peak_memory(  # noqa: PLR0913 (each is a fact about the training)
         ema=ema,
         device=device,
         release_gradients=release_gradients,
+        shards=processes,
     )
     return Predictor(model, training).predict(batch, strategy).peak
 
@@ -226,7 +240,7 @@ class Predictor:
         is_traced_on_cpu = self._kind == "cpu" or not torch.cuda.is_available()
         self._device = torch.device("cpu" if is_traced_on_cpu else self._kind)
         self._imitator = Imitator(partial(_examine, with_scratch=self._kind == "cpu"))
-        self.model = self._imitator.copy(model, self._device)
+        self.model = self._imitator.copy(model, self._device, is_contiguous=training.shards > 1)
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_forget_gradient)
@@ -247,7 +261,8 @@ class Predictor:
         with _explaining(self._name), self._imitator.mode, self._rules():
             images = torch.empty(batch, 3, side, side, device=self._device)
             labels = torch.empty(batch, dtype=torch.long, device=self._device)
-            trace.run(self.model, images, labels, training.precision)
+            with self._divided(trace, training.shards):
+                trace.run(self.model, images, labels, training.precision)
         static = training.static_bytes(self.model)
         peak = trace.report(
             weights=static.weights,
@@ -264,6 +279,12 @@ class Predictor:
         moments = [rest + alive for alive in trace.moments]
         work = sum((work for *_, work in trace.operations), Work())
         return StepPrediction(peak, moments, trace.places, work, trace.list_courses())
+
+    def _divided(self, trace: "_Trace", shards: int) -> AbstractContextManager[None]:
+        if shards == 1:
+            return nullcontext()
+        copies = self._kind == "cpu"
+        return Gathering(trace.hold, trace.keep, shards, copies=copies).watching(self.model)
 
     def _rules(self) -> AbstractContextManager[object]:
         """Return the types and the memory of a GPU that is asked about and is not there."""
@@ -350,19 +371,42 @@ class _Trace(TorchDispatchMode):
         """Return what was alive at the peak, beside ``parts`` that the step does not allocate."""
         alive = self._find_alive(self._peak.changes)
         activations: Counter[str] = Counter()
+        gathered = sum(tensor.bytes for tensor in alive if tensor.operation == _GATHERING)
         for tensor in alive:
-            if tensor.in_forward and not tensor.is_remainder:
+            is_activation = not tensor.is_remainder and tensor.operation != _GATHERING
+            if tensor.in_forward and is_activation:
                 activations[tensor.stage] += tensor.bytes
         remainders = sum(tensor.bytes for tensor in alive if tensor.is_remainder)
         return PeakMemory(
             **parts,
             activations=dict(activations),
             side_information=remainders,
-            transients=self._peak.bytes - activations.total() - remainders,
+            gathered=gathered,
+            transients=self._peak.bytes - activations.total() - remainders - gathered,
             stage=self._peak.stage,
             operation=self._peak.operation,
             alive=_summarise(alive),
         )
+
+    def hold(self, size: int) -> Callable[[], None]:
+        """Take memory for weights that come together; what gives it back."""
+        release = self.keep(size)
+        self._note(_GATHERING, 0, Work())
+        return release
+
+    def keep(self, size: int) -> Callable[[], None]:
+        """The same, which counts from the next operation on."""
+        address = -len(self._changes) - 1  # nothing's own
+        spot = self._spots.note()
+        made = _Tensor(size, _GATHERING, self._stage, spot, self._in_forward, False)
+        self._live += size
+        self._changes.append((address, made))
+
+        def release() -> None:
+            self._live -= size
+            self._changes.append((address, None))
+
+        return release
 
     def _find_alive(self, changes: int) -> list[_Tensor]:
         """Return what is alive after so many changes."""
@@ -420,17 +464,19 @@ class _Trace(TorchDispatchMode):
         is_accumulating = _is_accumulating()
         for tensor in results:
             self._follow(tensor, None if is_accumulating else operation)
-        spot = self._spots.note()
         if self._in_forward:
-            self._entries.setdefault(spot, before)
-        self.operations.append(_Operation(self._in_forward, spot, work))
-        scratch = max(0, before + within - self._live)
+            self._entries.setdefault(self._spots.note(), before)
+        self._note(operation, max(0, before + within - self._live), work)
+        return out
+
+    def _note(self, operation: str, scratch: int, work: Work) -> None:
+        """Remember what is alive as an operation runs, which needs ``scratch`` for itself."""
+        self.operations.append(_Operation(self._in_forward, self._spots.note(), work))
         now = self._live + scratch
         self.moments.append(now)
         self.places.append((self._in_forward, self._stage))
         if now > self._peak.bytes:
             self._peak = _Peak(now, len(self._changes), scratch, operation, self._stage)
-        return out
 
     def _follow(self, tensor: Tensor, operation: str | None) -> None:
         """Count the storage of ``tensor`` until it ends, unless no ``operation`` of the step."""

@@ -52,6 +52,7 @@ def _break_down(peak: PeakMemory) -> str:
         "images": peak.batch,
         "activations": activations,
         "side information": peak.side_information,
+        "gathered from other processes": peak.gathered,
         "recomputed and gradients of activations": peak.transients,
         "GPU context and libraries": peak.allowance,
     }
@@ -85,6 +86,8 @@ def _find_leaner(attempt: _Attempt) -> Iterator[tuple[str, int]]:
     smaller, whole = f"{request.optimizer}-8bit", request.share_size + 1
     of_state = {"optimizer": smaller} if smaller in OPTIMIZERS else {}
     of_gradients = {"release_gradients": True} if not request.release_gradients else {}
+    if request.shards > 1:  # which is of no use to either
+        return
     for changes in (of_state, of_gradients, of_state | of_gradients):
         if not changes or changes.keys() & request.fixed:
             continue

@@ -46,6 +46,7 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
     optimizer: OptimizerName = "sgd",
     device: str = "cpu",
     release_gradients: bool = False,
+    processes: int = 1,
     may_change: Collection[Change] = (),
 ) -> Plan:
     """Plan how ``model`` is trained fastest within ``memory``; nothing is run, ``model`` stays.
@@ -62,6 +63,8 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
         device: "cpu" or "cuda".
         release_gradients: Whether each is used and freed in the backward pass, which takes the
             whole batch at once.
+        processes: Among which batch, weights, gradients and the optimiser's state are divided
+            (``train.shard``); ``memory`` is that of each.
         may_change: "gamma" (to 0.95 or 0.99, with less side information) and "precision" (from fp32
             to bf16), if more of the batch fits then, or it is faster by a twentieth or more;
             "optimizer" (to the one whose state has 8 bits) and "release_gradients", if more of the
@@ -81,6 +84,8 @@ def plan(  # noqa: PLR0913 (each is a fact about the training)
         micro_batch=micro_batch,
         strategy=strategy,
         memory=memory,
+        processes=processes,
+        shards=processes,
         may_change=tuple(may_change),
     )
     return search(model, request)
@@ -142,7 +147,9 @@ def find_best(
 
 def _list_requests(request: Request) -> Iterator[Request]:
     """Yield what may be asked for instead; that whose only use is to save memory comes last."""
-    allowed, leaner = request.may_change, f"{request.optimizer}-8bit"
+    whole = ("optimizer", "release_gradients") if request.shards > 1 else ()
+    allowed = {change for change in request.may_change if change not in whole}
+    leaner = f"{request.optimizer}-8bit"
     precisions: list[Precision] = [request.precision]
     if request.precision == "fp32" and "precision" in allowed:
         precisions.append("bf16")

@@ -264,6 +264,7 @@ def _parts(peak: PeakMemory) -> dict[str, int]:
         **peak.activations,
         "images": peak.batch,
         "side information": peak.side_information,
+        "gathered": peak.gathered,
         "recomputed and gradients": peak.transients,
     }
 
@@ -272,7 +273,9 @@ def _assign_letters(profile: MemoryProfile) -> dict[str, str]:
     names: dict[str, None] = {}
     for variant in VARIANTS:
         names |= dict.fromkeys(profile[variant].example.activations)
-    rest = ["images", "side information", "recomputed and gradients"]
+    rest = ["images", "side information", "gathered", "recomputed and gradients"]
+    if not any(profile[variant].example.gathered for variant in VARIANTS):
+        rest.remove("gathered")
     return dict(zip([*names, *rest], ascii_lowercase * (len(names) // 26 + 1), strict=False))
 
 

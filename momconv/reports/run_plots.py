@@ -197,6 +197,7 @@ def split_peak(peak: PeakMemory) -> dict[str, int]:
         "images": peak.batch,
         "activations": sum(peak.activations.values()),
         "side information": peak.side_information,
+        "gathered weights and gradients": peak.gathered,
         "recomputed and scratch": peak.transients,
         "context and fragmentation": peak.allowance,
     }

@@ -100,6 +100,8 @@ def finetune(
         write_plan(run)
         if recipe.train.sync_bn and run.processes.count > 1:
             network.synchronise(run.model)
+        if run.plan.request.shards > 1:
+            run.shard()
         if recipe.train.time_limit is not None:
             run.ends = began + parse_duration(recipe.train.time_limit)
         train(run)

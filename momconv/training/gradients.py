@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.nn.utils import clip_grad_norm_
 
 from momconv.planner.measurement import autocast
+from momconv.states import in_eval_mode
 from momconv.training.network import find_layout
 from momconv.training.optimisation import set_rate
 from momconv.training.run import TrainingRun
@@ -38,6 +39,19 @@ def add_gradients(
         before_backward()
         run.scaler.scale(loss).backward()
     return loss.detach()
+
+
+def keep_company(run: TrainingRun) -> None:
+    """Go through the network and back with nothing to learn, as all have to where it is divided.
+
+    Buffers stay as they are, and gradients too.
+    """
+    side = run.plan.request.resolution
+    nothing = torch.zeros(1, 3, side, side, device=run.device)
+    with in_eval_mode(run.model):
+        with autocast(run.plan.precision, run.device):
+            outputs = run.model(nothing)
+        (0 * outputs.float().sum()).backward()
 
 
 def weigh_labels(labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:

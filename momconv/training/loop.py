@@ -26,6 +26,7 @@ from momconv.momentum.sequential import read_ranges, set_ranges
 from momconv.states import keep_buffers
 from momconv.training.gradients import add_gradients, take_step
 from momconv.training.interruption import Interrupted, TimeUp, catching_signals
+from momconv.training.lockstep import finish_passes, passing
 from momconv.training.memory import (
     compare_peak,
     halve,
@@ -53,8 +54,10 @@ from momconv.training.saving import (
     save,
     save_event,
     saving_on_failure,
+    saving_together,
     write_plan,
 )
+from momconv.training.sharding import own_part, whole
 from momconv.training.state import read_random_states, set_random_states
 from momconv.training.steps import Step, Steps
 from momconv.training.validation import validate
@@ -204,6 +207,11 @@ def _prepare_to_redo(run: TrainingRun, error: MomconvError) -> None:
     Raises:
         MomconvError: Nothing does.
     """
+    with saving_together(run):
+        _change_what_failed(run, error)
+
+
+def _change_what_failed(run: TrainingRun, error: MomconvError) -> None:
     if isinstance(error, OutOfMemory | NotReproducible):
         halve(run, error)
         save_event(run)
@@ -230,7 +238,7 @@ def _add_share(
         UnreadableImage: The same.
         RangeOverflow: The same.
     """
-    loss, left = torch.zeros((), device=run.device), step.images
+    loss, left, passes = torch.zeros((), device=run.device), step.images, 0
     fault: MomconvError | None = None
     agreement = _Agreement(run=run, is_needed=is_released)
     try:
@@ -238,7 +246,9 @@ def _add_share(
             for images, labels in step.parts:
                 share = len(labels) / step.images
                 add = measure_gradients if has_to_measure(run, len(labels)) else add_gradients
-                loss += add(run, images, labels, share, agreement.seek)
+                passes += 1
+                with passing(run):
+                    loss += add(run, images, labels, share, agreement.seek)
                 left -= len(labels)
                 report(len(labels))
                 # Several processes stop together, and half-done steps are finished.
@@ -246,6 +256,8 @@ def _add_share(
                     check()
     except (OutOfMemory, NotReproducible, RangeOverflow, UnreadableImage) as error:
         fault = error
+    if run.is_sharded:
+        fault = finish_passes(run, step.most - passes, fault)
     if not agreement.is_sought:
         _fail_together(run, fault)
     elif fault:
@@ -413,7 +425,7 @@ def _require_finite(run: TrainingRun, loss: Tensor, step: Step, norms: Sequence[
     """
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     gradients += norms
-    if math.isfinite(loss) and math.isfinite(get_total_norm(gradients)):
+    if math.isfinite(loss) and math.isfinite(whole(get_total_norm(gradients))):
         return
     if math.isfinite(loss) and run.scaler.get_scale() > 1:
         return  # the step is left out, and the next ones have a smaller scale
@@ -435,7 +447,11 @@ def _has_diverged(run: TrainingRun, scores: Scores | None) -> bool:
         NotFinite: It happened before.
     """
     loss = scores.loss if scores else 0.0
-    spoilt = find_spoilt(dict(run.networks[-1].named_parameters()))
+    weights = dict(run.networks[-1].named_parameters())
+    own = find_spoilt({name: own_part(weight) for name, weight in weights.items()})
+    names = [*weights]
+    (place,) = run.processes.largest(max(map(names.index, own), default=_NONE))
+    spoilt = [] if place == _NONE else [names[place]]
     if math.isfinite(loss) and not spoilt:
         return False
     what = f"the weight {spoilt[0]}" if spoilt else f"the validation loss ({loss})"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from momconv.errors import NotReproducible, OutOfMemory
 from momconv.exhaustion import EXHAUSTED, naming_exhaustion
+from momconv.momentum.faults import tell_fault
 from momconv.planner.allowance import find_allowance
 from momconv.planner.measurement import measure
 from momconv.planner.outlook import SLACK
@@ -63,7 +64,7 @@ def measure_gradients(
     _learn_peak(run, static.total + images.nbytes + labels.nbytes + peak)
     run.measured_sizes.add(len(labels))
     if train.memory is not None and run.plan.is_exceeded:
-        raise OutOfMemory(f"above the limit of {train.memory}", kind=EXHAUSTED)
+        tell_fault(OutOfMemory(f"above the limit of {train.memory}", kind=EXHAUSTED))
     return losses[0]
 
 

@@ -16,6 +16,7 @@ from momconv import eightbit
 from momconv.errors import UsageError
 from momconv.momentum.sequential import read_ranges, set_ranges
 from momconv.recipe import TrainRecipe
+from momconv.training.sharding import divide_like, is_sharded, own_parts
 from momconv.vocabulary import OPTIMIZERS, Precision
 from momconv.words import quoted
 from momconv.zoo.stages import ALL_BUT_HEAD, assign_parameters, find_stages, name_stages
@@ -31,7 +32,8 @@ def make_optimizer(model: nn.Module, recipe: TrainRecipe) -> Optimizer:
     if row.bits == 8:
         make = getattr(eightbit, row.class_name)
     else:  # the fused kernels need no temporary copies, which nobody has planned for
-        make = partial(getattr(optim, row.class_name), fused=True)
+        # There is none for SGD of what is divided.
+        make = partial(getattr(optim, row.class_name), fused=not is_sharded(model))
     optimizer: Optimizer = make(groups, recipe.resolved_lr, **arguments)
     if isinstance(optimizer, optim.SGD) and recipe.momentum:
         # Fused, it cannot begin the buffers of some parameters after those of others.
@@ -212,7 +214,10 @@ class Average:
         """Take in what ``model`` is after a step."""
         n = int(self._averaged.n_averaged)
         decay = min(self._decay, (1 + n) / (10 + n))
-        self._averaged.multi_avg_fn = get_ema_multi_avg_fn(decay)
+        average = get_ema_multi_avg_fn(decay)
+        self._averaged.multi_avg_fn = lambda ours, theirs, n: average(
+            own_parts(ours), own_parts(theirs), n
+        )
         self._averaged.update_parameters(model)
         set_ranges(self.model, read_ranges(model))
 
@@ -222,4 +227,5 @@ class Average:
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what ``tensors`` returned."""
-        self._averaged.load_state_dict(tensors)
+        own = self._averaged.state_dict()
+        self._averaged.load_state_dict({k: divide_like(v, own[k]) for k, v in tensors.items()})

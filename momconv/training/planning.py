@@ -1,8 +1,10 @@
 """How a run fits its memory: planned by prediction, and checked against its first step."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from momconv.planner.plan import Alternative, Plan, Request
 from momconv.planner.prediction import Predictor
 from momconv.planner.search import search
 from momconv.planner.speed import measure_speed
-from momconv.recipe import MomentumRecipe
+from momconv.recipe import MomentumRecipe, TrainRecipe
 from momconv.training import network
 from momconv.training.processes import Processes
 from momconv.training.progress import Listener
@@ -25,6 +27,7 @@ from momconv.units import format_bytes, format_duration
 from momconv.words import align
 from momconv.zoo.networks import outline
 
+T = TypeVar("T")
 _LONG = 2 * 3600  # seconds of a run on a CPU, from which on a smaller network is named
 _SMALLER = ("resnet50", "resnet18", "mobilenet_v3_small")
 _WORTH_TELLING = 0.5  # of the time
@@ -41,6 +44,20 @@ def plan_batches(model: nn.Module, request: Request) -> Plan:
         UsageError: Only one image fits or is asked for, and BatchNorm cannot take it alone.
     """
     return name_ways(search(model, request, partial(measure_speed, model)), model)
+
+
+def sharding_if_needed(plan: Callable[[Request], T], request: Request, recipe: TrainRecipe) -> T:
+    """Return what ``plan`` finds for ``request`` or, if the recipe allows, with what is divided.
+
+    Raises:
+        ResourceError: Nothing fits.
+    """
+    try:
+        return plan(request)
+    except ResourceError:
+        if recipe.shard != "auto" or not recipe.can_shard or request.processes == 1:
+            raise
+        return plan(replace(request, shards=request.processes))
 
 
 def name_ways(plan: Plan, model: nn.Module) -> Plan:
@@ -103,13 +120,15 @@ def plan_again(plan: Plan, request: Request, model: nn.Module) -> Plan:
 def plan_together(plan: Plan, model: nn.Module, processes: Processes) -> Plan:
     """Return ``plan`` with the smallest micro-batch of all processes.
 
-    Gradients are released in all of them, or in none.
+    Gradients are released in all of them, or in none, and the same is so of what is divided.
 
     Raises:
         ResourceError: A process is gone.
     """
-    negative, some_keep = processes.largest(-plan.micro_batch, not plan.request.release_gradients)
-    request = replace(plan.request, release_gradients=not some_keep)
+    negative, some_keep, shards = processes.largest(
+        -plan.micro_batch, not plan.request.release_gradients, plan.request.shards
+    )
+    request = replace(plan.request, release_gradients=not some_keep, shards=shards)
     if -negative == plan.micro_batch and request == plan.request:
         return plan
     smaller = plan_batches(model, replace(request, micro_batch=-negative))

@@ -32,6 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from momconv.errors import ResourceError
 from momconv.exhaustion import is_exhaustion
 from momconv.planner.devices import find_device
+from momconv.training.sharding import is_sharded
 
 # A process that dies is noticed at once, so this is only for those that do not answer. Before the
 # first step they wait while the leader looks at all images and calibrates the network.
@@ -105,6 +106,14 @@ class Processes:
         """
         if self.count == 1:
             return
+        if not is_sharded(model):
+            self._add_gradients(model)
+        statistics = list(_learnt_statistics(model))
+        self.add(statistics)
+        for tensor in statistics:
+            tensor /= self.count
+
+    def _add_gradients(self, model: nn.Module) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         somewhere = self.largest(*(parameter.grad is not None for parameter in trained))
         trained = [p for p, has_gradient in zip(trained, somewhere, strict=True) if has_gradient]
@@ -112,10 +121,6 @@ class Processes:
             if parameter.grad is None:  # there was no image for this process
                 parameter.grad = torch.zeros_like(parameter)
         self.add(p.grad for p in trained if p.grad is not None)
-        statistics = list(_learnt_statistics(model))
-        self.add(statistics)
-        for tensor in statistics:
-            tensor /= self.count
 
     def largest(self, *numbers: int) -> list[int]:
         """Return the largest of each number among the processes.

@@ -20,7 +20,12 @@ from momconv.recipe import KEYS, SECTIONS, Recipe, dump_recipe, recall_recipe
 from momconv.training import network
 from momconv.training.images import list_new, recall_images
 from momconv.training.optimisation import require_stages
-from momconv.training.planning import plan_again, plan_batches, tell_of_plan
+from momconv.training.planning import (
+    plan_again,
+    plan_batches,
+    sharding_if_needed,
+    tell_of_plan,
+)
 from momconv.training.progress import require_validation
 from momconv.training.provenance import describe_machine, read_provenance, tell_of_differences
 from momconv.training.run import Assignment, TrainingRun, make_run
@@ -172,12 +177,15 @@ def _tell_of_another_machine(assignment: Assignment) -> None:
 def _recall_plan(assignment: Assignment, request: Request, model: nn.Module) -> Plan:
     path, train = assignment.folder.plan, assignment.recipe.train
     if not path.is_file():
-        return plan_batches(model, request)
+        return sharding_if_needed(partial(plan_batches, model), request, train)
     plan = Plan.from_json(read_regular(path))
+    if train.shard == "auto" and train.can_shard and plan.request.shards > 1:
+        request = replace(request, shards=request.processes)
     if train.release_gradients == "auto":
         release = plan.request.release_gradients and train.can_release_gradients
         request = replace(request, release_gradients=release)
-    return plan_again(plan, request, model)
+    again = partial(plan_again, plan, model=model)
+    return sharding_if_needed(again, request, train)
 
 
 def _give_up_lost_model(run: TrainingRun) -> bool:

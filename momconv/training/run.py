@@ -28,6 +28,7 @@ from momconv.training.optimisation import (
 from momconv.training.processes import ALONE, Processes
 from momconv.training.progress import Listener, Progress
 from momconv.training.run_folder import RunFolder
+from momconv.training.sharding import divide_like, is_sharded, shard
 from momconv.units import format_bytes
 from momconv.zoo.description import describe
 
@@ -67,6 +68,7 @@ class Assignment:
             headroom=train.headroom,
             release_gradients=train.release_gradients is True,
             processes=processes.count,
+            shards=processes.count if train.shard is True else 1,
             sharers=processes.on_this_machine if self.device.type == "cpu" else 1,
             may_change=may_change,
             fixed=fixed,
@@ -112,6 +114,17 @@ class TrainingRun(Assignment):
             weights = weigh_classes(list(self.splits.train.counts().values()))
             self.class_weights = torch.tensor(weights, device=self.device)
 
+    def shard(self) -> None:
+        """Divide weights and what belongs to them among the processes."""
+        parameters, state = dict(self.model.named_parameters()), self.optimizer.state
+        before = {name: dict(state.get(p, {})) for name, p in parameters.items()}
+        for network in self.networks:
+            shard(network, self.device, self.processes.count)
+        self.optimizer = make_optimizer(self.model, self.recipe.train)
+        for name, parameter in self.model.named_parameters():
+            values = {key: divide_like(value, parameter) for key, value in before[name].items()}
+            self.optimizer.state[parameter].update(values)
+
     def read_extras(self) -> dict[str, Tensor]:
         """Return what is part of the state besides network and optimiser."""
         average = self.average.tensors() if self.average else {}
@@ -136,6 +149,11 @@ class TrainingRun(Assignment):
         remembered = read_scaler(self.scaler)
         self.scaler = make_scaler(self.plan.precision, self.device)
         restore_scaler(self.scaler, remembered)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are divided among the processes."""
+        return is_sharded(self.model)
 
     @property
     def networks(self) -> list[nn.Module]:

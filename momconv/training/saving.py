@@ -16,6 +16,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from torch import Tensor
+
 from momconv.errors import MomconvError, UsageError
 from momconv.files import model_file
 from momconv.files.atomic import write_text
@@ -25,7 +27,8 @@ from momconv.training.network import anneal, make_own
 from momconv.training.progress import EpochRow, Progress, Rollback
 from momconv.training.run import TrainingRun
 from momconv.training.run_folder import RunFolder
-from momconv.training.state import load_newest, save_state
+from momconv.training.sharding import divide_like, whole
+from momconv.training.state import collect_tensors, load_newest, save_state
 from momconv.units import parse_duration
 
 
@@ -60,9 +63,13 @@ def save_event(run: TrainingRun) -> None:
 
 
 def _save_state(run: TrainingRun) -> None:
+    """Let the leader write the state; where it is divided, all have a part of it to tell."""
+    extras = run.read_extras()
     if run.processes.leads:
-        extras, documents = run.read_extras(), _collect_documents(run)
+        documents = _collect_documents(run)
         save_state(run.folder, run.model, run.optimizer, run.progress, extras, documents)
+    elif run.is_sharded:
+        collect_tensors(run.model, run.optimizer, extras)
 
 
 def _collect_documents(run: TrainingRun) -> dict[str, bytes]:
@@ -74,14 +81,17 @@ def _collect_documents(run: TrainingRun) -> dict[str, bytes]:
 
 def publish(run: TrainingRun) -> None:
     """Write the models and the numbers that belong to the state."""
-    progress = run.progress
+    progress, network = run.progress, run.networks[-1]
+    if not (run.processes.leads or run.is_sharded):
+        return
+    weights = {key: whole(value) for key, value in network.state_dict().items()}
     if not run.processes.leads:
         return
     epoch_ended = progress.history and not progress.step
     best = progress.find_best(run.recipe.train.monitor)
     if epoch_ended and best is progress.history[-1]:
-        _save_model(run, run.folder.best)
-    _save_model(run, run.folder.last)
+        _save_model(run, weights, run.folder.best)
+    _save_model(run, weights, run.folder.last)
     write_history(run.folder, progress)
     if run.recipe.log.tensorboard:
         write_board(run.folder, progress.history)
@@ -98,14 +108,15 @@ def saving_on_failure(run: TrainingRun) -> Iterator[None]:
     """Save if what happens inside is interrupted, or fails for whatever reason.
 
     Not if the numbers are spoilt, or a step is half done: then the last saved state is the one to
-    keep.
+    keep. That is also so if the state is divided, unless all processes know that they end.
     """
     try:
         yield
     except NotFinite:
         raise
-    except (Interrupted, TimeUp, MomconvError):
-        if run.is_whole:
+    except (Interrupted, TimeUp, MomconvError) as error:
+        is_known = isinstance(error, Interrupted | TimeUp)
+        if run.is_whole and (is_known or not run.is_sharded):
             save(run)
         raise
     except Exception:
@@ -115,12 +126,23 @@ def saving_on_failure(run: TrainingRun) -> Iterator[None]:
 
 def _save_if_possible(run: TrainingRun) -> None:
     """Save, and tell how to go on, after what nobody expected, which may be in the way of that."""
-    saved = run.is_whole
+    saved = run.is_whole and not run.is_sharded
     with suppress(Exception):
         if saved:
             save(run)
     where = "this step" if saved else "the last time that the run was saved"
     run.listener.tell(f"note: the state of {where} is kept. To go on: {run.folder.resume_command}")
+
+
+@contextmanager
+def saving_together(run: TrainingRun) -> Iterator[None]:
+    """Save a divided state if what happens inside ends the run, in all processes alike."""
+    try:
+        yield
+    except MomconvError:
+        if run.is_sharded:
+            save(run)
+        raise
 
 
 @contextmanager
@@ -152,7 +174,9 @@ def go_back(run: TrainingRun) -> None:
         make = partial(make_own, run.recipe.model)
         saved = load_newest(run.folder, run.listener.tell, make)
     with indivisible(run):
-        run.model.load_state_dict(saved.model.state_dict())
+        own = run.model.state_dict()
+        values = saved.model.state_dict()
+        run.model.load_state_dict({key: divide_like(v, own[key]) for key, v in values.items()})
         run.optimizer.zero_grad()
         run.renew_scaler()
         saved.restore_optimizer(run.optimizer, run.model)
@@ -205,14 +229,15 @@ class Autosave:
         return time.monotonic() - self._saved >= parse_duration(every)
 
 
-def _save_model(run: TrainingRun, path: Path) -> None:
+def _save_model(run: TrainingRun, weights: Mapping[str, Tensor], path: Path) -> None:
     progress = run.progress
     metrics = asdict(progress.history[-1]) if progress.history else None
     finished: dict[str, object] = {"epochs": progress.epoch, "metrics": metrics}
     if progress.step:
         finished["steps_into_next"] = progress.step
     data = {"fingerprint": run.splits.fingerprint}
-    model_file.save(run.networks[-1], path, {"training": finished, "data": data})
+    extra = {"training": finished, "data": data}
+    model_file.save(run.networks[-1], path, extra, weights=weights)
 
 
 def write_history(folder: RunFolder, progress: Progress) -> None:

@@ -26,7 +26,13 @@ from momconv.training.images import (
 )
 from momconv.training.omission import leave_out
 from momconv.training.optimisation import describe_frozen, require_stages
-from momconv.training.planning import choose_network, name_ways, plan_batches, tell_of_plan
+from momconv.training.planning import (
+    choose_network,
+    name_ways,
+    plan_batches,
+    sharding_if_needed,
+    tell_of_plan,
+)
 from momconv.training.progress import Listener, require_validation
 from momconv.training.provenance import Provenance, find_provenance, tell_of_differences
 from momconv.training.rate_finder import find_rate
@@ -138,13 +144,14 @@ def _plan(
     request = assignment.request_plan(model, splits, tuple(fixed), tuple(may_change))
     recipe = before
     if before.momentum.use == "auto" and before.model.from_file is None:
-        chosen, plan = choose_network(model, request, before.momentum)
+        choose = partial(choose_network, model, recipe=before.momentum)
+        chosen, plan = sharding_if_needed(choose, request, before.train)
         recipe = before.change(momentum={"use": "always" if chosen == "momentum" else "never"})
         if chosen == "momentum":
             model = network.choose_rule(model, recipe.momentum, wanted=True)
         plan = name_ways(plan, model)
     else:
-        plan = plan_batches(model, request)
+        plan = sharding_if_needed(partial(plan_batches, model), request, before.train)
     decided = {name: getattr(plan.request, name) for name in ("precision", "optimizer")}
     recipe = recipe.change(
         momentum={"gamma": plan.gamma} if plan.gamma is not None else {},
@@ -235,11 +242,11 @@ def _calibrate(run: TrainingRun) -> None:
 
 def _plan_alone(plan: Plan, model: nn.Module) -> Plan:
     """Return the plan of one process that keeps gradients; as few images as can be if none fits."""
-    request = replace(plan.request, processes=1, release_gradients=False)
+    request = replace(plan.request, processes=1, release_gradients=False, shards=1)
     try:
         return plan_batches(model, request)
     except ResourceError:
-        if not plan.request.release_gradients:
+        if not plan.request.release_gradients and plan.request.shards == 1:
             raise
         return replace(plan, micro_batch=fewest_images(model))
 

@@ -24,6 +24,7 @@ from momconv.files.tensor_file import write_tensors
 from momconv.surgery.conversion import apply_schemes, read_schemes
 from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
+from momconv.training.sharding import lay_out_like, whole
 from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, attach, describe
 from momconv.zoo.own import remake, require_made
@@ -62,11 +63,7 @@ def save_state(
         ResourceError: The file cannot be written, or does not hold what was written.
     """
     record = _Record(description=describe(model), stages=read_schemes(model), progress=progress)
-    tensors = {f"{_MODEL}{key}": value for key, value in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{_OPTIMIZER}{key}/{name}"] = value
-    tensors |= {f"{_EXTRAS}{key}": value for key, value in (extras or {}).items()}
+    tensors = collect_tensors(model, optimizer, extras or {})
     tensors |= {f"{_RANDOM}{device}": value for device, value in read_random_states().items()}
     for name, content in documents.items():
         packed = bytearray(zlib.compress(content, level=1))
@@ -78,6 +75,18 @@ def save_state(
         _verify(path)
 
     write_atomically(folder.state, write, previous=folder.previous)
+
+
+def collect_tensors(
+    model: nn.Module, optimizer: Optimizer, extras: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors of a state but for random generators; of divided ones all have to ask."""
+    tensors = {f"{_MODEL}{key}": value for key, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{_OPTIMIZER}{key}/{name}"] = value
+    tensors |= {f"{_EXTRAS}{key}": value for key, value in extras.items()}
+    return {key: whole(value) for key, value in tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +106,7 @@ class SavedState:
         for key, value in _select(self.tensors, _OPTIMIZER).items():
             kind, _, name = key.partition("/")
             if value.shape == shaped[name].shape:  # fused kernels go through the memory of both
-                value = torch.empty_like(shaped[name], dtype=value.dtype, device="cpu").copy_(value)
+                value = lay_out_like(value, shaped[name])
             states.setdefault(ordered.index(name), {})[kind] = value
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states, "param_groups": groups})

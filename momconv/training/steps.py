@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -39,11 +39,13 @@ class Step:
         indices: Of the images, of all processes.
         parts: The micro-batches.
         is_undivided: Whether it is one micro-batch in each of the processes.
+        most: The micro-batches of the process that has most of them.
     """
 
     indices: list[int]
     parts: Iterator[Part]
     is_undivided: bool = False
+    most: int = 1
 
     @property
     def images(self) -> int:
@@ -92,7 +94,8 @@ class Steps:
             own = itertools.islice(parts, len(self._micro_batches.steps[step]))
             indices = [index % self._count for index in batch]
             parts_of_step = self._mixer.mix(own, epoch=epoch, step=first + step)
-            yield Step(indices, map(self._lay_out, parts_of_step), self._is_undivided(len(batch)))
+            is_undivided, most = self._is_undivided(len(batch)), self._count_most(len(batch))
+            yield Step(indices, map(self._lay_out, parts_of_step), is_undivided, most)
 
     def close(self) -> None:
         """End the processes that read."""
@@ -120,6 +123,12 @@ class Steps:
         share, micro_batch = batch[own.start : own.stop], self._run.plan.micro_batch
         parts = split_batch(share, micro_batch, largest=largest)
         return self._mixer.extend(parts, before=batch[own.start - 1])
+
+    def _count_most(self, images: int) -> int:
+        """Return the micro-batches of the first process, whose share is the largest."""
+        run = self._run
+        own = replace(run.processes, rank=0).share(images, fewest=fewest_images(run.model))
+        return len(split_batch(own, run.plan.micro_batch))
 
     def _is_undivided(self, images: int) -> bool:
         """Return whether so many are one micro-batch in each process; they all know that."""

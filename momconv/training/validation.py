@@ -10,6 +10,7 @@ from momconv.training.memory import out_of_memory
 from momconv.training.network import uncompiled
 from momconv.training.omission import keep_rest, leave_out
 from momconv.training.run import TrainingRun
+from momconv.words import plural
 
 
 def validate(
@@ -54,8 +55,8 @@ def validate(
             leave_out(run, "val", error)
             continue
         except OutOfMemory as error:
-            if size == 1:
-                doing = "validating 1 image at a time"
+            if size == 1 or run.is_sharded:  # then others wait within the network
+                doing = f"validating {plural(size, 'image')} at a time"
                 raise out_of_memory(run, error, doing, "--device cpu") from None
             run.evaluation_batch = size // 2
         run.listener.tell(

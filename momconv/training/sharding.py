@@ -1,0 +1,74 @@
+"""Weights, gradients and optimiser state that are divided among the processes, by PyTorch's FSDP2.
+
+Each process has some rows of every parameter. A block's weights come together for its forward pass,
+once more for its backward pass, and are given up after either; its gradients are summed where their
+rows are. So all processes go through the network at the same time, block by block.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_divided
+
+from momconv.planner.gathering import find_units
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether the weights of ``model`` are divided."""
+    return is_divided(next(model.parameters()))
+
+
+def shard(model: nn.Module, device: torch.device, processes: int) -> None:
+    """Divide the weights of ``model`` among all processes, in place.
+
+    Gradients are the sums over the processes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # takes a second
+
+    model.to(memory_format=torch.contiguous_format)
+    mesh = init_device_mesh(device.type, (processes,))
+    for unit in (*find_units(model), model):
+        divided = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        divided.set_gradient_divide_factor(1.0)
+        divided.set_force_sum_reduction_for_comms(enable=True)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return this process's part of ``tensor``: all of it unless it is divided."""
+    divided: Any = tensor
+    return divided.to_local() if is_divided(tensor) else tensor
+
+
+def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return this process's part of each."""
+    return [*map(own_part, tensors)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of ``tensor``, for which all processes have to ask if it is divided."""
+    divided: Any = tensor
+    return divided.full_tensor() if is_divided(tensor) else tensor
+
+
+def divide_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return ``tensor``, which all processes have, as ``like`` is divided."""
+    divided: Any = like
+    if not is_divided(like) or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(like.device)
+    return distribute_tensor(tensor, divided.device_mesh, divided.placements, src_data_rank=None)
+
+
+def lay_out_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return ``value``, of the shape of ``parameter``, as that lies in memory; on the CPU if whole.
+
+    Fused kernels go through the memory of both.
+    """
+    if is_divided(parameter):
+        return divide_like(value, parameter)
+    return torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
