@@ -1,6 +1,7 @@
 """``momconv profile-memory``."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from momconv.planner.prediction import Training
+    from momconv.planner.profile import MemoryProfile
 
 _RECORDED = 4  # images of the step in a snapshot
 _BUDGETS = ["3GiB,8GiB,24GiB,80GiB"]
@@ -96,7 +98,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
     from momconv.files.atomic import write_text
     from momconv.planner.devices import find_device
     from momconv.planner.prediction import Training
-    from momconv.planner.profile import VARIANTS, profile
+    from momconv.planner.profile import VARIANTS
     from momconv.reports.memory import show_memory, to_csv, to_json
     from momconv.reports.memory_plot import draw_memory
     from momconv.zoo.description import describe
@@ -118,7 +120,7 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
         shards=processes,
     )
     with progress("measuring" if measure else "predicting", len(VARIANTS)) as report:
-        found = profile(measured, training, measuring=measure, progress=report)
+        found = _profile(measured, training, report, measuring=measure)
     writers: dict[Path | None, Callable[[Path], None]] = {
         snapshot: partial(_record, measured, training),
         csv: lambda target: write_text(target, to_csv(found, budgets, sizes)),
@@ -141,6 +143,23 @@ def profile_memory(  # noqa: PLR0913 (one for each option)
         return
     out.print(", ".join(f"{key} {value}" for key, value in setting.items()), soft_wrap=True)
     out.print("", *show_memory(found, budgets, sizes), sep="\n")
+
+
+def _profile(
+    model: "nn.Module", training: "Training", report: Callable[[int, str], None], *, measuring: bool
+) -> "MemoryProfile":
+    """Return what steps need and, where they are measured, how exact outputs for noise are."""
+    import torch
+
+    from momconv.planner.profile import profile
+    from momconv.surgery.certificate import measure_rounding
+
+    found = profile(model, training, measuring=measuring, progress=report)
+    if not measuring:
+        return found
+    side, generator = training.resolution, torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 3, side, side, generator=generator)
+    return replace(found, rounding=measure_rounding(model, noise))
 
 
 def _require_measurable(

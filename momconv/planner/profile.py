@@ -62,13 +62,17 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class MemoryProfile:
-    """What all variants need, each with the same ``static`` bytes in it."""
+    """What all variants need, each with the same ``static`` bytes in it.
+
+    ``rounding`` is how far outputs are from double precision, as a share; None where not measured.
+    """
 
     static: StaticBytes
     gamma: float  # the least of the stages'
     stages: tuple[str, ...]  # from the image to the logits
     speed: Speed  # of the device: fitted to small steps if they were measured, else estimated
     profiles: tuple[Profile, ...]
+    rounding: float | None = None
 
     def __getitem__(self, variant: Variant) -> Profile:
         return next(profile for profile in self.profiles if profile.variant == variant)

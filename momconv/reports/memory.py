@@ -14,6 +14,7 @@ from rich.text import Text
 
 from momconv.planner.prediction import PeakMemory
 from momconv.planner.profile import EXAMPLE, VARIANTS, MemoryProfile, Profile, Variant
+from momconv.reports.conversion import describe_rounding
 from momconv.units import format_bytes
 from momconv.vocabulary import STRATEGIES
 
@@ -56,6 +57,8 @@ def show_memory(
     yield Text(f"\nalive at the peak of {EXAMPLE} images, predicted, the largest first")
     yield _tabulate_alive(profile)
     yield Text(f"\n{_explain_side_information(profile)}")
+    if profile.rounding is not None:
+        yield Text(describe_rounding(profile.rounding))
     yield Text(f"\n{judge(profile)}", style="bold")
 
 
@@ -160,6 +163,7 @@ def to_json(
         },
         "gamma": profile.gamma,
         "speed_is_measured": profile.speed.is_measured,
+        "rounding": profile.rounding,
         "variants": {
             p.variant: _variant_to_json(p, profile, budgets)
             | {"peak_bytes": {str(size): p.peak.at(size) for size in batch_sizes}}

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,9 @@ def test_files_are_written_beside_the_report(tmp_path: Path) -> None:
     ran = run(*SMALL, "--measure", "--csv", files[0], "--plot", files[1])
     assert ran.exit_code == 0, ran.output
     assert "measured" in ran.stdout
+    rounding = re.search(r"outputs within (\S+) of those .* in double precision", ran.stdout)
+    assert rounding
+    assert float(rounding[1]) < 1e-5
     assert [line.split(",")[0] for line in files[0].read_text().splitlines()[1:]] == [*VARIANTS]
     assert "<svg" in files[1].read_text()
 
