@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from benchmarks.tables import Log, Out, show
 from momconv.data.decoding import decode_bytes
-from momconv.data.examination import Finding
+from momconv.data.findings import Finding, Findings
 from momconv.data.folder import Folder
 from momconv.data.inspection import Inspection
 from momconv.data.report import report
@@ -230,8 +230,9 @@ def _write_split(folder: Path) -> bytes:
         path.write_bytes(b"")
     images = ImageSet(Folder(folder), ("a", "b"), tuple(Sample(path, 0) for path in paths))
     empty = ImageSet(Folder(folder), ("a", "b"), ())
-    found = report(Inspection(empty, {}), Inspection(empty, {}), [], [])
-    findings = dict.fromkeys(paths, Finding(sha256(b"").hexdigest()))
+    nothing = Inspection(empty, Findings.collect(()))
+    found = report(nothing, nothing, [], [])
+    findings = Findings.collect((str(path), Finding(sha256(b"").hexdigest())) for path in paths)
     checked = CheckedImages(Splits(images, empty, ()), found, findings)
     remember_images(checked, folder, RunFolder(folder))
     return (folder / "split.json").read_bytes()

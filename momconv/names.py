@@ -5,6 +5,7 @@ that momconv writes it stands as ``\xe4``; so that names can be read again, ``\x
 backslash of a name that has such a thing in it.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,10 @@ def encode_name(name: str | Path) -> str:
     >>> print(encode_name("l\udce4rche.png"), encode_name("lärche.png"))
     l\xe4rche.png lärche.png
     """
-    text = _BYTE.sub(lambda match: rf"\x5c{match[0][1:]}", str(name))
+    text = str(name)
+    if text.isascii() and "\\" not in text:  # as most are, of which there may be millions
+        return text
+    text = _BYTE.sub(lambda match: rf"\x5c{match[0][1:]}", text)
     return "".join(show_byte(char) if _FIRST <= char <= _LAST else char for char in text)
 
 
@@ -32,7 +36,18 @@ def decode_name(text: str) -> str:
     >>> decode_name(encode_name("l\udce4rche")) == "l\udce4rche"
     True
     """
-    return _BYTE.sub(lambda match: _to_char(int(match[1], 16)), text)
+    return _BYTE.sub(lambda match: _to_char(int(match[1], 16)), text) if "\\x" in text else text
+
+
+def name_below(path: Path, root: Path) -> str:
+    """Return how ``path`` is called from ``root``, in characters that can be written.
+
+    >>> name_below(Path("photos/cat/1.jpg"), Path("photos")), name_below(Path("a"), Path("b"))
+    ('cat/1.jpg', '../a')
+    """
+    text, start = str(path), f"{root}{os.sep}"
+    is_below = text.startswith(start)  # as nearly all are, of which there may be millions
+    return encode_name(text[len(start) :] if is_below else os.path.relpath(path, root))
 
 
 def show_byte(char: str) -> str:

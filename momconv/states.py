@@ -1,5 +1,6 @@
-"""State that others use too, put back afterwards: of networks, and of random generators."""
+"""State that others use too, put back afterwards: of networks, random generators, Python."""
 
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -181,3 +182,18 @@ class Condition:
 def _switch(modules: Sequence[nn.Module]) -> None:
     for module in modules:
         module.training = not module.training
+
+
+@contextmanager
+def pausing_search_for_cycles() -> Iterator[None]:
+    """Inside, Python looks for no cyclic garbage.
+
+    While millions of objects are made, that takes as long as making them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

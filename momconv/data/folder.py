@@ -13,7 +13,7 @@ import os
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -242,25 +242,48 @@ def list_images(root: Path) -> list[Path]:
     return sorted(_images(root)) or _refuse_empty(root)
 
 
-def _walk(root: Path, *above: Path) -> Iterator[Path]:
-    """Yield every visible file below ``root``; enter each folder once, those ``above`` never.
+def _walk(root: Path, *above: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield every visible file below ``root`` and whether it is special, like a pipe or a device.
 
-    Both matter only where links lead back to a folder. Dead links, pipes and devices are files too:
-    who reads them says what they are.
+    Each folder is entered once, those ``above`` never: that matters where links lead back to one. A
+    dead link is a file too: who reads it says what it is.
     """
-    seen = {os.path.realpath(folder) for folder in above}
-    for parent, folders, files in os.walk(root, onerror=_refuse_unreadable, followlinks=True):
+    seen, waiting = {os.path.realpath(folder) for folder in above}, [root]
+    while waiting:
+        parent = waiting.pop()
         real = os.path.realpath(parent)
         if real in seen:
-            folders.clear()
             continue
         seen.add(real)
-        folders[:] = _visible(folders)
-        yield from (Path(parent, name) for name in _visible(files))
+        entries = _scan(parent)
+        folders = [entry for entry in entries if _holds(entry.is_dir)]
+        for entry in entries:
+            if not _holds(entry.is_dir):
+                path = parent / entry.name
+                yield path, not _holds(entry.is_file) and is_special(path)
+        waiting += [parent / entry.name for entry in reversed(folders)]
+
+
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is visible in ``folder``, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            named = {entry.name: entry for entry in entries}
+    except OSError as error:
+        _refuse_unreadable(error)
+    return [named[name] for name in _visible(named)]
+
+
+def _holds(question: Callable[[], bool]) -> bool:
+    """Return whether the file system says yes."""
+    try:
+        return question()
+    except OSError:
+        return False
 
 
 def _images(root: Path) -> Iterator[Path]:
-    return filter(_is_image, _walk(root))
+    return (path for path, _ in _walk(root) if _is_image(path))
 
 
 def _is_image(path: Path) -> bool:
@@ -297,19 +320,23 @@ def _first(names: Sequence[str], folders: Mapping[str, Path]) -> Path | None:
 def _read_class_folders(root: Path) -> Listing:
     """Return the images of every class folder that has any, and notes on what was passed over."""
     _require_folder(root)
-    every = {encode_name(folder.name): list(_walk(folder, root)) for folder in _subfolders(root)}
-    special = [path for paths in every.values() for path in filter(is_special, paths)]
-    files = {name: [p for p in paths if p not in special] for name, paths in every.items()}
-    found = {name: list(filter(_is_image, paths)) for name, paths in files.items()}
+    found: dict[str, list[Path]] = {}
+    special: list[Path] = []
+    others, deep = Counter[str](), 0
+    for folder in _subfolders(root):
+        files = list(_walk(folder, root))
+        special += [path for path, is_odd in files if is_odd]
+        usual = [path for path, is_odd in files if not is_odd]
+        images = list(filter(_is_image, usual))
+        others.update(path.suffix.lower() for path in usual if not _is_image(path))
+        start = len(f"{folder}{os.sep}")
+        deep += sum(os.sep in str(path)[start:] for path in images)
+        found[encode_name(folder.name)] = images
     if not any(found.values()):
         _refuse_empty(root)
     empty = [name for name, paths in found.items() if not paths]
-    others = Counter(
-        path.suffix.lower() for paths in files.values() for path in paths if not _is_image(path)
-    )
-    loose = sum(_is_image(root / name) for name in _visible(os.listdir(root)) if name not in files)
+    loose = sum(_is_image(root / name) for name in _visible(os.listdir(root)) if name not in found)
     notes = (*_notes(root, empty, others, loose), *_warn_of_special(special))
-    deep = sum(path.parent.parent != root for paths in found.values() for path in paths)
     if deep:
         where = "deeper than the folder of their class, and belong to it"
         notes += (f"note: {plural(deep, 'image')} in {printable(root)} lie {where}",)
@@ -433,7 +460,7 @@ def _refuse_empty(root: Path) -> NoReturn:
             kind="data.no_class_folders",
             fix=f"{fixes}move the images into one folder for each class: {here}<class>/",
         )
-    others = Counter(path.suffix.lower() for path in _walk(root))
+    others = Counter(path.suffix.lower() for path, _ in _walk(root))
     found = f", only files of other kinds: {_kinds(others)}" if others else ""
     raise DataError(
         f"no images in {here}{found}\n{expected}",

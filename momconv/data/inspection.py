@@ -2,11 +2,12 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from momconv.data.examination import Finding, examine_all
+from momconv.data.examination import examine_all
+from momconv.data.findings import Findings
 from momconv.data.source import ImageSet
 from momconv.data.values import count_outside
 from momconv.errors import DataError
@@ -28,12 +29,12 @@ class Inspection:
     """
 
     images: ImageSet
-    findings: Mapping[Path, Finding]
+    findings: Findings
     notes: tuple[str, ...] = ()
 
     def unreadable(self) -> dict[Path, str]:
         """Return the files that cannot be decoded, and why."""
-        return {path: found.problem for path, found in self.findings.items() if found.problem}
+        return _find_unreadable(self.findings)
 
 
 def check_images(
@@ -53,9 +54,11 @@ def check_images(
     """
     paths = image_set.paths
     findings = examine_all(image_set.source, paths, progress)
-    good = [index for index, path in enumerate(paths) if findings[path].problem is None]
-    readable = image_set.select(good)
-    bad = [f"{printable(p)}: {f.problem}" for p, f in findings.items() if f.problem]
+    unreadable = _find_unreadable(findings)
+    bad_names = {*map(str, unreadable)}  # as text, by which a million paths are sooner compared
+    good = (index for index, path in enumerate(paths) if str(path) not in bad_names)
+    readable = image_set.select(good) if unreadable else image_set
+    bad = [f"{printable(path)}: {problem}" for path, problem in unreadable.items()]
     warnings = _warn_of_bad(bad, len(paths), max_bad_fraction)
     if lost := _find_lost_classes(image_set, readable):
         problem = f"no image can be read of {describe_classes(lost)}"
@@ -65,34 +68,36 @@ def check_images(
     return Inspection(readable, findings, (*warnings, *_note_converted(findings)))
 
 
-def find_outside(findings: Mapping[Path, Finding], ranges: ValueRanges) -> dict[Path, int]:
+def _find_unreadable(findings: Findings) -> dict[Path, str]:
+    return {path: str(f.problem) for path, f in findings.where(lambda kind: kind.problem).items()}
+
+
+def find_outside(findings: Findings, ranges: ValueRanges) -> dict[Path, int]:
     """Return about how many values of each image are outside of the ``ranges``, where any are."""
     found = {
         path: count_outside(finding.values, bounds)
-        for path, finding in findings.items()
+        for path, finding in findings.where(lambda kind: kind.values).items()
         if finding.values and (bounds := getattr(ranges, finding.values.kind))
     }
     return {path: count for path, count in found.items() if count}
 
 
-def find_guessed(findings: Mapping[Path, Finding], ranges: ValueRanges) -> set[Path]:
+def find_guessed(findings: Findings, ranges: ValueRanges) -> set[Path]:
     """Return images for whose values there is no range."""
-    return {
-        path
-        for path, finding in findings.items()
-        if finding.values and getattr(ranges, finding.values.kind) is None
-    }
+    return {*findings.where(lambda kind: kind.values and getattr(ranges, kind.values.kind) is None)}
 
 
 def find_duplicates(train: Inspection, val: Inspection) -> list[tuple[Path, Path]]:
     """Return each validation image that is a training image too, byte for byte, behind that one."""
+    held_out = {val.findings.sha256(sample.path) for sample in val.images.samples}
     first: dict[str, Path] = {}
     for sample in train.images.samples:
-        first.setdefault(train.findings[sample.path].sha256, sample.path)
+        if (sha256 := train.findings.sha256(sample.path)) in held_out:
+            first.setdefault(sha256, sample.path)
     return [
         (first[sha256], sample.path)
         for sample in val.images.samples
-        if (sha256 := val.findings[sample.path].sha256) in first
+        if (sha256 := val.findings.sha256(sample.path)) in first
     ]
 
 
@@ -115,9 +120,10 @@ def leave_out_trained_on(
     All are kept if nothing else is left. The second part says what was done.
     """
     paths = val.images.paths
-    known = (seen or SeenImages()).find(val.findings[path].sha256 for path in paths)
-    before = [p for p in paths if val.findings[p].sha256 in known and p not in duplicates]
-    left = [n for n, path in enumerate(paths) if path not in {*duplicates, *before}]
+    known = (seen or SeenImages()).find(map(val.findings.sha256, paths))
+    before = [p for p in paths if val.findings.sha256(p) in known and p not in duplicates]
+    trained_on = {*duplicates, *before}
+    left = [n for n, path in enumerate(paths) if path not in trained_on]
     warnings = []
     if before:
         warnings.append(
@@ -173,8 +179,16 @@ def _summarise(bad: Sequence[str], total: int) -> str:
     return f"{len(bad)} of {plural(total, 'image')} unreadable ({len(bad) / total:.1%})"
 
 
-def _note_converted(findings: Mapping[Path, Finding]) -> tuple[str, ...]:
-    converted = Counter(what for finding in findings.values() for what in finding.converted)
+def count_converted(findings: Findings) -> Counter[str]:
+    """Return how many images needed each conversion to 8-bit RGB."""
+    converted = Counter[str]()
+    for kind, number in findings.count_kinds():
+        converted.update(dict.fromkeys(kind.converted, number))
+    return converted
+
+
+def _note_converted(findings: Findings) -> tuple[str, ...]:
+    converted = count_converted(findings)
     if not converted:
         return ()
     return (

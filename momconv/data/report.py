@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from momconv.data.inspection import Inspection
-from momconv.data.source import ImageSet
+from momconv.data.inspection import Inspection, count_converted
 from momconv.names import encode_name
 
 
@@ -73,11 +72,11 @@ def report(
     notes: Sequence[str],
 ) -> DataReport:
     """Return what was found in both splits."""
-    digests = [
-        (split, name, inspection.findings[path].sha256)
+    digests = (
+        (split, inspection.images.classes[sample.label], inspection.findings.sha256(sample.path))
         for split, inspection in (("train", train), ("val", val))
-        for path, name in name_classes(inspection.images)
-    ]
+        for sample in inspection.images.samples
+    )
     return DataReport(
         fingerprint=fingerprint(digests),
         train=_describe(train),
@@ -87,33 +86,32 @@ def report(
     )
 
 
-def name_classes(images: ImageSet) -> list[tuple[Path, str]]:
-    """Return every file with the name of its class."""
-    return [(sample.path, images.classes[sample.label]) for sample in images.samples]
-
-
 def fingerprint(files: Iterable[tuple[str, str, str]]) -> str:
     """Return the SHA-256 of each file's split, class and SHA-256, whatever their order."""
     lines = sorted("\0".join(file) for file in files)
-    return hashlib.sha256("\0\0".join(lines).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for n, line in enumerate(lines):
+        digest.update(f"\0\0{line}".encode() if n else line.encode())
+    return digest.hexdigest()
 
 
 def _describe(inspection: Inspection) -> SplitReport:
-    findings = [inspection.findings[sample.path] for sample in inspection.images.samples]
+    names = [str(sample.path) for sample in inspection.images.samples]
+    findings = inspection.findings.select(names)
+    stored = Counter[str]()
+    for kind, number in findings.count_kinds():
+        stored[kind.stored] += number
+    width, height = findings.sizes.T.tolist()
     return SplitReport(
         folder=encode_name(inspection.images.root),
-        images=len(findings),
+        images=len(names),
         classes=inspection.images.counts(),
-        stored=_count(finding.stored for finding in findings),
-        converted=_count(what for finding in findings for what in finding.converted),
-        width=_range([finding.size[0] for finding in findings]),
-        height=_range([finding.size[1] for finding in findings]),
+        stored=dict(sorted(stored.items())),
+        converted=dict(sorted(count_converted(findings).items())),
+        width=_range(width),
+        height=_range(height),
         unreadable={encode_name(path): reason for path, reason in inspection.unreadable().items()},
     )
-
-
-def _count(names: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(names).items()))
 
 
 def _range(values: Sequence[int]) -> tuple[float, float, float] | None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from momconv.planner.plan import Plan
 from momconv.recipe import Recipe, recall_recipe
 from momconv.states import keeping_random_state
 from momconv.training import network, resuming, starting
-from momconv.training.images import require_folder
+from momconv.training.images import examine_together, find_images, require_folder
 from momconv.training.loop import train
 from momconv.training.memory import enforcing_limit
 from momconv.training.omission import keep_rest
@@ -222,12 +223,16 @@ def _claiming(assignment: Assignment, *, resume: Resume, overwrite: bool) -> Ite
 
 
 def _follow(processes: Processes, *, goes_on: bool = False) -> bool:
-    """Wait for the others, and return whether one of them ``goes_on``.
-
-    One that loses the leader ends, as that one has said why.
-    """
-    try:
+    """Wait for the others, and return whether one of them ``goes_on``."""
+    with _following(processes):
         return any(processes.largest(goes_on))
+
+
+@contextmanager
+def _following(processes: Processes) -> Iterator[None]:
+    """One that loses the leader inside ends, as that one has said why."""
+    try:
+        yield
     except ResourceError:
         if processes.leads:
             raise
@@ -245,6 +250,10 @@ def _begin(
         run = starting.start(assignment, overwrite=overwrite, like=like)
         _follow(assignment.processes)
         return run
-    _follow(assignment.processes)
-    recipe = recall_recipe(assignment.folder.config)
-    return resuming.resume(replace(assignment, recipe=recipe))
+    recipe, processes = assignment.recipe.data, assignment.processes
+    with _following(processes):
+        find = partial(find_images, require_folder(recipe), recipe, SILENT)
+        examine_together(find, processes)
+    _follow(processes)
+    begun = recall_recipe(assignment.folder.config)
+    return resuming.resume(replace(assignment, recipe=begun))

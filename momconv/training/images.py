@@ -2,15 +2,17 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
-from momconv.data.examination import Finding, examine_all
+from momconv.data.examination import examine_all
+from momconv.data.findings import Findings
 from momconv.data.folder import Folder, find_splits
 from momconv.data.inspection import (
     Inspection,
@@ -19,15 +21,17 @@ from momconv.data.inspection import (
     leave_out_trained_on,
     warn_of_duplicates,
 )
-from momconv.data.report import DataReport, fingerprint, name_classes, report
+from momconv.data.report import DataReport, fingerprint, report
 from momconv.data.source import ImageSet, Sample, Splits
 from momconv.data.splits import hold_out
-from momconv.errors import DataError, ModelFileError, UsageError
-from momconv.files.atomic import write_text
-from momconv.names import NamedPath
+from momconv.errors import DataError, ModelFileError, MomconvError, UsageError
+from momconv.files.atomic import write_atomically, write_text
+from momconv.names import NamedPath, decode_name, encode_name, name_below
 from momconv.opening import read_regular
 from momconv.recipe import DataRecipe
+from momconv.states import pausing_search_for_cycles
 from momconv.training.omission import take_back
+from momconv.training.processes import Processes
 from momconv.training.progress import SILENT, Listener, Progress
 from momconv.training.run_folder import RunFolder
 from momconv.words import describe_classes, itemise, plural, printable
@@ -36,16 +40,15 @@ from momconv.zoo.seen import SeenImages
 _SHOWN = 5  # files that an error names
 
 
-def _below(path: Path) -> Path:
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"{printable(path)} is not below a folder")
-    return path
+def _below(text: str) -> str:
+    name = decode_name(text)
+    if os.path.isabs(name) or ".." in name.split(os.sep):
+        raise ValueError(f"{printable(name)} is not below a folder")
+    return name
 
 
-class _File(NamedTuple):
-    path: Annotated[NamedPath, AfterValidator(_below)]  # below the folder of its part
-    class_name: str
-    sha256: str
+# Its path below the folder of its part, its class and its SHA-256; there may be millions of them.
+_File = tuple[Annotated[str, AfterValidator(_below)], str, str]
 
 
 class _Part(BaseModel):
@@ -67,7 +70,7 @@ class _Split(BaseModel):
     @model_validator(mode="after")
     def _know_all_classes(self) -> Self:
         if unknown := {
-            file.class_name for part in (self.train, self.val) for file in part.files
+            class_name for part in (self.train, self.val) for _, class_name, _ in part.files
         }.difference(self.classes):
             raise ValueError(f"unknown class {min(unknown)}")
         return self
@@ -79,7 +82,7 @@ class CheckedImages:
 
     splits: Splits
     report: DataReport
-    findings: Mapping[Path, Finding]
+    findings: Findings
 
 
 def require_folder(recipe: DataRecipe) -> Path:
@@ -118,10 +121,12 @@ def find_images(root: Path, recipe: DataRecipe, listener: Listener) -> Splits:
 
 
 def _list_rest(splits: Splits, *kept: ImageSet) -> tuple[Path, ...]:
-    """Return the images of ``splits`` that are not in those that are ``kept``."""
+    """Return the images of ``splits`` that are not in those of it that are ``kept``."""
+    every = (*splits.train.samples, *splits.val.samples)
+    if len(every) == sum(len(images.samples) for images in kept):
+        return ()
     known = {sample.path for images in kept for sample in images.samples}
-    every = (sample.path for part in (splits.train, splits.val) for sample in part.samples)
-    return tuple(path for path in every if path not in known)
+    return tuple(sample.path for sample in every if sample.path not in known)
 
 
 def _limit(images: ImageSet, recipe: DataRecipe) -> ImageSet:
@@ -129,6 +134,25 @@ def _limit(images: ImageSet, recipe: DataRecipe) -> ImageSet:
     kept, _ = hold_out(images.labels, 1 - recipe.limit, recipe.split_seed)
     count = min(recipe.max_images or len(kept), len(kept))
     return images.select(kept[n * len(kept) // count] for n in range(count))
+
+
+def examine_together(find: Callable[[], Splits], processes: Processes) -> None:
+    """Let each of several processes look at a share of the images that they ``find``.
+
+    All of them have to call it. What is in the images is remembered where the one finds it that
+    looks at all of them then, and that tells what is wrong.
+
+    Raises:
+        ResourceError: A process is gone.
+    """
+    if processes.count == 1:
+        return
+    processes.wait()
+    with suppress(MomconvError):
+        found = find()
+        for images in (found.train, found.val):
+            examine_all(images.source, images.paths[processes.rank :: processes.count])
+    processes.wait()
 
 
 def keep_readable(
@@ -158,18 +182,22 @@ def keep_readable(
     _tell(warnings, recipe, listener)
     found = report(train, val, duplicates, (*splits.notes, *train.notes, *val.notes, *warnings))
     readable = replace(readable, fingerprint=found.fingerprint)
-    return CheckedImages(readable, found, {**train.findings, **val.findings})
+    return CheckedImages(readable, found, train.findings | val.findings)
 
 
 def remember_images(
     images: CheckedImages, root: Path, run: RunFolder, listener: Listener = SILENT
 ) -> None:
     """Write down which images below ``root`` a run trains on, which it holds out, and the rest."""
-    train, val = (_to_part(part, root, images) for part in (images.splits.train, images.splits.val))
-    classes = images.splits.train.classes
-    unused = tuple(_relate(path, root) for path in images.splits.unused)
-    split = _Split(data=root.absolute(), classes=classes, train=train, val=val, unused=unused)
-    write_text(run.split, split.model_dump_json(indent=1) + "\n")
+    splits = images.splits
+    document = {
+        "data": encode_name(root.absolute()),
+        "classes": splits.train.classes,
+        "train": _to_json(splits.train, root, images.findings),
+        "val": _to_json(splits.val, root, images.findings),
+        "unused": [encode_name(_relate(path, root)) for path in splits.unused],
+    }
+    write_atomically(run.split, partial(_write_lines, document))
     write_text(run.data_report, json.dumps(images.report.to_json(), indent=1) + "\n")
     if images.report.unreadable:
         listener.tell(f"note: all unreadable images are listed in {run.data_report}")
@@ -197,14 +225,18 @@ def recall_images(
     recalled = Splits(train, val, (), unused=tuple(root / unused for unused in split.unused))
     _require_folders(train.root, val.root)
     found = _examine(train, listener) | _examine(val, listener)
-    files = [(name, root / part.folder, f) for name, part in parts.items() for f in part.files]
-    sha256 = {at / f.path: f.sha256 for _, at, f in files}
-    changed = {path for path, now in found.items() if now.sha256 != sha256[path]}
+    changed = {
+        sample.path: None
+        for images, part in ((train, split.train), (val, split.val))
+        for sample, (_, _, sha256) in zip(images.samples, part.files, strict=True)
+        if found.sha256(sample.path) != sha256
+    }
     if progress:
-        changed -= take_back(recalled, progress, found, changed, listener)
+        for path in take_back(recalled, progress, found, changed, listener):
+            del changed[path]
     if changed:
-        raise _changed(root, [path for path in found if path in changed])
-    digest = fingerprint((name, f.class_name, f.sha256) for name, _, f in files)
+        raise _changed(root, [*changed])
+    digest = fingerprint((name, *file[1:]) for name, part in parts.items() for file in part.files)
     return replace(recalled, fingerprint=digest)
 
 
@@ -226,6 +258,7 @@ def list_new(known: Splits, root: Path, recipe: DataRecipe) -> Splits:
     return Splits(select(found.train), select(found.val), ())
 
 
+@pausing_search_for_cycles()
 def _find(root: Path, recipe: DataRecipe) -> Splits:
     return find_splits(
         root,
@@ -243,7 +276,7 @@ def _check(
 ) -> Inspection:
     """Look at the training images, of which every class needs some, or those held out."""
     if not images.samples:
-        return Inspection(images, {})
+        return Inspection(images, Findings.collect(()))
     title = f"checking the {'training' if every_class else 'held-out'} images"
     inspection = check_images(
         images,
@@ -263,7 +296,7 @@ def _tell(notes: Iterable[str], recipe: DataRecipe, listener: Listener) -> None:
         listener.tell(note)
 
 
-def _examine(images: ImageSet, listener: Listener) -> dict[Path, Finding]:
+def _examine(images: ImageSet, listener: Listener) -> Findings:
     tell = partial(listener.advance, "comparing the images")
     return examine_all(images.source, images.paths, tell)
 
@@ -291,12 +324,29 @@ def _changed(root: Path, changed: Sequence[Path]) -> DataError:
     )
 
 
-def _to_part(images: ImageSet, root: Path, checked: CheckedImages) -> _Part:
-    files = (
-        _File(path.relative_to(images.root), name, checked.findings[path].sha256)
-        for path, name in name_classes(images)
-    )
-    return _Part(folder=_relate(images.root, root), files=tuple(files))
+def _to_json(images: ImageSet, root: Path, findings: Findings) -> Iterator[str]:
+    """Yield the parts of a document like ``_Part``, which need not be in memory as a whole."""
+    yield f'{{"folder": {_dump(encode_name(_relate(images.root, root)))}, "files": ['
+    separator = "\n"
+    for sample in images.samples:
+        name = name_below(sample.path, images.root)
+        yield separator + _dump([name, images.classes[sample.label], findings.sha256(sample.path)])
+        separator = ",\n"
+    yield "]}"
+
+
+def _write_lines(document: Mapping[str, object], path: Path) -> None:
+    """Write the ``document``, in which an iterator has parts of JSON."""
+    separator = "{"
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for key, value in document.items():
+            file.write(f"{separator}\n{_dump(key)}: ")
+            file.writelines(value if isinstance(value, Iterator) else [_dump(value)])
+            separator = ","
+        file.write("\n}\n")
+
+
+_dump = partial(json.dumps, ensure_ascii=False)
 
 
 def _relate(path: Path, root: Path) -> Path:
@@ -305,12 +355,14 @@ def _relate(path: Path, root: Path) -> Path:
     return path.relative_to(above) if path.is_relative_to(above) else path
 
 
+@pausing_search_for_cycles()
 def _from_part(part: _Part, classes: tuple[str, ...], root: Path) -> ImageSet:
     folder, number = root / part.folder, {name: label for label, name in enumerate(classes)}
-    samples = (Sample(folder / file.path, number[file.class_name]) for file in part.files)
+    samples = (Sample(folder / name, number[class_name]) for name, class_name, _ in part.files)
     return ImageSet(Folder(folder), classes, tuple(samples))
 
 
+@pausing_search_for_cycles()
 def _read(path: Path) -> _Split:
     try:
         return _Split.model_validate_json(read_regular(path))

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from momconv.data.decoding import UnreadableImage
-from momconv.data.examination import Finding, examine
+from momconv.data.examination import examine
+from momconv.data.findings import Finding
 from momconv.data.inspection import refuse_many_unreadable
 from momconv.data.source import ImageSet, Source, Splits
 from momconv.errors import DataError

@@ -19,6 +19,7 @@ from momconv.training.batches import describe_imbalance
 from momconv.training.calibrating import calibrate_on, needs_calibration
 from momconv.training.images import (
     CheckedImages,
+    examine_together,
     find_images,
     keep_readable,
     remember_images,
@@ -79,6 +80,7 @@ def prepare(
     require_stages(model, recipe.train)
     if recipe.momentum.use == "always" and not network.read_gamma(model):
         listener.tell(_NO_MOMENTUM)
+    examine_together(lambda: found, assignment.processes)
     images = keep_readable(found, recipe.data, listener, describe(model).seen)
     _check_images(recipe, images.splits, listener)
     _settle_ranges(model, images, listener)
@@ -89,7 +91,7 @@ def prepare(
         listener.tell(f"note: {_describe_resizing(describe(model).preprocessing)}")
     train = images.splits.train
     network.fit_head(model, train.classes)
-    mark_as_seen(model, (images.findings[sample.path].sha256 for sample in train.samples))
+    mark_as_seen(model, map(images.findings.sha256, train.paths))
     network.place(model, device, recipe.train)
     network.start_training(model, recipe.train)
     if frozen := describe_frozen(model):
@@ -176,10 +178,8 @@ def _describe_changes(recipe: Recipe) -> str:
 def _settle_ranges(model: nn.Module, images: CheckedImages, listener: Listener) -> None:
     """Let ``model`` know what is black and white in the training images, if these are not 8-bit."""
     findings = images.findings
-    paths = images.splits.train.paths
-    told = settle_ranges(
-        model, find_ranges(values for path in paths if (values := findings[path].values))
-    )
+    odd = findings.select(list(map(str, images.splits.train.paths))).where(lambda kind: kind.values)
+    told = settle_ranges(model, find_ranges(f.values for f in odd.values() if f.values))
     ranges = describe(model).preprocessing.ranges
     outside, guessed = find_outside(findings, ranges), find_guessed(findings, ranges)
     for line in (*told, *warn_of_values(outside, guessed, approximate=True)):

@@ -6,7 +6,8 @@ import pytest
 from pictures import save_picture
 
 from momconv.data import examination
-from momconv.data.examination import Finding, examine_all
+from momconv.data.examination import examine_all
+from momconv.data.findings import Finding
 from momconv.data.folder import Folder
 
 
@@ -65,7 +66,7 @@ def test_a_damaged_or_old_cache_is_not_used(
 ) -> None:
     path = save_old(tmp_path / "data" / "0.png", 0)
     expected = examine_all(Folder(tmp_path / "data"), [path])
-    (cache,) = (tmp_path / "cache").glob("images/*.json")
+    (cache,) = (tmp_path / "cache").glob("images/*.npz")
     cache.write_bytes(text)
     assert examine_all(Folder(tmp_path / "data"), [path]) == expected
     assert looked_at == ["0.png", "0.png"]
@@ -83,3 +84,15 @@ def test_what_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
     missing = tmp_path / "0.png"
     found = examine_all(Folder(tmp_path), [missing])[missing]
     assert found == Finding("", "No such file or directory")
+
+
+def test_processes_that_look_at_parts_share_what_they_found(
+    tmp_path: Path, looked_at: list[str]
+) -> None:
+    paths = [save_old(tmp_path / "data" / f"{n}.png", n) for n in range(5)]
+    parts = [examine_all(Folder(tmp_path / "data"), paths[rank::2]) for rank in range(2)]
+    looked_at.clear()
+    every = examine_all(Folder(tmp_path / "data"), paths)
+    assert not looked_at
+    assert list(every) == paths
+    assert every == {**parts[0], **parts[1]}
