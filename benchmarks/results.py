@@ -99,6 +99,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]] | None] = {
     "prediction": partial(spread, by=("precision", "strategy"), values=("% of step", "% of whole")),
     "gpu": gpu.present,
     "loading": show_all,
+    "processes": show_all,
     "reference": show_all,
     "fuzz": show_all,
     "budget": show_all,

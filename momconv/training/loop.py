@@ -135,6 +135,8 @@ def _begin_epoch(run: TrainingRun) -> None:
     run.head_only = run.progress.epoch < run.recipe.train.freeze_epochs
     if run.head_only:
         freeze(run.model, [ALL_BUT_HEAD])
+    if run.processes.count > 1 and not (run.is_sharded or run.plan.request.release_gradients):
+        run.buckets.prepare(run.model)
     reset_peak(run)
 
 
@@ -156,7 +158,7 @@ def _add_up(
             with _changing_in_backward(run, is_wanted=is_released) as norms:
                 loss = _add_share(run, step, report, check, is_released=is_released)
             run.processes.add([loss])
-            run.processes.add_gradients(run.model)
+            run.processes.average_statistics(run.model)
             run.scaler.scale(loss)  # a process without an image has not made its scale yet
             run.scaler.unscale_(run.optimizer)
             _require_finite(run, loss, step, norms)
@@ -241,6 +243,7 @@ def _add_share(
     loss, left, passes = torch.zeros((), device=run.device), step.images, 0
     fault: MomconvError | None = None
     agreement = _Agreement(run=run, is_needed=is_released)
+    _begin_adding(run, step, is_released=is_released)
     try:
         with naming_exhaustion():
             for images, labels in step.parts:
@@ -249,6 +252,7 @@ def _add_share(
                 passes += 1
                 with passing(run):
                     loss += add(run, images, labels, share, agreement.seek)
+                run.buckets.end_pass()
                 left -= len(labels)
                 report(len(labels))
                 # Several processes stop together, and half-done steps are finished.
@@ -265,6 +269,14 @@ def _add_share(
     if left:
         report(left)  # those of the other processes
     return loss
+
+
+def _begin_adding(run: TrainingRun, step: Step, *, is_released: bool) -> None:
+    """Let gradients be summed in the last pass of a step, unless they are as they come."""
+    if is_released:
+        run.buckets.clear()
+    elif run.processes.count > 1 and not run.is_sharded:
+        run.buckets.begin(run.model, step.own)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -308,6 +320,7 @@ def _fail_together(run: TrainingRun, fault: MomconvError | None) -> None:
     number = find_number(run.splits.train, fault) if isinstance(fault, UnreadableImage) else _NONE
     if fault and run.recipe.train.sync_bn and run.processes.count > 1:
         _refuse_to_redo(run, fault)
+    run.buckets.finish()
     kinds = (OutOfMemory, NotReproducible, RangeOverflow)
     met = (isinstance(fault, kind) for kind in kinds)
     exhausted, different, outgrown, unreadable, *ranges = run.processes.largest(

@@ -1,17 +1,9 @@
 """The processes of one run, as torchrun starts them. Each has a share of every batch.
 
-They sum their gradients after the last micro-batch of a step, by plain all-reduces, and not within
-its backward pass as PyTorch's DistributedDataParallel does:
-
-* Before the sum, all agree on what to do where one ran out of memory, or met an image that cannot
-  be read: the step is done again. In the middle of a backward pass the others would wait for ever.
-* Each loss is weighted by its images, so the sum is the gradient of the joint batch, also where
-  shares differ by an image, or a small last batch has none for some process. DDP averages over all
-  processes, and needs each of them to run backward.
-* DDP's buckets are a second copy of the gradients, or what gradients are views of, which the plan
-  of the memory would have to know.
-
-What that costs is the overlap of sum and computation, once a step, however many micro-batches.
+They sum their gradients within the last backward pass of a step (buckets.py). Each loss is weighted
+by its images, so the sum is the gradient of the joint batch, also where shares differ by an image,
+or a small last batch has none for some process. Then all agree on what to do where one ran out of
+memory, or met an image that cannot be read: the step is done again.
 
 Gradients that are released in backward are summed as they come. By then all agree that no forward
 pass has failed. A process that fails later ends, and so do those that wait for it; the run goes on
@@ -32,7 +24,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from momconv.errors import ResourceError
 from momconv.exhaustion import is_exhaustion
 from momconv.planner.devices import find_device
-from momconv.training.sharding import is_sharded
 
 # A process that dies is noticed at once, so this is only for those that do not answer. Before the
 # first step they wait while the leader looks at all images and calibrates the network.
@@ -98,29 +89,18 @@ class Processes:
 
         return wait
 
-    def add_gradients(self, model: nn.Module) -> None:
-        """Sum the gradients, and average the statistics that BatchNorm has learnt in this step.
+    def average_statistics(self, model: nn.Module) -> None:
+        """Average the statistics that BatchNorm has learnt in this step.
 
         Raises:
             ResourceError: A process is gone.
         """
         if self.count == 1:
             return
-        if not is_sharded(model):
-            self._add_gradients(model)
         statistics = list(_learnt_statistics(model))
         self.add(statistics)
         for tensor in statistics:
             tensor /= self.count
-
-    def _add_gradients(self, model: nn.Module) -> None:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        somewhere = self.largest(*(parameter.grad is not None for parameter in trained))
-        trained = [p for p, has_gradient in zip(trained, somewhere, strict=True) if has_gradient]
-        for parameter in trained:
-            if parameter.grad is None:  # there was no image for this process
-                parameter.grad = torch.zeros_like(parameter)
-        self.add(p.grad for p in trained if p.grad is not None)
 
     def largest(self, *numbers: int) -> list[int]:
         """Return the largest of each number among the processes.

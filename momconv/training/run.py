@@ -16,6 +16,7 @@ from momconv.planner.micro_batch import count_steps
 from momconv.planner.plan import Change, Fixed, Plan, Request
 from momconv.recipe import Recipe
 from momconv.training.batches import weigh_classes
+from momconv.training.buckets import Buckets
 from momconv.training.optimisation import (
     Average,
     choose_precision,
@@ -88,6 +89,7 @@ class TrainingRun(Assignment):
     average: Average | None = field(init=False)
     scaler: GradScaler = field(init=False)
     class_weights: Tensor | None = field(init=False)  # of the loss
+    buckets: Buckets = field(init=False)  # of the gradients, if other processes have some too
 
     # How far it is.
     progress: Progress = field(default_factory=Progress)
@@ -101,6 +103,7 @@ class TrainingRun(Assignment):
     ends: float = math.inf  # by time.monotonic
 
     def __post_init__(self) -> None:
+        self.buckets = Buckets(self.processes)
         self.equip()
 
     def equip(self) -> None:

@@ -39,12 +39,14 @@ class Step:
         indices: Of the images, of all processes.
         parts: The micro-batches.
         is_undivided: Whether it is one micro-batch in each of the processes.
-        most: The micro-batches of the process that has most of them.
+        own: How many micro-batches there are.
+        most: Those of the process that has most of them.
     """
 
     indices: list[int]
     parts: Iterator[Part]
     is_undivided: bool = False
+    own: int = 1
     most: int = 1
 
     @property
@@ -91,11 +93,12 @@ class Steps:
         self._micro_batches.steps = list(map(self._read_share, batches))
         parts = read_batches(self._loader)
         for step, batch in enumerate(batches):
-            own = itertools.islice(parts, len(self._micro_batches.steps[step]))
+            count = len(self._micro_batches.steps[step])
+            own = itertools.islice(parts, count)
             indices = [index % self._count for index in batch]
             parts_of_step = self._mixer.mix(own, epoch=epoch, step=first + step)
             is_undivided, most = self._is_undivided(len(batch)), self._count_most(len(batch))
-            yield Step(indices, map(self._lay_out, parts_of_step), is_undivided, most)
+            yield Step(indices, map(self._lay_out, parts_of_step), is_undivided, count, most)
 
     def close(self) -> None:
         """End the processes that read."""

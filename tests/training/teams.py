@@ -2,8 +2,8 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import cache
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -56,17 +56,8 @@ class Team:
             pipe.send((work, args, port, count))
         return [pipe.recv() for pipe in pipes]
 
-    def end(self) -> None:
-        """Let them go."""
-        for pipe in self._pipes:
-            pipe.send(None)
 
-
-@contextmanager
-def working_together() -> Iterator[Team]:
-    """The processes inside."""
-    team = Team()
-    try:
-        yield team
-    finally:
-        team.end()
+@cache
+def find_team() -> Team:
+    """The processes, which end with the tests."""
+    return Team()

@@ -1,7 +1,6 @@
 """Runs whose weights are divided between two processes that talk over gloo, against one process."""
 
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -10,7 +9,7 @@ import pytest
 import torch
 from runs import Damage, assert_same, read_metrics, small
 from safetensors.torch import load_file
-from teams import Team, working_together
+from teams import Team, find_team
 from torch import nn
 
 from momconv import convert, peak_memory, set_strategy
@@ -35,9 +34,8 @@ SHARDED = "train.shard=true"
 
 
 @pytest.fixture(scope="module")
-def team() -> Iterator[Team]:
-    with working_together() as team:
-        yield team
+def team() -> Team:
+    return find_team()
 
 
 def run(recipe: Recipe, folder: Path, broken: tuple[Path, ...] = ()) -> str:

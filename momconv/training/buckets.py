@@ -1,0 +1,126 @@
+"""Gradients in a few flat pieces, which are summed over the processes while backward goes on.
+
+A piece is sent once all of its gradients are complete, in the last backward pass of a step, and
+after the pieces before it, so that all processes send the same ones in the same order. A process
+that meets a fault, before, in or after that pass, sends what is left of them as they are: the
+others neither wait for it nor use the sums, as all learn of the fault next, and do the step again.
+
+PyTorch's DistributedDataParallel would need every process to run backward, and equally often. The
+pieces are all the memory that gradients take: each gradient is a view.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from momconv.training.processes import Processes
+
+_BYTES = 25 * 2**20  # of a piece, or one gradient
+
+
+class Buckets:
+    """The gradients of a network, in the order in which backward is likely to complete them."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._buckets: list[_Bucket] = []
+        self._parameters: list[nn.Parameter] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._touched: set[nn.Parameter] = set()  # that have a gradient of this process
+        self._passes = 0  # that are left in this step
+        self._waiting: list[Callable[[], None]] | None = None  # for the sums, in a step
+
+    def prepare(self, model: nn.Module) -> None:
+        """Take memory for the gradients that ``model`` has now."""
+        parameters = [p for p in model.parameters() if p.requires_grad][::-1]
+        if list(map(id, parameters)) != list(map(id, self._parameters)):
+            self.clear()
+            self._lay_out(parameters)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        for hook in self._hooks:
+            hook.remove()
+        self._buckets, self._hooks, self._parameters = [], [], []
+
+    def begin(self, model: nn.Module, passes: int) -> None:
+        """Begin a step of so many backward passes in this process, with gradients of 0."""
+        self.prepare(model)
+        for bucket in self._buckets:
+            bucket.reset()
+        self._touched.clear()
+        self._passes, self._waiting = passes, []
+
+    def end_pass(self) -> None:
+        """Count a backward pass."""
+        self._passes -= 1
+
+    def finish(self) -> None:
+        """Sum what has not been summed; a gradient that no process has is none.
+
+        Raises:
+            ResourceError: A process is gone.
+        """
+        if self._waiting is None:
+            return
+        while len(self._waiting) < len(self._buckets):
+            self._send()
+        waiting, self._waiting = self._waiting, None
+        for wait in waiting:
+            wait()
+        somewhere = self._processes.largest(*(p in self._touched for p in self._parameters))
+        for parameter, has_gradient in zip(self._parameters, somewhere, strict=True):
+            if not has_gradient:
+                parameter.grad = None
+
+    def _lay_out(self, parameters: list[nn.Parameter]) -> None:
+        self._parameters = parameters
+        group: list[nn.Parameter] = []
+        for parameter, after in zip(parameters, [*parameters[1:], None], strict=True):
+            group.append(parameter)
+            size = sum(p.nbytes for p in group)
+            if after is None or size + after.nbytes > _BYTES or after.dtype != parameter.dtype:
+                bucket = _Bucket(group)
+                hear = partial(self._hear, bucket)
+                self._hooks += [p.register_post_accumulate_grad_hook(hear) for p in group]
+                self._buckets.append(bucket)
+                group = []
+
+    def _hear(self, bucket: "_Bucket", parameter: nn.Parameter) -> None:
+        """A gradient is complete, as far as this pass goes."""
+        self._touched.add(parameter)
+        if self._waiting is None or self._passes != 1:
+            return
+        bucket.missing.discard(parameter)
+        while len(self._waiting) < len(self._buckets):
+            if self._buckets[len(self._waiting)].missing:
+                return
+            self._send()
+
+    def _send(self) -> None:
+        assert self._waiting is not None
+        bucket = self._buckets[len(self._waiting)]
+        self._waiting.append(self._processes.begin_adding(bucket.values))
+
+
+class _Bucket:
+    """Some gradients, which are views of one tensor."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        first = parameters[0]
+        self._parameters = parameters
+        count = sum(parameter.numel() for parameter in parameters)
+        self.values = torch.zeros(count, dtype=first.dtype, device=first.device)
+        self.missing: set[nn.Parameter] = set()
+
+    def reset(self) -> None:
+        """Let all gradients be 0, and incomplete."""
+        self.values.zero_()
+        self.missing = {*self._parameters}
+        parts: list[Tensor] = [*self.values.split([p.numel() for p in self._parameters])]
+        for parameter, part in zip(self._parameters, parts, strict=True):
+            parameter.grad = part.as_strided(
+                parameter.shape, parameter.stride(), part.storage_offset()
+            )
