@@ -91,14 +91,16 @@ class Findings(Mapping[Path, Finding]):
         """Return these and those of ``other`` files that are not among them."""
         if any(name in self._rows for name in other.names):
             other = other.select([name for name in other.names if name not in self._rows])
-        numbers = {kind: number for number, kind in enumerate(self.kinds)}
-        renumbered = [numbers.setdefault(kind, len(numbers)) for kind in other.kinds]
+        ours = {*self.kinds}
+        kinds = [kind for kind in other.kinds if kind not in ours]
+        numbers = {kind: number for number, kind in enumerate((*self.kinds, *kinds))}
+        renumbered = [numbers[kind] for kind in other.kinds]
         return Findings(
             (*self.names, *other.names),
             self.digests + other.digests,
             np.concatenate([self.sizes, other.sizes]),
             np.concatenate([self.kind, np.array(renumbered, np.int32)[other.kind]]),
-            [*numbers],
+            (*self.kinds, *kinds),
         )
 
     @cached_property
