@@ -30,6 +30,7 @@ from momconv.training.provenance import Provenance, read_provenance
 from momconv.training.run import Assignment, TrainingRun
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import require_tensorboard, write_plan
+from momconv.training.state import forget_parts
 from momconv.units import parse_duration
 
 Resume = bool | Literal["auto"]
@@ -109,6 +110,7 @@ def finetune(
         result = _conclude(run)
         if run.processes.leads:
             run.folder.keep_states(run.recipe.train.keep)
+            forget_parts(run.folder)
     return result
 
 

@@ -26,6 +26,7 @@ from momconv.training.optimisation import (
     read_scaler,
     restore_scaler,
 )
+from momconv.training.parts import list_numbers
 from momconv.training.processes import ALONE, Processes
 from momconv.training.progress import Listener, Progress
 from momconv.training.run_folder import RunFolder
@@ -101,6 +102,7 @@ class TrainingRun(Assignment):
     redone: tuple[int, int] | None = None  # epoch and step that were not reproducible at first
     measured_sizes: set[int] = field(default_factory=set)  # of the epoch's micro-batches, on a CPU
     ends: float = math.inf  # by time.monotonic
+    saved_parts: int = 0  # the number of the last state of which all processes wrote their tensors
 
     def __post_init__(self) -> None:
         self.buckets = Buckets(self.processes)
@@ -121,6 +123,8 @@ class TrainingRun(Assignment):
         """Divide weights and what belongs to them among the processes."""
         parameters, state = dict(self.model.named_parameters()), self.optimizer.state
         before = {name: dict(state.get(p, {})) for name, p in parameters.items()}
+        self.saved_parts = max(list_numbers(self.folder.parts), default=0)
+        self.processes.wait()  # or one would see what another has written
         for network in self.networks:
             shard(network, self.device, self.processes.count)
         self.optimizer = make_optimizer(self.model, self.recipe.train)

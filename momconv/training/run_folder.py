@@ -80,6 +80,7 @@ class RunFolder:
     data_report = _Child("data-report.json")  # what was found in the images
     state = _Child("state.safetensors")  # of one moment, all that resuming needs
     previous = _Child("state.previous.safetensors")  # the one before, should that be damaged
+    parts = _Child("state.parts")  # the tensors of states of which each process wrote some
     damaged = _Child("state.damaged.safetensors")  # a state that could not be read
     best = _Child(BEST)  # the model of the best epoch
     last = _Child("last.safetensors")  # the model as it was last saved
@@ -303,7 +304,7 @@ class RunFolder:
         """All that a run writes."""
         return {
             *(self.config, self.provenance, self.plan, self.split, self.data_report, self.rates),
-            *(self.state, self.previous, self.damaged, self.best, self.last),
+            *(self.state, self.previous, self.parts, self.damaged, self.best, self.last),
             *(self.metrics, self.events, self.board),
             *(self.card, self.model_config, self.report, self.confusion, self.plots),
         }
@@ -319,4 +320,5 @@ class RunFolder:
 
     def _is_strange(self, path: Path) -> bool:
         """Return whether ``path`` is a folder, as no run makes any of this name."""
-        return path.is_dir() and path not in (self.board, self.plots) and not is_temporary(path)
+        own = (self.board, self.plots, self.parts)
+        return path.is_dir() and path not in own and not is_temporary(path)

@@ -24,10 +24,11 @@ from momconv.files.atomic import write_text
 from momconv.recipe import Recipe, dump_recipe
 from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.network import anneal, make_own
+from momconv.training.parts import save_parts
 from momconv.training.progress import EpochRow, Progress, Rollback
 from momconv.training.run import TrainingRun
 from momconv.training.run_folder import RunFolder
-from momconv.training.sharding import divide_like, whole
+from momconv.training.sharding import divide_like, is_divided, whole
 from momconv.training.state import collect_tensors, load_newest, save_state
 from momconv.units import parse_duration
 
@@ -63,13 +64,17 @@ def save_event(run: TrainingRun) -> None:
 
 
 def _save_state(run: TrainingRun) -> None:
-    """Let the leader write the state; where it is divided, all have a part of it to tell."""
-    extras = run.read_extras()
+    """Let the leader write the state; where it is divided, all write their tensors before."""
+    extras, number = run.read_extras(), None
+    if run.is_sharded:
+        run.saved_parts += 1
+        number = run.saved_parts
+        tensors = collect_tensors(run.model, run.optimizer, extras)
+        divided = {key: value for key, value in tensors.items() if is_divided(value)}
+        save_parts(divided, run.folder.parts / str(number))
     if run.processes.leads:
-        documents = _collect_documents(run)
-        save_state(run.folder, run.model, run.optimizer, run.progress, extras, documents)
-    elif run.is_sharded:
-        collect_tensors(run.model, run.optimizer, extras)
+        documents, progress = _collect_documents(run), run.progress
+        save_state(run.folder, run.model, run.optimizer, progress, extras, documents, number)
 
 
 def _collect_documents(run: TrainingRun) -> dict[str, bytes]:

@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_divided
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from momconv.planner.gathering import find_units
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Return whether each process has a part of ``tensor``."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -60,7 +65,7 @@ def divide_like(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    tensor = tensor.to(like.device)
+    tensor = tensor.to(like.device).contiguous()
     return distribute_tensor(tensor, divided.device_mesh, divided.placements, src_data_rank=None)
 
 

@@ -7,6 +7,7 @@ rest is JSON in the metadata. Nothing that is read from it is run.
 import os
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,9 +23,10 @@ from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files.atomic import write_atomically
 from momconv.files.tensor_file import write_tensors
 from momconv.surgery.conversion import apply_schemes, read_schemes
+from momconv.training.parts import load_parts, sum_files, sweep_parts
 from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
-from momconv.training.sharding import lay_out_like, whole
+from momconv.training.sharding import is_divided, lay_out_like
 from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, attach, describe
 from momconv.zoo.own import remake, require_made
@@ -32,6 +34,15 @@ from momconv.zoo.own import remake, require_made
 _KEY = "momconv.run"
 _MODEL, _OPTIMIZER, _EXTRAS, _RANDOM = "model/", "optimizer/", "extra/", "random/"
 _DOCUMENTS = "document/"  # compressed: the list of the images may be long
+
+
+class _Parts(BaseModel):
+    """Where the tensors are, of which each process wrote some."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    number: int  # the name of their folder
+    files: dict[str, str]  # the SHA-256 of each
 
 
 class _Record(BaseModel):
@@ -42,28 +53,35 @@ class _Record(BaseModel):
     description: Description
     stages: dict[str, dict[str, Any]]
     progress: Progress
+    parts: _Parts | None = None
 
 
-def save_state(
+def save_state(  # noqa: PLR0913 (the parts of a state)
     folder: RunFolder,
     model: nn.Module,
     optimizer: Optimizer,
     progress: Progress,
     extras: Mapping[str, Tensor] | None = None,
     documents: Mapping[str, bytes] = MappingProxyType({}),
+    number: int | None = None,
 ) -> None:
     """Write the state of a run, all or nothing, and keep the one before.
 
     What was written is read again before the state before the last is given up.
 
     ``extras`` are further tensors, such as the average of the weights. ``documents`` are files, by
-    their names, without which the run could not go on.
+    their names, without which the run could not go on. With a ``number``, all processes have
+    written the tensors that are divided to the folder of that name.
 
     Raises:
         ResourceError: The file cannot be written, or does not hold what was written.
     """
     record = _Record(description=describe(model), stages=read_schemes(model), progress=progress)
     tensors = collect_tensors(model, optimizer, extras or {})
+    tensors = {key: value for key, value in tensors.items() if not is_divided(value)}
+    if number is not None:
+        files = sum_files(folder.parts / str(number))
+        record = record.model_copy(update={"parts": _Parts(number=number, files=files)})
     tensors |= {f"{_RANDOM}{device}": value for device, value in read_random_states().items()}
     for name, content in documents.items():
         packed = bytearray(zlib.compress(content, level=1))
@@ -75,18 +93,29 @@ def save_state(
         _verify(path)
 
     write_atomically(folder.state, write, previous=folder.previous)
+    forget_parts(folder)
 
 
 def collect_tensors(
     model: nn.Module, optimizer: Optimizer, extras: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the tensors of a state but for random generators; of divided ones all have to ask."""
+    """Return the tensors of a state but for random generators."""
     tensors = {f"{_MODEL}{key}": value for key, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{_OPTIMIZER}{key}/{name}"] = value
     tensors |= {f"{_EXTRAS}{key}": value for key, value in extras.items()}
-    return {key: whole(value) for key, value in tensors.items()}
+    return tensors
+
+
+def forget_parts(folder: RunFolder) -> None:
+    """Remove the tensors that are no state's any more."""
+    kept: set[int] = set()
+    for path in filter(Path.is_file, (folder.state, folder.previous)):
+        with suppress(ModelFileError, ValidationError, KeyError):
+            record = _Record.model_validate_json(checkpoints.read_metadata(path)[_KEY])
+            kept |= {record.parts.number} if record.parts else set()
+    sweep_parts(folder.parts, kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +226,8 @@ def load_state(path: Path, network: nn.Module | None = None) -> SavedState:
         record = _Record.model_validate_json(metadata[_KEY])
     except ValidationError as error:
         raise _damaged(path, error.errors()[0]["msg"]) from error
+    if record.parts:
+        tensors |= _read_parts(path, record.parts)
     require_made(path, record.description, network)
     try:
         model = apply_schemes(remake(record.description, network), record.stages)
@@ -210,6 +241,23 @@ def load_state(path: Path, network: nn.Module | None = None) -> SavedState:
     checkpoints.fill(model, weights)
     attach(model, record.description)
     return SavedState(model, record.progress, tensors)
+
+
+def _read_parts(path: Path, parts: _Parts) -> dict[str, Tensor]:
+    """Return the tensors of the state in ``path`` that are beside it.
+
+    Raises:
+        ModelFileError: A file is missing or damaged.
+    """
+    folder = RunFolder(path.parent).parts / str(parts.number)
+    try:
+        found = sum_files(folder)
+    except OSError as error:
+        raise _damaged(path, f"cannot read {folder}: {error.strerror}") from error
+    if found != parts.files:
+        wrong = min(name for name, _ in found.items() ^ parts.files.items())
+        raise _damaged(path, f"{folder / wrong} is missing, damaged or another one")
+    return load_parts(folder)
 
 
 def read_random_states() -> dict[str, Tensor]:

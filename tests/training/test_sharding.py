@@ -7,13 +7,13 @@ from typing import get_args
 
 import pytest
 import torch
-from runs import Damage, assert_same, read_metrics, small
+from runs import Damage, flip_a_bit, read_metrics, small
 from safetensors.torch import load_file
 from teams import Team, find_team
-from torch import nn
+from torch import Tensor, nn
 
 from momconv import convert, peak_memory, set_strategy
-from momconv.errors import UsageError
+from momconv.errors import ModelFileError, UsageError
 from momconv.planner.gathering import find_units
 from momconv.planner.measurement import measure, run_step
 from momconv.planner.prediction import Training
@@ -45,6 +45,11 @@ def run(recipe: Recipe, folder: Path, broken: tuple[Path, ...] = ()) -> str:
     return str(result.plan)
 
 
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state, also where each process has written some, or of a model."""
+    return load_state(path).tensors if path.stem == "state" else load_file(path)
+
+
 def test_two_processes_take_the_step_of_one_on_the_joint_batch(
     team: Team, colours: Path, tmp_path: Path
 ) -> None:
@@ -58,7 +63,7 @@ def test_two_processes_take_the_step_of_one_on_the_joint_batch(
     assert first == second
     finetune(small(colours, *changes), tmp_path / "one")
     for name in ("state", "best", "last"):
-        ours, theirs = (load_file(tmp_path / n / f"{name}.safetensors") for n in ("two", "one"))
+        ours, theirs = (read(tmp_path / n / f"{name}.safetensors") for n in ("two", "one"))
         kept = {key for key in theirs if not key.startswith(("document/", "random/"))}
         assert kept <= ours.keys()
         for key in kept:
@@ -80,9 +85,21 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     team.do(
         run, load_recipe(tmp_path / "parts" / "config.yaml", ["train.epochs=2"]), tmp_path / "parts"
     )
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+    for name in ("state", "best", "last"):
+        ours, theirs = (read(tmp_path / n / f"{name}.safetensors") for n in ("parts", "whole"))
+        assert ours.keys() == theirs.keys()
+        changing = {key for key in ours if key.startswith("document/")}
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() - changing)
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "parts")
+    folder = RunFolder(tmp_path / "whole")
+    assert [len([*path.iterdir()]) for path in sorted(folder.parts.iterdir())] == [2, 2]
     alone = load_recipe(tmp_path / "one" / "config.yaml", ["train.epochs=2"])
     assert finetune(alone, tmp_path / "one", resume=True).epochs == 2
+    last = max(folder.parts.glob("*/*"))
+    flip_a_bit(last)
+    with pytest.raises(ModelFileError, match=rf"{last} is missing, damaged or another one"):
+        load_state(folder.state)
+    assert load_state(folder.previous).progress.epoch == 1
 
 
 def test_an_image_that_breaks_in_one_process_is_left_out_by_both(
