@@ -36,12 +36,12 @@ from momconv.planner.devices import make_current
 from momconv.planner.measurement import autocast
 from momconv.states import are_sharded, in_eval_mode
 from momconv.surgery.drift import NONE, answers
+from momconv.surgery.drift import wilson_interval as wilson_interval
 from momconv.vocabulary import Precision
 from momconv.words import plural
 from momconv.zoo.description import describe
 
 T = TypeVar("T")
-_Z = 1.959964  # of the normal distribution, for 95 %
 _BINS = 15  # of confidence, as in Guo et al. 2017
 _WORST = 10
 _TOP = 5  # classes, among which the right one is, where there are more
@@ -321,15 +321,3 @@ def _find_mistakes(
         Mistake(sample.path, images.classes[label], images.classes[sample.label], confidence)
         for sample, label, confidence in wrong[:_WORST]
     )
-
-
-def wilson_interval(hits: int, n: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the share that ``hits`` of ``n`` show (Wilson 1927).
-
-    >>> [round(bound, 3) for bound in wilson_interval(8, 10)]
-    [0.49, 0.943]
-    """
-    share, spread = hits / n, _Z**2 / n
-    centre = share + spread / 2
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
-    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))

@@ -303,9 +303,11 @@ def show_steps(steps: Sequence[AdaptationStep]) -> Iterator[RenderableType]:
 
 def describe_drift(drift: Drift, origin: str) -> str:
     """Return one line."""
+    low, high = drift.interval
     return (
         f"same top-1 as the original on {drift.agreement:.1%} of {plural(drift.images, 'image')} "
-        f"{origin}; KL {drift.divergence:.4f} nats, logits moved by {drift.distance:.1%}"
+        f"{origin} (95 % interval {low:.1%} to {high:.1%}); KL {drift.divergence:.4f} nats, "
+        f"logits moved by {drift.distance:.1%}"
     )
 
 

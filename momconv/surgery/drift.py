@@ -1,5 +1,6 @@
 """How far the outputs of a network are from those of another."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,7 @@ Batch = Tensor | tuple[Tensor, Tensor]  # images (B, 3, H, W), which may come wi
 
 
 NONE = -1  # in place of a class
+_Z = 1.959964  # of the normal distribution, for 95 %
 
 
 def answers(logits: Tensor) -> Tensor:
@@ -49,13 +51,30 @@ class Drift:
         """The fraction of the images on which both name the same class first."""
         return 1 - self.disagreements / self.images
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the agreement."""
+        return wilson_interval(self.images - self.disagreements, self.images)
+
     def is_within(self, share: float) -> bool:
         """Return whether at most this share of the images disagrees."""
         return self.disagreements <= round(share * self.images, 9)
 
     def to_json(self) -> dict[str, Any]:
         """Return the same as values that JSON knows."""
-        return {**asdict(self), "agreement": self.agreement}
+        return {**asdict(self), "agreement": self.agreement, "interval": self.interval}
+
+
+def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the share that ``hits`` of ``n`` show (Wilson 1927).
+
+    >>> [round(bound, 3) for bound in wilson_interval(8, 10)]
+    [0.49, 0.943]
+    """
+    share, spread = hits / n, _Z**2 / n
+    centre = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
 
 
 def measure_drift(logits: Tensor, reference: Tensor) -> Drift:
