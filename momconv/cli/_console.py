@@ -310,7 +310,8 @@ class _Line(ProgressColumn):
         width = min(_LONGEST_BAR, room - len(details) - 2)
         line = Table.grid(padding=(0, 1, 0, 0))
         bar = [ProgressBar(task.total or 1, task.completed, width)] if width > 0 else []
-        line.add_row(Text(head, no_wrap=True), *bar, details)
+        said = [details] if details else []  # an empty column would take one from the first
+        line.add_row(Text(head, no_wrap=True), *bar, *said)
         return line
 
 

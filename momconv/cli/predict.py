@@ -130,7 +130,7 @@ def _print(done: "Predictions", format_: _Format) -> None:
     if format_ == "table":
         out.print(tabulate_predictions(done))
     elif format_ == "csv":
-        typer.echo(to_csv(done), nl=False)
+        typer.echo(to_csv(done), nl=False, color=True)  # names may have escape sequences in them
     else:
         predictions = [image.to_json() for image in done.images]
         print_json_lines([*predictions, *(image.to_json() for image in done.unreadable)])

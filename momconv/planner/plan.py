@@ -264,5 +264,6 @@ class Plan:
         whose = "the limit" if request.memory else "what is free"
         text = f"{text}, {peak} predicted at the peak; {whose} is {limit}"
         if self.is_calibrated and self.seconds_per_image:
-            text += f"; about {1 / self.seconds_per_image:.3g} images/s"
+            speed = 1 / self.seconds_per_image
+            text += f"; about {speed:{',.0f' if speed >= 100 else '.3g'}} images/s"
         return text

@@ -103,7 +103,7 @@ class EvaluationFolder:
             ) from error
 
     def _tabulate(self, path: Path, images: ImageSet) -> None:
-        names = [encode_name(name) for name in images.classes]
+        names = images.classes  # which can be written, as what the model's file has of them
         rows = (row for batch in self.batches for row in batch)
         with path.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file, lineterminator="\n")

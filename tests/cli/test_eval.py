@@ -97,6 +97,26 @@ def test_a_folder_gets_a_report_and_what_is_said_of_each_image(
     assert not (colours / "out").exists()
 
 
+def test_a_class_that_is_no_text_is_called_alike_in_all_files(
+    colours: Path, tmp_path: Path
+) -> None:
+    name = "r\\xe4d"
+    network, file, folder = build("cifar_resnet20"), tmp_path / "m.safetensors", tmp_path / "data"
+    replace_head(network, ("blue", name))
+    model_file.save(network, file)
+    for ours, theirs in (("blue", "blue"), ("r\udce4d", "red")):
+        (folder / ours).mkdir(parents=True)
+        shutil.copy(colours / theirs / "0.png", folder / ours)
+
+    ran = run(file, "--data", folder, "-o", tmp_path / "out", "--json")
+    assert [score["name"] for score in json.loads(ran.stdout)["classes"]] == ["blue", name]
+    with (tmp_path / "out" / "predictions.csv").open(encoding="utf-8") as table:
+        rows = list(csv.DictReader(table))
+    assert [row["label"] for row in rows] == ["blue", name]
+    for row in rows:
+        assert float(row[row["prediction"]]) == float(row["probability"])
+
+
 def test_the_validation_split_is_taken_where_there_is_one(
     model: Path, colours: Path, tmp_path: Path
 ) -> None:

@@ -46,6 +46,14 @@ def test_the_formats_say_the_same(model: Path, colours: Path) -> None:
             assert float(row[f"probability_{rank}"]) == guess["probability"]
 
 
+def test_a_csv_has_names_with_escape_sequences_whole(
+    model: Path, colours: Path, tmp_path: Path
+) -> None:
+    image = Path(shutil.copy(colours / "red" / "0.png", tmp_path / "\x1b[31mred.png"))
+    rows = list(csv.DictReader(io.StringIO(run(model, image, "--format", "csv").stdout)))
+    assert [row["path"] for row in rows] == [str(image)]
+
+
 def test_without_a_format_there_is_a_table(model: Path, colours: Path) -> None:
     ran = run(model, colours / "red" / "0.png", "--top", "2")
     assert (ran.exit_code, ran.stderr) == (0, "")

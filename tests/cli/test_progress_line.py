@@ -8,8 +8,13 @@ import struct
 import subprocess
 import sys
 import termios
+from io import StringIO
 
 import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from momconv.cli._console import _Line
 
 CODE = """if True:
     import time
@@ -59,3 +64,16 @@ def test_epoch_count_and_time_left_are_never_cut(columns: int) -> None:
         assert re.match(head, line), line
     assert any("validating" in line for line in lines) or columns == 60
     assert any("1200000/1234567" in line for line in lines)
+
+
+@pytest.mark.parametrize("columns", range(40, 81))
+def test_the_head_is_whole_where_nothing_else_is_to_be_said(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(width=columns, file=StringIO())
+    monkeypatch.setattr("momconv.cli._console.err", console)
+    progress = Progress(_Line(), console=console)
+    progress.add_task("describing the run", total=6, completed=6, text="")
+    with console.capture() as shown:
+        console.print(progress)
+    assert shown.get().startswith("describing the run 6/6 · -:--:-- left")

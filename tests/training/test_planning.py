@@ -172,3 +172,7 @@ def test_the_choice_is_told_in_a_line() -> None:
     )
     assert str(PLAN).startswith("batch of 16 in one micro-batch (store, fp32), 1.0 MiB")
     assert str(PLAN).endswith("what is free is 1.0 GiB")
+    quick = replace(PLAN, seconds_per_image=0.00032, is_calibrated=True)
+    assert str(quick).endswith("; about 3,125 images/s")
+    slow = replace(PLAN, seconds_per_image=3.205, is_calibrated=True)
+    assert str(slow).endswith("; about 0.312 images/s")
