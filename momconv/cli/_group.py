@@ -26,6 +26,7 @@ _SYNONYMS = {
     "inspect": ("info", "summary"),
     "models": ("list", "ls", "networks"),
     "profile-memory": ("profile", "memory", "estimate-memory", "plan"),
+    "push": ("upload", "publish"),
     "doctor": ("checks", "check", "env", "version"),
     "recipes": ("recipe", "config", "cfg"),
 }

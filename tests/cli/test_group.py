@@ -23,6 +23,12 @@ from momconv.cli import app
             "momconv finetune --help",
         ),
         (
+            "upload runs/x",
+            "usage.unknown_command",
+            "momconv has no command upload — did you mean push?",
+            "momconv push --help",
+        ),
+        (
             "inspct x",
             "usage.unknown_command",
             "momconv has no command inspct — did you mean inspect?",
