@@ -25,6 +25,7 @@ EXAMPLE = 32  # images of the step that is broken down
 
 _FEW = 2  # images; BatchNorm may refuse one
 _TIMED = 4  # images
+_USUAL_GAMMA = 0.9  # of a network that could have momentum, and was left plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +134,14 @@ def compare_peaks(
     """Predict the peak of a step with so many ``images``, in each way that people compare.
 
     Those are the plain network, the converted one checkpointed and with momentum, and as
-    ``chosen``. A network that is not converted is only plain.
+    ``chosen``.
+
+    Raises:
+        UsageError: Momentum has no place in the ``model``.
     """
     model = copy.deepcopy(model).to("meta").train()
-    gammas = {name: stage.gamma for name, stage in momentum_stages(model).items()}
+    own = {name: stage.gamma for name, stage in momentum_stages(model).items()}
+    gammas = own if any(own.values()) else dict.fromkeys(own, _USUAL_GAMMA)
     predictor, peaks = Predictor(model, training), dict[str, PeakMemory]()
 
     def predict(variant: Variant, name: str) -> None:
@@ -144,14 +149,12 @@ def compare_peaks(
         peaks[name] = predictor.predict(images).peak
 
     predict("plain", "plain")
-    if any(gammas.values()):
-        predict("checkpoint", "checkpointed")
-        predict("momentum", "momentum")
-        for name, stage in momentum_stages(predictor.model).items():
-            stage.gamma = gammas[name]
-        set_strategy(predictor.model, chosen)
-        peaks["chosen"] = predictor.predict(images).peak
-    return peaks
+    predict("checkpoint", "checkpointed")
+    predict("momentum", "momentum")
+    for name, stage in momentum_stages(predictor.model).items():
+        stage.gamma = own[name]
+    set_strategy(predictor.model, chosen)
+    return peaks | {"chosen": predictor.predict(images).peak}
 
 
 def _find_speed(model: nn.Module, training: Training, *, measuring: bool) -> Speed:

@@ -7,7 +7,14 @@ from torch import nn
 from momconv.errors import UsageError
 from momconv.momentum.sequential import momentum_stages
 from momconv.planner.prediction import Training, peak_memory
-from momconv.planner.profile import EXAMPLE, VARIANTS, MemoryProfile, Variant, profile
+from momconv.planner.profile import (
+    EXAMPLE,
+    VARIANTS,
+    MemoryProfile,
+    Variant,
+    compare_peaks,
+    profile,
+)
 from momconv.surgery.conversion import convert
 from momconv.zoo.networks import build
 
@@ -92,3 +99,14 @@ def test_a_network_without_momentum_is_refused() -> None:
     for network in (plain, convert(plain, 0)):
         with pytest.raises(UsageError):
             profile(network, Training(SIDE))
+
+
+def test_a_network_that_stayed_plain_is_compared_with_what_it_could_have_been() -> None:
+    training, network = Training(16, "fp32", "sgd"), build("cifar_resnet20")
+    plain = convert(network, 0)
+    with_momentum = compare_peaks(convert(network, 0.9), training, 4, "store")
+    peaks = compare_peaks(plain, training, 4, "store")
+    assert list(peaks) == ["plain", "checkpointed", "momentum", "chosen"]
+    assert peaks["chosen"].total == peaks["plain"].total == with_momentum["plain"].total
+    assert peaks["momentum"].total == with_momentum["momentum"].total < peaks["plain"].total
+    assert {stage.gamma for stage in momentum_stages(plain).values()} == {0}
