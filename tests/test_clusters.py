@@ -69,5 +69,6 @@ def test_a_job_goes_on_when_a_process_dies_and_when_it_is_requeued(
         read_until(queue.stdout, "and saved. To go on")
         read_until(queue.stdout, "/1)")
         read_until(queue.stdout, "best top-1")
+        queue.stdout.read()  # it could not write to what is closed
     assert queue.returncode == 0
     assert (tmp_path / "photos" / "report.html").is_file()

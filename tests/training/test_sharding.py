@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import get_args
 
@@ -90,7 +91,10 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
         assert ours.keys() == theirs.keys()
         changing = {key for key in ours if key.startswith("document/")}
         assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys() - changing)
-    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "parts")
+    metrics = [read_metrics(tmp_path / name) for name in ("whole", "parts")]
+    for row in chain(*metrics):
+        del row["peak_bytes"]  # a thread of gloo may let go of a piece a moment later
+    assert metrics[0] == metrics[1]
     folder = RunFolder(tmp_path / "whole")
     assert [len([*path.iterdir()]) for path in sorted(folder.parts.iterdir())] == [2, 2]
     alone = load_recipe(tmp_path / "one" / "config.yaml", ["train.epochs=2"])
