@@ -34,7 +34,7 @@ from momconv.zoo import checkpoints
 from momconv.zoo.networks import build
 
 _PACKAGES = (
-    *("torch", "torchvision", "torchmetrics", "safetensors"),
+    *("torch", "torchvision", "safetensors"),
     *("numpy", "numba", "pillow", "matplotlib", "typer"),
 )
 _EXTRAS = {

@@ -3,26 +3,18 @@
 import itertools
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-)
 
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.decoding import UnreadableImage
@@ -42,6 +34,7 @@ from momconv.words import plural
 from momconv.zoo.description import describe
 
 T = TypeVar("T")
+_Counts = np.ndarray[Any, np.dtype[np.int64]]
 _BINS = 15  # of confidence, as in Guo et al. 2017
 _WORST = 10
 _TOP = 5  # classes, among which the right one is, where there are more
@@ -154,11 +147,6 @@ def evaluate(  # noqa: PLR0913 (one for each choice)
     dataset = LabelledImages(own, transform, seed=None, ranges=preprocessing.ranges)
     pinned = device.type == "cuda"
     loader = make_loader(dataset, workers=workers, batch_size=batch_size, pin_memory=pinned)
-    metrics = _make_metrics(len(images.classes), sync=count > 1).to(device)
-    loss = MeanMetric("disable", sync_on_compute=count > 1).to(device)
-    calibration = MulticlassCalibrationError(
-        len(images.classes), n_bins=_BINS, sync_on_compute=count > 1
-    ).to(device)
     found = _Answers()
     parts = Parts(batch_size if are_sharded([model]) else 1)
     finish = partial(_keep_company, model.to(device), len(images.samples) / (count * batch_size))
@@ -166,18 +154,13 @@ def evaluate(  # noqa: PLR0913 (one for each choice)
         for pictures, labels in _read_together(loader, count, finish):
             with autocast(precision, device):
                 outputs = parts.forward(model, pictures, device).float()
-            named, targets = answers(outputs), labels.to(device)
-            metrics.update(named.where(named != NONE, len(images.classes)), targets)
-            loss.update(F.cross_entropy(outputs, targets, reduction="none"))
             probabilities = outputs.softmax(1)
-            calibration.update(probabilities.nan_to_num(0), targets)
-            found.add(named, probabilities, targets)
+            found.add(outputs, probabilities, labels.to(device))
             if hear:
                 hear(probabilities.cpu())
             if progress:
                 progress(len(found.said), len(dataset))
-    figures = metrics.compute() | {"loss": loss.compute(), "calibration": calibration.compute()}
-    return _summarise(figures, images, found.gather(count))
+    return _summarise(images, found.gather(count))
 
 
 @dataclass(slots=True)
@@ -185,19 +168,22 @@ class _Answers:
     """What is said of each image."""
 
     said: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
     near: list[bool] = field(default_factory=list)  # whether the right class is among the first
 
-    def add(self, named: Tensor, probabilities: Tensor, targets: Tensor) -> None:
+    def add(self, outputs: Tensor, probabilities: Tensor, targets: Tensor) -> None:
         """Remember a batch."""
+        named = answers(outputs)
         first = probabilities.topk(min(_TOP, probabilities.shape[1])).indices
         self.said += named.tolist()
+        self.losses += F.cross_entropy(outputs, targets, reduction="none").tolist()
         self.confidences += probabilities.amax(1).tolist()
         self.near += ((first == targets[:, None]).any(1) & (named != NONE)).tolist()
 
     def gather(self, count: int) -> "_Answers":
         """Return what ``count`` processes found on their shares, in the order of the images."""
-        parts = (self.said, self.confidences, self.near)
+        parts = (self.said, self.losses, self.confidences, self.near)
         return _Answers(*(_gather(part, count) for part in parts))  # type: ignore[arg-type]
 
 
@@ -271,43 +257,54 @@ def _read_together(
         raise failed
 
 
-def _make_metrics(classes: int, *, sync: bool) -> MetricCollection:
-    """Return metrics of classes and labels, which add up those of all processes if ``sync``.
-
-    There is one more class, for no answer: where it is said, the label's own has a miss.
-    """
-    classes += 1
-    return MetricCollection(
-        {
-            "top1": MulticlassAccuracy(classes, average="micro", sync_on_compute=sync),
-            "precision": MulticlassPrecision(classes, average="none", sync_on_compute=sync),
-            "recall": MulticlassRecall(classes, average="none", sync_on_compute=sync),
-            "f1": MulticlassF1Score(classes, average="none", sync_on_compute=sync),
-            "confusion": MulticlassConfusionMatrix(classes, sync_on_compute=sync),
-        }
-    )
-
-
-def _summarise(found: Mapping[str, Tensor], images: ImageSet, answered: _Answers) -> Scores:
-    kinds = len(images.classes)
-    columns = (found[name].tolist()[:kinds] for name in ("precision", "recall", "f1"))
-    support = images.counts().values()
-    classes = tuple(map(ClassScore, images.classes, *columns, support))
+def _summarise(images: ImageSet, found: _Answers) -> Scores:
+    n, truth = len(images.samples), [sample.label for sample in images.samples]
+    table = _count_pairs(truth, found.said, len(images.classes))
+    classes = tuple(_score_classes(images.classes, table))
     present = [score.f1 for score in classes if score.support]
-    n, top1 = len(images.samples), float(found["top1"])
+    hits = int(table.trace())
     return Scores(
         n=n,
-        top1=round(top1 * n) / n,  # torchmetrics counts in single precision
-        interval=wilson_interval(round(top1 * n), n),
-        loss=float(found["loss"]),
+        top1=hits / n,
+        interval=wilson_interval(hits, n),
+        loss=float(np.mean(found.losses)),
         macro_f1=sum(present) / len(present),
-        calibration_error=float(found["calibration"]),
+        calibration_error=_calibration_error(truth, found),
         classes=classes,
-        confusion=tuple(map(tuple, found["confusion"][:kinds, :kinds].tolist())),
-        mistakes=_find_mistakes(images, answered.said, answered.confidences),
-        said=tuple(answered.said),
-        top5=sum(answered.near) / n if kinds > _TOP else None,
+        confusion=tuple(map(tuple, table[:, :-1].tolist())),
+        mistakes=_find_mistakes(images, found.said, found.confidences),
+        said=tuple(found.said),
+        top5=sum(found.near) / n if len(images.classes) > _TOP else None,
     )
+
+
+def _count_pairs(truth: Sequence[int], said: Sequence[int], classes: int) -> _Counts:
+    """Return how often each class was said of each, (classes, classes + 1); the last is no answer.
+
+    ``NONE`` is -1, which is the last column.
+    """
+    table = np.zeros((classes, classes + 1), dtype=np.int64)
+    np.add.at(table, (truth, said), 1)
+    return table
+
+
+def _score_classes(names: Sequence[str], table: _Counts) -> Iterator[ClassScore]:
+    for label, name in enumerate(names):
+        hits, said, support = table[label, label], table[:, label].sum(), table[label].sum()
+        yield ClassScore(
+            name,
+            precision=float(hits / max(said, 1)),
+            recall=float(hits / max(support, 1)),
+            f1=float(2 * hits / max(said + support, 1)),
+            support=int(support),
+        )
+
+
+def _calibration_error(truth: Sequence[int], found: _Answers) -> float:
+    """Return |confidence − accuracy|, expected over bins of confidence; no answer has none."""
+    sure, right = np.nan_to_num(found.confidences), np.equal(truth, found.said)
+    bins = np.minimum(sure * _BINS, _BINS - 1).astype(int)
+    return float(np.abs(np.bincount(bins, right - sure)).sum() / len(sure))
 
 
 def _find_mistakes(

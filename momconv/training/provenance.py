@@ -20,7 +20,7 @@ from momconv.training.progress import Listener
 from momconv.zoo.checkpoints import sha256
 from momconv.zoo.description import describe
 
-_PACKAGES = ("torch", "torchvision", "torchmetrics", "safetensors", "numpy", "pillow")
+_PACKAGES = ("torch", "torchvision", "safetensors", "numpy", "pillow")
 
 
 class Provenance(BaseModel):
