@@ -13,7 +13,7 @@ from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.planner.allowance import held_bytes
 from momconv.planner.devices import find_device
 from momconv.planner.measurement import available_bytes
-from momconv.planner.micro_batch import count_steps, largest_part, split_evenly
+from momconv.planner.micro_batch import StaticBytes, count_steps, largest_part, split_evenly
 from momconv.planner.prediction import PeakMemory, Training
 from momconv.units import format_bytes, parse_bytes
 from momconv.vocabulary import OPTIMIZERS, Precision, Strategies, StrategyChoice
@@ -154,6 +154,7 @@ class Plan:
         seconds_per_image: The time of a step, about; see cost.py.
         is_calibrated: Whether that comes from steps that were measured on the device.
         measured_bytes: As ``predicted_bytes``, in the first step of a run.
+        measured_static_bytes: What of that the first step held whatever the batch is.
         measured_seconds: As ``seconds_per_image``, in its first epoch.
         alternatives: What was considered, if there was a choice of networks.
         reason: Why this one was chosen.
@@ -170,6 +171,7 @@ class Plan:
     seconds_per_image: Annotated[float | None, Field(alias="predicted_seconds")] = None
     is_calibrated: bool = False
     measured_bytes: int | None = None
+    measured_static_bytes: StaticBytes | None = None
     measured_seconds: float | None = None
     alternatives: tuple[Alternative, ...] = ()
     reason: str = ""
@@ -219,6 +221,7 @@ class Plan:
             request=replace(self.request, release_gradients=False),  # they have to add up now
             micro_batch=smaller,
             measured_bytes=None,
+            measured_static_bytes=None,
             seconds_per_image=None,
             measured_seconds=None,
         )

@@ -134,12 +134,12 @@ def compare_peaks(
     """Predict the peak of a step with so many ``images``, in each way that people compare.
 
     Those are the plain network, the converted one checkpointed and with momentum, and as
-    ``chosen``.
+    ``chosen``; the ``model`` in its current mode, with what is frozen of it.
 
     Raises:
         UsageError: Momentum has no place in the ``model``.
     """
-    model = copy.deepcopy(model).to("meta").train()
+    model = copy.deepcopy(model).to("meta")
     own = {name: stage.gamma for name, stage in momentum_stages(model).items()}
     gammas = own if any(own.values()) else dict.fromkeys(own, _USUAL_GAMMA)
     predictor, peaks = Predictor(model, training), dict[str, PeakMemory]()

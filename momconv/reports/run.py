@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from momconv.data.dataset import count_workers
@@ -13,7 +14,7 @@ from momconv.files.atomic import write_text
 from momconv.files.export import to_config
 from momconv.files.model_file import load
 from momconv.planner.devices import find_device
-from momconv.planner.prediction import PeakMemory, Training
+from momconv.planner.prediction import PeakMemory
 from momconv.planner.profile import compare_peaks
 from momconv.reports.model_card import compose_card
 from momconv.reports.page import render
@@ -28,7 +29,7 @@ from momconv.reports.run_plots import (
 )
 from momconv.reports.scores import confusion_to_csv
 from momconv.training.finetuning import Result
-from momconv.training.network import make_own
+from momconv.training.network import make_own, place, start_training
 from momconv.training.run_folder import RunFolder
 from momconv.zoo.description import Description, describe
 
@@ -80,15 +81,11 @@ def _report(result: Result, progress: Callable[[int, int], None] | None) -> None
 
 def _compare_peaks(model: nn.Module, result: Result) -> dict[str, PeakMemory]:
     """Return what a step of the run takes in each way that people compare, predicted."""
-    request, plan = result.plan.request, result.plan
-    training = Training(
-        request.resolution,
-        plan.precision,
-        request.optimizer,
-        ema=request.ema,
-        device=request.device,
-    )
-    return compare_peaks(model, training, plan.micro_batch, plan.strategy)
+    plan, train = result.plan, result.recipe.train
+    place(model, torch.device("meta"), train)
+    start_training(model, train)
+    images = plan.request.largest_part(plan.micro_batch)
+    return compare_peaks(model, plan.request, images, plan.strategy)
 
 
 def _draw(

@@ -15,7 +15,7 @@ from momconv.planner.plan import Plan
 from momconv.planner.prediction import PeakMemory
 from momconv.reports.inspection import describe_input
 from momconv.reports.page import Figure, Page, Picture, Section, Table, embed, shrink
-from momconv.reports.run_plots import split_peak
+from momconv.reports.run_plots import split_measured, split_peak
 from momconv.training.finetuning import Result
 from momconv.training.run_folder import RunFolder
 from momconv.units import format_bytes, format_duration
@@ -71,7 +71,10 @@ def compose_run_page(
             "Memory and the plan",
             "memory",
             lines=(*_explain(result.plan), str(result.plan), *_compare(result.plan)),
-            tables=tuple(_tabulate_peaks(peaks)),
+            tables=(
+                *_tabulate_measured(result.plan, peaks.get("chosen", result.plan.peak)),
+                *_tabulate_peaks(peaks),
+            ),
             summary="The whole plan (plan.json)",
             details=tuple(_tabulate_plan(folder)),
         ),
@@ -205,6 +208,24 @@ def _compare(plan: Plan) -> Iterator[str]:
         )
 
 
+def _tabulate_measured(plan: Plan, peak: PeakMemory | None) -> Iterator[Table]:
+    """Yield what was measured beside what was predicted, by part as far as both are known.
+
+    A GPU's allocator does not see its context.
+    """
+    measured = split_measured(plan)
+    if not measured or peak is None:
+        return
+    predicted = split_peak(peak)
+    *_, rest = measured
+    predicted[rest] = peak.batch + peak.step
+    rows = [(part, *map(format_bytes, (predicted[part], measured[part]))) for part in measured]
+    if peak.allowance:
+        rows.append(("context and fragmentation", format_bytes(peak.allowance), "not measured"))
+    rows.append(("together", format_bytes(peak.total), format_bytes(sum(measured.values()))))
+    yield Table(("at the peak", "predicted", "measured"), tuple(rows))
+
+
 def _tabulate_peaks(peaks: Mapping[str, PeakMemory]) -> Iterator[Table]:
     """Yield the parts of each peak, a column each."""
     if not peaks:
@@ -232,7 +253,10 @@ def _tabulate_plan(folder: RunFolder) -> Iterator[Table]:
             rows = tuple(tuple(_say(key, row.get(key)) for key in titles) for row in value)
             yield Table(tuple(map(_name, titles)), rows)
         elif isinstance(value, dict):
-            facts |= {f"{_name(name)}, {_name(key)}": _say(key, v) for key, v in value.items()}
+            unit = name if name.endswith("bytes") else ""  # of all in it
+            facts |= {
+                f"{_name(name)}, {_name(key)}": _say(unit or key, v) for key, v in value.items()
+            }
         else:
             facts[_name(name)] = _say(name, value)
     yield Table((), tuple(facts.items()))

@@ -39,6 +39,7 @@ _TEXT = 13  # pixels of the words' height
 _DPI = 100
 _MIB = 2**20
 _LENGTH = 24  # characters of a class
+_REST, _WHOLE = "activations and the rest", "not divided"  # of a peak, in grey
 
 
 def draw_curves(history: Sequence[EpochRow], path: Path) -> None:
@@ -156,30 +157,29 @@ def _shrink(image: Image.Image) -> Image.Image:
 def draw_memory(plan: Plan, peaks: Mapping[str, PeakMemory], path: Path) -> None:
     """Draw the peak of a training step in each way by its parts, what was measured, and the limit.
 
-    Without ``peaks`` the one that was predicted is not divided.
+    Without ``peaks`` the one that was predicted is not divided, and the other may not be.
     """
-    measured, limit = plan.measured_bytes, plan.limit_bytes / _MIB
-    totals = {name: peak.total / _MIB for name, peak in peaks.items()}
-    totals |= {} if peaks else {"predicted": plan.predicted_bytes / _MIB}
-    totals |= {} if measured is None else {"measured": measured / _MIB}
-    with _figure(path, (8, 1.6 + 0.45 * len(totals))) as figure:
+    bars = {name: split_peak(peak) for name, peak in peaks.items()}
+    bars |= {} if bars else {"predicted": {_WHOLE: plan.predicted_bytes}}
+    if plan.measured_bytes is not None:
+        bars["measured"] = split_measured(plan) or {_WHOLE: plan.measured_bytes}
+    images = plan.request.largest_part(plan.micro_batch)
+    limit, left = plan.limit_bytes / _MIB, dict.fromkeys(bars, 0.0)
+    with _figure(path, (8, 1.6 + 0.45 * len(bars))) as figure:
         axes = figure.subplots()
-        left = dict.fromkeys(totals, 0.0)
-        for part in split_peak(next(iter(peaks.values()))) if peaks else ():
-            widths = {name: split_peak(peak)[part] / _MIB for name, peak in peaks.items()}
+        for part in dict.fromkeys(part for bar in bars.values() for part in bar):
+            widths = {name: bar.get(part, 0) / _MIB for name, bar in bars.items()}
             if any(widths.values()):
-                begins = [left[name] for name in widths]
-                axes.barh([*widths], [*widths.values()], left=begins, label=part)
-                left |= {name: left[name] + width for name, width in widths.items()}
-        whole = {name: total for name, total in totals.items() if name not in peaks}
-        axes.barh([*whole], [*whole.values()], color="grey")
-        for place, total in enumerate(totals.values()):
+                color, begins = "grey" if part in (_REST, _WHOLE) else None, [*left.values()]
+                axes.barh([*bars], [*widths.values()], left=begins, label=part, color=color)
+                left = {name: left[name] + width for name, width in widths.items()}
+        for place, total in enumerate(left.values()):
             axes.text(total, place, f" {total:.0f} MiB", va="center")
-        largest = max(totals.values())
+        largest = max(left.values())
         if limit < 1.5 * largest:
             axes.axvline(limit, color="tab:red", linestyle="--", label="limit")
         axes.set(
-            title=f"Peak of a training step of {plan.micro_batch} images, predicted",
+            title=f"Peak of a training step of {images} images, predicted",
             xlabel="MiB",
             xlim=(0, 1.18 * max(largest, limit if limit < 1.5 * largest else 0)),
         )
@@ -200,6 +200,19 @@ def split_peak(peak: PeakMemory) -> dict[str, int]:
         "gathered weights and gradients": peak.gathered,
         "recomputed and scratch": peak.transients,
         "context and fragmentation": peak.allowance,
+    }
+
+
+def split_measured(plan: Plan) -> dict[str, int]:
+    """Return the parts of the peak that was measured, as far as they were; none if it was not."""
+    static, peak = plan.measured_static_bytes, plan.measured_bytes
+    if static is None or peak is None:
+        return {}
+    return {
+        "weights": static.weights + static.ema,
+        "gradients": static.gradients,
+        "optimiser state": static.optimizer,
+        _REST: peak - static.total,
     }
 
 

@@ -1,6 +1,7 @@
 """The work of an optimisation step: gradients of its micro-batches, and the change they make."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,12 +72,17 @@ def weigh_labels(labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
 
 
 def take_step(run: TrainingRun, lr: float) -> None:
-    """Change the weights by the gradients that have been added up, unless they did in backward."""
+    """Change the weights by the gradients that have been added up, unless they did in backward.
+
+    Until they are gone, all that training holds is there: the first time, the plan learns of it.
+    """
     set_rate(run.optimizer, lr)
     if (clip := run.recipe.train.clip) is not None:
         clip_grad_norm_(run.model.parameters(), clip)
     run.scaler.step(run.optimizer)  # not where a gradient is too large for fp16
     run.scaler.update()
+    if run.plan.measured_static_bytes is None and not run.head_only:
+        run.plan = replace(run.plan, measured_static_bytes=run.count_static())
     run.optimizer.zero_grad()
     if run.average:
         run.average.update(run.model)

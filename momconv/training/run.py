@@ -1,7 +1,7 @@
 """A run: what was asked for, how far it is, and what it works with."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from momconv.data.dataset import count_workers, count_workers_that_fit
 from momconv.data.source import Splits
 from momconv.errors import ResourceError
-from momconv.planner.micro_batch import count_steps
+from momconv.planner.micro_batch import StaticBytes, count_steps
 from momconv.planner.plan import Change, Fixed, Plan, Request
 from momconv.recipe import Recipe
 from momconv.training.batches import weigh_classes
@@ -30,7 +30,7 @@ from momconv.training.parts import list_numbers
 from momconv.training.processes import ALONE, Processes
 from momconv.training.progress import Listener, Progress
 from momconv.training.run_folder import RunFolder
-from momconv.training.sharding import divide_like, is_sharded, shard
+from momconv.training.sharding import divide_like, is_sharded, own_parts, shard
 from momconv.units import format_bytes
 from momconv.zoo.description import describe
 
@@ -157,6 +157,15 @@ class TrainingRun(Assignment):
         self.scaler = make_scaler(self.plan.precision, self.device)
         restore_scaler(self.scaler, remembered)
 
+    def count_static(self) -> StaticBytes:
+        """Return the bytes of weights, gradients, state and average that are there now."""
+        parameters, values = [*self.model.parameters()], [*self.optimizer.state.values()]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        state = [value for own in values for value in own.values() if isinstance(value, Tensor)]
+        average = [*self.average.tensors().values()] if self.average else []
+        weights = [*parameters, *self.model.buffers()]
+        return StaticBytes(*map(_count, (weights, gradients, state, average)))
+
     @property
     def is_sharded(self) -> bool:
         """Whether the weights are divided among the processes."""
@@ -202,6 +211,10 @@ def make_run(
         workers=_choose_workers(assignment, len(splits.train.samples), plan),
         progress=progress or Progress(),
     )
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(part.nbytes for part in own_parts(tensors))
 
 
 def _choose_workers(assignment: Assignment, images: int, plan: Plan) -> int:

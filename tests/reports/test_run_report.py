@@ -17,6 +17,7 @@ from momconv.reports import run_plots
 from momconv.reports.run import report_run
 from momconv.reports.run_plots import draw_confusion, draw_mistakes
 from momconv.training.finetuning import Result, finetune
+from momconv.units import format_bytes
 from momconv.zoo.description import Preprocessing
 
 PLAIN = Preprocessing(32, 32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -30,7 +31,8 @@ def run(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
         [
             *("model.name=cifar_resnet20", "model.weights=none", "train.epochs=2", "train.lr=1e-6"),
             "momentum.use=always",
-            *("train.batch_size=9", "train.device=cpu", "data.workers=0"),
+            *("train.batch_size=17", "train.device=cpu", "data.workers=0"),
+            *("train.freeze=[stem]", "train.ema=0.9"),
             f'data.path="{colours}"',
         ],
     )
@@ -153,13 +155,43 @@ def test_the_page_shows_the_run(folder: Path, run: Result) -> None:
         f"{run.best_epoch.val_top1:.1%} top-1 on 6 images 95 % interval",
         f"The surest of {wrong} mistakes.",
         "class images precision recall F1 blue 2",
-        "predicted plain checkpointed momentum chosen weights 1.0 MiB",
+        "predicted plain checkpointed momentum chosen weights 2.1 MiB",
         "18 images in",
         str(run.splits.fingerprint),
         "momconv predict",
         "strategy",
     ):
         assert word in page.text
+
+
+def test_the_page_has_the_peak_by_part_as_predicted_and_as_measured(
+    folder: Path, run: Result
+) -> None:
+    page = PageReader((folder / "report.html").read_text(encoding="utf-8"))
+    plan, peak = run.plan, run.plan.peak
+    held, measured = plan.measured_static_bytes, plan.measured_bytes
+    assert peak
+    assert held
+    assert measured
+    assert (held.weights, held.gradients, held.optimizer) == (
+        *(peak.weights, peak.gradients, peak.optimizer),
+    )
+    parts = {
+        "weights": (peak.weights + peak.ema, held.weights + held.ema),
+        "gradients": (peak.gradients, held.gradients),
+        "optimiser state": (peak.optimizer, held.optimizer),
+        "activations and the rest": (peak.batch + peak.step, measured - held.total),
+        "together": (plan.predicted_bytes, measured),
+    }
+    rows = [f"{name} {format_bytes(a)} {format_bytes(b)}" for name, (a, b) in parts.items()]
+    assert f"at the peak predicted measured {' '.join(rows)}" in page.text
+    assert held.gradients < held.weights - 4 * 16 * 3 * 9  # the stem's have none
+
+
+def test_what_was_chosen_adds_up_to_what_was_planned(folder: Path, run: Result) -> None:
+    """The last batch of an epoch has an image more than others, and the stem is frozen."""
+    page = PageReader((folder / "report.html").read_text(encoding="utf-8"))
+    assert f"{format_bytes(run.plan.predicted_bytes)} The whole plan" in page.text
 
 
 def test_the_page_needs_no_pictures_and_no_scores(run: Result, tmp_path: Path) -> None:
