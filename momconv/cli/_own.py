@@ -4,8 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from momconv.cli._console import tell
+
 if TYPE_CHECKING:
     from torch import nn
+
+    from momconv.zoo.preparation import Preparation
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,16 @@ class Function:
         from momconv.files.model_file import load
 
         return load(file, self.make_for(file))
+
+    def load_prepared(self, file: Path, said: "Preparation") -> "nn.Module":
+        """Return the network in ``file`` for images as is ``said``; tell if nobody says how."""
+        from momconv.zoo.preparation import describe_assumption, prepare_as
+
+        model = self.load(file)
+        prepare_as(model, said)
+        if text := describe_assumption(model):
+            tell(text)
+        return model
 
     def make_for(self, file: Path) -> "nn.Module | None":
         """Return what it makes, if ``file`` holds such a network."""

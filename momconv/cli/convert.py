@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,10 +11,15 @@ from momconv.cli._console import out, print_json
 from momconv.cli._display import Display
 from momconv.cli._options import (
     ArgumentOption,
+    CropOption,
+    InterpolationOption,
     JsonOption,
+    MeanOption,
     NetworkOption,
     OverwriteOption,
     RefetchOption,
+    ResizeOption,
+    StdOption,
 )
 from momconv.cli._own import Function
 from momconv.errors import UsageError
@@ -30,9 +34,6 @@ if TYPE_CHECKING:
 
 _INTERRUPTED = 130  # exit code
 _COUNTS = (2000, 5000)  # images, without and with distillation
-
-
-_input = partial(typer.Option, rich_help_panel="How images become the input")
 
 
 def convert(  # noqa: PLR0913 (one for each option)
@@ -51,21 +52,11 @@ def convert(  # noqa: PLR0913 (one for each option)
             metavar="PIXELS", min=16, help="Side of the network's images.", show_default="its own"
         ),
     ] = None,
-    resize: Annotated[
-        str | None, _input(metavar="PIXELS", help="Shorter side before the centre crop.")
-    ] = None,
-    crop: Annotated[
-        str | None, _input(metavar="F", help="Share of that which the crop keeps, as 0.875.")
-    ] = None,
-    mean: Annotated[
-        str | None, _input(metavar="R,G,B", help="Subtracted from colours of 0 to 1.")
-    ] = None,
-    std: Annotated[
-        str | None, _input(metavar="R,G,B", help="What they are divided by then.")
-    ] = None,
-    interpolation: Annotated[
-        str | None, _input(metavar="NAME", help="Of the resizing: bilinear, bicubic, …")
-    ] = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
     network: NetworkOption = None,
     refetch: RefetchOption = False,
     back: Annotated[
@@ -196,13 +187,7 @@ def convert(  # noqa: PLR0913 (one for each option)
         arguments=tuple(arg or []),
         resolution=resolution,
         preparation=parse_preparation(
-            {
-                "resize": resize,
-                "crop": crop,
-                "mean": mean,
-                "std": std,
-                "interpolation": interpolation,
-            }
+            resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation
         ),
         weights=weights or "DEFAULT",
         gamma=wanted,

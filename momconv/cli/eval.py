@@ -12,10 +12,15 @@ from rich.text import Text
 from momconv.cli._console import describe_error, note, out, print_json, progress, tell, warn
 from momconv.cli._options import (
     ArgumentOption,
+    CropOption,
     DeviceOption,
+    InterpolationOption,
     JsonOption,
+    MeanOption,
     ModelArgument,
     NetworkOption,
+    ResizeOption,
+    StdOption,
 )
 from momconv.cli._own import Function
 from momconv.errors import ModelFileError, ThresholdNotMet, UsageError
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
     from momconv.evaluation import Scores
     from momconv.reports.evaluation import EvaluationFolder
     from momconv.zoo.description import Description, Preprocessing
+    from momconv.zoo.preparation import Preparation
 
 
 def evaluate(  # noqa: PLR0913 (one for each option)
@@ -60,6 +66,11 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     ] = None,
     network: NetworkOption = None,
     arg: ArgumentOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Images at once.")] = 32,
     workers: Annotated[
         int | None,
@@ -89,14 +100,17 @@ def evaluate(  # noqa: PLR0913 (one for each option)
     from momconv.data.dataset import count_workers
     from momconv.data.folder import find_evaluation_set
     from momconv.data.unseen import leave_out_seen
-    from momconv.files.model_file import read_description
     from momconv.planner.devices import find_device
+    from momconv.zoo.preparation import parse_preparation
 
-    record = _open_record(output, data, overwrite=overwrite)
+    said = parse_preparation(
+        resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation
+    )
+    record = _open_record(output, data, said, overwrite=overwrite)
     least = None if min_top1 is None else parse_share(min_top1, "--min-top1")
     where = find_device(device)
-    others, description = compare or [], read_description(file)
-    load = _Loader(Function(network, arg), description)
+    load = _make_loader(file, Function(network, arg), said)
+    others, description = compare or [], load.first
     compared = [_describe_alike(other, file, load) for other in others]
     found = find_evaluation_set(
         data, description.classes, split=split, unknown=unknown_classes, labels=labels
@@ -128,12 +142,14 @@ def evaluate(  # noqa: PLR0913 (one for each option)
         raise failure
 
 
-def _open_record(output: Path | None, data: Path, *, overwrite: bool) -> "EvaluationFolder | None":
+def _open_record(
+    output: Path | None, data: Path, said: "Preparation", *, overwrite: bool
+) -> "EvaluationFolder | None":
     from momconv.reports.evaluation import EvaluationFolder
 
     if output is None:
         return None
-    record = EvaluationFolder(output, data)
+    record = EvaluationFolder(output, data, said)
     record.require_free(overwrite=overwrite)
     return record
 
@@ -185,6 +201,7 @@ class _Loader:
 
     function: Function
     first: "Description"
+    said: "Preparation"
 
     def __call__(self, path: Path) -> "nn.Module":
         """The network in ``path``."""
@@ -192,7 +209,7 @@ class _Loader:
         from momconv.zoo.description import attach, describe
 
         if is_converted(path):
-            return self.function.load(path)
+            return self.function.load_prepared(path, self.said)
         model = self._load_checkpoint(path)
         attach(model, replace(describe(model), preprocessing=self.first.preprocessing))
         return model
@@ -223,6 +240,12 @@ class _Loader:
         from momconv.zoo.description import describe
 
         return read_description(path) if is_converted(path) else describe(self(path))
+
+
+def _make_loader(file: Path, function: Function, said: "Preparation") -> _Loader:
+    from momconv.files.model_file import read_description
+
+    return _Loader(function, said.correct(read_description(file)), said)
 
 
 def _describe_alike(other: Path, file: Path, load: _Loader) -> "Description":

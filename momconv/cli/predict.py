@@ -20,10 +20,15 @@ from momconv.cli._console import (
 )
 from momconv.cli._options import (
     ArgumentOption,
+    CropOption,
     DeviceOption,
+    InterpolationOption,
     JsonOption,
+    MeanOption,
     ModelArgument,
     NetworkOption,
+    ResizeOption,
+    StdOption,
 )
 from momconv.cli._own import Function
 from momconv.errors import DataError, UsageError
@@ -51,6 +56,11 @@ def predict(  # noqa: PLR0913 (one for each option)
     ] = None,
     network: NetworkOption = None,
     arg: ArgumentOption = None,
+    resize: ResizeOption = None,
+    crop: CropOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
     device: DeviceOption = "auto",
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 3 if an image has no answer.")
@@ -68,10 +78,14 @@ def predict(  # noqa: PLR0913 (one for each option)
     from momconv.prediction import list_files
     from momconv.prediction import predict as say
     from momconv.zoo.description import describe
+    from momconv.zoo.preparation import parse_preparation
 
     where = find_device(device)
+    said = parse_preparation(
+        resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation
+    )
     files = list_files(_read_list(paths))
-    model = Function(network, arg).load(file)
+    model = Function(network, arg).load_prepared(file, said)
     if describe(model).classes is None:
         note(f"{file} names no classes; they are called by their numbers, from 0")
     with progress("predicting", len(files)) as report:

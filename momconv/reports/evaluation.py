@@ -6,24 +6,32 @@ from pathlib import Path
 
 from torch import Tensor
 
+from momconv.data.folder import name_images
 from momconv.data.source import ImageSet
 from momconv.errors import ResourceError, UsageError
 from momconv.evaluation import Scores
 from momconv.files.atomic import require_writable, write_atomically, write_text
 from momconv.names import encode_name
 from momconv.reports.page import render
-from momconv.reports.run_page import compose_evaluation_page
+from momconv.reports.run_page import compose_evaluation_page, quote_path
 from momconv.reports.run_plots import draw_confusion
 from momconv.reports.scores import confusion_to_csv
+from momconv.words import plural
 from momconv.zoo.description import Description
+from momconv.zoo.own import is_own, restate
+from momconv.zoo.preparation import Preparation
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationFolder:
-    """The files of an evaluation of the images in ``data``, each written whole or not at all."""
+    """The files of an evaluation of the images in ``data``, each written whole or not at all.
+
+    The images were prepared as the model says, but for what was ``said``.
+    """
 
     path: Path
     data: Path
+    said: Preparation = field(default_factory=Preparation)
     batches: list[Tensor] = field(default_factory=list)  # of probabilities, in the images' order
 
     @property
@@ -88,9 +96,27 @@ class EvaluationFolder:
         write_atomically(self.predictions, lambda path: self._tabulate(path, images))
         draw_confusion(scores, self.picture)
         write_text(self.confusion, confusion_to_csv(scores))
-        pictures = [self.picture]
-        page = compose_evaluation_page(file, self.data, description, scores, remark, pictures)
+        page = compose_evaluation_page(
+            f"{file.name} on {name_images(self.data)}",
+            description,
+            scores,
+            (f"{plural(scores.n, 'image')} in {self.data}. {remark}",),
+            self.picture,
+            self._restate(file, description),
+        )
         write_text(self.report, render(page))
+
+    def _restate(self, file: Path, description: Description) -> str:
+        """Return the command that evaluates again."""
+        own = [restate(description)] if is_own(description.architecture) else []
+        words = (
+            quote_path(file),
+            "--data",
+            quote_path(self.data),
+            *own,
+            *self.said.write_options(),
+        )
+        return " ".join(("momconv eval", *words))
 
     def _make(self) -> None:
         try:

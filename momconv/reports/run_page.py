@@ -91,32 +91,24 @@ def compose_run_page(
 
 
 def compose_evaluation_page(
-    file: Path,
-    data: Path,
+    title: str,
     description: Description,
     scores: Scores,
-    remark: str,
-    pictures: Sequence[Path],
+    lines: Sequence[str],
+    picture: Path,
+    command: str,
 ) -> Page:
-    """Return the page of an evaluation of ``file`` on the images in ``data``."""
-    shown = tuple(embed(path, _TITLES[path.stem]) for path in pictures)
-    own_options = f" {own.restate(description)}" if own.is_own(description.architecture) else ""
-    command = f"momconv eval {_quote(file)} --data {_quote(data)}{own_options}"
+    """Return the page of an evaluation: ``lines`` are of the images, ``command`` does it again."""
+    prepared = f"Each was prepared so: {describe_input(description.preprocessing)}."
     sections = (
-        Section(title="Confusion", pictures=shown),
+        Section(title="Confusion", pictures=(embed(picture, _TITLES[picture.stem]),)),
         _show_mistakes(scores, description.preprocessing),
         _show_classes(scores),
-        Section(
-            title="Images",
-            lines=(
-                f"{plural(scores.n, 'image')} in {data}. {remark}",
-                f"Each was prepared so: {describe_input(description.preprocessing)}.",
-            ),
-        ),
+        Section(title="Images", lines=(*lines, prepared)),
         Section(title="Repeat", commands=(command,)),
     )
     return Page(
-        title=f"{file.name} on {name_images(data)}",
+        title=title,
         subtitle=f"{description.architecture}, {plural(description.num_classes, 'class')}, "
         f"momconv {__version__}",
         figures=tuple(_list_figures(scores)),
@@ -300,12 +292,12 @@ def _show_data(folder: RunFolder) -> Section:
 
 def _show_commands(result: Result, description: Description, data: Path) -> Section:
     options = f" {own.restate(description)}" if own.is_own(description.architecture) else ""
-    config = _quote(RunFolder(result.folder).config)
-    best = _quote(result.best)
+    config = quote_path(RunFolder(result.folder).config)
+    best = quote_path(result.best)
     commands = (
         f"momconv finetune --recipe {config}{options} --auto-name",
         f"momconv predict {best} PHOTO.jpg{options}",
-        f"momconv eval {best} --data {_quote(data)}{options}",
+        f"momconv eval {best} --data {quote_path(data)}{options}",
     )
     lines = (
         "The first command repeats the run, the others use its best model.",
@@ -314,5 +306,6 @@ def _show_commands(result: Result, description: Description, data: Path) -> Sect
     return Section(title="Repeat and use", lines=lines, commands=commands)
 
 
-def _quote(path: Path) -> str:
+def quote_path(path: Path) -> str:
+    """Return ``path`` as a command line has it."""
     return shlex.quote(encode_name(path))

@@ -11,7 +11,14 @@ from momconv.errors import UsageError
 from momconv.recipe import split_channels
 from momconv.vocabulary import Interpolation
 from momconv.words import quoted
-from momconv.zoo.description import Pixels, PositiveFloat, Preprocessing, attach, describe
+from momconv.zoo.description import (
+    Description,
+    Pixels,
+    PositiveFloat,
+    Preprocessing,
+    attach,
+    describe,
+)
 
 _KEYS = ("resolution", "resize", "crop", "mean", "std", "interpolation")
 _KIND = "usage.preprocessing"
@@ -96,11 +103,25 @@ class Preparation:
             interpolation=self.interpolation or p.interpolation,
         )
 
+    def correct(self, description: Description) -> Description:
+        """Return ``description`` with what is said.
 
-def parse_preparation(options: Mapping[str, str | None]) -> Preparation:
+        Raises:
+            UsageError: That contradicts itself.
+        """
+        if self == Preparation():
+            return description
+        return replace(
+            description,
+            preprocessing=self.apply(description.preprocessing),
+            assumed=description.assumed and not self.is_told,
+        )
+
+
+def parse_preparation(**options: str | None) -> Preparation:
     """Return what the ``options`` of a command line say, by their names without dashes.
 
-    >>> parse_preparation({"mean": "0.5", "crop": "0.875", "std": None}).mean
+    >>> parse_preparation(mean="0.5", crop="0.875", std=None).mean
     (0.5, 0.5, 0.5)
 
     Raises:
@@ -122,17 +143,7 @@ def parse_preparation(options: Mapping[str, str | None]) -> Preparation:
 
 def prepare_as(model: nn.Module, said: Preparation) -> None:
     """Write down that images are prepared for ``model`` as is ``said``, if anything is."""
-    if not said.is_told and said.resolution is None:
-        return
-    description = describe(model)
-    attach(
-        model,
-        replace(
-            description,
-            preprocessing=said.apply(description.preprocessing),
-            assumed=description.assumed and not said.is_told,
-        ),
-    )
+    attach(model, said.correct(describe(model)))
 
 
 def read_own(model: nn.Module, name: str) -> Preparation | None:

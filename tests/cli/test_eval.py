@@ -199,6 +199,19 @@ def test_a_file_without_class_names_takes_the_folder_s(colours: Path, tmp_path: 
     assert names == ["blue", "green", "red"]
 
 
+def test_images_are_prepared_as_is_said(model: Path, colours: Path, tmp_path: Path) -> None:
+    said = ["--crop", "0.8", "--mean", "0.1,0.2,0.3", "--std", "0.5,0.5,0.5"]
+    words: list[str | Path] = [model, "--data", colours, *said]
+    document = json.loads(run(*words, "-o", tmp_path / "out", "--json").stdout)
+
+    assert document["loss"] != json.loads(run(*words[:3], "--json").stdout)["loss"]
+    page = PageReader((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    assert "shorter side to 40" in page.text
+    assert f"momconv eval {model} --data {colours} {' '.join(said)}" in page.text
+    bad = json.loads(run(*words[:3], "--std", "0", "--json").stdout)["error"]
+    assert bad["kind"] == "usage.bad_value"
+
+
 def test_an_unreadable_image_is_left_out_with_a_warning(
     model: Path, colours: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from typer.testing import CliRunner, Result
 
 from momconv.cli import app
 from momconv.files import model_file
+from momconv.zoo.description import attach, describe
 from momconv.zoo.networks import build, replace_head
+from momconv.zoo.preparation import parse_preparation, prepare_as
 
 CLASSES = ("blue", "green", "red")
 
@@ -116,6 +119,30 @@ def test_classes_without_names_are_numbers(colours: Path, tmp_path: Path) -> Non
     (image,) = json.loads(ran.stdout)["predictions"]
     assert sorted(guess["name"] for guess in image["guesses"]) == ["0", "1", "2"]
     assert "names no classes" in ran.stderr
+
+
+def test_images_are_prepared_as_is_said_and_a_guess_is_told(
+    model: Path, colours: Path, tmp_path: Path
+) -> None:
+    network, image = model_file.load(model), colours / "red" / "0.png"
+    said = parse_preparation(mean="0.1,0.2,0.3", std="0.5", resize="40", interpolation="bicubic")
+    attach(network, replace(describe(network), assumed=True))
+    model_file.save(network, tmp_path / "unsaid.safetensors")
+    prepare_as(network, said)
+    model_file.save(network, tmp_path / "said.safetensors")
+
+    wanted, other, guessed = (
+        run(path, image, "--format", "csv", *options)
+        for path, options in (
+            (tmp_path / "said.safetensors", ()),
+            (tmp_path / "unsaid.safetensors", said.write_options()),
+            (tmp_path / "unsaid.safetensors", ()),
+        )
+    )
+
+    assert (other.stdout, other.stderr) == (wanted.stdout, "")
+    assert guessed.stdout != wanted.stdout
+    assert "does not say how its images are prepared" in guessed.stderr
 
 
 def test_mistakes_are_explained(model: Path, colours: Path, tmp_path: Path) -> None:

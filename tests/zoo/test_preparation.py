@@ -77,13 +77,12 @@ def test_an_attribute_that_cannot_be_is_named(words: dict[str, Any]) -> None:
 
 
 def test_options_are_read_and_written() -> None:
-    options = {"mean": "0.5,0.4,0.3", "std": "0.1", "crop": "0.875", "interpolation": None}
-    said = parse_preparation(options)
+    said = parse_preparation(mean="0.5,0.4,0.3", std="0.1", crop="0.875", interpolation=None)
     assert said == Preparation(crop=0.875, mean=GREY, std=TENTH)
     words = ["--crop", "0.875", "--mean", "0.5,0.4,0.3", "--std", "0.1,0.1,0.1"]
     assert said.write_options() == words
     with pytest.raises(UsageError, match="--std: '0,1,1' cannot be used"):
-        parse_preparation({"std": "0,1,1"})
+        parse_preparation(std="0,1,1")
 
 
 @pytest.mark.parametrize(
