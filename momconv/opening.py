@@ -9,7 +9,8 @@ from pathlib import Path
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0)  # a named pipe that nobody writes to opens too
 
 
-BEST = "best.safetensors"  # in the folder of a run, the model of its best epoch
+# In the folder of a run, the model of its best epoch, and as it was last saved.
+BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 def find_model_file(path: Path) -> Path:
@@ -19,12 +20,15 @@ def find_model_file(path: Path) -> Path:
 
 
 def name_after(model: Path) -> str:
-    """Return what is made of a ``model`` file may be called: by its run, if it is the best of one.
+    """Return what is made of a ``model`` file may be called: by its run, if it is one of a run.
 
-    >>> name_after(Path("runs/ants/best.safetensors")), name_after(Path("ants.safetensors"))
-    ('ants', 'ants')
+    >>> [name_after(Path("runs/ants", name)) for name in ("best.safetensors", "last.safetensors")]
+    ['ants', 'ants-last']
+    >>> name_after(Path("ants.safetensors"))
+    'ants'
     """
-    return model.absolute().parent.name if model.name == BEST else model.stem
+    run = model.absolute().parent.name
+    return {BEST: run, LAST: f"{run}-last"}.get(model.name, model.stem)
 
 
 def is_special(path: Path) -> bool:

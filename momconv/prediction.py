@@ -1,6 +1,5 @@
 """What a network says about images without labels."""
 
-import difflib
 import glob
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from momconv.names import encode_name
 from momconv.planner.devices import make_current
 from momconv.states import in_eval_mode
 from momconv.surgery.drift import NONE, answers
-from momconv.words import plural, printable
+from momconv.words import find_like, plural, printable
 from momconv.zoo.description import Description, describe
 
 _SILENT = "the network's output is not finite (NaN or infinite)"
@@ -170,10 +169,9 @@ def name_outputs(description: Description) -> tuple[str, ...]:
 
 
 def _missing(path: Path) -> DataError:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, siblings, n=1)
+    like = find_like(path)
     return DataError(
         f"no such image or folder: {printable(path)}",
         kind="data.missing_image",
-        fix=f"closest existing path is {printable(path.parent / close[0])}" if close else None,
+        fix=f"closest existing path is {printable(like)}" if like else None,
     )

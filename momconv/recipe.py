@@ -44,7 +44,7 @@ from momconv.vocabulary import (
     StrategyChoice,
     Velocity,
 )
-from momconv.words import abridge, printable, quoted
+from momconv.words import abridge, find_like, printable, quoted
 
 
 def _readable_by(parse: Callable[[Any], object]) -> AfterValidator:
@@ -858,12 +858,9 @@ def _not_yaml(problem: str, line: int, source: str, key: str) -> UsageError:
 
 def _missing(path: Path) -> UsageError:
     """Return the error for a recipe that does not exist, with the file or folder most like it."""
-    folder = next(parent for parent in path.parents if parent.is_dir())
-    name = path.relative_to(folder).parts[0]
-    names = [found.name for found in folder.glob("*") if found.exists()]
-    nearest = difflib.get_close_matches(name, names, n=1)
+    like = find_like(path)
     return UsageError(
         f"recipe does not exist: {path}",
         kind="usage.no_recipe",
-        fix=f"closest existing path is {folder / nearest[0]}" if nearest else None,
+        fix=f"closest existing path is {like}" if like else None,
     )

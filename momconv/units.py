@@ -51,9 +51,11 @@ def format_bytes(count: float) -> str:
 def format_duration(seconds: float) -> str:
     """Return ``seconds`` in at most two units.
 
-    >>> format_duration(0.42), format_duration(75), format_duration(7260)
-    ('0.4 s', '1 min 15 s', '2 h 1 min')
+    >>> format_duration(0.0042), format_duration(0.42), format_duration(75), format_duration(7260)
+    ('4.2 ms', '0.4 s', '1 min 15 s', '2 h 1 min')
     """
+    if 0 < seconds < 0.05:
+        return f"{1000 * seconds:.2g} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,5 +1,7 @@
 """Names and numbers of things in messages."""
 
+import difflib
+import os
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +62,14 @@ def printable(name: str | Path) -> str:
 def _write_out(char: str) -> str:
     byte = show_byte(char)
     return byte if byte != char else char.encode("unicode_escape").decode()
+
+
+def find_like(path: Path) -> Path | None:
+    """Return what exists beside ``path``, which does not, and is called like it, if anything."""
+    folder = next(parent for parent in path.parents if os.path.isdir(parent))
+    names = [found.name for found in folder.glob("*") if os.path.exists(found)]
+    nearest = difflib.get_close_matches(path.relative_to(folder).parts[0], names, n=1)
+    return folder / nearest[0] if nearest else None
 
 
 def plural(count: int, noun: str) -> str:

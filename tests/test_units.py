@@ -52,6 +52,7 @@ def test_a_printed_size_reads_back_within_its_rounding(count: int) -> None:
     ("seconds", "text"),
     [
         (0, "0.0 s"),
+        (0.0004, "0.4 ms"),
         (59.94, "59.9 s"),
         (60, "1 min 0 s"),
         (3599, "59 min 59 s"),

@@ -1,8 +1,9 @@
 """The commands as a group, whose wrong command lines end as all other errors do."""
 
 import difflib
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +32,15 @@ _SYNONYMS = {
     "recipes": ("recipe", "config", "cfg"),
 }
 _BY_SYNONYM = {word: name for name, words in _SYNONYMS.items() for word in words}
+
+# And these options.
+_OPTIONS = {
+    "--recipe": ("--config", "--cfg"),
+    "--resolution": ("--img-size", "--imgsz", "--image-size"),
+    "--precision": ("--amp", "--half", "--fp16", "--bf16"),
+    "--output": ("--project", "--output-dir"),
+}
+_BY_OTHER_NAME = {word: name for name, words in _OPTIONS.items() for word in words}
 
 
 class Commands(TyperGroup):
@@ -95,12 +105,7 @@ def _explain(error: Any, words: Sequence[str]) -> UsageError:
     command = error.ctx.command_path if getattr(error, "ctx", None) else "momconv"
     help_ = f"{command} --help"
     if hasattr(error, "possibilities"):
-        name = abridge(printable(error.option_name), 80)
-        known = [flag for param in error.ctx.command.params for flag in param.opts]
-        near = difflib.get_close_matches(error.option_name, known, n=1)
-        hint = f" — did you mean {near[0]}?" if near else ""
-        message = f"{command} has no option {name}{hint}"
-        return UsageError(message, kind="usage.unknown_option", fix=help_)
+        return _explain_option(error, words, command)
     if hasattr(error, "param_type"):
         usage = " ".join(error.ctx.command.collect_usage_pieces(error.ctx))
         name = _name(error.param)
@@ -113,6 +118,39 @@ def _explain(error: Any, words: Sequence[str]) -> UsageError:
         return UsageError(_explain_value(error, words), kind="usage.bad_value", fix=help_)
     text = abridge(printable(error.format_message().strip().rstrip(".")), 800)
     return UsageError(f"{text[:1].lower()}{text[1:]}", kind="usage.command_line", fix=help_)
+
+
+def _explain_option(error: Any, words: Sequence[str], command: str) -> UsageError:
+    """Return the error for an option that ``command`` does not have."""
+    option, fix = error.option_name, f"{command} --help"
+    known = [flag for param in error.ctx.command.params for flag in param.opts]
+    meant = _BY_OTHER_NAME.get(option)
+    if meant not in known:
+        meant = _find_alike(option, known)
+    hint = f" — did you mean {meant}?" if meant else ""
+    commands = getattr(error.ctx.command, "commands", {})
+    later = next((word for word in words if word in commands), None)
+    if later and (moved := _move_back(option, words, commands[later])):
+        hint, fix = f": it goes after {later}", f"{command} {shlex.join(moved)}"
+    message = f"{command} has no option {abridge(printable(option), 80)}{hint}"
+    return UsageError(message, kind="usage.unknown_option", fix=fix)
+
+
+def _find_alike(option: str, known: Iterable[str]) -> str | None:
+    """Return the option most like ``option``, if one is; dashes make no likeness."""
+    names = {flag.lstrip("-"): flag for flag in known}
+    near = difflib.get_close_matches(option.lstrip("-"), names, n=1)
+    return names[near[0]] if near else None
+
+
+def _move_back(option: str, words: Sequence[str], command: Any) -> list[str] | None:
+    """Return ``words`` with an option of ``command`` at their end; None if it has no such."""
+    param = next((param for param in command.params if option in param.opts), None)
+    if param is None:
+        return None
+    first = next(n for n, word in enumerate(words) if word.split("=", 1)[0] == option)
+    end = first + (1 if param.is_flag or "=" in words[first] else 2)
+    return [*words[:first], *words[end:], *words[first:end]]
 
 
 def _explain_value(error: Any, words: Sequence[str]) -> str:

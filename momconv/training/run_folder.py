@@ -12,7 +12,7 @@ from momconv.data.folder import name_images
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files import claim
 from momconv.files.atomic import find_aside, is_temporary, remove, require_writable, sweep
-from momconv.opening import BEST, name_after
+from momconv.opening import BEST, LAST, name_after
 from momconv.recipe import Recipe, recall_recipe
 from momconv.units import format_bytes
 from momconv.zoo import own
@@ -83,7 +83,7 @@ class RunFolder:
     parts = _Child("state.parts")  # the tensors of states of which each process wrote some
     damaged = _Child("state.damaged.safetensors")  # a state that could not be read
     best = _Child(BEST)  # the model of the best epoch
-    last = _Child("last.safetensors")  # the model as it was last saved
+    last = _Child(LAST)  # the model as it was last saved
     rates = _Child("lr_finder.csv")  # the loss at the learning rates that were tried
     metrics = _Child("metrics.csv")  # a line of numbers for each epoch
     events = _Child("events.jsonl")  # the same and what went wrong, an object for each line

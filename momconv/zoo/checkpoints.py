@@ -4,7 +4,6 @@ A safetensors file is eight bytes with the length of a JSON header, that header,
 What is no other kind of file either is taken for a PyTorch checkpoint.
 """
 
-import difflib
 import hashlib
 import os
 import pickle
@@ -29,8 +28,8 @@ from torch import Tensor, nn
 from momconv.errors import ModelFileError, UncheckedFile
 from momconv.exhaustion import require_memory
 from momconv.names import encode_name
-from momconv.opening import open_regular
-from momconv.words import plural, printable
+from momconv.opening import BEST, open_regular
+from momconv.words import find_like, name_some, plural, printable
 from momconv.zoo import checksum, unpickling
 from momconv.zoo.file_kinds import describe_folder, refuse_other_kinds
 from momconv.zoo.networks import head_name
@@ -415,12 +414,12 @@ def _holds_code(path: Path, what: str, kind: str) -> ModelFileError:
 def _missing(path: Path) -> ModelFileError:
     if path.is_dir():
         return describe_folder(path)
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, siblings, n=1)
+    like, runs = find_like(path), sorted(file.parent for file in path.parent.glob(f"*/{BEST}"))
+    beside = f"\nruns with a model: {name_some(runs)}" if runs and not like else ""
     return ModelFileError(
-        f"file does not exist: {path}",
+        f"file does not exist: {path}{beside}",
         kind="model_file.missing",
-        fix=f"closest existing file is {path.parent / close[0]}" if close else None,
+        fix=f"closest existing file is {like}" if like else None,
     )
 
 

@@ -196,10 +196,11 @@ def _is_file_name(weights: str | Path) -> bool:
 
 def _refuse_converted(path: Path) -> None:
     if checkpoints.is_converted(path):
+        name = shlex.quote(str(path))
         raise ModelFileError(
-            f"{path} is already converted",
+            f"{path} is a whole model that momconv wrote, already converted or plain",
             kind="model_file.already_converted",
-            fix=f"momconv finetune --data FOLDER --from {shlex.quote(str(path))}",
+            fix=f"momconv finetune --data FOLDER --from {name}\nmomconv convert --back {name}",
         )
 
 

@@ -17,6 +17,12 @@ from momconv.cli import app
         ),
         ("--nope", "usage.unknown_option", "momconv has no option --nope", "momconv --help"),
         (
+            "finetune photos --config c.yaml",
+            "usage.unknown_option",
+            "momconv finetune has no option --config — did you mean --recipe?",
+            "momconv finetune --help",
+        ),
+        (
             "train photos",
             "usage.unknown_command",
             "momconv has no command train — did you mean finetune?",
@@ -82,6 +88,22 @@ def test_a_wrong_command_line_is_one_line_and_a_fix(
     error = {"code": 2, "kind": kind, "message": message, "hints": [fix]}
     assert (document.exit_code, document.stderr) == (2, "")
     assert json.loads(document.stdout) == {"ok": False, "error": error}
+
+
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        ("-q --json finetune photos", "-q finetune photos --json"),
+        ("--lr 3 finetune photos", "finetune photos --lr 3"),
+        ("--lr=3 finetune photos", "finetune photos --lr=3"),
+    ],
+)
+def test_an_option_in_front_of_its_command_is_moved_behind_it(line: str, moved: str) -> None:
+    (option,) = {"--json", "--lr"} & {word.split("=")[0] for word in line.split()}
+    error = f"momconv has no option {option}: it goes after finetune"
+    ran = CliRunner().invoke(app, line.split())
+    assert error in ran.output
+    assert f"momconv {moved}" in ran.output
 
 
 @pytest.mark.parametrize("line", ["models --sort", "finetune a b", "eval m --data="])

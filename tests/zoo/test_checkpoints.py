@@ -159,6 +159,10 @@ def test_a_missing_file_is_answered_with_the_closest_one(tmp_path: Path) -> None
     with pytest.raises(ModelFileError, match="file does not exist") as caught:
         read_state(tmp_path / "resnet2O.pth")
     assert caught.value.fix == f"closest existing file is {tmp_path / 'resnet20.pth'}"
+    (tmp_path / "ants").mkdir()
+    (tmp_path / "ants" / "best.safetensors").touch()
+    with pytest.raises(ModelFileError, match=f"runs with a model: {tmp_path / 'ants'}"):
+        read_state(tmp_path / "nope")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs names that are not UTF-8")
