@@ -92,7 +92,7 @@ class Replay:
         before = random_state(x.device)
         if self._in_parts:
             self._cut = Cut([x, *self._condition.parameters])
-        with saved_tensors_hooks(self._drop, self._serve), self._norms.remembering():
+        with _saving(self._drop, self._serve), self._norms.remembering():
             yield
         for arg, version in zip(args, versions_of_args, strict=True):
             require_unchanged(self._block, arg, version)
@@ -268,6 +268,26 @@ class Replay:
                 fix='momconv.set_strategy(model, "store")',
             )
         return self._saved.pop(number)
+
+
+@contextmanager
+def _saving(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> Iterator[None]:
+    """``saved_tensors_hooks``, which may also end before others that have begun later.
+
+    A stem ends inside a checkpoint that its model has put around its first stage.
+    """
+    autograd = torch._C._autograd
+    autograd._push_saved_tensors_default_hooks(pack, unpack)
+    try:
+        yield
+    finally:
+        later = []
+        while (hooks := autograd._top_saved_tensors_default_hooks(False)) and hooks[0] is not pack:
+            later.append(hooks)
+            autograd._pop_saved_tensors_default_hooks()
+        autograd._pop_saved_tensors_default_hooks()
+        for hooks in reversed(later):
+            autograd._push_saved_tensors_default_hooks(*hooks)
 
 
 def _is_graph_kept() -> bool:

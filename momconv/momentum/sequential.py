@@ -18,6 +18,7 @@ from momconv.momentum.autograd import Strategy, run
 from momconv.momentum.equations import LOWEST, Rule, Velocity, coefficients
 from momconv.momentum.faults import is_postponing, tell_fault
 from momconv.momentum.inversion import EndState, follow, walk_back
+from momconv.momentum.loops import Turn
 from momconv.momentum.members import mark, unmark
 from momconv.momentum.ranging import find_range, has_values, require_range, survey
 from momconv.momentum.replay import checkpoint, evaluate, without_autocast_cache
@@ -507,11 +508,12 @@ class _Joined(nn.Sequential):
 class MomentumList(MomentumSequential):
     """Takes the place of an ``nn.ModuleList`` in a network that calls its blocks in turn.
 
-    Iterating over it gives one module, itself: ``for block in blocks: x = block(x)`` does all.
+    Blocks that a loop calls wait for the last of them, which calls the stage: see loops.py.
     """
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        yield self
+    @_disable_dynamo  # which would look into what is no module
+    def __iter__(self) -> Iterator[Any]:
+        return iter([Turn(self, n, block) for n, block in enumerate(self._modules.values())])
 
 
 class MomentumDict(MomentumSequential):

@@ -299,18 +299,33 @@ def _two_images(model: nn.Module) -> Tensor:
 
 def _find_broken_loops(model: nn.Module, found: Runs, inputs: Sequence[Tensor]) -> list[str]:
     """Return the sequences whose loops do not compute the same if a run is called as one block."""
-    loops = [name for name in found if has_loop(model.get_submodule(name))]
-    expected = list_operations(model, inputs) if loops else []
-    return [name for name in loops if _try_out(model, name, found[name], inputs) != expected]
+    # What a loop over a list computes for each block then comes before all blocks.
+    loops = {
+        name: not isinstance(sequence, nn.ModuleList)
+        for name in found
+        if has_loop(sequence := model.get_submodule(name))
+    }
+    expected = {
+        in_order: list_operations(model, inputs, in_order=in_order)
+        for in_order in {*loops.values()}
+    }
+    return [
+        name
+        for name, in_order in loops.items()
+        if _try_out(model, name, found[name], inputs, in_order=in_order) != expected[in_order]
+    ]
 
 
 def _try_out(
-    model: nn.Module, name: str, runs: list[range], inputs: Sequence[Tensor]
+    model: nn.Module, name: str, runs: list[range], inputs: Sequence[Tensor], *, in_order: bool
 ) -> list[object] | None:
     """Return what ``model`` computes with a stage in place of a list; None if it is not called."""
     trial, calls = _wrap(copy.deepcopy(model), {name: runs}, 0, "zero"), list[object]()
     trial.get_submodule(name).register_forward_pre_hook(lambda *args: calls.append(args))
-    operations = list_operations(trial, inputs)
+    try:
+        operations = list_operations(trial, inputs, in_order=in_order)
+    except UsageError:  # of a loop that uses what blocks return
+        return None
     return operations if calls else None
 
 

@@ -30,7 +30,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from momconv.errors import UsageError
 from momconv.states import Condition, autocast_settings, without_hooks
 
-Operation = tuple[str, list[torch.Size]]  # its name, and the shapes of the tensors that it gets
+# Its name, and the shapes of the tensors that it gets; or what a block is called with besides.
+Operation = tuple[str, list[torch.Size]]
 
 aten = torch.ops.aten
 _SUMS = (aten.add, aten.add_, aten.sub, aten.sub_)
@@ -93,14 +94,20 @@ def find_runs(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) 
 
 
 def group_runs(
-    blocks: Sequence[nn.Module], calls: dict[nn.Module, list[ObservedCall]]
+    blocks: Sequence[nn.Module],
+    calls: dict[nn.Module, list[ObservedCall]],
+    *,
+    with_own: bool = False,
 ) -> list[range]:
-    """Return the runs among ``blocks``, each of which goes on where the one before it ends."""
+    """Return the runs among ``blocks``, each of which goes on where the one before it ends.
+
+    ``with_own``, each of a run's blocks may have further arguments of its own.
+    """
     of_each = [_calls_at(n, blocks, calls) for n in range(len(blocks))]
     groups: list[list[int]] = [[]]
     for n, own in enumerate(of_each):
         is_member = _is_member(own)
-        if not is_member or (groups[-1] and not _follows(of_each[n - 1], own)):
+        if not is_member or (groups[-1] and not _follows(of_each[n - 1], own, with_own=with_own)):
             groups.append([])
         if is_member:
             groups[-1].append(n)
@@ -144,12 +151,14 @@ def explain_no_run(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[Obse
 
 def _explain_gap(before: list[ObservedCall], after: list[ObservedCall]) -> str:
     """Return why the second block does not take over where the first ends."""
-    reason = "does not get what the block before it returns and the same further arguments"
     first, second = before[0], after[0]
+    if second.x is not first.output:
+        return "does not get what the block before it returns"
+    reason = "does not get the same further arguments as the block before it"
     if first.structure != second.structure:
         return reason
     places = range(len(first.others))
-    differing = {n for n in places if not _is_same(first.others[n], second.others[n])}
+    differing = {n for n in places if not is_same(first.others[n], second.others[n])}
     rest, kwargs = tree_unflatten([*places], first.structure)
     named = {f"argument {n + 1}": arg for n, arg in enumerate(rest, 1)} | kwargs
     names = [name for name, arg in named.items() if differing & {*tree_leaves(arg)}]
@@ -228,17 +237,20 @@ def _is_member(calls: list[ObservedCall]) -> bool:
     )
 
 
-def _follows(before: list[ObservedCall], after: list[ObservedCall]) -> bool:
+def _follows(before: list[ObservedCall], after: list[ObservedCall], *, with_own: bool) -> bool:
     """Return whether each call gets the output of the one before and equal other arguments."""
     return len(before) == len(after) and all(
-        second.x is first.output
-        and first.structure == second.structure
-        and all(map(_is_same, first.others, second.others))
+        second.x is first.output and (with_own or _has_same_arguments(first, second))
         for first, second in zip(before, after, strict=True)
     )
 
 
-def _is_same(first: object, second: object) -> bool:
+def _has_same_arguments(first: ObservedCall, second: ObservedCall) -> bool:
+    return first.structure == second.structure and all(map(is_same, first.others, second.others))
+
+
+def is_same(first: object, second: object) -> bool:
+    """Return whether two arguments are one tensor, say, or equal numbers."""
     return first is second or (isinstance(first, int | float | str) and first == second)
 
 
@@ -314,8 +326,12 @@ class _Observer(TorchDispatchMode):
             for register in hooks:
                 stack.callback(register(with_kwargs=True).remove)
 
-    def _enter(self, _block: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._open.append(_Flow(args[0] if args else None))
+        others = tree_leaves((args[1:], kwargs))
+        constants = [leaf for leaf in others if isinstance(leaf, int | float | str)]
+        if constants and not isinstance(block, nn.Sequential):  # which hands them on
+            self.operations.append((f"a call with {constants}", []))
 
     def _leave(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -60,7 +60,9 @@ def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, 
         found |= {_join(prefix, inner): runs for inner, runs in _search_chains(part, seen)}
         for inner, sequence in find_sequences(part).items():
             name, blocks = _join(prefix, inner), list_blocks(sequence)
-            runs = group_runs(blocks, seen.calls)
+            # A loop over a list finds each block; see momentum/loops.py.
+            with_own = isinstance(sequence, nn.ModuleList)
+            runs = group_runs(blocks, seen.calls, with_own=with_own)
             if runs if has_loop(sequence) else seen.calls[sequence]:
                 found[name] = runs
             elif runs:
@@ -86,8 +88,8 @@ def has_loop(sequence: nn.Module) -> bool:
     return type(sequence).forward is not nn.Sequential.forward
 
 
-def list_operations(model: nn.Module, inputs: Sequence[Tensor]) -> list[object]:
-    """Return what ``model`` computes: its operations in order, and the shapes of their inputs.
+def list_operations(model: nn.Module, inputs: Sequence[Tensor], *, in_order: bool) -> list[object]:
+    """Return what ``model`` computes: its operations, and the shapes of their inputs.
 
     In evaluation, then in training: what is between two blocks may depend on that.
     """
@@ -95,7 +97,9 @@ def list_operations(model: nn.Module, inputs: Sequence[Tensor]) -> list[object]:
     for mode in (in_eval_mode, in_training_mode):
         with mode(model):
             seen = _observe(model, inputs, {})
-        passes += [(prefix, one.operations, one.shapes) for prefix, _, one in seen]
+        for prefix, _, one in seen:
+            operations = one.operations if in_order else sorted(one.operations)
+            passes.append((prefix, operations, one.shapes))
     return passes
 
 

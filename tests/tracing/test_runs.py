@@ -133,15 +133,14 @@ class Counted(Adding):
         return super().forward(x)
 
 
-class Around(nn.Module):
-    """Calls each block with another rate."""
+class Around(nn.ModuleDict):
+    """Calls each of its items with another rate."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Counted() for _ in range(4))
+        super().__init__({f"{n}": Counted() for n in range(4)})
 
     def forward(self, x: Tensor) -> Tensor:
-        for n, block in enumerate(self.blocks):
+        for n, block in enumerate(self.values()):
             x = block(x, rate=n / 4)
         return x
 
@@ -181,7 +180,7 @@ def test_children_of_a_module_that_does_more_stay() -> None:
             lambda: nn.Sequential(*(nn.Dropout() for _ in range(3))),
             "Dropout 2 does not add something",
         ),
-        (Around, r"Counted 3 does not get what .* the same further arguments: rate differs"),
+        (Around, r"Counted 3 does not get the same further arguments .*: rate differs"),
     ],
 )
 def test_a_refusal_gives_the_real_reason(network: Callable[[], nn.Module], reason: str) -> None:

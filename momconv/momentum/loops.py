@@ -1,0 +1,101 @@
+"""A loop over the blocks of a stage, which becomes one call of the stage.
+
+In ``for block in blocks: x = block(x)`` each block waits for the last one, with the arguments that
+it has been called with, which may be others for each. Then the stage is called.
+"""
+
+from typing import Any, NoReturn
+
+from torch import nn
+
+from momconv.errors import UsageError
+from momconv.momentum.arguments import Call, gather
+
+_FIX = "call the whole stage, or take momconv.revert(model) for the plain network"
+
+
+class Turn:
+    """A block as a loop finds it: in all but its calls it is the block.
+
+    So whoever looks for what is known of the block (FSDP2, for example) finds it under either.
+    """
+
+    __slots__ = ("__dict__", "__weakref__", "_block", "_place", "_stage")
+
+    def __init__(self, stage: nn.Module, place: int, block: nn.Module) -> None:
+        own = {"_stage": stage, "_place": place, "_block": block, "__dict__": vars(block)}
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
+    def __call__(self, x: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Return what stands for the block's output, or the stage's if it is the last.
+
+        Raises:
+            UsageError: It is not this block's turn.
+        """
+        waiting = x if type(x) is Waiting else Waiting(self._stage, x, ())
+        if waiting.stage is not self._stage or len(waiting.calls) != self._place:
+            raise UsageError(
+                f"{self._block._get_name()} {self._place} of a momentum stage was called out of"
+                " turn: its loop must call all blocks, each with what the one before returned",
+                kind="usage.outside_stage",
+                fix=_FIX,
+            )
+        calls = (*waiting.calls, (args, kwargs))
+        if len(calls) < len(self._stage._modules):
+            return Waiting(self._stage, waiting.x, calls)
+        args, kwargs = gather(calls)
+        return self._stage(waiting.x, *args, **kwargs)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._block)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._block, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return self._block is (other._block if type(other) is Turn else other)
+
+    def __hash__(self) -> int:
+        return hash(self._block)
+
+
+class Waiting:
+    """Stands for what a block returns that has not been computed yet, and never will be by itself.
+
+    Attributes:
+        stage: The stage.
+        x: Its input.
+        calls: What its first blocks have been called with besides.
+    """
+
+    def __init__(self, stage: nn.Module, x: Any, calls: tuple[Call, ...]) -> None:
+        self.stage, self.x, self.calls = stage, x, calls
+
+    def __getattr__(self, name: str) -> NoReturn:
+        _refuse()
+
+    @classmethod
+    def __torch_function__(cls, *_args: Any) -> NoReturn:
+        _refuse()
+
+
+def _refuse(*_args: Any) -> NoReturn:
+    """Raise what is said wherever somebody makes use of what is waiting."""
+    raise UsageError(
+        "a loop over the blocks of a momentum stage used what one of them returned, which is"
+        " computed together with the others",
+        kind="usage.outside_stage",
+        fix=_FIX,
+    )
+
+
+_OPERATORS = (
+    "add radd iadd sub rsub mul rmul truediv neg matmul getitem setitem len iter bool float"
+)
+for _name in _OPERATORS.split():
+    setattr(Waiting, f"__{_name}__", _refuse)

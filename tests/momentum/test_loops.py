@@ -1,0 +1,165 @@
+"""Loops over the blocks of a list, which may pass each block arguments of its own."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from momconv import convert, set_strategy
+from momconv.errors import UsageError
+from momconv.momentum.autograd import Strategy
+from momconv.momentum.sequential import MomentumSequential, momentum_stages
+
+BLOCKS = 5
+OWN: dict[str, Callable[["Net", int], Any]] = {
+    "a number": lambda net, n: {"rate": 0.1 * n},
+    "a tensor": lambda net, n: {"mask": net.masks[n]},
+    "nothing for some": lambda net, n: {"mask": net.masks[0]} if n % 2 else {},
+    "a number in training": lambda net, n: {"rate": 0.1 * n} if net.training else {},
+}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.layer, self.keeps = nn.Linear(width, out), width == out
+
+    def forward(self, x: Tensor, rate: float = 0.0, mask: Tensor | None = None) -> Tensor:
+        f = torch.tanh(self.layer(x)) * (1 - rate)
+        if mask is not None:
+            f = f * mask[: f.shape[1]]
+        return x + f if self.keeps else f
+
+
+def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return block(*args, **kwargs)
+
+
+class Net(nn.Module):
+    """Has a block that changes the shape after the others."""
+
+    masks: Tensor
+    own: Any
+    call: Any
+
+    def __init__(self, own: Callable[["Net", int], Any] = lambda _net, _n: {}) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        widths = [6] * BLOCKS + [4]
+        self.blocks = nn.ModuleList(map(Block, widths, widths[1:]))
+        self.masks = nn.Parameter(torch.rand(BLOCKS, 6))
+        self.own, self.collects, self.call = own, False, call
+
+    def forward(self, x: Tensor) -> Any:
+        collected = []
+        for n, block in enumerate(self.blocks):
+            x = self.call(block, x, **self.own(self, n))
+            if self.collects:
+                collected.append(x)
+        return collected or x
+
+
+def x() -> Tensor:
+    return torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+
+
+def stage_of(model: nn.Module) -> MomentumSequential:
+    return momentum_stages(model)["blocks"]
+
+
+def follow(net: Net, stage: MomentumSequential) -> Tensor:
+    """What the momentum network is, written down."""
+    y, v, gamma = x().double(), torch.zeros(()), stage.gamma
+    (run,) = stage.runs or ()
+    assert (run.start, run.stop) == (0, BLOCKS - 1)
+    for n, (gain, block) in enumerate(zip(run.gains, net.blocks, strict=False)):
+        v = gamma * v + (1 - gamma) * gain * (block(y, **net.own(net, n)) - y)
+        y = y + v
+    last: Tensor = net.blocks[-1](y, **net.own(net, BLOCKS - 1))
+    return last
+
+
+def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+def test_each_block_gets_its_own_arguments(
+    own: Callable[[Net, int], Any], *, training: bool
+) -> None:
+    plain = Net(own).train(training)
+    model = convert(plain, inputs=[x()])
+    expected = follow(copy.deepcopy(plain).double(), stage_of(model))
+    of_loop = gradients(
+        written := copy.deepcopy(plain).double(), follow(written, stage_of(model)).sum()
+    )
+    of_each = []
+    for strategy in get_args(Strategy):
+        set_strategy(one := copy.deepcopy(model), strategy)
+        y = one(x())
+        torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
+        of_each.append(gradients(one, y.sum()))
+        assert all(map(torch.equal, of_each[0], of_each[-1]))
+    torch.testing.assert_close([g.double() for g in of_each[0]], of_loop, rtol=1e-5, atol=1e-6)
+
+
+def test_arguments_may_begin_to_differ_later() -> None:
+    plain = Net()
+    model = convert(plain, inputs=[x()])
+    assert isinstance(model, Net)
+    plain.own = model.own = OWN["a number"]
+    torch.testing.assert_close(model(x()).double(), follow(plain.double(), stage_of(model)))
+
+
+def test_what_blocks_return_is_refused_where_it_is_used() -> None:
+    model = convert(Net(), inputs=[x()])
+    assert isinstance(model, Net)
+    model.collects = True
+    first, *_, last = model(x())
+    assert isinstance(last, Tensor)
+    uses: list[Callable[[Any], Any]] = [
+        torch.sum,
+        nn.ReLU(),
+        len,
+        lambda y: y + 1,
+        lambda y: y.shape,
+    ]
+    for use in uses:
+        with pytest.raises(UsageError, match="used what one of them returned"):
+            use(first)
+
+
+def test_blocks_must_take_their_turns() -> None:
+    stage = stage_of(convert(Net(), inputs=[x()]))
+    first, second, third, *_ = stage
+    for block, y in ((second, x()), (third, first(x())), (first, first(x()))):
+        with pytest.raises(UsageError, match="was called out of turn"):
+            block(y)
+
+
+def test_a_block_in_a_loop_is_the_block_in_all_else() -> None:
+    stage = stage_of(convert(Net(), inputs=[x()]))
+    for turn, block in zip(stage, stage._modules.values(), strict=True):
+        assert isinstance(turn, Block)
+        assert {block: 1}[turn] == 1
+        assert isinstance(block, Block)
+        assert turn.layer is block.layer
+        turn.keeps = False
+        assert not block.keeps
+
+
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+def test_a_loop_may_checkpoint_its_blocks(strategy: Strategy) -> None:
+    model = convert(Net(), inputs=[x()])
+    set_strategy(model, strategy)
+    expected = gradients(one := copy.deepcopy(model), one(x()).sum())
+    assert isinstance(model, Net)
+    model.call = partial(checkpoint, use_reentrant=False)
+    assert all(map(torch.equal, gradients(model, model(x()).sum()), expected))
