@@ -155,7 +155,8 @@ def _show_mistakes(scores: Scores, p: Preprocessing) -> Section:
         lines = (f"is {mistake.truth}", f"said {mistake.said} ({mistake.probability:.0%})")
         thumbnails.append(shrink(image, mistake.path.name, lines))
     wrong = scores.n - round(scores.top1 * scores.n)
-    line = f"The surest of {plural(wrong, 'mistake')}." if thumbnails else "There are none."
+    line = f"The surest of {wrong} mistakes." if wrong > 1 else "The only one."
+    line = line if thumbnails else "There are none."
     return Section(title="Worst errors", lines=(line,), thumbnails=tuple(thumbnails))
 
 
