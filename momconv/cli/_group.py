@@ -146,9 +146,9 @@ def _find_alike(option: str, known: Iterable[str]) -> str | None:
 def _move_back(option: str, words: Sequence[str], command: Any) -> list[str] | None:
     """Return ``words`` with an option of ``command`` at their end; None if it has no such."""
     param = next((param for param in command.params if option in param.opts), None)
-    if param is None:
+    first = next((n for n, word in enumerate(words) if word.split("=", 1)[0] == option), None)
+    if param is None or first is None:  # it is not there, or among other letters of one word
         return None
-    first = next(n for n, word in enumerate(words) if word.split("=", 1)[0] == option)
     end = first + (1 if param.is_flag or "=" in words[first] else 2)
     return [*words[:first], *words[end:], *words[first:end]]
 

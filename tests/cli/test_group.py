@@ -106,7 +106,9 @@ def test_an_option_in_front_of_its_command_is_moved_behind_it(line: str, moved: 
     assert f"momconv {moved}" in ran.output
 
 
-@pytest.mark.parametrize("line", ["models --sort", "finetune a b", "eval m --data="])
+@pytest.mark.parametrize(
+    "line", ["models --sort", "finetune a b", "eval m --data=", "-qj4 finetune"]
+)
 def test_whatever_else_is_wrong_is_told_so_too(line: str) -> None:
     ran = CliRunner().invoke(app, line.split())
     assert (ran.exit_code, ran.stdout) == (2, "")
