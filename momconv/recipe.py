@@ -90,6 +90,11 @@ Channels = Annotated[
     BeforeValidator(split_channels),
     WithJsonSchema({"description": "three numbers like 0.5,0.5,0.5"}),
 ]
+PositiveChannels = Annotated[
+    tuple[PositiveFloat, PositiveFloat, PositiveFloat],
+    BeforeValidator(split_channels),
+    WithJsonSchema({"description": "three numbers > 0 like 0.5,0.5,0.5"}),
+]
 FileOrFolder = Annotated[NamedPath, _readable_by(parse_path), AfterValidator(parse_path)]
 NameOrPath = Annotated[
     str,
@@ -228,7 +233,7 @@ class DataRecipe(_Section):
         Option("--mean", "R,G,B", "Subtracted from colours of 0 to 1.", _IMAGES),
     ] = None
     std: Annotated[
-        Channels | None, Option("--std", "R,G,B", "What they are divided by then.", _IMAGES)
+        PositiveChannels | None, Option("--std", "R,G,B", "What they are divided by then.", _IMAGES)
     ] = None
     interpolation: Annotated[
         Interpolation | None,

@@ -128,10 +128,10 @@ def _explain_option(error: Any, words: Sequence[str], command: str) -> UsageErro
     if meant not in known:
         meant = _find_alike(option, known)
     hint = f" — did you mean {meant}?" if meant else ""
-    commands = getattr(error.ctx.command, "commands", {})
+    program, commands = error.ctx.find_root().info_name, getattr(error.ctx.command, "commands", {})
     later = next((word for word in words if word in commands), None)
     if later and (moved := _move_back(option, words, commands[later])):
-        hint, fix = f": it goes after {later}", f"{command} {shlex.join(moved)}"
+        hint, fix = f": it goes after {later}", f"{program} {shlex.join(moved)}"
     message = f"{command} has no option {abridge(printable(option), 80)}{hint}"
     return UsageError(message, kind="usage.unknown_option", fix=fix)
 

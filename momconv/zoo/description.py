@@ -13,7 +13,8 @@ from momconv.errors import UsageError
 from momconv.vocabulary import Interpolation
 from momconv.zoo.seen import SeenImages
 
-Pixels = Annotated[int, Field(gt=0, le=2**12)]  # bounds what a stranger's file can ask for
+MOST_PIXELS = 2**12  # bounds what a stranger's file can ask for
+Pixels = Annotated[int, Field(gt=0, le=MOST_PIXELS)]
 PositiveFloat = Annotated[FiniteFloat, Field(gt=0)]
 ValueRange = tuple[FiniteFloat, FiniteFloat]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from torch import nn
@@ -12,6 +12,7 @@ from momconv.recipe import split_channels
 from momconv.vocabulary import Interpolation
 from momconv.words import quoted
 from momconv.zoo.description import (
+    MOST_PIXELS,
     Description,
     Pixels,
     PositiveFloat,
@@ -22,6 +23,13 @@ from momconv.zoo.description import (
 
 _KEYS = ("resolution", "resize", "crop", "mean", "std", "interpolation")
 _KIND = "usage.preprocessing"
+_WANTED = {  # of an option, and an example
+    "resize": ("a number of pixels", "256"),
+    "crop": ("a share, or a number of pixels", "0.875"),
+    "mean": ("three numbers, or one for all", "0.485,0.456,0.406"),
+    "std": ("three numbers above 0, or one for all", "0.229,0.224,0.225"),
+    "interpolation": (f"one of {', '.join(get_args(Interpolation))}", "bicubic"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +103,14 @@ class Preparation:
                 kind=_KIND,
                 fix=f"--resize {p.resolution}",
             )
+        if resize > MOST_PIXELS:
+            raise UsageError(
+                f"images of {resize} pixels are larger than the most, {MOST_PIXELS}",
+                kind=_KIND,
+                fix=f"--resize {p.resolution}"
+                if p.resolution < MOST_PIXELS
+                else "--resolution 224",
+            )
         return replace(
             p,
             resize=resize,
@@ -134,10 +150,11 @@ def parse_preparation(**options: str | None) -> Preparation:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])
+        what, example = _WANTED[name]
         raise UsageError(
-            f"--{name}: {quoted(given[name])} cannot be used: {first['msg']}",
+            f"--{name}: {quoted(given[name])} cannot be used: it is {what}",
             kind="usage.bad_value",
-            fix="--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 --resize 256",
+            fix=f"--{name} {example}",
         ) from None
 
 

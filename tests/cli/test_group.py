@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -96,13 +97,13 @@ def test_a_wrong_command_line_is_one_line_and_a_fix(
         ("-q --json finetune photos", "-q finetune photos --json"),
         ("--lr 3 finetune photos", "finetune photos --lr 3"),
         ("--lr=3 finetune photos", "finetune photos --lr=3"),
+        ("recipes --json ls", "recipes ls --json"),
     ],
 )
 def test_an_option_in_front_of_its_command_is_moved_behind_it(line: str, moved: str) -> None:
     (option,) = {"--json", "--lr"} & {word.split("=")[0] for word in line.split()}
-    error = f"momconv has no option {option}: it goes after finetune"
     ran = CliRunner().invoke(app, line.split())
-    assert error in ran.output
+    assert re.search(f"has no option {option}: it goes after (finetune|ls)", ran.output)
     assert f"momconv {moved}" in ran.output
 
 

@@ -43,6 +43,7 @@ def test_only_what_is_said_changes(said: Preparation, expected: Preprocessing) -
     ("said", "message"),
     [
         (Preparation(resize=30), "images of 30 pixels are too small for a crop of 32"),
+        (Preparation(crop=0.001), "images of 32000 pixels are larger than the most, 4096"),
         (Preparation(resize=40, crop=0.8), "two words for the same"),
         (Preparation(64, crop=48), "a crop of 48 pixels, and images of 64 in the network"),
     ],
@@ -81,7 +82,9 @@ def test_options_are_read_and_written() -> None:
     assert said == Preparation(crop=0.875, mean=GREY, std=TENTH)
     words = ["--crop", "0.875", "--mean", "0.5,0.4,0.3", "--std", "0.1,0.1,0.1"]
     assert said.write_options() == words
-    with pytest.raises(UsageError, match="--std: '0,1,1' cannot be used"):
+    with pytest.raises(
+        UsageError, match="--std: '0,1,1' cannot be used: it is three numbers above"
+    ):
         parse_preparation(std="0,1,1")
 
 
