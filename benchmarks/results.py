@@ -88,11 +88,12 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]] | None] = {
     "speed": partial(pivot, case=("network",), method="method", value=speed.VALUE),
     "frontier": frontier.present,
     "kernels": partial(pivot, case=("elements", "operation"), method="way", value="GB/s"),
-    "exactness": partial(
-        pivot, case=("package", "γ"), method="depth", value="relative gradient error"
-    ),
+    "exactness": show_all,
+    "accuracy": show_all,
+    "inversion": partial(pivot, case=("inverse", "γ"), method="depth", value="error of x[0]"),
     "depth": partial(pivot, case=("depth",), method="method", value="MiB"),
     "ladder": None,
+    "timm": show_all,
     "zoo": partial(spread, by=(), values=(_RATIO,)),
     "batches": None,
     "conversion": None,

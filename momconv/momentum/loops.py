@@ -22,7 +22,7 @@ class Turn:
 
     __slots__ = ("__dict__", "__weakref__", "_block", "_place", "_stage")
 
-    def __init__(self, stage: nn.Module, place: int, block: nn.Module) -> None:
+    def __init__(self, stage: Any, place: int, block: nn.Module) -> None:
         own = {"_stage": stage, "_place": place, "_block": block, "__dict__": vars(block)}
         for name, value in own.items():
             object.__setattr__(self, name, value)
@@ -67,16 +67,21 @@ class Turn:
 class Waiting:
     """Stands for what a block returns that has not been computed yet, and never will be by itself.
 
+    Within a run that begins the stage it has the shape and the type of the stage's input.
+
     Attributes:
         stage: The stage.
         x: Its input.
         calls: What its first blocks have been called with besides.
     """
 
-    def __init__(self, stage: nn.Module, x: Any, calls: tuple[Call, ...]) -> None:
+    def __init__(self, stage: Any, x: Any, calls: tuple[Call, ...]) -> None:
         self.stage, self.x, self.calls = stage, x, calls
 
-    def __getattr__(self, name: str) -> NoReturn:
+    def __getattr__(self, name: str) -> Any:
+        first = next(iter(self.stage.runs or ()), None)
+        if name in _KEPT and first and first.start == 0 and len(self.calls) <= first.stop:
+            return getattr(self.x, name)
         _refuse()
 
     @classmethod
@@ -94,6 +99,7 @@ def _refuse(*_args: Any) -> NoReturn:
     )
 
 
+_KEPT = ("shape", "size", "ndim", "dim", "numel", "dtype", "device", "is_cuda")  # in a run
 _OPERATORS = (
     "add radd iadd sub rsub mul rmul truediv neg matmul getitem setitem len iter bool float"
 )

@@ -194,8 +194,11 @@ def _summarise(name: str, stage: nn.Sequential) -> Stage:
     gamma = stage.gamma if isinstance(stage, MomentumSequential) else 0.0
     runs = (stage.runs or ()) if isinstance(stage, MomentumSequential) and gamma else ()
     momentum = tuple(n for run in runs for n in range(run.start, run.stop))
-    parameters = sum(parameter.numel() for parameter in stage.parameters())
-    return Stage(name, len(stage), momentum, parameters, gamma if momentum else 0.0)
+    return Stage(name, len(stage), momentum, _count_parameters(stage), gamma if momentum else 0.0)
+
+
+def _count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def read_schemes(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -293,7 +296,7 @@ def _two_images(model: nn.Module) -> Tensor:
     description = find_description(model)
     side = description.preprocessing.resolution if description else 224
     parameter = next(model.parameters())
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         return torch.empty(2, 3, side, side, device=parameter.device, dtype=parameter.dtype)
 
 
@@ -337,6 +340,7 @@ def _check_names(
     if not unknown and named:
         return
     reasons = [(name, why) for name, why in refused.items() if not unknown or name == unknown[0]]
+    reasons.sort(key=lambda one: -_count_parameters(model.get_submodule(one[0])))
     raise UsageError(
         f"this {type(model).__name__} has no two consecutive residual blocks of one shape"
         + (f" in {quoted(unknown[0])}" if unknown else "")

@@ -73,6 +73,8 @@ def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, 
         found[name] = [run for run in found[name] if _outweighs(model, found, name, run)]
     # A Sequential without runs may be around others, but a loop stays the model's own.
     kept = {n: runs for n, runs in found.items() if runs or not has_loop(model.get_submodule(n))}
+    if not (refused or any(kept.values())):
+        refused[""] = "no two modules of one class follow one another in a sequence that it calls"
     return kept, refused
 
 

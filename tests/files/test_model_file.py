@@ -53,6 +53,23 @@ def test_a_network_comes_back_the_same(network: nn.Module, path: Path) -> None:
     assert torch.equal(loaded(images), network(images))
 
 
+def test_an_older_file_whose_ranges_are_not_recorded_finds_them(
+    network: nn.Module, path: Path
+) -> None:
+    images, fresh = torch.randn(2, 3, 32, 32), read_schemes(network)
+    expected = network(images)
+    stages = read_metadata(path)["stages"]
+    for stage in stages.values():
+        stage["fraction_bits"] = 14
+        for run in stage["runs"]:
+            del run["exponent"]
+    _rewrite(path, stages=json.dumps(stages))
+    loaded = load(path)
+    assert read_schemes(loaded) == fresh  # nothing has been seen yet
+    assert torch.equal(loaded(images), expected)
+    assert read_schemes(loaded) == read_schemes(network) != fresh
+
+
 def test_an_unconverted_network_comes_back_too(tmp_path: Path) -> None:
     plain = build("resnet18", num_classes=3).eval()
     save(plain, tmp_path / "plain.safetensors")

@@ -124,12 +124,14 @@ def test_what_blocks_return_is_refused_where_it_is_used() -> None:
     model.collects = True
     first, *_, last = model(x())
     assert isinstance(last, Tensor)
+    assert first.shape == (3, 6)
+    assert first.dtype == torch.float32
     uses: list[Callable[[Any], Any]] = [
         torch.sum,
         nn.ReLU(),
         len,
         lambda y: y + 1,
-        lambda y: y.shape,
+        lambda y: y.mean(),
     ]
     for use in uses:
         with pytest.raises(UsageError, match="used what one of them returned"):

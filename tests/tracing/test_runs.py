@@ -180,6 +180,7 @@ def test_children_of_a_module_that_does_more_stay() -> None:
             lambda: nn.Sequential(*(nn.Dropout() for _ in range(3))),
             "Dropout 2 does not add something",
         ),
+        (lambda: Bottleneck(8, 2), "it: no two modules of one class"),
         (Around, r"Counted 3 does not get the same further arguments .*: rate differs"),
     ],
 )

@@ -3,14 +3,23 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from runs import Log, Signals, assert_same, flip_a_bit, read_metrics, resume, small
 from safetensors.torch import load_file, save_file
 
-from momconv.errors import DataError, ModelFileError, ResourceError, UsageError
+from momconv.errors import (
+    DataError,
+    ModelFileError,
+    RangeOverflow,
+    ResourceError,
+    UsageError,
+)
 from momconv.files.model_file import read_metadata
+from momconv.momentum import equations
+from momconv.momentum.ranging import require_range
 from momconv.recipe import Recipe, load_recipe, recall_recipe
 from momconv.training.finetuning import NothingLeft, Result, finetune
 from momconv.training.interruption import Interrupted
@@ -454,3 +463,27 @@ def test_a_run_that_keeps_no_state_is_done_or_another_one(
         finetune(small(colours), folder, resume="auto")
     with pytest.raises(UsageError, match=f"{folder} has another run: train.seed from 0 to 1"):
         finetune(small(colours, "train.seed=1"), folder, resume="auto")
+
+
+def test_a_run_whose_ranges_have_been_widened_goes_on_exactly_after_a_kill(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(equations, "HEADROOM", 0)  # so that training outgrows what it saw first
+    widened: list[RangeOverflow] = []
+
+    def listening(*args: Any) -> None:
+        try:
+            require_range(*args)
+        except RangeOverflow as error:
+            widened.append(error)
+            raise
+
+    monkeypatch.setattr("momconv.momentum.sequential.require_range", listening)
+    recipe = small(colours, "momentum.strategy=momentum", "train.lr=4")
+    finetune(recipe, tmp_path / "straight")
+    in_all = len(widened)
+    with pytest.raises(SystemExit):
+        finetune(recipe, tmp_path / "run", listener=Signals(MICRO_BATCHES + 6, times=2))
+    assert len(widened) > in_all > 0
+    resume(tmp_path / "run")
+    assert_same(tmp_path / "straight", tmp_path / "run")
