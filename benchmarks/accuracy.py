@@ -11,6 +11,7 @@ MOMCONV_WEIGHTS names a folder that has them. Stacks are x + c B tanh(A x / s) s
 import copy
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -161,22 +162,21 @@ def make_stack(depth: int, scale: float, *, outliers: bool = False) -> tuple[nn.
     return nn.Sequential(*(Tanh(scale, weight) for _ in range(depth))), x
 
 
-CASES: dict[str, tuple[Callable[[], tuple[nn.Module, Tensor]], tuple[float, ...]]] = {
+Make = Callable[[], tuple[nn.Module, Tensor]]
+
+CASES: dict[str, tuple[Make, tuple[float, ...]]] = {
     "ViT": (make_vit, GAMMAS),
     "ConvNeXt": (make_convnext, GAMMAS),
     "Swin": (make_swin, GAMMAS),
     "GPT-2": (make_decoder, GAMMAS),
     "ResNet-20, published": (make_published("cifar_resnet20", "resnet20-12fca82f.th"), GAMMAS),
     "ResNet-32, published": (make_published("cifar_resnet32", "resnet32-d509ac18.th"), GAMMAS),
-    "12 blocks, |x| ~ 1, outliers of 300": (lambda: make_stack(12, 1.0, outliers=True), GAMMAS),
-} | {
-    f"{depth} blocks, |x| ~ {scale:g}": (
-        lambda depth=depth, scale=scale: make_stack(depth, scale),
-        gammas,
-    )
-    for depth, gammas in ((12, GAMMAS), (300, DEEP))
-    for scale in (1e-6, 1e-2, 1.0, 1e4)
+    "12 blocks, |x| ~ 1, outliers of 300": (partial(make_stack, 12, 1.0, outliers=True), GAMMAS),
 }
+for _depth, _gammas in ((12, GAMMAS), (300, DEEP)):
+    for _scale in (1e-6, 1e-2, 1.0, 1e4):
+        make = partial(make_stack, _depth, _scale)
+        CASES[f"{_depth} blocks, |x| ~ {_scale:g}"] = make, _gammas
 
 
 def measure(name: str) -> Iterator[Row]:

@@ -22,7 +22,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain, path = build("cifar_resnet20"), tmp_path_factory.mktemp("model") / "m.safetensors"
     replace_head(plain, ("ants", "bees"))
     plain(torch.randn(8, 3, 32, 32))  # BatchNorm statistics that are not those of a new network
-    model_file.save(convert(plain, 0.9), path)
+    converted = convert(plain, 0.9).eval()
+    converted(torch.randn(2, 3, 32, 32))  # and ranges that are recorded
+    model_file.save(converted, path)
     return path
 
 

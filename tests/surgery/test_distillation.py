@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
 
 from momconv.errors import DataError
-from momconv.momentum.sequential import MomentumSequential, Run
+from momconv.momentum.sequential import MomentumSequential, Run, set_strategy
 from momconv.surgery.calibration import calibrate
 from momconv.surgery.conversion import convert
 from momconv.surgery.distillation import distill
@@ -199,6 +199,25 @@ def test_all_parameters_learn_or_the_norms_alone() -> None:
     assert {key.split(".")[2] for key in changed(student, before)} == {"norm"}
     distill(student, teacher, images(), epochs=20)
     assert changed(student, before) >= {"stem.weight", "stage.0.conv.weight", "head.weight"}
+
+
+def test_a_recorded_range_is_widened_where_distillation_needs_it() -> None:
+    student, teacher = converted()
+    for weight in (teacher.get_parameter("stem.weight"), student.get_parameter("stem.weight")):
+        weight.data.mul_(100)
+    stage_of(student).set_range(0, 1)
+    distill(student, teacher, images(), epochs=1)
+    distilled = {}
+    for strategy in ("store", "momentum"):
+        one = copy.deepcopy(student).eval()
+        set_strategy(one, strategy)  # type: ignore[arg-type]
+        y = one(images()[0])
+        y.square().mean().backward()
+        distilled[strategy] = [y, *(p.grad for p in one.parameters() if p.grad is not None)]
+    assert all(map(torch.equal, *distilled.values()))
+    (run,) = stage_of(one).runs or ()
+    assert run.exponent is not None
+    assert run.exponent > 1
 
 
 def test_distillation_is_the_same_each_time() -> None:
