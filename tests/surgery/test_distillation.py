@@ -210,7 +210,7 @@ def test_a_recorded_range_is_widened_where_distillation_needs_it() -> None:
     distilled = {}
     for strategy in ("store", "momentum"):
         one = copy.deepcopy(student).eval()
-        set_strategy(one, strategy)  # type: ignore[arg-type]
+        set_strategy(one, strategy)
         y = one(images()[0])
         y.square().mean().backward()
         distilled[strategy] = [y, *(p.grad for p in one.parameters() if p.grad is not None)]
