@@ -26,7 +26,7 @@ _EPOCHS = 6  # of distillation
 _TOLD = {
     "swapped": "rule swapped",
     "statistics": "statistics chosen",
-    "refined": "gains and norms refined",
+    "refined": "layers fitted, gains and norms refined",
     "distilled": "distilled",
 }
 

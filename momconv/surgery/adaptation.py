@@ -23,7 +23,7 @@ class AdaptationStep:
 
     Attributes:
         name: The rule "swapped" (gains included), "statistics" of BatchNorm re-estimated where
-            that helps, gains and norms "refined", or all parameters "distilled".
+            that helps, layers fitted and gains and norms "refined", or all parameters "distilled".
         drift: From the original, on images that no step uses.
     """
 
@@ -72,7 +72,7 @@ class Adaptation:
         return self.steps[-1].drift
 
     def calibrate(self, batches: Iterable[Tensor], count: int, *, refine: bool = True) -> None:
-        """Re-estimate statistics on ``count`` images in ``batches``, then refine gains and norms.
+        """Re-estimate statistics on ``count`` images in ``batches``, then fit layers and refine.
 
         See :func:`momconv.calibrate`, which does not keep new statistics that are worse.
         """

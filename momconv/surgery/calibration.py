@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from momconv.errors import DataError
 from momconv.exhaustion import Parts
 from momconv.states import in_eval_mode, keep_buffers
+from momconv.surgery.fitting import Fitting
 from momconv.surgery.imitation import (
     CHUNK,
     Images,
@@ -24,10 +26,11 @@ from momconv.surgery.imitation import (
     read_repeatedly,
     trainable_gains,
 )
+from momconv.surgery.stem import leave_stem
 
-_STEPS, _FEWEST_STEPS = 150, 20
+_STEPS = 32  # of a pass, unless that takes very small ones or large ones
 _FEWEST_IMAGES = 2  # at once: BatchNorm may not be able to take one alone
-_RATE = 1e-2  # for the most steps; fewer take larger ones
+_RATE = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,8 @@ class Calibration:
 
     Attributes:
         layers: How many BatchNorm layers have new statistics; 0 if the old ones were better.
-        imitation: How the gains and norms were refined; None without the original network.
+        imitation: How close fitting layers and refining gains and norms brought it to the original
+            network; None without that.
     """
 
     layers: int
@@ -54,12 +58,12 @@ def calibrate(
     """Adapt ``model`` to the momentum rule, which shifts the distribution of its activations.
 
     First, BatchNorm's running statistics become their average over ``batches``; given the
-    ``original``, only if that brings the network closer to it. Then the gains of the runs and the
-    scales and shifts of all normalisation layers are trained, for 150 steps of up to 50 images, to
-    reproduce its logits and the outputs of its stages. No label is used, no weight of a convolution
-    or linear layer changes. On a fifth of the images, held out, the result is never further from
-    the original than the network was before. Where memory runs out, batches go through the network
-    in smaller parts.
+    ``original``, only if that brings the network closer to it. Then, in one pass over them, the
+    first and the last layer of the blocks in runs are fitted to what the original computes, in
+    closed form; and in another one the gains of the runs and the scales and shifts of all
+    normalisation layers are trained to reproduce its logits and the outputs of its stages. No label
+    is used. On a fifth of the images, held out, the result is never further from the original than
+    the network was before. Where memory runs out, batches go through the network in smaller parts.
 
     Args:
         model: The converted network, on any device. Its training flags stay as they are.
@@ -68,10 +72,10 @@ def calibrate(
             they should be of one size, and large: 100 images or more.
         original: The network that ``model`` was converted from, on the same device. It stays as it
             is.
-        most_images: Take fewer steps, but 20 at least, so as not to read more than so many images,
-            each time that one is read counted.
+        most_images: Take fewer steps, but one of each kind at least, so as not to read more than so
+            many images, each time that one is read counted.
         progress: Hears of steps done, of all steps, and of the time left. A KeyboardInterrupt
-            during the training, from here too, ends it early with the best values so far.
+            during these, from here too, ends it early with the best values so far.
 
     Raises:
         DataError: There are no batches. The statistics are then, as after any exception, as before.
@@ -107,17 +111,53 @@ def refine(
     progress: OnStep | None = None,
 ) -> Imitation:
     """Return the second half of :func:`calibrate`, for which ``images`` must hold some out."""
+    chunk, most = images.find_chunk(_STEPS), most_images or math.inf
+    fits, steps = (_count_steps(images, size, most / 2) for size in (CHUNK, chunk))
+
+    def tell(before: int, done: int, _: int, left: str) -> None:
+        if progress:
+            progress(before + done, fits + steps, left)
+
+    before = measure_divergence(model, original, images.held_out)
+    if _fit_if_closer(model, original, images, Schedule(fits, partial(tell, 0)), before):
+        after = measure_divergence(model, original, images.held_out)
+        return Imitation(0, before, after, interrupted=True)
     with trainable_gains(model) as gains:
-        steps = _count_steps(most_images)
-        groups = [(gains + norm_parameters(model), _RATE * math.sqrt(_STEPS / steps))]
-        chunks = read_repeatedly(images, Schedule(steps, progress))
-        return imitate(model, original, groups, chunks, images.held_out)
+        groups = [(gains + norm_parameters(model), _RATE)]
+        chunks = read_repeatedly(images, Schedule(steps, partial(tell, fits)), chunk)
+        done = imitate(model, original, groups, chunks, images.held_out)
+    return replace(done, before=before)
 
 
-def _count_steps(most_images: int | None) -> int:
-    if most_images is None:
-        return _STEPS
-    return min(_STEPS, max(_FEWEST_STEPS, most_images // CHUNK))
+def _count_steps(images: Images, chunk: int, most: float) -> int:
+    """Return the steps of one pass, or of the part of it that does not read more images."""
+    return int(min(images.count_steps(chunk), max(1, most / chunk)))
+
+
+def _fit_if_closer(
+    model: nn.Module, original: nn.Module, images: Images, schedule: Schedule, before: float
+) -> bool:
+    """Fit layers, but undo that if ``model`` is no closer to the original than ``before``.
+
+    Returns:
+        Whether a KeyboardInterrupt has ended it early.
+    """
+    example = images.held_out[0][:1].to(next(model.parameters()).device)
+    fitting, interrupted = Fitting(model, original, example), False
+    try:
+        with in_eval_mode(model, original):
+            for few, _ in read_repeatedly(images, schedule, CHUNK) if fitting.layers else ():
+                fitting.take(few)
+    except KeyboardInterrupt:
+        leave_stem(model)
+        leave_stem(original)
+        interrupted = True
+    except BaseException:
+        fitting.undo()
+        raise
+    if not measure_divergence(model, original, images.held_out) < before:
+        fitting.undo()
+    return interrupted
 
 
 def _estimate_if_closer(

@@ -9,6 +9,7 @@ from torchvision.transforms import v2
 
 from momconv.errors import DataError
 from momconv.surgery.imitation import (
+    CHUNK,
     Images,
     Imitation,
     OnStep,
@@ -73,8 +74,8 @@ def distill(  # noqa: PLR0913 (one for each choice)
             others = {id(parameter) for parameter in norms}
             rest = [p for p in student.parameters() if id(p) not in others and p.requires_grad]
             groups.append((rest, _RATE))
-        schedule = Schedule(epochs * images.steps, progress, minutes)
-        steps = enumerate(read_repeatedly(images, schedule))
+        schedule = Schedule(epochs * images.count_steps(), progress, minutes)
+        steps = enumerate(read_repeatedly(images, schedule, CHUNK))
         augmented = ((_augment(chunk, seed=n), share) for n, (chunk, share) in steps)
         return imitate(student, teacher, groups, augmented, images.held_out)
 

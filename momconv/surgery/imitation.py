@@ -30,7 +30,7 @@ from momconv.units import format_duration
 OnStep = Callable[[int, int, str], None]
 Portion = tuple[Tensor, float]  # images, and which share of the work is done before them
 
-CHUNK = 50  # images of a step
+CHUNK, _SMALLEST_CHUNK = 50, 8  # images of a step
 _HELD_OUT = 5  # one image in so many
 _HELD_OUT_BATCHES = 8  # in which some are held out; they stay in memory
 _CHECK = 25  # steps between two looks at the images held out
@@ -60,25 +60,32 @@ class Images:
 
     Attributes:
         held_out: One image in five of the first eight batches.
-        steps: How many steps it takes to see all others once.
     """
 
     def __init__(self, batches: Iterable[Tensor]) -> None:
         self.held_out: list[Tensor] = []
-        self.steps = 0
+        self._counts: list[int] = []  # of the others, in each batch
         self._batches = batches
         self._generator = torch.Generator().manual_seed(0)
         for number, batch in enumerate(batches):
             kept = _kept(number, batch)
             if kept < len(batch):
                 self.held_out.append(batch[kept:].clone())
-            self.steps += math.ceil(kept / CHUNK)
+            self._counts.append(kept)
 
-    def read(self) -> Iterator[Tensor]:
+    def find_chunk(self, steps: int) -> int:
+        """Return how many images a step takes, so that a pass has about so many steps."""
+        return min(CHUNK, max(_SMALLEST_CHUNK, sum(self._counts) // steps))
+
+    def count_steps(self, chunk: int = CHUNK) -> int:
+        """Return how many steps it takes to see all images that are not held out."""
+        return sum(math.ceil(count / chunk) for count in self._counts)
+
+    def read(self, chunk: int = CHUNK) -> Iterator[Tensor]:
         """Yield the images of one step after the other, in an order that depends on the pass."""
         for number, batch in enumerate(self._batches):
             order = torch.randperm(_kept(number, batch), generator=self._generator)
-            for indices in order.chunk(math.ceil(len(order) / CHUNK)):
+            for indices in order.chunk(math.ceil(len(order) / chunk)):
                 yield batch[indices]
 
 
@@ -300,11 +307,11 @@ class Schedule:
         return share
 
 
-def read_repeatedly(images: Images, schedule: Schedule) -> Iterator[Portion]:
-    """Yield the images of each step, in as many passes as it takes."""
-    chunks = chain.from_iterable(images.read() for _ in count())
-    for done, chunk in enumerate(chunks):
+def read_repeatedly(images: Images, schedule: Schedule, chunk: int) -> Iterator[Portion]:
+    """Yield ``chunk`` images for each step, in as many passes as it takes."""
+    chunks = chain.from_iterable(images.read(chunk) for _ in count())
+    for done, few in enumerate(chunks):
         share = schedule.share(done)
         if share == 1:
             return
-        yield chunk, share
+        yield few, share

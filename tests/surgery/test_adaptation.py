@@ -16,8 +16,8 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("momconv.surgery.calibration._STEPS", 3)
 
 
-def batches(seed: int = 0) -> list[Tensor]:
-    return [torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(seed))]
+def batches(seed: int = 0, count: int = 20) -> list[Tensor]:
+    return [torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def names(adaptation: Adaptation) -> list[str]:
 
 def test_every_step_is_measured(original: nn.Module) -> None:
     adaptation = Adaptation(convert(original, stages="all"), Reference(original, batches(1)))
-    adaptation.calibrate(batches(), 20)
+    adaptation.calibrate(batches(count=100), 100)
     adaptation.distill(batches(), Distillation(epochs=1))
     assert names(adaptation) == ["swapped", "statistics", "refined", "distilled"]
     assert len({step.drift.distance for step in adaptation.steps}) >= 3
