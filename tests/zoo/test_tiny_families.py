@@ -78,7 +78,7 @@ def test_refined_gains_bring_a_swapped_network_closer_and_keep_it_exact(family: 
     plain = make(family, images)
     model = momconv.convert(plain, stages="all", gain=False, inputs=[images[:2]])
     before = gains(model)
-    imitation = momconv.calibrate(model, [images], plain, most_images=1).imitation
+    imitation = momconv.calibrate(model, [images] * 7, plain).imitation
     assert imitation is not None
     assert imitation.after < imitation.before
     assert all(new != old for new, old in zip(gains(model), before, strict=True))
