@@ -29,6 +29,7 @@ from momconv.surgery.imitation import (
 from momconv.surgery.stem import leave_stem
 
 _STEPS = 32  # of a pass, unless that takes very small ones or large ones
+_PASSES = 2  # in which gains and norms are refined
 _FEWEST_IMAGES = 2  # at once: BatchNorm may not be able to take one alone
 _RATE = 1e-2
 
@@ -60,7 +61,7 @@ def calibrate(
     First, BatchNorm's running statistics become their average over ``batches``; given the
     ``original``, only if that brings the network closer to it. Then, in one pass over them, the
     first and the last layer of the blocks in runs are fitted to what the original computes, in
-    closed form; and in another one the gains of the runs and the scales and shifts of all
+    closed form; and in two more the gains of the runs and the scales and shifts of all
     normalisation layers are trained to reproduce its logits and the outputs of its stages. No label
     is used. On a fifth of the images, held out, the result is never further from the original than
     the network was before. Where memory runs out, batches go through the network in smaller parts.
@@ -112,7 +113,9 @@ def refine(
 ) -> Imitation:
     """Return the second half of :func:`calibrate`, for which ``images`` must hold some out."""
     chunk, most = images.find_chunk(_STEPS), most_images or math.inf
-    fits, steps = (_count_steps(images, size, most / 2) for size in (CHUNK, chunk))
+    share = most / (1 + _PASSES)
+    fits = _count_steps(images, CHUNK, share)
+    steps = _PASSES * _count_steps(images, chunk, share)
 
     def tell(before: int, done: int, _: int, left: str) -> None:
         if progress:

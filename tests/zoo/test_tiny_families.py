@@ -23,7 +23,6 @@ from torchvision.models.swin_transformer import (
 from torchvision.models.vision_transformer import VisionTransformer
 
 import momconv
-from momconv.momentum.sequential import momentum_stages
 from momconv.zoo.networks import find_head
 
 SIDE, CLASSES = 32, 3
@@ -67,21 +66,15 @@ def make(family: str, images: Tensor) -> nn.Module:
     return plain
 
 
-def gains(model: nn.Module) -> list[tuple[float, ...]]:
-    return [run.gains for stage in momentum_stages(model).values() for run in stage.runs or ()]
-
-
 @pytest.mark.parametrize("family", TINY)
-def test_refined_gains_bring_a_swapped_network_closer_and_keep_it_exact(family: str) -> None:
+def test_calibration_brings_a_swapped_network_closer_and_keeps_it_exact(family: str) -> None:
     images = torch.randn(24, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     images = torch.cat([images, images[:6]])  # those held out: random weights do not generalise
     plain = make(family, images)
     model = momconv.convert(plain, stages="all", gain=False, inputs=[images[:2]])
-    before = gains(model)
     imitation = momconv.calibrate(model, [images] * 7, plain).imitation
     assert imitation is not None
     assert imitation.after < imitation.before
-    assert all(new != old for new, old in zip(gains(model), before, strict=True))
 
     def left_of_a_step(strategy: str) -> list[Tensor]:
         network = copy.deepcopy(model).train()
