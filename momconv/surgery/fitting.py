@@ -275,9 +275,15 @@ def _sample_inputs(x: Tensor, layer: Linear, places: Places) -> Tensor:
     """Return all that the outputs of ``layer`` there are sums over, (rows, inputs)."""
     if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):
         return _sample(x, places, is_image=isinstance(layer, nn.Conv2d))
-    how = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-    patches = (F.unfold(image, *how) for image in x.split(1))  # type: ignore[arg-type]
-    return torch.cat([_sample(patch, places, is_image=True) for patch in patches])
+    (high, wide), (down, right), (step, stride) = layer.kernel_size, layer.dilation, layer.stride
+    x = F.pad(x, [n for side in reversed(layer.padding) for n in (side, side)])
+    columns = (x.shape[3] - right * (wide - 1) - 1) // stride + 1
+    rows = (x.shape[2] - down * (high - 1) - 1) // step + 1
+    chosen = places(rows * columns)[:, None, None]
+    heights = chosen // columns * step + (torch.arange(high) * down)[:, None]
+    widths = chosen % columns * stride + torch.arange(wide) * right
+    patches = x[:, :, heights.to(x.device), widths.to(x.device)]  # B × C × places × kernel
+    return patches.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class _Path:

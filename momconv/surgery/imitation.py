@@ -104,8 +104,8 @@ def imitate(
     """Train the parameters in ``groups``, of a learning rate each, on the images of ``steps``.
 
     However this ends, by an exception or a KeyboardInterrupt too, the student then has the values
-    with which it was closest to the teacher on the images held out: at the beginning, after every
-    25 steps or at the end. A KeyboardInterrupt, which may come from ``steps``, is not raised again.
+    with which it was clearly closest to the teacher on the images held out: at the beginning, after
+    every 25 steps or at the end. A KeyboardInterrupt, which may come from ``steps``, is not raised again.
     """
     done, interrupted, parts = 0, False, Parts()
     with in_eval_mode(student, teacher), _training_only(student, groups), ExitStack() as undo:
@@ -164,30 +164,29 @@ class _Pair:
         with torch.no_grad():
             logits, features = _trace(self._teacher, self._stages, images)
         own_logits, own_features = _trace(self._student, self._stages, images)
-        loss = _divergence(own_logits, logits)
+        loss = _divergences(own_logits, logits).mean()
         for own, other in zip(own_features, features, strict=True):
             variance = other.var(correction=0).clamp_min(1e-12)
             loss = loss + F.mse_loss(own, other) / variance / len(features)
         return loss
 
     @torch.no_grad()
-    def divergence(self) -> float:
-        """Return the mean KL(teacher ‖ student) on the images held out, in nats."""
-        total = 0.0
-        for batch, target in zip(self._held_out, self._targets, strict=True):
-            total += len(batch) * float(_divergence(self._run(self._student, batch), target))
-        return total / sum(map(len, self._held_out))
+    def divergences(self) -> Tensor:
+        """Return KL(teacher ‖ student) of each image that is held out, in nats."""
+        pairs = zip(self._held_out, self._targets, strict=True)
+        each = [_divergences(self._run(self._student, batch), target) for batch, target in pairs]
+        return torch.cat(each).double()
 
 
 def measure_divergence(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor]) -> float:
     """Return the mean KL(teacher ‖ student) of the logits, in nats."""
     with in_eval_mode(student, teacher):
-        return _Pair(student, teacher, batches).divergence()
+        return _Pair(student, teacher, batches).divergences().mean().item()
 
 
-def _divergence(logits: Tensor, target: Tensor) -> Tensor:
+def _divergences(logits: Tensor, target: Tensor) -> Tensor:
     p, q = F.log_softmax(target.float(), 1), F.log_softmax(logits.float(), 1)
-    return F.kl_div(q, p, log_target=True, reduction="batchmean")
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(1)
 
 
 def _trace(model: nn.Module, stages: Sequence[str], images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -208,15 +207,26 @@ class _Best:
 
     def __init__(self, pair: _Pair, parameters: Sequence[nn.Parameter]) -> None:
         self.pair, self._parameters = pair, parameters
-        self.first = self.divergence = pair.divergence()
+        self._divergences = pair.divergences()
+        self.first = self.divergence
         self._values = [parameter.detach().clone() for parameter in parameters]
 
+    @property
+    def divergence(self) -> float:
+        """The mean KL(teacher ‖ student) on the images held out, in nats."""
+        return self._divergences.mean().item()
+
     def look(self) -> None:
-        """Remember the present values if they are better. What is not a number is not better."""
-        divergence = self.pair.divergence()
-        if divergence < self.divergence:
-            values = [parameter.detach().clone() for parameter in self._parameters]
-            self.divergence, self._values = divergence, values
+        """Remember the present values if they are better. What is not a number is not better.
+
+        A few images held out would take chance for progress: their mean gain has to be more than
+        its standard error.
+        """
+        divergences = self.pair.divergences()
+        gains = self._divergences - divergences
+        if gains.mean() > gains.std(correction=0) / math.sqrt(len(gains)):
+            self._values = [parameter.detach().clone() for parameter in self._parameters]
+            self._divergences = divergences
 
     @torch.no_grad()
     def restore(self) -> None:
