@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from momconv.momentum.sequential import forget_ranges
 from momconv.surgery import calibration
 from momconv.surgery.calibration import adapt_statistics
 from momconv.surgery.distillation import distill
@@ -116,6 +117,7 @@ class Adaptation:
         )
 
     def _note(self, name: Literal["swapped", "statistics", "refined", "distilled"]) -> None:
+        forget_ranges(self.model)  # those of other weights
         self.steps.append(AdaptationStep(name, self._reference.compare(self.model)))
 
 

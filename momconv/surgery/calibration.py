@@ -146,7 +146,7 @@ def _fit_if_closer(
         Whether a KeyboardInterrupt has ended it early.
     """
     example = images.held_out[0][:1].to(next(model.parameters()).device)
-    fitting, interrupted = Fitting(model, original, example), False
+    fitting, interrupted = Fitting(model, original, example, images.count), False
     try:
         with in_eval_mode(model, original):
             for few, _ in read_repeatedly(images, schedule, CHUNK) if fitting.layers else ():

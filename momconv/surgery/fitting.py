@@ -10,6 +10,7 @@ images best that were left out. Images come in chunks. In each, a layer is solve
 has seen, before what follows it runs, which so is fitted to the inputs that it is going to get.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -27,6 +28,7 @@ from momconv.states import in_eval_mode, without_hooks
 
 _WIDEST = 2560  # inputs of a layer: what it takes to solve it grows with their cube
 _PENALTIES = [10.0**n for n in range(-5, 4)]  # times the mean square of the inputs
+_ROWS = 20  # for each input of a layer, from all images together
 _LEFT_OUT = 5  # one image in so many decides on the penalty
 _DEAD = 1e-3  # of the most that an output counts for in its block: it is left as it is
 
@@ -41,8 +43,11 @@ class Fitting:
             output has inputs of its own, have none; nor has a network without momentum.
     """
 
-    def __init__(self, model: nn.Module, original: nn.Module, example: Tensor) -> None:
-        """``example`` is an image (1, 3, H, W) on the networks' device, to see them at work on."""
+    def __init__(self, model: nn.Module, original: nn.Module, example: Tensor, images: int) -> None:
+        """``example`` is an image (1, 3, H, W) on the networks' device, to see them at work on.
+
+        So many ``images`` are to come.
+        """
         self._model, self._original = model, original
         self._runs: list[_Run] = []
         self._parts, self._chunks = Parts(), 0
@@ -53,7 +58,7 @@ class Fitting:
             order = _Order(model, example)
         for name, stage in stages.items():
             twin = original.get_submodule(name)
-            self._runs += [_Run(stage, run, twin, order) for run in stage.followed]
+            self._runs += [_Run(stage, run, twin, order, images) for run in stage.followed]
 
     @property
     def layers(self) -> int:  # noqa: D102 (said above)
@@ -69,7 +74,7 @@ class Fitting:
         self._chunks += 1
         with ExitStack() as hooks:
             for run in self._runs:
-                run.watch(hooks, self._chunks, len(images))
+                run.watch(hooks, self._chunks)
             self._original(images)
         with ExitStack() as hooks:
             for run in self._runs:
@@ -225,7 +230,9 @@ def _ridge(a: Tensor, b: Tensor, penalty: Tensor, original: Tensor) -> Tensor:
 class _Run:
     """The blocks of a run beside those of the original, at a sample of places in each image."""
 
-    def __init__(self, stage: MomentumSequential, run: Run, twin: nn.Module, order: _Order) -> None:
+    def __init__(
+        self, stage: MomentumSequential, run: Run, twin: nn.Module, order: _Order, images: int
+    ) -> None:
         names = [*stage._modules]
         blocks = [stage.get_submodule(names[n]) for n in run.blocks]
         steps = coefficients(stage.gamma, run.gains, stage.velocity)
@@ -236,17 +243,18 @@ class _Run:
             for block, n, step in zip(blocks, run.blocks, steps, strict=True)
         ]
         self._gamma = stage.gamma
-        self._rows = max((layer.inputs for layer in self.layers), default=0)
+        inputs = max((layer.inputs for layer in self.layers), default=0)
+        self._places = math.ceil(_ROWS * inputs / images)
 
     @property
     def layers(self) -> list[_Layer]:
         """Those that are fitted."""
         return [layer for block in self._blocks for layer in block.layers]
 
-    def watch(self, hooks: ExitStack, chunk: int, images: int) -> None:
-        """Note what the original does with ``images``, of a chunk of that number."""
+    def watch(self, hooks: ExitStack, chunk: int) -> None:
+        """Note what the original does with the images of the chunk of this number."""
         for block in self._blocks:
-            block.watch(hooks, partial(_choose, chunk, -(-self._rows // images)))
+            block.watch(hooks, partial(_choose, chunk, self._places))
 
     def fit(self, hooks: ExitStack) -> None:
         """Fit the layers as they are called."""

@@ -73,9 +73,14 @@ class Images:
                 self.held_out.append(batch[kept:].clone())
             self._counts.append(kept)
 
+    @property
+    def count(self) -> int:
+        """How many are not held out."""
+        return sum(self._counts)
+
     def find_chunk(self, steps: int) -> int:
         """Return how many images a step takes, so that a pass has about so many steps."""
-        return min(CHUNK, max(_SMALLEST_CHUNK, sum(self._counts) // steps))
+        return min(CHUNK, max(_SMALLEST_CHUNK, self.count // steps))
 
     def count_steps(self, chunk: int = CHUNK) -> int:
         """Return how many steps it takes to see all images that are not held out."""
@@ -105,7 +110,7 @@ def imitate(
 
     However this ends, by an exception or a KeyboardInterrupt too, the student then has the values
     with which it was clearly closest to the teacher on the images held out: at the beginning, after
-    every 25 steps or at the end. A KeyboardInterrupt, which may come from ``steps``, is not raised again.
+    every 25 steps or at the end. A KeyboardInterrupt, which ``steps`` may raise, goes no further.
     """
     done, interrupted, parts = 0, False, Parts()
     with in_eval_mode(student, teacher), _training_only(student, groups), ExitStack() as undo:

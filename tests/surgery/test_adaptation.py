@@ -69,7 +69,7 @@ def test_progress_tells_images_and_steps(original: nn.Module) -> None:
     adaptation.distill(batches(), Distillation(epochs=2))
     adaptation.distill(batches(), Distillation(minutes=1e-9))
     assert told[0] == ("statistics", 20, 20)
-    assert ("refining", 3, 3) in told
+    assert ("refining", 5, 5) in told
     assert ("distilling", 2, 2) in told
     assert told[-1][0] == "distilling (seconds)"
 

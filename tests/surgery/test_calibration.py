@@ -225,7 +225,7 @@ def test_gains_are_kept_as_they_were_trained_where_a_block_is_used_several_times
     assert [run.gains for run in net.runs or ()] == [(1.5, 1.5, 2.5, 1.5)]
 
 
-@pytest.mark.parametrize(("most", "steps"), [(10, 1), (40, 2), (None, 4)])
+@pytest.mark.parametrize(("most", "steps"), [(10, 2), (60, 4), (None, 8)])
 def test_it_reads_no_more_images_than_it_may(most: int | None, steps: int) -> None:
     original = adapted(1)
     done = calibrate(convert(original), pictures(1), original, most_images=most)

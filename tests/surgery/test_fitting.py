@@ -68,7 +68,7 @@ def distance(model: nn.Module, original: nn.Module) -> float:
 
 
 def fit(model: nn.Module, original: nn.Module) -> Fitting:
-    fitting = Fitting(model, original, images()[:1])
+    fitting = Fitting(model, original, images()[:1], len(images()))
     for chunk in images().split(20):
         fitting.take(chunk)
     return fitting
@@ -141,8 +141,8 @@ def test_blocks_that_are_used_twice_are_left_alone() -> None:
 def test_networks_without_momentum_and_of_momentum_have_nothing_to_fit() -> None:
     original = conv_net(cut=False)
     model = convert(original, 0.9, stages="all").eval()
-    assert Fitting(original, original, images()[:1]).layers == 0
-    assert Fitting(revert(model), model, images()[:1]).layers == 0
+    assert Fitting(original, original, images()[:1], 60).layers == 0
+    assert Fitting(revert(model), model, images()[:1], 60).layers == 0
     assert momentum_stages(model)
 
 
