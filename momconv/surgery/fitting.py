@@ -284,7 +284,8 @@ def _sample_inputs(x: Tensor, layer: Linear, places: Places) -> Tensor:
     if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):
         return _sample(x, places, is_image=isinstance(layer, nn.Conv2d))
     (high, wide), (down, right), (step, stride) = layer.kernel_size, layer.dilation, layer.stride
-    x = F.pad(x, [n for side in reversed(layer.padding) for n in (side, side)])
+    above, beside = map(int, layer.padding)
+    x = F.pad(x, (beside, beside, above, above))
     columns = (x.shape[3] - right * (wide - 1) - 1) // stride + 1
     rows = (x.shape[2] - down * (high - 1) - 1) // step + 1
     chosen = places(rows * columns)[:, None, None]

@@ -99,7 +99,7 @@ def test_a_run_with_real_weights_begins_close_to_the_original(
     # The original normalises with the statistics of these images too, as training does.
     transform = evaluation_transform(describe(plain).preprocessing)
     train = LabelledImages(read_classes_folder(photos / "train"), transform, seed=None)
-    calibrate(plain, torch.stack([pixels for pixels, _ in train]).split(25))
+    calibrate(plain, torch.stack([train[n][0] for n in range(len(train))]).split(25))
     original = evaluate(plain.eval(), val)
     assert scores["true"].agreement(original) > 0.87
     assert scores["true"].agreement(original) > scores["false"].agreement(original) + 0.03
