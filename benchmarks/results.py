@@ -97,6 +97,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]] | None] = {
     "zoo": partial(spread, by=(), values=(_RATIO,)),
     "batches": None,
     "conversion": None,
+    "photographs": show_all,
     "prediction": partial(spread, by=("precision", "strategy"), values=("% of step", "% of whole")),
     "gpu": gpu.present,
     "loading": show_all,

@@ -10,6 +10,7 @@ images best that were left out. Images come in chunks. In each, a layer is solve
 has seen, before what follows it runs, which so is fitted to the inputs that it is going to get.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -142,7 +143,7 @@ class _Layer:
         self._original = self._values = torch.cat([weight, bias[:, None]], 1)
         self._mean = None if self._norm is None else _mean_of(self._norm).clone()
         self._sums: list[tuple[Tensor, Tensor]] = []  # of the images to fit to, and of the others
-        self._chunks = 0
+        self._chunks, self._penalty = 0, len(_PENALTIES) // 2
 
     @property
     def inputs(self) -> int:
@@ -174,23 +175,25 @@ class _Layer:
     def _solve(self) -> Tensor:
         """Return the weights that suit best, in double precision on the CPU."""
         (a, b), (a_, b_) = [(a.cpu().double(), b.cpu().double()) for a, b in self._sums]
-        best = original = self._original.cpu().double()
+        original = self._original.cpu().double()
         importance = self._weigh_outputs().cpu().double()
+        unit = torch.eye(len(a), dtype=a.dtype) * a.diagonal()[:-1].mean()
+        unit[-1, -1] *= 1e-9 if self._is_shifting else 1e9
 
-        def err(w: Tensor) -> float:
-            return float((((w @ a_) * w).sum(1) - 2 * (w * b_).sum(1)) @ importance)
+        def err(weights: Tensor) -> float:
+            """Return the error on the images left out, but for what is the same for all weights."""
+            fit = ((weights @ a_) * weights).sum(1) - 2 * (weights * b_).sum(1)
+            return (fit @ importance).nan_to_num(nan=math.inf).item()
 
-        penalised = torch.eye(len(a), dtype=a.dtype) * a.diagonal()[:-1].mean()
-        penalised[-1, -1] *= 1e-9 if self._is_shifting else 1e9
-        lowest, strength = err(original), None
-        for penalty in _PENALTIES:
-            solved = _ridge(a, b, penalty * penalised, original)
-            if (error := err(solved)) < lowest:
-                lowest, strength = error, penalty
-        if strength is not None:
-            grown = strength * (1 + a_[-1, -1] / a[-1, -1])
-            best = _ridge(a + a_, b + b_, grown * penalised, original)
-        return best.to(self._original)
+        @functools.cache
+        def err_of_penalty(number: int) -> float:
+            return err(_ridge(a, b, _PENALTIES[number] * unit, original))
+
+        self._penalty = _descend(err_of_penalty, self._penalty, len(_PENALTIES))
+        if err(original) <= err_of_penalty(self._penalty):
+            return self._original
+        grown = _PENALTIES[self._penalty] * (1 + a_[-1, -1] / a[-1, -1])
+        return _ridge(a + a_, b + b_, grown * unit, original).to(self._original)
 
     @property
     def _is_shifting(self) -> bool:
@@ -217,6 +220,16 @@ class _Layer:
 def _mean_of(norm: _BatchNorm) -> Tensor:
     assert norm.running_mean is not None
     return norm.running_mean
+
+
+def _descend(height: Callable[[int], float], start: int, count: int) -> int:
+    """Return where, among ``count`` places in a row, going down from ``start`` ends."""
+    place = start
+    while (
+        lowest := min(range(max(0, place - 1), min(count, place + 2)), key=height)
+    ) != place and height(lowest) < height(place):
+        place = lowest
+    return place
 
 
 def _ridge(a: Tensor, b: Tensor, penalty: Tensor, original: Tensor) -> Tensor:

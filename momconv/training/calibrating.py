@@ -13,6 +13,7 @@ from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.decoding import UnreadableImage
 from momconv.data.source import ImageSet
 from momconv.data.transforms import evaluation_transform
+from momconv.planner.plan import Plan
 from momconv.recipe import Recipe, TrainRecipe
 from momconv.surgery.calibration import Calibration, calibrate
 from momconv.training.batches import split_epoch
@@ -24,6 +25,7 @@ from momconv.zoo.networks import find_head
 _IMAGES = 2000
 _BATCH = 100
 _SHARE = 2  # of the images that training sees
+_WORK = 4  # steps of training, of which each image takes the time
 _OF_ORIGINAL = "adapting BatchNorm to these images"
 _TITLES = (_OF_ORIGINAL, "adapting it to momentum", "holding out images")  # of the first passes
 
@@ -33,6 +35,14 @@ def needs_calibration(model: nn.Module, recipe: Recipe) -> bool:
     start, wanted = recipe.model, recipe.momentum.calibrate
     just_converted = start.from_file is None and start.weights != "none"
     return wanted and just_converted and read_gamma(model) > 0
+
+
+def estimate_seconds(images: int, plan: Plan, recipe: TrainRecipe) -> float | None:
+    """Return about how long it takes on so many training images; None if no step was measured."""
+    if not plan.is_calibrated or plan.seconds_per_image is None:
+        return None
+    seen = min(_WORK * min(images, _IMAGES), _SHARE * recipe.epochs * images)
+    return seen * plan.seconds_per_image
 
 
 def calibrate_on(  # noqa: PLR0913 (one for each choice)

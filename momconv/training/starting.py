@@ -16,7 +16,7 @@ from momconv.recipe import Recipe, dump_recipe
 from momconv.surgery.conversion import set_gamma
 from momconv.training import network
 from momconv.training.batches import describe_imbalance
-from momconv.training.calibrating import calibrate_on, needs_calibration
+from momconv.training.calibrating import calibrate_on, estimate_seconds, needs_calibration
 from momconv.training.images import (
     CheckedImages,
     examine_together,
@@ -40,6 +40,7 @@ from momconv.training.rate_finder import find_rate
 from momconv.training.run import Assignment, TrainingRun, make_run
 from momconv.training.saving import begin
 from momconv.training.steps import fewest_images
+from momconv.units import format_duration
 from momconv.zoo.description import Preprocessing, describe, mark_as_seen
 
 _NO_MOMENTUM = (
@@ -164,7 +165,14 @@ def _plan(
     if plan.gamma is not None or plan.precision != request.precision:
         listener.tell(_describe_changes(recipe))
     tell_of_plan(plan, model, listener)
+    if needs_calibration(model, recipe):
+        _tell_of_calibrating(plan, recipe, len(splits.train.samples), listener)
     return recipe, model, plan
+
+
+def _tell_of_calibrating(plan: Plan, recipe: Recipe, images: int, listener: Listener) -> None:
+    if seconds := estimate_seconds(images, plan, recipe.train):
+        listener.tell(f"note: calibrating takes about {format_duration(seconds)} before that")
 
 
 def _describe_changes(recipe: Recipe) -> str:
