@@ -85,11 +85,11 @@ def _run(func: OpOverload, args: Sequence[Any], images: int) -> Course:
 
 
 def _make(like: Tensor, images: int | None = None) -> Tensor:
-    """Return zeros in the layout of ``like``."""
+    """Return a tensor of any values in the layout of ``like``."""
     shape = [*like.shape] if images is None else [images, *like.shape[1:]]
     reach = sum((size - 1) * step for size, step in zip(shape, like.stride(), strict=True))
-    zeros = torch.zeros(reach + 1, dtype=like.dtype, device=_CPU)
-    return zeros.as_strided(shape, like.stride())
+    values = torch.empty(reach + 1, dtype=like.dtype, device=_CPU)
+    return values.as_strided(shape, like.stride())
 
 
 def _describe(func: OpOverload, args: Sequence[Any], images: int) -> str:
