@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -63,20 +64,27 @@ def are_sharded(modules: Iterable[nn.Module]) -> bool:
 def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, calls of these and of what is in them are nobody's business: no hook learns of them.
 
-    But for those that they need in order to compute anything: see :func:`are_sharded`.
+    Nor do those of all modules that there are. But those that these need in order to compute
+    anything stay: see :func:`are_sharded`.
     """
     if are_sharded(modules):
         yield
         return
     inner = {inner for module in modules for inner in module.modules()}
     kept = [(one, one._forward_pre_hooks, one._forward_hooks) for one in inner]
+    of_all = (_global_forward_pre_hooks, _global_forward_hooks)
+    kept_of_all = [hooks.copy() for hooks in of_all]
     for one, _, _ in kept:
         one._forward_pre_hooks, one._forward_hooks = OrderedDict(), OrderedDict()
+    for hooks in of_all:
+        hooks.clear()
     try:
         yield
     finally:
         for one, before, after in kept:
             one._forward_pre_hooks, one._forward_hooks = before, after
+        for hooks, before in zip(of_all, kept_of_all, strict=True):
+            hooks.update(before)
 
 
 def version_of(tensor: Tensor) -> int:

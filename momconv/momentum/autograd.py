@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from momconv.momentum.equations import Rule, remainder_bounds, step, to_grid, widen
-from momconv.momentum.replay import Replay, before_backward
+from momconv.momentum.replay import Replay, before_backward, evaluate
 from momconv.momentum.segment import Call
 from momconv.momentum.trajectory import Trajectory
 from momconv.states import is_graph_made
@@ -75,7 +75,7 @@ def _compose(
     v = torch.zeros_like(x)
     state = x.detach().double(), v.detach().double(), v.detach().double()
     for n, (is_full, _) in enumerate(remainder_bounds(rule.gamma, len(blocks))):
-        y = blocks[n](x, *args)
+        y = evaluate(blocks[n], x, *args)
         if is_full:
             state = *state[:2], torch.zeros_like(state[2])
         state = step(*state, partial(_take, y.detach()), rule, n)

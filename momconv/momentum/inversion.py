@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from momconv.errors import InversionError
 from momconv.momentum.equations import Block, Rule, integrate, reverse, to_grid
+from momconv.momentum.replay import evaluate
 
 
 class EndState(NamedTuple):
@@ -67,4 +68,4 @@ def walk_back(
 
 
 def _call(block: nn.Module, args: tuple[Tensor, ...], dtype: torch.dtype) -> Block:
-    return lambda x: block(x.to(dtype), *args)
+    return lambda x: evaluate(block, x.to(dtype), *args)

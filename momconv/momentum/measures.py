@@ -6,6 +6,7 @@ The tensors have no gaps in memory.
 import torch
 from torch import Tensor
 
+_COLUMNS = 1021  # a prime, so that what is exchanged is hardly ever in one column
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
@@ -24,12 +25,23 @@ def magnitude(x: Tensor) -> Tensor:
 
 
 def checksum(x: Tensor) -> Tensor:
-    """The sum of x's bit patterns, an int64 scalar on x's device.
+    """A weighted sum of x's bit patterns, an int64 scalar on x's device.
 
-    They are read eight bytes at a time: sum() would make a copy in int64 of anything narrower.
+    They are read eight bytes at a time: sum() would make a copy in int64 of anything narrower. The
+    weights are odd, so that a single change is seen, and differ, so that an exchange of two is:
+    images in another order, for example, or mirrored ones.
     """
+    x = torch.view_as_real(x) if x.is_complex() else x
     in_order = sorted(range(x.dim()), key=x.stride, reverse=True)
     flat = x.detach().permute(in_order).reshape(-1)  # a copy only if there are gaps
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()  # in a place where eight bytes can be read
     whole = x.numel() - x.numel() % (8 // x.element_size())
     rest = flat[whole:].view(_BITS[x.element_size()]).sum()
-    return rest + flat[:whole].view(torch.int64).sum()
+    words = flat[:whole].view(torch.int64)
+    table = len(words) - len(words) % _COLUMNS
+    columns = words[:table].view(-1, _COLUMNS).sum(0)
+    columns[: len(words) - table] += words[table:]
+    if flat.dtype == torch.float64:  # of whose signs, the highest bits, two would cancel
+        rest = rest + flat.sum().view(torch.int64)
+    return rest + columns.mul_(torch.arange(1, 2 * _COLUMNS, 2, device=x.device)).sum()

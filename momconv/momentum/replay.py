@@ -44,20 +44,20 @@ class Replay:
 
     ``in_parts``, it is repeated twice: for the tensors from the middle on, and then for those
     before it; see faster/parts.py. It must compute what it did: its output is compared by a
-    checksum or, if it ``is_open`` and ends with the last tensor that it saves, that tensor is.
+    checksum or, if it ``is_open`` and has no output, all that it saves is.
     """
 
     def __init__(self, block: nn.Module, *, in_parts: bool = False, is_open: bool = False) -> None:
         self._block = block
         self._is_open = is_open
-        self._last: tuple[int, Tensor | None] = (0, None)  # what it saved last, and its number
         self._in_parts = in_parts
         self._cut: PlainCut | None = None  # during the first call
         modules = [*block.modules()]
         self._norms = Norms(modules)
         self._condition = Condition(modules, self._norms.others)
         # Of the first call:
-        self._sum: Tensor | None = None  # of what it computed
+        self._sum: Tensor | None = None  # of its output, or else of what it saved
+        self._sum_again: Tensor | None = None  # of what a repetition saved
         self._requires_grad: Sequence[bool] = ()  # x and the further arguments
         self._args: Sequence[Tensor] = ()
         self._autocast: dict[str, Any] = {}
@@ -114,8 +114,8 @@ class Replay:
             return tensor
         if self._cut:
             self._cut.note(tensor)
-        if self._is_open and not isinstance(tensor, nn.Parameter):
-            self._last = (self._count, tensor.detach())
+        if self._is_open:
+            self._sum = _plus(self._sum, tensor)
         self._count += 1
         return self._count - 1
 
@@ -128,9 +128,6 @@ class Replay:
         """Let the first tensor that backward asks for cause the repetition, for x."""
         self._middle = self._count
         self._inputs = self._detach(x)
-        number, last = self._last
-        self._sum = None if last is None else _sum(last)
-        self._last = (number, None)
 
     def repeat(self, x: Tensor, *, is_same: bool = True) -> Tensor:
         """The same call once more, keeping what it saves; x must equal the first one, if it can.
@@ -145,7 +142,7 @@ class Replay:
         with self._keeping(self._middle):
             y = self._call(inputs)
         if is_same:
-            self._require_same(y)
+            self._require_same(_sum(y))
         if self._middle:
             self._inputs = inputs
         else:
@@ -158,16 +155,16 @@ class Replay:
         # With a graph, of which nothing is kept: without one, PyTorch may take other kernels.
         with self._keeping(self._count):
             y = self._call(self._detach(x)).detach()
-        self._require_same(y)
+        self._require_same(_sum(y))
         return y
 
-    def _require_same(self, computed: Tensor) -> None:
-        """Do nothing if this is what the first call computed, which on a GPU waits for it.
+    def _require_same(self, computed: Tensor | None) -> None:
+        """Do nothing if this is the first call's checksum, which on a GPU waits for it.
 
         Raises:
             NotReproducible: It is something else.
         """
-        if self._sum is not None and _sum(computed) != self._sum:
+        if self._sum is not None and computed != self._sum:
             tell_fault(
                 NotReproducible(
                     f"a {self._block._get_name()} computed something else when it was run again",
@@ -201,10 +198,11 @@ class Replay:
         """The call as far as the middle, keeping what it saves."""
         self._stop_watching()  # if :meth:`repeat` has not, in a stem
         inputs, self._inputs = self._inputs, ()
+        self._sum_again = None
         with self._keeping(0, self._middle - 1):
             self._call(inputs)
         if self._is_open:
-            self._require_same(self._saved[self._last[0]])
+            self._require_same(self._sum_again)
         self._forget_random_state()
 
     @contextmanager
@@ -218,6 +216,8 @@ class Replay:
         def keep(tensor: Tensor) -> int | None:
             if self._norms.own(tensor):
                 return None
+            if self._is_open:
+                self._sum_again = _plus(self._sum_again, tensor)
             number = next(numbers)
             if number >= first:
                 self._saved[number] = tensor.detach()
@@ -312,6 +312,12 @@ def require_first_derivatives() -> None:
 def _sum(x: Tensor) -> Tensor | None:
     """Return a checksum of x, of which fakes have none."""
     return None if is_fake(x) else checksum(x)
+
+
+def _plus(total: Tensor | None, x: Tensor) -> Tensor | None:
+    """Return ``total``, None at first, with the checksum of one more tensor."""
+    added = _sum(x)
+    return added if total is None or added is None else 3 * total + added  # in this order
 
 
 class Enough(Exception):

@@ -24,6 +24,7 @@ from momconv.momentum.ranging import find_range, has_values, require_range, surv
 from momconv.momentum.replay import checkpoint, evaluate, without_autocast_cache
 from momconv.momentum.segment import Call, Segment
 from momconv.momentum.ways import Way
+from momconv.states import is_graph_made
 from momconv.tracing.runs import find_runs
 from momconv.vocabulary import Strategies
 
@@ -83,10 +84,10 @@ class Run:
         return range(self.start, self.stop)
 
 
-def _without(run: Run, gone: Sequence[int]) -> Run:
-    """Return the run once the blocks at these places are gone."""
-    start = run.start - sum(n < run.start for n in gone)
-    gains = tuple(g for n, g in zip(run.blocks, run.gains, strict=True) if n not in gone)
+def _without(run: Run, gone: int) -> Run:
+    """Return the run once the block at this place is gone."""
+    start = run.start - (gone < run.start)
+    gains = tuple(g for n, g in zip(run.blocks, run.gains, strict=True) if n != gone)
     return replace(run, start=start, stop=start + len(gains), gains=gains)
 
 
@@ -169,13 +170,14 @@ class MomentumSequential(nn.Sequential):
 
     @runs.setter
     def runs(self, runs: Sequence[Run] | None) -> None:
-        blocks = [*self.children()]
+        blocks = [*self._modules.values()]
         if blocks and runs:
             check_runs(runs, len(self))
         self._runs = None if runs is None else tuple(runs)
         places = {n for part in (runs or ()) if self.gamma for n in part.blocks}
-        mark(block for n, block in enumerate(self._modules.values()) if n in places)
-        unmark(block for n, block in enumerate(self._modules.values()) if n not in places)
+        members = {block for n, block in enumerate(blocks) if n in places}
+        mark(members)
+        unmark({*blocks} - members)  # one may be at several places
 
     def forward(  # type: ignore[override]  # x is called input there
         self, x: Tensor, *args: Any, **kwargs: Any
@@ -195,12 +197,12 @@ class MomentumSequential(nn.Sequential):
         blocks, tensors = bind([*self._modules.values()], args, kwargs)
         walk = partial(self._walk, _Pass(blocks, tensors, self.way))
         with without_autocast_cache(x.device.type):
+            if self.strategy == "store" or is_graph_made():
+                return walk(range(len(blocks)), x, evaluate)
             if self.strategy == "segment":
                 for piece in self._list_pieces(blocks):
                     x = Segment(partial(walk, piece), in_parts=self.in_parts).run(x)
                 return x
-            if self.strategy == "store":
-                return walk(range(len(blocks)), x, evaluate)
             call = partial(checkpoint, in_parts=self.in_parts)
             return walk(range(len(blocks)), x, call)
 
@@ -330,7 +332,9 @@ class MomentumSequential(nn.Sequential):
             self.set_range(part.start, part.exponent)
         return follow(blocks, x, tensors, self.rule(part, x.dtype))
 
-    def invert(self, end: EndState, *args: Any, **kwargs: Any) -> list[Tensor]:
+    def invert(
+        self, end: tuple[Tensor, Tensor, tuple[Tensor, ...]], *args: Any, **kwargs: Any
+    ) -> list[Tensor]:
         """Return x[0] to x[k] of the pass that ended in this state: blocks' inputs, and the output.
 
         ``args`` and ``kwargs`` are what the blocks were called with besides x.
@@ -341,7 +345,7 @@ class MomentumSequential(nn.Sequential):
         """
         part, blocks, tensors = self._whole_run(self.runs or (), args, kwargs)
         dtype = next((p.dtype for p in self.parameters()), torch.float32)
-        return walk_back(blocks, end, tensors, self.rule(part, dtype), dtype)
+        return walk_back(blocks, EndState(*end), tensors, self.rule(part, dtype), dtype)
 
     def _whole_run(
         self, runs: tuple[Run, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -366,18 +370,24 @@ class MomentumSequential(nn.Sequential):
             return nn.Sequential(OrderedDict([*self.named_children()][index]))
         return super().__getitem__(index)
 
-    def __setitem__(self, index: int, block: nn.Module) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         """Put another block in the place of one, also in a run."""
-        super().__setitem__(index, block)
-        self.runs = self.runs
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) and "_runs" in vars(self):
+            self.runs = self.runs
 
-    def __delitem__(self, index: slice | int) -> None:
-        """Take blocks out; the runs go on without them, with the gains of those that are left."""
-        gone = [*range(len(self))][index]
-        gone = gone if isinstance(gone, list) else [gone]
-        super().__delitem__(index)
-        if self.runs is not None:
-            self.runs = [_without(part, gone) for part in self.runs if {*part.blocks} - {*gone}]
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Put a block at the end, or in the place of one."""
+        super().add_module(name, module)
+        if "_runs" in vars(self):
+            self.runs = self.runs
+
+    def __delattr__(self, name: str) -> None:
+        """Take a block out; its run goes on without it, with the gains of those that are left."""
+        place = [*self._modules].index(name) if name in self._modules else None
+        super().__delattr__(name)
+        if place is not None and self.runs is not None:
+            self.runs = [_without(one, place) for one in self.runs if {*one.blocks} - {place}]
 
     def insert(self, index: int, module: nn.Module) -> Self:
         """Put a block in front of the one at ``index``.

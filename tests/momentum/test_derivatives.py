@@ -140,6 +140,7 @@ def traced(model: nn.Module, x: Tensor) -> Any:
 TRACERS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "torch.fx": lambda model, _: torch.fx.symbolic_trace(model),
     "torch.jit": traced,
+    "torch.jit with gradients": partial(torch.jit.trace, check_trace=False),
     "torchvision": lambda model, _: create_feature_extractor(model, {"linear": "y"}),
 }
 

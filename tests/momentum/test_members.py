@@ -1,12 +1,14 @@
 """The blocks of a run outside it, and a stage whose blocks are others later."""
 
 import copy
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
 import torch
 from networks import images, square, stack
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint_sequential
 
 from momconv import MomentumSequential, convert, revert, set_strategy
@@ -32,6 +34,9 @@ WAYS = {
     "a slice": lambda net, x: net[1:](x),
     "checkpoints": lambda net, x: checkpoint_sequential(net, 2, x, use_reentrant=False),
     "reentrant ones": lambda net, x: checkpoint_sequential(net, 4, x, use_reentrant=True),
+    "keywords": lambda net, x: net[1](x=net[0](x=x)),
+    "views": lambda net, x: net[1](net[0](x).view(x.shape)),
+    "functions of one input": lambda net, x: net[1](net[0](x).clone().relu()),
     "a copy": lambda net, x: iterate(copy.deepcopy(net), x),
 }
 
@@ -45,6 +50,14 @@ def test_the_blocks_of_a_run_are_no_plain_network(way: object, strategy: str) ->
     set_strategy(net, strategy)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="is the plain network and not the momentum network"):
         way(net, images().requires_grad_())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch.compile reads it
+def test_a_compiled_loop_over_the_blocks_is_no_plain_network() -> None:
+    net = stack(4)
+    net(images())
+    with pytest.raises(UsageError, match="is the plain network and not the momentum network"):
+        torch.compile(iterate, backend="eager")(net, images())
 
 
 def test_one_block_alone_is_what_it_is() -> None:
@@ -96,6 +109,13 @@ def test_a_block_that_is_taken_out_leaves_the_others_their_gains() -> None:
     assert net.runs == (Run(1, 2, GAINS[:1], 4),)
     del net[1:]
     assert spans(net) == []
+    net = edited()
+    delattr(net, "0")
+    assert net.runs == (Run(0, 4, GAINS, 4),)
+    net = edited()
+    net *= 2
+    with pytest.raises(UsageError, match="plain network"):
+        iterate(net, images())
 
 
 def test_a_block_that_is_put_in_moves_the_runs_behind_it() -> None:
@@ -112,17 +132,23 @@ def test_a_block_that_is_put_in_moves_the_runs_behind_it() -> None:
 
 
 def test_another_block_takes_the_place_of_one() -> None:
-    net = edited()
-    net[2] = stack(1, seed=7)[0]
-    assert net.runs == edited().runs
-    with pytest.raises(UsageError, match="plain network"):
-        net[2](net[1](images()))
+    puts: list[Callable[[MomentumSequential, nn.Module], None]] = [
+        lambda net, block: net.__setitem__(2, block),
+        lambda net, block: net.set_submodule("2", block),
+        lambda net, block: net.add_module("2", block),
+    ]
+    for put in puts:
+        net = edited()
+        put(net, stack(1, seed=7)[0])
+        assert net.runs == edited().runs
+        with pytest.raises(UsageError, match="plain network"):
+            net[2](net[1](images()))
 
 
 def test_blocks_that_are_gone_without_a_word_are_missed() -> None:
     net = edited()
     for name in ("5", "4"):
-        delattr(net, name)
+        net._modules.pop(name)
     with pytest.raises(UsageError, match="there are 4 blocks, and no run"):
         net(images())
 
@@ -137,6 +163,14 @@ def test_a_block_must_return_a_tensor() -> None:
         set_strategy(net, strategy)
         with pytest.raises(UsageError, match="a Pair returned a tuple, not a tensor"):
             net(torch.randn(2, 8))
+    for call in (torch.func.vmap(net), net.integrate):
+        with pytest.raises(UsageError, match="a Pair returned a tuple, not a tensor"):
+            call(torch.randn(2, 8))
+    with (
+        pytest.warns(UserWarning, match="no block follows"),
+        pytest.raises(UsageError, match="a Pair returned a tuple, not a tensor"),
+    ):
+        MomentumSequential(*net)(torch.randn(2, 8))
 
 
 def test_hooks_are_called_once_with_values() -> None:
@@ -144,5 +178,11 @@ def test_hooks_are_called_once_with_values() -> None:
     seen: list[float] = []
     for block in net:
         block.register_forward_hook(lambda _, __, y: seen.append(y.mean().item()))
+    calls: list[float] = []
+    hook = register_module_forward_hook(lambda _, __, y: calls.append(y.mean().item()))
     net(images())
-    assert len(seen) == 4
+    first = len(calls)
+    net(images())
+    hook.remove()
+    assert len(seen) == 8
+    assert len(calls) == 2 * first

@@ -212,10 +212,17 @@ class Foreign(nn.Module):
             "generator": torch.rand((), generator=self.generator),
             "counter": float(self.calls),
         }
-        return torch.tanh(self.layer(x) * factors.get(self.how, 1.0))
+        y = self.layer(x)
+        if self.how == "order":
+            return torch.tanh(y)[torch.arange(len(y)).roll(self.calls)]
+        if self.how == "branch":  # what is saved last is the same
+            return torch.tanh(y * factors["counter"]) + torch.tanh(y)
+        return torch.tanh(y * factors.get(self.how, 1.0))
 
 
-@pytest.mark.parametrize("how", ["numpy", "generator", "counter", "writes past PyTorch"])
+@pytest.mark.parametrize(
+    "how", ["numpy", "generator", "counter", "order", "branch", "writes past PyTorch"]
+)
 @pytest.mark.parametrize("strategy", ["auto", "segment"])
 @pytest.mark.parametrize("place", ["conv1", "layer2.0.conv1", "layer2.1.conv1"])
 def test_what_is_not_the_same_the_second_time_is_seen_before_any_weight_changes(
