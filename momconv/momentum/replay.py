@@ -342,14 +342,23 @@ def evaluate(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
         UsageError: the block wrote into x, or returned something else than a tensor.
     """
     version = version_of(x)
-    y: Tensor = block(x, *args)
+    y = require_tensor(block, block(x, *args))
+    require_unchanged(block, x, version)
+    return y
+
+
+def require_tensor(block: nn.Module, y: Any) -> Tensor:
+    """Return y, what the block has returned.
+
+    Raises:
+        UsageError: It is no tensor.
+    """
     if not isinstance(y, Tensor):
         raise UsageError(
             f"a {block._get_name()} returned a {type(y).__name__}, not a tensor",
             kind="model.no_tensor",
             fix="a block whose forward returns x + f(x) alone",
         )
-    require_unchanged(block, x, version)
     return y
 
 

@@ -21,7 +21,12 @@ from momconv.momentum.inversion import EndState, follow, walk_back
 from momconv.momentum.loops import Turn
 from momconv.momentum.members import mark, unmark
 from momconv.momentum.ranging import find_range, has_values, require_range, survey
-from momconv.momentum.replay import checkpoint, evaluate, without_autocast_cache
+from momconv.momentum.replay import (
+    checkpoint,
+    evaluate,
+    require_tensor,
+    without_autocast_cache,
+)
 from momconv.momentum.segment import Call, Segment
 from momconv.momentum.ways import Way
 from momconv.states import is_graph_made
@@ -511,7 +516,7 @@ class _Joined(nn.Sequential):
 
     def forward(self, x: Tensor, *args: Tensor) -> Tensor:
         for block in self:
-            x = block(x, *args)
+            x = require_tensor(block, block(x, *args))
         return x
 
 
