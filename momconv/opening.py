@@ -9,8 +9,8 @@ from pathlib import Path
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0)  # a named pipe that nobody writes to opens too
 
 
-# In the folder of a run, the model of its best epoch, and as it was last saved.
-BEST, LAST = "best.safetensors", "last.safetensors"
+# In the folder of a run, the model of its best epoch, as it was last saved, and before training.
+BEST, LAST, PROBE = "best.safetensors", "last.safetensors", "probe.safetensors"
 
 
 def find_model_file(path: Path) -> Path:
@@ -28,7 +28,7 @@ def name_after(model: Path) -> str:
     'ants'
     """
     run = model.absolute().parent.name
-    return {BEST: run, LAST: f"{run}-last"}.get(model.name, model.stem)
+    return {BEST: run, LAST: f"{run}-last", PROBE: f"{run}-probe"}.get(model.name, model.stem)
 
 
 def is_special(path: Path) -> bool:

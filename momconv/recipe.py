@@ -369,6 +369,10 @@ class TrainRecipe(_Section):
         CountFromZero,
         Option("--freeze-epochs", "N", "At first, only the head learns. (default: {})", _LEARNING),
     ] = 0  # first, in which only the head learns
+    probe: Annotated[
+        bool,
+        Option("--probe", "", "Also score a linear head on frozen features, first.", _LEARNING),
+    ] = False  # a linear head on frozen features is scored first, to compare with
     save_every: Annotated[
         Count | Duration,
         Option("--save-every", "TIME", "Steps or time between states. (default: {})", _RUN),

@@ -346,6 +346,7 @@ def _print_document(result: "Result") -> None:
     }
     document |= {"best_epoch": asdict(result.best_epoch), "history": history}
     document |= {"uncovered_classes": result.splits.uncovered}
+    document |= {"probe": result.probe and asdict(result.probe)}
     print_json({"ok": True, "complete": True, **document})
 
 
@@ -418,10 +419,13 @@ def _print_result(result: "Result", recipe: Recipe) -> None:
         if uncovered := result.splits.uncovered:
             text = f"{'':<11} not of {describe_classes(uncovered)}, without a validation image"
             out.print(Text(text), soft_wrap=True)
+    if comparison := result.compare_to_probe():
+        out.print(f"{'probe':<11} {comparison}", soft_wrap=True)
     data = shlex.quote(str(recipe.data.path or recipe.data.val_dir or recipe.data.train_dir))
     rows = {
         "best model": result.best,
         "last model": result.last,
+        **({"probe model": run.probe} if result.probe else {}),
         "numbers": run.metrics,
         "card": run.card,
         "report": run.report,

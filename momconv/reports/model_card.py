@@ -177,8 +177,14 @@ def _list_scores(scores: Scores | None, result: Result) -> Iterator[str]:
         "expected calibration error": f"{scores.calibration_error:.3f}",
         "loss": f"{scores.loss:.4f}",
     }
+    if result.probe:
+        low, high = result.probe.interval
+        told = f"{result.probe.top1:.2%} (95 % interval {low:.1%} to {high:.1%})"
+        figures["top-1 of a linear probe"] = told
     yield f"Of epoch {result.best_epoch.epoch}, on {plural(scores.n, 'held-out image')}.\n"
     yield _tabulate(("score", "value"), figures.items())
+    if bought := result.compare_to_probe():
+        yield f"Linear probe, on the features as they were before training: {bought}.\n"
     if scores.uncovered:
         which = _escape(describe_classes(scores.uncovered))
         yield f"They do not cover {which}, of which no image was held out.\n"

@@ -102,7 +102,7 @@ def _draw(
     curves, confusion, mistakes, memory, images, rates = paths
     for path in paths:
         path.unlink(missing_ok=True)
-    draw_curves(result.history, curves)
+    draw_curves(result.history, curves, result.probe)
     if scores:
         draw_confusion(scores, confusion)
     if scores and scores.mistakes:

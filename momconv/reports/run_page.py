@@ -58,7 +58,9 @@ def compose_run_page(
         found = [embed(pictures[name], _TITLES[name]) for name in names if name in pictures]
         return Section(title=title, pictures=tuple(found), **content)
 
-    sections = [show("Curves", "curves", "rates")]
+    bought = result.compare_to_probe()
+    lines = (f"Linear probe {bought}.",) if bought else ()
+    sections = [show("Curves", "curves", "rates", lines=lines)]
     if scores:
         sections += [
             show("Confusion", "confusion"),
@@ -124,6 +126,9 @@ def _has_content(section: Section) -> bool:
 def _list_run_figures(result: Result, scores: Scores | None) -> Iterator[Figure]:
     if scores:
         yield from _list_figures(scores)
+    if result.probe:
+        remark = f"on frozen features; {_show_interval(result.probe.interval)}"
+        yield Figure("linear probe", f"{result.probe.top1:.1%}", remark)
     plan, history = result.plan, result.history
     if plan.measured_bytes is not None:
         peak, predicted = map(format_bytes, (plan.measured_bytes, plan.predicted_bytes))
@@ -135,14 +140,18 @@ def _list_run_figures(result: Result, scores: Scores | None) -> Iterator[Figure]
 
 
 def _list_figures(scores: Scores) -> Iterator[Figure]:
-    low, high = scores.interval
-    remark = f"95 % interval {low:.1%} to {high:.1%}"
+    remark = _show_interval(scores.interval)
     yield Figure(f"top-1 on {plural(scores.n, 'image')}", f"{scores.top1:.1%}", remark)
     if scores.top5 is not None:
         yield Figure("top-5", f"{scores.top5:.1%}")
     yield Figure("macro F1", f"{scores.macro_f1:.1%}", "the mean over the classes")
     error = f"{scores.calibration_error:.3f}"
     yield Figure("calibration error", error, "how far confidence is from accuracy")
+
+
+def _show_interval(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"95 % interval {low:.1%} to {high:.1%}"
 
 
 def _show_mistakes(scores: Scores, p: Preprocessing) -> Section:

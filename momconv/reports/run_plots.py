@@ -21,7 +21,7 @@ from momconv.files.atomic import write_atomically
 from momconv.planner.plan import Plan
 from momconv.planner.prediction import PeakMemory
 from momconv.recipe import Recipe
-from momconv.training.progress import EpochRow
+from momconv.training.progress import EpochRow, ProbeScore
 from momconv.words import printable
 from momconv.zoo.description import Preprocessing
 
@@ -42,8 +42,11 @@ _LENGTH = 24  # characters of a class
 _REST, _WHOLE = "activations and the rest", "not divided"  # of a peak, in grey
 
 
-def draw_curves(history: Sequence[EpochRow], path: Path) -> None:
-    """Draw loss, top-1 and macro F1, learning rate and, where it changes, γ over the epochs."""
+def draw_curves(history: Sequence[EpochRow], path: Path, probe: ProbeScore | None = None) -> None:
+    """Draw loss, top-1 and macro F1, learning rate and, where it changes, γ over the epochs.
+
+    The top-1 of a ``probe`` is a line to compare with.
+    """
     epochs = [row.epoch for row in history]
     validated = [row for row in history if row.val_loss is not None]
     held_out = [row.epoch for row in validated]
@@ -57,6 +60,8 @@ def draw_curves(history: Sequence[EpochRow], path: Path) -> None:
         top1.plot(held_out, [100 * (row.val_top1 or 0) for row in validated], ".-", label="top-1")
         f1 = [100 * row.val_macro_f1 if row.val_macro_f1 is not None else None for row in validated]
         top1.plot(held_out, f1, ".--", label="macro F1")
+        if probe:
+            top1.axhline(100 * probe.top1, color="grey", linestyle=":", label="linear probe")
         top1.legend()
         rate.plot(epochs, [row.lr for row in history], ".-")
         for axes in gamma:

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from momconv.planner.plan import Plan
 from momconv.recipe import Recipe, TrainRecipe
 from momconv.surgery.calibration import Calibration, calibrate
 from momconv.training.batches import split_epoch
-from momconv.training.network import read_gamma
+from momconv.training.network import read_gamma, wearing
 from momconv.training.progress import Listener
 from momconv.zoo.description import describe
 from momconv.zoo.networks import find_head
@@ -73,7 +72,8 @@ def calibrate_on(  # noqa: PLR0913 (one for each choice)
         batches.titles.remove(_OF_ORIGINAL)
     else:
         calibrate(original, batches)
-    with _borrowed_head(model, original):
+    # A head for new classes says nothing.
+    with wearing(model, original.get_submodule(find_head(original))):
         done = calibrate(
             model,
             batches,
@@ -145,18 +145,6 @@ class _Batches:
         return make_loader(
             dataset, workers=workers, batch_size=self._size, persistent_workers=workers > 0
         )
-
-
-@contextmanager
-def _borrowed_head(model: nn.Module, original: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` has the final layer of ``original``: one for new classes says nothing."""
-    name = find_head(model)
-    own = model.get_submodule(name)
-    model.set_submodule(name, original.get_submodule(name))
-    try:
-        yield
-    finally:
-        model.set_submodule(name, own)
 
 
 def _describe_calibration(done: Calibration, images: int) -> str:

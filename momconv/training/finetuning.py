@@ -24,8 +24,9 @@ from momconv.training.memory import enforcing_limit
 from momconv.training.omission import keep_rest
 from momconv.training.optimisation import choose_precision
 from momconv.training.planning import plan_together
+from momconv.training.probing import compare
 from momconv.training.processes import Processes, find_own_device, joined
-from momconv.training.progress import SILENT, EpochRow, Listener
+from momconv.training.progress import SILENT, EpochRow, Listener, ProbeScore
 from momconv.training.provenance import Provenance, read_provenance
 from momconv.training.run import Assignment, TrainingRun
 from momconv.training.run_folder import RunFolder
@@ -53,6 +54,14 @@ class Result:
     history: tuple[EpochRow, ...]
     splits: Splits
     plan: Plan
+    probe: ProbeScore | None = None  # the baseline, if the recipe asks for one
+
+    def compare_to_probe(self) -> str | None:
+        """Return both scores and what fine-tuning bought, in words; None without a baseline."""
+        top1 = self.best_epoch.val_top1
+        if self.probe is None or top1 is None:
+            return None
+        return compare(self.probe, top1, len(self.splits.val.samples))
 
 
 def finetune(
@@ -139,6 +148,7 @@ def _conclude(run: TrainingRun) -> Result:
         history=tuple(progress.history),
         splits=keep_rest(run),
         plan=run.plan,
+        probe=progress.probe,
     )
 
 

@@ -23,7 +23,7 @@ from momconv.recipe import (
 from momconv.surgery.conversion import convert, set_gamma
 from momconv.zoo import own
 from momconv.zoo.description import attach, describe
-from momconv.zoo.networks import check_resolution, replace_head
+from momconv.zoo.networks import check_resolution, find_head, replace_head
 from momconv.zoo.preparation import Preparation, describe_assumption, prepare_as
 from momconv.zoo.seen import SeenImages
 from momconv.zoo.stages import freeze
@@ -108,6 +108,18 @@ def fit_head(model: nn.Module, classes: tuple[str, ...]) -> None:
     """Give ``model`` a new head, unless its own has the same ``classes``."""
     if describe(model).classes != classes:
         replace_head(model, classes)
+
+
+@contextmanager
+def wearing(model: nn.Module, head: nn.Module) -> Iterator[None]:
+    """Inside, the final layer of ``model`` is ``head``."""
+    name = find_head(model)
+    own = model.get_submodule(name)
+    model.set_submodule(name, head)
+    try:
+        yield
+    finally:
+        model.set_submodule(name, own)
 
 
 def find_layout(recipe: TrainRecipe) -> torch.memory_format:

@@ -72,6 +72,18 @@ class Omission:
     returned: bool = False  # whether it could be read again when the run was resumed
 
 
+@dataclass(frozen=True, slots=True)
+class ProbeScore:
+    """What a linear classifier on the network's features came to, before anything was trained."""
+
+    top1: float  # a fraction
+    interval: tuple[float, float]  # of the top-1, 95 % (Wilson)
+    n: int  # held-out images, which it was scored on
+    images: int  # that it was fitted on
+    penalty: float  # its strength, see momconv.training.probing.fit
+    seconds: float
+
+
 @dataclass(slots=True)
 class Progress:
     """The counters of a run. Together with weights and optimiser they are its whole state."""
@@ -85,6 +97,7 @@ class Progress:
     rollbacks: list[Rollback] = field(default_factory=list)
     omissions: list[Omission] = field(default_factory=list)
     lost: int = 0  # the last epoch whose model can no longer be had, should it be the best
+    probe: ProbeScore | None = None  # the baseline, if one was asked for
     lr_factor: float = 1.0  # of the recipe's learning rate: a rollback halves it
 
     @property
@@ -166,11 +179,17 @@ def has_stalled(history: Sequence[EpochRow], recipe: TrainRecipe) -> bool:
 
 
 def require_validation(recipe: Recipe, splits: Splits) -> None:
-    """Do nothing unless patience would wait for scores that there are not.
+    """Do nothing unless patience would wait, or a probe ask, for scores that there are not.
 
     Raises:
         UsageError: It would.
     """
+    if recipe.train.probe and not splits.val.samples:
+        raise UsageError(
+            "--probe: without held-out images nothing says how good it is",
+            kind="usage.no_validation",
+            fix="--val-frac 0.2",
+        )
     if recipe.train.patience is not None and not splits.val.samples:
         raise UsageError(
             "train.patience: without held-out images nothing says when to stop",

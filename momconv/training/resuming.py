@@ -44,7 +44,7 @@ _FIXED = [
     *("data.resize", "data.crop", "data.mean", "data.std", "data.interpolation"),
     *("data.resolution", "data.val_frac", "data.split_seed", "data.limit", "data.max_images"),
     *("train.batch_size", "train.optimizer", "train.seed", "train.freeze", "train.freeze_bn"),
-    *("train.ema", "train.monitor"),
+    *("train.ema", "train.monitor", "train.probe"),
 ]
 
 

@@ -12,7 +12,7 @@ from momconv.data.folder import name_images
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files import claim
 from momconv.files.atomic import find_aside, is_temporary, remove, require_writable, sweep
-from momconv.opening import BEST, LAST, name_after
+from momconv.opening import BEST, LAST, PROBE, name_after
 from momconv.recipe import Recipe, recall_recipe
 from momconv.units import format_bytes
 from momconv.zoo import own
@@ -84,6 +84,7 @@ class RunFolder:
     damaged = _Child("state.damaged.safetensors")  # a state that could not be read
     best = _Child(BEST)  # the model of the best epoch
     last = _Child(LAST)  # the model as it was last saved
+    probe = _Child(PROBE)  # the network as it came, with a linear head on its features
     rates = _Child("lr_finder.csv")  # the loss at the learning rates that were tried
     metrics = _Child("metrics.csv")  # a line of numbers for each epoch
     events = _Child("events.jsonl")  # the same and what went wrong, an object for each line
@@ -105,7 +106,8 @@ class RunFolder:
 
         What a run left that was killed before its first state counts as nothing.
         """
-        left = {self.rates, self.config, self.provenance, self.plan, self.split, self.data_report}
+        left = {self.probe, self.rates, self.config, self.provenance, self.plan, self.split}
+        left.add(self.data_report)
         return not self.path.exists() or (self.path.is_dir() and not self._others(left))
 
     @property
@@ -305,6 +307,7 @@ class RunFolder:
         return {
             *(self.config, self.provenance, self.plan, self.split, self.data_report, self.rates),
             *(self.state, self.previous, self.parts, self.damaged, self.best, self.last),
+            self.probe,
             *(self.metrics, self.events, self.board),
             *(self.card, self.model_config, self.report, self.confusion, self.plots),
         }

@@ -258,7 +258,9 @@ def write_history(folder: RunFolder, progress: Progress) -> None:
     events += [{"event": "not_finite"} | asdict(back) for back in progress.rollbacks]
     events += [{"event": "unreadable_image"} | asdict(one) for one in progress.omissions]
     events.sort(key=lambda event: (event["epoch"], event["event"] == "epoch"))
-    write_text(folder.events, "".join(json.dumps(event) + "\n" for event in events))
+    baseline = [{"event": "probe", "epoch": 0} | asdict(progress.probe)] if progress.probe else []
+    lines = (json.dumps(event) + "\n" for event in (*baseline, *events))
+    write_text(folder.events, "".join(lines))
 
 
 def _finite(row: Mapping[str, float | None]) -> dict[str, float | None]:

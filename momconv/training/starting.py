@@ -34,6 +34,7 @@ from momconv.training.planning import (
     sharding_if_needed,
     tell_of_plan,
 )
+from momconv.training.probing import probe
 from momconv.training.progress import Listener, require_validation
 from momconv.training.provenance import Provenance, find_provenance, tell_of_differences
 from momconv.training.rate_finder import find_rate
@@ -118,6 +119,8 @@ def start(
     if overwrite:
         folder.clear()
     folder.make()
+    if run.recipe.train.probe:
+        probe(run)
     if run.recipe.train.lr == "auto":
         _choose_rate(run)
     write_text(folder.config, dump_recipe(run.recipe.with_absolute_paths()))
@@ -202,9 +205,10 @@ def _describe_resizing(p: Preprocessing) -> str:
 
 
 def _disk_bytes(model: nn.Module, recipe: Recipe) -> int:
-    """Return what a run writes: two states, two models, and a file before it replaces another."""
+    """Return what a run writes: two states, its models, and a file before it replaces another."""
     static = static_bytes(model, recipe.train.optimizer, ema=recipe.train.ema > 0)
-    return 3 * (static.weights + static.optimizer + static.ema) + 3 * static.weights
+    models = 4 if recipe.train.probe else 3
+    return 3 * (static.weights + static.optimizer + static.ema) + models * static.weights
 
 
 def _choose_rate(run: TrainingRun) -> None:

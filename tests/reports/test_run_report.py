@@ -17,6 +17,8 @@ from momconv.reports import run_plots
 from momconv.reports.run import report_run
 from momconv.reports.run_plots import draw_confusion, draw_mistakes
 from momconv.training.finetuning import Result, finetune
+from momconv.training.probing import compare
+from momconv.training.progress import ProbeScore
 from momconv.units import format_bytes
 from momconv.zoo.description import Preprocessing
 
@@ -186,6 +188,21 @@ def test_the_page_has_the_peak_by_part_as_predicted_and_as_measured(
     rows = [f"{name} {format_bytes(a)} {format_bytes(b)}" for name, (a, b) in parts.items()]
     assert f"at the peak predicted measured {' '.join(rows)}" in page.text
     assert held.gradients < held.weights - 4 * 16 * 3 * 9  # the stem's have none
+
+
+def test_a_probe_stands_beside_the_score(run: Result, tmp_path: Path) -> None:
+    probe = ProbeScore(1.0, (0.61, 1.0), n=6, images=18, penalty=1e-3, seconds=1.0)
+    recipe = run.recipe.change(log={"plots": False})
+
+    report_run(replace(run, folder=tmp_path, recipe=recipe, probe=probe))
+
+    bought = compare(probe, run.best_epoch.val_top1 or 0, 6)
+    page = PageReader((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "100.0% linear probe on frozen features; 95 % interval 61.0% to 100.0%" in page.text
+    assert f"Linear probe {bought}." in page.text
+    card = (tmp_path / "README.md").read_text()
+    assert "| top-1 of a linear probe | 100.00% (95 % interval 61.0% to 100.0%) |" in card
+    assert bought in card
 
 
 def test_what_was_chosen_adds_up_to_what_was_planned(folder: Path, run: Result) -> None:

@@ -1,15 +1,13 @@
 import gc
-import random
 import signal
 import weakref
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import REQUEST, Log, Signals, assert_same_tensors, read_metrics, small
+from runs import REQUEST, Log, Signals, assert_same_tensors, copy_photos, read_metrics, small
 from torch import nn
 
 from momconv.data.dataset import LabelledImages
@@ -63,17 +61,7 @@ def gains(model: nn.Module) -> list[tuple[float, ...]]:
 @pytest.fixture(scope="module")
 def photos(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """15 images of each class of CIFAR-10 to train on, and 20 others."""
-    folder, draw = tmp_path_factory.mktemp("photos"), random.Random(0)
-    with zipfile.ZipFile(shared / "data" / "cifar10-images.zip") as archive:
-        names = sorted(name for name in archive.namelist() if name.endswith((".jpg", ".png")))
-        for part, count in (("train", 15), ("val", 20)):
-            own = [name for name in names if f"/{part}/" in name]
-            for class_ in sorted({name.split("/")[-2] for name in own}):
-                (folder / part / class_).mkdir(parents=True)
-                for name in draw.sample([n for n in own if f"/{class_}/" in n], count):
-                    path = folder / part / class_ / name.split("/")[-1]
-                    path.write_bytes(archive.read(name))
-    return folder
+    return copy_photos(shared, tmp_path_factory.mktemp("photos"))
 
 
 def test_a_run_with_real_weights_begins_close_to_the_original(
