@@ -162,9 +162,9 @@ def _judge(head: nn.Linear, batches: _Batches) -> list[bool]:
 def _describe(score: ProbeScore, run: TrainingRun) -> str:
     low, high = score.interval
     return (
-        f"note: linear probe on frozen features: top-1 {score.top1:.1%} on "
-        f"{plural(score.n, 'held-out image')} (95 % interval {low:.1%} to {high:.1%}), in "
-        f"{format_duration(score.seconds)}; it is {run.folder.probe}"
+        f"note: linear probe, on frozen features of {plural(score.images, 'training image')}: "
+        f"top-1 {score.top1:.1%} on {plural(score.n, 'held-out image')} (95 % interval {low:.1%} "
+        f"to {high:.1%}), in {format_duration(score.seconds)}; it is {run.folder.probe}"
     )
 
 
