@@ -128,7 +128,7 @@ def refine(
     with trainable_gains(model) as gains:
         groups = [(gains + norm_parameters(model), _RATE)]
         chunks = read_repeatedly(images, Schedule(steps, partial(tell, fits)), chunk)
-        done = imitate(model, original, groups, chunks, images.held_out)
+        done = imitate(model, original, groups, chunks, images.held_out, trial=steps // _PASSES)
     return replace(done, before=before)
 
 

@@ -105,14 +105,17 @@ def imitate(
     groups: Sequence[tuple[list[nn.Parameter], float]],
     steps: Iterable[Portion],
     held_out: Sequence[Tensor],
+    trial: float = math.inf,
 ) -> Imitation:
     """Train the parameters in ``groups``, of a learning rate each, on the images of ``steps``.
 
     However this ends, by an exception or a KeyboardInterrupt too, the student then has the values
     with which it was clearly closest to the teacher on the images held out: at the beginning, after
     every 25 steps or at the end. A KeyboardInterrupt, which ``steps`` may raise, goes no further.
+    If it is no closer after so many steps of ``trial``, or 25, that is the end.
     """
     done, interrupted, parts = 0, False, Parts()
+    trial = max(trial, _CHECK)
     with in_eval_mode(student, teacher), _training_only(student, groups), ExitStack() as undo:
         best = _Best(_Pair(student, teacher, held_out), [p for group, _ in groups for p in group])
         undo.callback(best.restore)
@@ -125,8 +128,10 @@ def imitate(
                 with naming_exhaustion():
                     optimizer.step()
                 done += 1
-                if done % _CHECK == 0:
+                if done % _CHECK == 0 or done == trial:
                     best.look()
+                if done == trial and best.divergence == best.first:
+                    break
             best.look()
         except KeyboardInterrupt:
             leave_stem(student)
