@@ -114,7 +114,7 @@ class Replay:
             return tensor
         if self._cut:
             self._cut.note(tensor)
-        if self._is_open:
+        if self._is_open and not self._is_buffer(tensor):
             self._sum = _plus(self._sum, tensor)
         self._count += 1
         return self._count - 1
@@ -216,7 +216,7 @@ class Replay:
         def keep(tensor: Tensor) -> int | None:
             if self._norms.own(tensor):
                 return None
-            if self._is_open:
+            if self._is_open and not self._is_buffer(tensor):
                 self._sum_again = _plus(self._sum_again, tensor)
             number = next(numbers)
             if number >= first:
@@ -235,6 +235,13 @@ class Replay:
                 kind="inversion.not_reproducible",
                 fix='momconv.set_strategy(model, "store")',
             )
+
+    def _is_buffer(self, tensor: Tensor) -> bool:
+        """Whether this is a state of the block, which a norm saves and backward does not use."""
+        if is_fake(tensor):
+            return False
+        place = tensor.data_ptr()
+        return any(buffer.data_ptr() == place for buffer in self._block.buffers())
 
     def _forget_random_state(self) -> None:
         """After the last repetition, unless the graph is kept for another backward pass."""
