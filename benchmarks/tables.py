@@ -1,7 +1,7 @@
 """Where results go: a table on the terminal, and a CSV named after machine and torch version."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -98,6 +98,17 @@ def show(title: str, rows: Sequence[Row]) -> None:
     for row in rows:
         table.add_row(*row.values())
     Console().print(table)
+
+
+def measure_each(
+    networks: Sequence[str], measure: Callable[[str], Row], log: Log, key: Sequence[str]
+) -> None:
+    """Log what ``measure`` says of each network as soon as it does, and show these rows."""
+    for name in networks:
+        row = measure(name)
+        Console(stderr=True).print(*row.values())
+        log.merge([row], key)
+    show(log.title, [row for row in log.read() if row["network"] in networks])
 
 
 def number(row: Row, column: str) -> float | None:

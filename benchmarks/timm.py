@@ -12,10 +12,9 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
-from benchmarks.tables import MISSING, Log, Out, Row, show
+from benchmarks.tables import MISSING, Log, Out, Row, measure_each
 from momconv import convert
 from momconv.errors import MomconvError
 from momconv.momentum.sequential import momentum_stages
@@ -66,11 +65,7 @@ def main(pattern: Annotated[list[str] | None, typer.Argument()] = None, out: Out
     chosen = [*representatives().values()]
     if pattern:
         chosen = [n for n in list_models() if any(fnmatch(n, each) for each in pattern)]
-    for name in chosen:
-        row = measure(name)
-        Console(stderr=True).print(*row.values())
-        log.merge([row], KEY)
-    show(TITLE, [row for row in log.read() if row["network"] in chosen])
+    measure_each(chosen, measure, log, KEY)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 from benchmarks.checkpointing import checkpoint_each_block, checkpoint_sqrt
-from benchmarks.tables import Log, Out, Row, show
+from benchmarks.tables import Log, Out, Row, measure_each
 from momconv import convert
 from momconv.planner.prediction import peak_memory
 from momconv.zoo.description import describe
@@ -51,11 +50,7 @@ def main(pattern: Annotated[list[str] | None, typer.Argument()] = None, out: Out
     """Predict for all networks, or those that are called like a PATTERN."""
     log = Log.of(TITLE, torch.device("cpu"), out)
     chosen = [n for n in names() if not pattern or any(fnmatch(n, each) for each in pattern)]
-    for name in chosen:
-        row = measure(name)
-        Console(stderr=True).print(*row.values())
-        log.merge([row], KEY)
-    show(TITLE, [row for row in log.read() if row["network"] in chosen])
+    measure_each(chosen, measure, log, KEY)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from momconv.training.finetuning import Result, finetune
 from momconv.training.progress import SILENT, EpochRow, Listener
 from momconv.training.run import Assignment, TrainingRun
 from momconv.training.run_folder import RunFolder
+from momconv.zoo.networks import build
 
 SMALL = [
     "model.name=cifar_resnet20",
@@ -33,6 +34,14 @@ SMALL = [
     "train.device=cpu",
 ]
 CLOCKED = ("images_per_second", "seconds")
+
+
+def save_weights(folder: Path) -> Path:
+    """Write a checkpoint, of a network whose statistics are those of no images."""
+    torch.manual_seed(0)
+    path = folder / "trained.th"
+    torch.save(build("cifar_resnet20").state_dict(), path)
+    return path
 
 
 def small(data: Path, *changes: str) -> Recipe:

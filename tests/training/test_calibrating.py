@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from runs import REQUEST, Log, Signals, assert_same_tensors, copy_photos, read_metrics, small
+from runs import (
+    REQUEST,
+    Log,
+    Signals,
+    assert_same_tensors,
+    copy_photos,
+    read_metrics,
+    save_weights,
+    small,
+)
 from torch import nn
 
 from momconv.data.dataset import LabelledImages
@@ -35,11 +44,7 @@ WHOLE = "train.micro_batch=5"  # large enough to hold an image out
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, of a network whose statistics are those of no images."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "trained.th"
-    torch.save(build("cifar_resnet20").state_dict(), path)
-    return path
+    return save_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture

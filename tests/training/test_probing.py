@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Log, Signals, assert_same, copy_photos, resume, small
+from runs import Log, Signals, assert_same, copy_photos, resume, save_weights, small
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,7 +22,6 @@ from momconv.training.probing import _Features, compare, fit
 from momconv.training.progress import ProbeScore
 from momconv.training.state import SavedState, load_state
 from momconv.zoo.description import describe
-from momconv.zoo.networks import build
 
 
 def draw_features(count: int, distance: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,10 +69,7 @@ def test_features_are_vectors() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "trained.th"
-    torch.save(build("cifar_resnet20").state_dict(), path)
-    return path
+    return save_weights(tmp_path_factory.mktemp("weights"))
 
 
 def converted(data: Path, trained: Path, *changes: str) -> Recipe:
