@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import SPLITS
-from momconv.data.source import ImageSet
+from momconv.data.source import ImageSet, Source, read_classes
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError
 from momconv.exhaustion import Parts
@@ -110,7 +110,7 @@ class Scores:
 
 def evaluate(  # noqa: PLR0913 (one for each choice)
     model: nn.Module,
-    images: ImageSet,
+    images: ImageSet | Source,
     *,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
@@ -121,7 +121,8 @@ def evaluate(  # noqa: PLR0913 (one for each choice)
 ) -> Scores:
     """Return the scores of ``model``, in eval mode, with the preprocessing that it describes.
 
-    All ``images`` count; ``momconv.keep_unseen`` leaves out those that the model was trained on.
+    All ``images`` count, those of a source with the classes that the model knows by name;
+    ``momconv.keep_unseen`` leaves out those that the model was trained on.
 
     The model moves to ``device``; its training flags are afterwards what they were. ``progress`` is
     called with the number of images done and the number of all, ``hear`` with the probabilities of
@@ -139,6 +140,8 @@ def evaluate(  # noqa: PLR0913 (one for each choice)
         ResourceError: There is no such GPU.
     """
     description, device = describe(model), make_current(device)
+    if isinstance(images, Source):
+        images = read_classes(images, description.classes)
     _check(images, description.num_classes)
     preprocessing = description.preprocessing
     transform = evaluation_transform(preprocessing)

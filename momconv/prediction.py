@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from momconv.data.calibration_images import CalibrationImages
+from momconv.data.decoding import read_bytes
 from momconv.data.folder import list_images
+from momconv.data.source import Source
 from momconv.errors import DataError, ModelFileError
 from momconv.exhaustion import Parts
 from momconv.names import encode_name
@@ -78,7 +80,7 @@ class Predictions:
 
 def predict(
     model: nn.Module,
-    paths: Iterable[str | Path],
+    paths: Iterable[str | Path] | Source,
     *,
     top: int = 5,
     device: torch.device | str = "cpu",
@@ -92,7 +94,8 @@ def predict(
 
     Args:
         model: A network with a description. Without names, its classes are called by numbers.
-        paths: Image files, folders of which every image is taken, and patterns such as ``*.jpg``.
+        paths: Image files, folders of which every image is taken, and patterns such as ``*.jpg``;
+            or a source, with images in other places.
         top: How many classes to name of each.
         device: Where to compute, in fp32.
         progress: Hears of the images done and of all.
@@ -104,11 +107,12 @@ def predict(
         ResourceError: There is no such GPU.
     """
     description, device = describe(model), make_current(device)
-    files = list_files(map(Path, paths))
+    files, reader = _find_images(paths)
     images = CalibrationImages(
         files,
         description.preprocessing,
         (lambda done: progress(done, len(files))) if progress else None,
+        reader,
     )
     names = name_outputs(description)
     predictions, silent = list[Prediction](), list[Unreadable]()
@@ -134,6 +138,16 @@ def predict(
     return Predictions(
         tuple(predictions), (*unreadable, *silent), images.outside, frozenset(images.guessed)
     )
+
+
+def _find_images(
+    images: Iterable[str | Path] | Source,
+) -> tuple[list[Path], Callable[[Path], bytes]]:
+    """Return the paths of all ``images``, and what reads them."""
+    if isinstance(images, Source):
+        found, _ = images.list()
+        return [path for paths in found.values() for path in paths], images.read
+    return list_files(map(Path, images)), read_bytes
 
 
 def list_files(paths: Iterable[Path]) -> list[Path]:

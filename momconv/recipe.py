@@ -479,7 +479,7 @@ class LogRecipe(_Section):
 
 
 _OF_MOMENTUM = {"gamma", "stages", "velocity", "gain", "anneal"}  # keys of that section
-_PATHS = ("path", "train_dir", "val_dir", "labels")  # of the images
+PATHS = ("path", "train_dir", "val_dir", "labels")  # of the images
 
 
 class Recipe(_Section):
@@ -502,7 +502,7 @@ class Recipe(_Section):
 
     def with_absolute_paths(self) -> Self:
         """Return the recipe as it must be to be replayed from another working directory."""
-        data = {name: getattr(self.data, name) for name in _PATHS}
+        data = {name: getattr(self.data, name) for name in PATHS}
         return self.change(
             data={name: folder and folder.absolute() for name, folder in data.items()},
             model={"from_file": self.model.from_file and self.model.from_file.absolute()},

@@ -63,8 +63,10 @@ class CalibrationImages:
         paths: Sequence[Path],
         preprocessing: Preprocessing,
         progress: Callable[[int], None] | None = None,
+        read: Callable[[Path], bytes] = read_bytes,
     ) -> None:
         self.paths = paths
+        self._read_bytes = read
         self.unreadable: list[UnreadableImage] = []
         self.outside: dict[Path, int] = {}
         self.guessed: set[Path] = set()
@@ -104,7 +106,7 @@ class CalibrationImages:
         """Yield the SHA-256 of each file that can be read, in hexadecimal."""
         for path in self.paths:
             with suppress(UnreadableImage):
-                yield hashlib.sha256(read_bytes(path)).hexdigest()
+                yield hashlib.sha256(self._read_bytes(path)).hexdigest()
 
     def _decode(self) -> Iterator[tuple[Tensor, list[Path]]]:
         self.unreadable = []
@@ -132,7 +134,7 @@ class CalibrationImages:
 
     def _load(self, path: Path) -> Tensor | UnreadableImage:
         try:
-            tensor, picture = prepare(path, self._transform, self._ranges)
+            tensor, picture = prepare(path, self._transform, self._ranges, self._read_bytes)
         except UnreadableImage as error:
             return error
         if picture.values:

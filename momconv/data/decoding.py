@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,26 +98,6 @@ class Picture:
     outside: int = 0
 
 
-def decode(path: Path, ranges: ValueRanges = _NONE) -> Image.Image:
-    """Return the image in ``path`` as 8-bit RGB, upright, on white, the first frame if it moves.
-
-    Values that are not 8-bit are black to white in ``ranges``, or else in the range that is usual.
-
-    Raises:
-        UnreadableImage: the file cannot be read, is empty, truncated, too large or not an image.
-    """
-    return read_picture(path, ranges).image
-
-
-def read_picture(path: Path, ranges: ValueRanges = _NONE) -> Picture:
-    """Return the same, and what was found on the way.
-
-    Raises:
-        UnreadableImage: as ``decode``.
-    """
-    return decode_bytes(read_bytes(path), path, ranges)
-
-
 def read_bytes(path: Path) -> bytes:
     """Return the content of ``path``.
 
@@ -131,6 +111,19 @@ def read_bytes(path: Path) -> bytes:
             return file.read()
     except OSError as error:
         raise UnreadableImage(path, error.strerror or "cannot be read") from error
+
+
+def decode(
+    path: Path, ranges: ValueRanges = _NONE, read: Callable[[Path], bytes] = read_bytes
+) -> Image.Image:
+    """Return the image in ``path`` as 8-bit RGB, upright, on white, the first frame if it moves.
+
+    Values that are not 8-bit are black to white in ``ranges``, or else in the range that is usual.
+
+    Raises:
+        UnreadableImage: the file cannot be read, is empty, truncated, too large or not an image.
+    """
+    return decode_bytes(read(path), path, ranges).image
 
 
 def decode_bytes(data: bytes, path: Path, ranges: ValueRanges = _NONE) -> Picture:

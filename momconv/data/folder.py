@@ -19,19 +19,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from momconv.data.decoding import SUFFIXES, read_bytes
-from momconv.data.source import ImageSet, Listing, Splits, Unknown, read_classes
-from momconv.data.splits import hold_out
+from momconv.data.source import ImageSet, Listing, Splits, Unknown, divide, read_classes
 from momconv.data.table import find_table, list_tables, read_table
 from momconv.errors import DataError
 from momconv.names import decode_name, encode_name
 from momconv.opening import is_special
-from momconv.words import list_some, name_some, plural, printable
+from momconv.words import name_some, plural, printable
 
 _LEFT_BY_PROGRAMS = {"__MACOSX", "__pycache__"}  # .ipynb_checkpoints is hidden anyway
 _TRAIN = ("train", "training")
 _VAL = ("val", "valid", "validation", "dev")
 SPLITS = {*_TRAIN, *_VAL, "test"}
-_FEW = 5  # images of a class, below which a warning is due
 _SHOWN = 5  # paths that a message names
 _KINDS = 8  # suffixes that a message lists
 _RECENT = 2 * 10**9  # nanoseconds, in which a file may change again without its times changing
@@ -120,7 +118,7 @@ def find_splits(  # noqa: PLR0913 (one for each choice)
             validation has a class that training does not.
     """
     if train is None and (table := labels or _find_table(root)):
-        return _hold_out(read_table_set(root, table), val_frac, seed)
+        return divide(read_table_set(root, table), None, val_frac=val_frac, seed=seed)
     folders = _split_folders(root)
     train_folder = train or (_first(_TRAIN, folders) if folders else root)
     if train_folder is None:
@@ -131,14 +129,11 @@ def find_splits(  # noqa: PLR0913 (one for each choice)
         )
     training = read_classes_folder(train_folder)
     _require_two_classes(training)
-    val_folder = val or _first(_VAL, folders)
-    if val_folder is None:
-        return _hold_out(training, val_frac, seed)
-    owner = train_folder.name
-    held_out = read_classes_folder(val_folder, training.classes, owner=owner, unknown=unknown)
-    chosen = f"note: training on {_described(training)}, validating on {_described(held_out)}"
-    notes = (chosen, *training.notes, *held_out.notes, *_warn_of_few(training))
-    return Splits(training, held_out, notes)
+    held_out = None
+    if folder := val or _first(_VAL, folders):
+        owner, classes = train_folder.name, training.classes
+        held_out = read_classes_folder(folder, classes, owner=owner, unknown=unknown)
+    return divide(training, held_out, val_frac=val_frac, seed=seed)
 
 
 def find_evaluation_set(
@@ -370,29 +365,6 @@ def _warn_of_special(paths: Sequence[Path]) -> tuple[str, ...]:
     which = name_some(paths, _SHOWN)
     what = "that is not a regular file" if len(paths) == 1 else "that are not regular files"
     return (f"warning: ignoring {plural(len(paths), 'path')} {what}: {which}",)
-
-
-def _hold_out(whole: ImageSet, val_frac: float, seed: int) -> Splits:
-    train, val = (whole.select(part) for part in hold_out(whole.labels, val_frac, seed))
-    how = f"holding out {val_frac:.0%} per class (seed {seed})" if val_frac else "none held out"
-    note = (
-        f"note: no val/ folder; {how}: {len(train.samples)} train / {len(val.samples)} val. "
-        "Change it with --val-frac or --val-dir."
-    )
-    return Splits(train, val, (note, *whole.notes, *_warn_of_few(train)))
-
-
-def _warn_of_few(train: ImageSet) -> tuple[str, ...]:
-    few = [f"{printable(name)} ({n})" for name, n in train.counts().items() if n < _FEW]
-    if not few:
-        return ()
-    what = f"fewer than {_FEW} training images"
-    which = ", ".join(list_some(few, _SHOWN))
-    return (f"warning: {plural(len(few), 'class')} with {what}: {which}",)
-
-
-def _described(images: ImageSet) -> str:
-    return f"{printable(images.root)} ({plural(len(images.samples), 'image')})"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -36,8 +36,8 @@ def compose_card(
         plots: Pictures in the run's folder.
     """
     recipe = result.recipe
-    name = f"{description.architecture} on {_name_data(recipe)}"
-    data = _name_data(recipe)
+    name = f"{description.architecture} on {name_images(result.root)}"
+    data = name_images(result.root)
     front = yaml.safe_dump(
         _compose_front_matter(name, data, description, scores), sort_keys=False, allow_unicode=True
     )
@@ -112,7 +112,7 @@ def _describe_data(result: Result, recipe: Recipe) -> Iterator[str]:
     train, val = result.splits.train, result.splits.val
     yield "## Data\n"
     yield (
-        f"{_escape(_name_data(recipe))}: {plural(len(train.samples), 'image')} to train on, "
+        f"{_escape(name_images(result.root))}: {plural(len(train.samples), 'image')} to train on, "
         f"{len(val.samples)} held out.\n"
     )
     trained, held_out = train.counts(), val.counts()
@@ -209,12 +209,6 @@ def _list_limits(scores: Scores | None, result: Result, description: Description
     limits.append("The licences of the original weights and of the images apply.")
     yield "## Limits\n"
     yield "".join(f"* {limit}\n" for limit in limits)
-
-
-def _name_data(recipe: Recipe) -> str:
-    """Return what the images are called: the folder, or that in which it is "train" or the like."""
-    folder = recipe.data.path or recipe.data.train_dir
-    return name_images(folder) if folder else "images"
 
 
 def _tabulate(titles: Sequence[str], rows: Iterable[Iterable[object]]) -> str:

@@ -106,7 +106,8 @@ def _draw(
     if scores:
         draw_confusion(scores, confusion)
     if scores and scores.mistakes:
-        draw_mistakes(scores.mistakes, description.preprocessing, mistakes)
+        read = result.splits.val.source.read
+        draw_mistakes(scores.mistakes, description.preprocessing, mistakes, read)
     draw_memory(result.plan, peaks, memory)
     draw_training_images(result.splits.train, description.preprocessing, result.recipe, images)
     with suppress(OSError, ValueError, LookupError):  # there is no such table, or a damaged one

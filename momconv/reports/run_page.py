@@ -2,12 +2,12 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from momconv._version import __version__
-from momconv.data.decoding import UnreadableImage, decode
+from momconv.data.decoding import UnreadableImage, decode, read_bytes
 from momconv.data.folder import name_images
 from momconv.evaluation import ClassScore, Scores
 from momconv.names import encode_name
@@ -50,8 +50,7 @@ def compose_run_page(
         plots: Pictures in the run's folder.
         peaks: What a step takes in each way that was compared, predicted.
     """
-    recipe, pictures = result.recipe, {path.stem: path for path in plots}
-    data = recipe.data.path or recipe.data.train_dir or Path("images")
+    pictures = {path.stem: path for path in plots}
     folder = RunFolder(result.folder)
 
     def show(title: str, *names: str, **content: Any) -> Section:
@@ -64,7 +63,7 @@ def compose_run_page(
     if scores:
         sections += [
             show("Confusion", "confusion"),
-            _show_mistakes(scores, description.preprocessing),
+            _show_mistakes(scores, description.preprocessing, result.splits.val.source.read),
             _show_classes(scores),
         ]
     sections += [
@@ -81,10 +80,10 @@ def compose_run_page(
             details=tuple(_tabulate_plan(folder)),
         ),
         _show_data(folder),
-        _show_commands(result, description, data),
+        _show_commands(result, description),
     ]
     return Page(
-        title=f"{description.architecture} on {name_images(data)}",
+        title=f"{description.architecture} on {name_images(result.root)}",
         subtitle=f"{plural(description.num_classes, 'class')}, fine-tuned for "
         f"{plural(result.epochs, 'epoch')}, momconv {__version__}",
         figures=tuple(_list_run_figures(result, scores)),
@@ -154,11 +153,13 @@ def _show_interval(interval: tuple[float, float]) -> str:
     return f"95 % interval {low:.1%} to {high:.1%}"
 
 
-def _show_mistakes(scores: Scores, p: Preprocessing) -> Section:
+def _show_mistakes(
+    scores: Scores, p: Preprocessing, read: Callable[[Path], bytes] = read_bytes
+) -> Section:
     thumbnails = list[Picture]()
     for mistake in scores.mistakes:
         try:
-            image = decode(mistake.path, p.ranges)
+            image = decode(mistake.path, p.ranges, read)
         except UnreadableImage:  # since it was evaluated
             continue
         lines = (f"is {mistake.truth}", f"said {mistake.said} ({mistake.probability:.0%})")
@@ -300,14 +301,14 @@ def _show_data(folder: RunFolder) -> Section:
     return Section(title="Data", lines=tuple(notes), tables=(Table((), tuple(rows)),))
 
 
-def _show_commands(result: Result, description: Description, data: Path) -> Section:
+def _show_commands(result: Result, description: Description) -> Section:
     options = f" {own.restate(description)}" if own.is_own(description.architecture) else ""
     config = quote_path(RunFolder(result.folder).config)
     best = quote_path(result.best)
     commands = (
         f"momconv finetune --recipe {config}{options} --auto-name",
         f"momconv predict {best} PHOTO.jpg{options}",
-        f"momconv eval {best} --data {quote_path(data)}{options}",
+        f"momconv eval {best} --data {quote_path(result.root)}{options}",
     )
     lines = (
         "The first command repeats the run, the others use its best model.",

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 
 from momconv.data.dataset import LabelledImages
-from momconv.data.decoding import decode
+from momconv.data.decoding import decode, read_bytes
 from momconv.data.source import ImageSet
 from momconv.data.transforms import training_transform
 from momconv.evaluation import Mistake, Scores
@@ -95,12 +95,17 @@ def draw_confusion(scores: Scores, path: Path) -> None:
             axes.text(column, row, number, ha="center", va="center", color=colour)
 
 
-def draw_mistakes(mistakes: Sequence[Mistake], p: Preprocessing, path: Path) -> None:
+def draw_mistakes(
+    mistakes: Sequence[Mistake],
+    p: Preprocessing,
+    path: Path,
+    read: Callable[[Path], bytes] = read_bytes,
+) -> None:
     """Draw the images themselves, with what was said and what is right."""
     texts = [
         f"said {_shorten(m.said)} ({m.probability:.0%})\nis {_shorten(m.truth)}" for m in mistakes
     ]
-    images = (decode(mistake.path, p.ranges) for mistake in mistakes)
+    images = (decode(mistake.path, p.ranges, read) for mistake in mistakes)
     _draw_images("The surest mistakes", images, texts, path)
 
 

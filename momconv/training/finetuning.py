@@ -11,14 +11,14 @@ from typing import Literal
 import torch
 
 from momconv.data.report import DataReport
-from momconv.data.source import Splits
+from momconv.data.source import Source, Splits
 from momconv.determinism import deterministic
 from momconv.errors import ModelFileError, ResourceError
 from momconv.planner.plan import Plan
 from momconv.recipe import Recipe, recall_recipe
 from momconv.states import keeping_random_state
 from momconv.training import network, resuming, starting
-from momconv.training.images import examine_together, find_images, require_folder
+from momconv.training.images import examine_together, find_images, find_place, find_root
 from momconv.training.loop import train
 from momconv.training.memory import enforcing_limit
 from momconv.training.omission import keep_rest
@@ -56,6 +56,12 @@ class Result:
     plan: Plan
     probe: ProbeScore | None = None  # the baseline, if the recipe asks for one
 
+    @property
+    def root(self) -> Path:
+        """Where the images are."""
+        data = self.recipe.data
+        return data.path or data.train_dir or self.splits.train.root
+
     def compare_to_probe(self) -> str | None:
         """Return both scores and what fine-tuning bought, in words; None without a baseline."""
         top1 = self.best_epoch.val_top1
@@ -64,10 +70,11 @@ class Result:
         return compare(self.probe, top1, len(self.splits.val.samples))
 
 
-def finetune(
+def finetune(  # noqa: PLR0913 (one for each choice)
     recipe: Recipe,
     folder: str | Path,
     *,
+    source: Source | tuple[Source, Source] | None = None,
     resume: Resume = False,
     overwrite: bool = False,
     like: Path | None = None,
@@ -78,6 +85,8 @@ def finetune(
     Args:
         recipe: What to do. To resume, the folder's own (``config.yaml``), possibly with changes.
         folder: A new or empty folder, or one to resume.
+        source: Images in other places than the recipe's folders, of which a part is held out; or
+            those to train on and those to validate on. The same again to resume.
         resume: Whether to go on where the run in ``folder`` stopped; "auto": if there is one, which
             must be that of the whole ``recipe``, and otherwise to start it.
         overwrite: Whether an earlier run in ``folder`` is given up, once this one can begin.
@@ -97,7 +106,7 @@ def finetune(
     began = time.monotonic()
     before = read_provenance(like) if like else None
     with (
-        _assigning(recipe, Path(folder), listener) as assignment,
+        _assigning(recipe, Path(folder), source, listener) as assignment,
         _claiming(assignment, resume=resume, overwrite=overwrite) as goes_on,
     ):
         if goes_on and resume == "auto":
@@ -164,6 +173,7 @@ def rehearse(
     recipe: Recipe,
     folder: str | Path,
     *,
+    source: Source | tuple[Source, Source] | None = None,
     overwrite: bool = False,
     like: Path | None = None,
     listener: Listener = SILENT,
@@ -174,13 +184,18 @@ def rehearse(
         MomconvError: As ``finetune`` before its first step.
     """
     before = read_provenance(like) if like else None
-    with _assigning(recipe, Path(folder), listener) as assignment:
+    with _assigning(recipe, Path(folder), source, listener) as assignment:
         prepared = starting.prepare(assignment, overwrite=overwrite, like=before)
     return Rehearsal(prepared.images.report, prepared.run.plan)
 
 
 @contextmanager
-def _assigning(recipe: Recipe, folder: Path, listener: Listener) -> Iterator[Assignment]:
+def _assigning(
+    recipe: Recipe,
+    folder: Path,
+    source: Source | tuple[Source, Source] | None,
+    listener: Listener,
+) -> Iterator[Assignment]:
     """Prepare what this process is to do: its device, random numbers, other processes.
 
     Raises:
@@ -203,6 +218,7 @@ def _assigning(recipe: Recipe, folder: Path, listener: Listener) -> Iterator[Ass
             device=device,
             listener=listener if processes.leads else SILENT,
             processes=processes,
+            sources=(source, None) if isinstance(source, Source) else source,
         )
 
 
@@ -228,7 +244,8 @@ def _claiming(assignment: Assignment, *, resume: Resume, overwrite: bool) -> Ite
             elif resume:
                 folder.require_state()
             if not goes_on:
-                folder.require_outside(require_folder(assignment.recipe.data))
+                place = find_place(assignment.recipe.data, assignment.sources)
+                folder.require_outside(find_root(place))
                 folder.require_unused(overwrite=overwrite)
             held.enter_context(folder.claimed(assignment.listener.tell))
         yield _follow(assignment.processes, goes_on=goes_on)
@@ -264,7 +281,7 @@ def _begin(
         return run
     recipe, processes = assignment.recipe.data, assignment.processes
     with _following(processes):
-        find = partial(find_images, require_folder(recipe), recipe, SILENT)
+        find = partial(find_images, find_place(recipe, assignment.sources), recipe, SILENT)
         examine_together(find, processes)
     _follow(processes)
     begun = recall_recipe(assignment.folder.config)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -22,13 +22,13 @@ from momconv.data.inspection import (
     warn_of_duplicates,
 )
 from momconv.data.report import DataReport, fingerprint, report
-from momconv.data.source import ImageSet, Sample, Splits
+from momconv.data.source import ImageSet, Sample, Source, Sources, Splits, read_splits
 from momconv.data.splits import hold_out
 from momconv.errors import DataError, ModelFileError, MomconvError, UsageError
 from momconv.files.atomic import write_atomically, write_text
 from momconv.names import NamedPath, decode_name, encode_name, name_below
 from momconv.opening import read_regular
-from momconv.recipe import DataRecipe
+from momconv.recipe import PATHS, DataRecipe
 from momconv.states import pausing_search_for_cycles
 from momconv.training.omission import take_back
 from momconv.training.processes import Processes
@@ -37,6 +37,7 @@ from momconv.training.run_folder import RunFolder
 from momconv.words import describe_classes, itemise, plural, printable
 from momconv.zoo.seen import SeenImages
 
+Place = Path | Sources  # where images are: in folders of the recipe's layout, or of the caller's
 _SHOWN = 5  # files that an error names
 
 
@@ -101,13 +102,35 @@ def require_folder(recipe: DataRecipe) -> Path:
     return folder
 
 
-def find_images(root: Path, recipe: DataRecipe, listener: Listener) -> Splits:
-    """Return the images below ``root``, divided into training and validation, not yet opened.
+def find_place(recipe: DataRecipe, sources: Sources | None) -> Place:
+    """Return where the images are: in the ``sources``, if there are any.
 
     Raises:
-        DataError: The folder cannot be used.
+        UsageError: The recipe names no folder, or names one beside the sources.
     """
-    found = _find(root, recipe)
+    if sources is None:
+        return require_folder(recipe)
+    if named := [key for key in PATHS if getattr(recipe, key)]:
+        raise UsageError(
+            f"both data.{named[0]} and source= say where the images are",
+            kind="usage.two_sources",
+            fix=f"--set data.{named[0]}=null",
+        )
+    return sources
+
+
+def find_root(place: Place) -> Path:
+    """Return what the place of the images is called."""
+    return place if isinstance(place, Path) else place[0].root
+
+
+def find_images(place: Place, recipe: DataRecipe, listener: Listener) -> Splits:
+    """Return the images of ``place``, divided into training and validation, not yet opened.
+
+    Raises:
+        DataError: They cannot be used.
+    """
+    found = _find(place, recipe)
     _tell(found.notes, recipe, listener)
     if recipe.limit == 1 and recipe.max_images is None:
         return found
@@ -205,12 +228,12 @@ def remember_images(
 
 def recall_images(
     path: Path,
-    root: Path | None = None,
+    place: Place | None = None,
     listener: Listener = SILENT,
     *,
     progress: Progress | None = None,
 ) -> Splits:
-    """Return the images that ``remember_images`` wrote to ``path``, now perhaps below ``root``.
+    """Return the images that ``remember_images`` wrote to ``path``, now perhaps in ``place``.
 
     Those that were left out according to ``progress`` may be anything; which are back, it learns.
 
@@ -219,11 +242,11 @@ def recall_images(
         DataError: Some of the images are gone, or are not what they were.
     """
     split = _read(path)
-    root = root or split.data
+    root = find_root(place or split.data)
     parts = {"train": split.train, "val": split.val}
-    train, val = (_from_part(part, split.classes, root) for part in parts.values())
+    sources = _reopen(place or split.data, split)
+    train, val = map(_from_part, sources, parts.values(), [split.classes] * 2)
     recalled = Splits(train, val, (), unused=tuple(root / unused for unused in split.unused))
-    _require_folders(train.root, val.root)
     found = _examine(train, listener) | _examine(val, listener)
     changed = {
         sample.path: None
@@ -235,16 +258,16 @@ def recall_images(
         for path in take_back(recalled, progress, found, changed, listener):
             del changed[path]
     if changed:
-        raise _changed(root, [*changed])
+        raise _changed(root, [*changed], found)
     digest = fingerprint((name, *file[1:]) for name, part in parts.items() for file in part.files)
     return replace(recalled, fingerprint=digest)
 
 
-def list_new(known: Splits, root: Path, recipe: DataRecipe) -> Splits:
-    """Return the images below ``root`` that came after the run of the images ``known`` began.
+def list_new(known: Splits, place: Place, recipe: DataRecipe) -> Splits:
+    """Return the images of ``place`` that came after the run of the images ``known`` began.
 
     Raises:
-        DataError: The folder cannot be used any more.
+        DataError: It cannot be used any more.
     """
     parts = (known.train, known.val)
     paths = {s.path for part in parts for s in part.samples}.union(known.unused)
@@ -254,21 +277,21 @@ def list_new(known: Splits, root: Path, recipe: DataRecipe) -> Splits:
         every = enumerate(images.samples)
         return images.select(n for n, s in every if os.path.abspath(s.path) not in old)
 
-    found = _find(root, recipe)
+    found = _find(place, recipe)
     return Splits(select(found.train), select(found.val), ())
 
 
 @pausing_search_for_cycles()
-def _find(root: Path, recipe: DataRecipe) -> Splits:
-    return find_splits(
-        root,
-        train=recipe.train_dir,
-        val=recipe.val_dir,
-        val_frac=recipe.val_frac,
-        seed=recipe.split_seed,
-        unknown=recipe.unknown_classes,
-        labels=recipe.labels,
-    )
+def _find(place: Place, recipe: DataRecipe) -> Splits:
+    how: dict[str, Any] = {
+        "val_frac": recipe.val_frac,
+        "seed": recipe.split_seed,
+        "unknown": recipe.unknown_classes,
+    }
+    if isinstance(place, tuple):
+        return read_splits(place, **how)
+    train, val = recipe.train_dir, recipe.val_dir
+    return find_splits(place, train=train, val=val, labels=recipe.labels, **how)
 
 
 def _check(
@@ -301,21 +324,35 @@ def _examine(images: ImageSet, listener: Listener) -> Findings:
     return examine_all(images.source, images.paths, tell)
 
 
-def _require_folders(*folders: Path) -> None:
+def _reopen(place: Place, split: _Split) -> tuple[Source, Source]:
+    """Return the sources of the training and of the held-out images.
+
+    Raises:
+        DataError: There is no such folder.
+    """
+    if isinstance(place, tuple):
+        train, val = place
+        return train, val or train
+    folders = [place / part.folder for part in (split.train, split.val)]
     for folder in folders:
         if not folder.is_dir():
             raise DataError(
                 f"the images of the run are gone: there is no folder {printable(folder)}\n"
-                "it may have moved, or is not mounted",
+                "it may have moved, is not mounted, or was a source= in Python",
                 kind="data.missing_folder",
                 fix="--data FOLDER",
             )
+    train, val = map(Folder, folders)
+    return train, val
 
 
-def _changed(root: Path, changed: Sequence[Path]) -> DataError:
-    gone = [path for path in changed if not path.is_file()]
-    others = [path for path in changed if path not in gone]
-    lines = [f"{printable(p)}: gone" for p in gone] + [f"{printable(p)}: changed" for p in others]
+def _changed(root: Path, changed: Sequence[Path], found: Findings) -> DataError:
+    """Return the error of images that cannot be read, which come first, or are others now."""
+    paths = sorted(changed, key=lambda path: found.sha256(path) != "")
+    lines = [
+        f"{printable(path)}: {'changed' if found.sha256(path) else found[path].problem}"
+        for path in paths
+    ]
     return DataError(
         f"{plural(len(changed), 'image')} of the run changed since in {printable(root)}\n"
         + itemise(lines, _SHOWN),
@@ -356,10 +393,10 @@ def _relate(path: Path, root: Path) -> Path:
 
 
 @pausing_search_for_cycles()
-def _from_part(part: _Part, classes: tuple[str, ...], root: Path) -> ImageSet:
-    folder, number = root / part.folder, {name: label for label, name in enumerate(classes)}
-    samples = (Sample(folder / name, number[class_name]) for name, class_name, _ in part.files)
-    return ImageSet(Folder(folder), classes, tuple(samples))
+def _from_part(source: Source, part: _Part, classes: tuple[str, ...]) -> ImageSet:
+    root, number = source.root, {name: label for label, name in enumerate(classes)}
+    samples = (Sample(root / name, number[class_name]) for name, class_name, _ in part.files)
+    return ImageSet(source, classes, tuple(samples))
 
 
 @pausing_search_for_cycles()

@@ -5,7 +5,7 @@ resumed tries it again, and goes on without it if it is not back. A folder that 
 of single images: it ends the run, to be resumed.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,18 +102,23 @@ def _refuse_lost_folder(
         return
     samples = enumerate(images.samples)
     others = [s.path for n, s in samples if n not in left_out and s.path != path]
-    near = [other for other in others if other.parent == path.parent] or others
-    asked = near[:: max(1, len(near) // _ASKED)]
-    gone = sum(not _is_readable(source, other) for other in asked)
-    if path.parent.is_dir() and 2 * gone <= len(asked):
+    near = [other for other in others if other.parent == path.parent]
+    far = [other for other in others if other.parent != path.parent]
+    if _are_readable(source, near or far):
         return
-    folder = path.parent if images.root.is_dir() else images.root
+    folder = path.parent if _are_readable(source, far) else images.root
     raise DataError(
         f"the images in {printable(folder)} cannot be read any more, such as {printable(path)}: "
         f"{_find_reason(source, path)}\nonce they are back, the run can go on with all of them",
         kind="data.lost_folder",
         fix=go_on,
     )
+
+
+def _are_readable(source: Source, paths: Sequence[Path]) -> bool:
+    """Return whether at least half of some of ``paths`` can be read."""
+    asked = paths[:: max(1, len(paths) // _ASKED)]
+    return 2 * sum(_is_readable(source, path) for path in asked) >= len(asked)
 
 
 def _is_readable(source: Source, path: Path) -> bool:

@@ -103,7 +103,8 @@ def resume(assignment: Assignment) -> TrainingRun:
     _refuse_changes(before, recipe, folder)
     saved = load_newest(folder, listener.tell, partial(network.make_own, recipe.model))
     model = saved.model
-    splits = recall_images(folder.split, recipe.data.path, listener, progress=saved.progress)
+    place = assignment.sources or recipe.data.path
+    splits = recall_images(folder.split, place, listener, progress=saved.progress)
     require_stages(model, recipe.train)
     require_validation(recipe, splits)
     _tell_of_images(assignment, splits, before)
@@ -146,7 +147,7 @@ def _tell_of_images(assignment: Assignment, splits: Splits, before: Recipe) -> N
         then = printable(before.data.path or splits.train.root)
         tell(f"note: the images are in {printable(root)} now, and were in {then}")
     try:
-        new = list_new(splits, root, data)
+        new = list_new(splits, assignment.sources or root, data)
     except DataError as error:
         tell(f"warning: whether there are new images cannot be told: {error.message}")
         return

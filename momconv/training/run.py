@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from momconv.data.dataset import count_workers, count_workers_that_fit
-from momconv.data.source import Splits
+from momconv.data.source import Sources, Splits
 from momconv.errors import ResourceError
 from momconv.planner.micro_batch import StaticBytes, count_steps
 from momconv.planner.plan import Change, Fixed, Plan, Request
@@ -44,6 +44,7 @@ class Assignment:
     device: torch.device
     listener: Listener
     processes: Processes = ALONE
+    sources: Sources | None = None  # of the images, where the recipe names no folder of them
 
     def request_plan(
         self,
@@ -205,6 +206,7 @@ def make_run(
         device=assignment.device,
         listener=assignment.listener,
         processes=assignment.processes,
+        sources=assignment.sources,
         splits=splits,
         model=model,
         plan=plan,

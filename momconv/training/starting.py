@@ -21,9 +21,10 @@ from momconv.training.images import (
     CheckedImages,
     examine_together,
     find_images,
+    find_place,
+    find_root,
     keep_readable,
     remember_images,
-    require_folder,
 )
 from momconv.training.omission import leave_out
 from momconv.training.optimisation import describe_frozen, require_stages
@@ -73,11 +74,11 @@ def prepare(
         MomconvError: The run cannot be.
     """
     recipe, listener, device = assignment.recipe, assignment.listener, assignment.device
-    folder = require_folder(recipe.data)
-    assignment.folder.require_outside(folder)
+    place = find_place(recipe.data, assignment.sources)
+    assignment.folder.require_outside(find_root(place))
     assignment.folder.require_unused(overwrite=overwrite)
     assignment.folder.require_room(0)
-    found = find_images(folder, recipe.data, listener)
+    found = find_images(place, recipe.data, listener)
     model = network.load(recipe, listener.tell)
     require_stages(model, recipe.train)
     if recipe.momentum.use == "always" and not network.read_gamma(model):
@@ -126,7 +127,8 @@ def start(
     write_text(folder.config, dump_recipe(run.recipe.with_absolute_paths()))
     write_text(folder.provenance, prepared.provenance.model_dump_json(indent=1) + "\n")
     write_text(folder.plan, run.plan.to_json())
-    remember_images(prepared.images, require_folder(run.recipe.data), folder, run.listener)
+    root = find_root(find_place(run.recipe.data, run.sources))
+    remember_images(prepared.images, root, folder, run.listener)
     begin(run)
     return run
 

@@ -81,7 +81,7 @@ def test_changed_images_are_told_by_name(colours: Path, tmp_path: Path) -> None:
     assert caught.value.kind == "data.changed"
     assert caught.value.message.splitlines() == [
         f"2 images of the run changed since in {root}",
-        f"  {root}/red/2.png: gone",
+        f"  {root}/red/2.png: No such file or directory",
         f"  {root}/blue/1.png: changed",
     ]
 
