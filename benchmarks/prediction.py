@@ -23,9 +23,10 @@ from benchmarks.methods import make_network
 from benchmarks.tables import Log, Out, Row, show
 from momconv import convert, peak_memory, set_strategy
 from momconv.planner.measurement import measure_step
+from momconv.vocabulary import STRATEGIES
 
 MIB = 2**20
-STRATEGIES = ("plain", "store", "checkpoint", "segment", "momentum", "auto")
+VARIANTS = ("plain", *STRATEGIES)
 TITLE = "prediction"
 KEY = ("network", "images", "precision", "trained", "strategy")
 COLUMNS = (*KEY, "predicted MiB", "measured MiB", "% of step", "% of whole")
@@ -69,7 +70,7 @@ CASES = [
 
 def measure(case: Case) -> Iterator[Row]:
     """A row of the table for each strategy."""
-    for strategy in STRATEGIES:
+    for strategy in VARIANTS:
         model = make_network(case.network)
         if strategy != "plain":
             model = convert(model, stages="all")

@@ -189,7 +189,7 @@ def test_an_unknown_key_is_placed_and_the_nearest_is_offered(
         ("train.epochs", "0", "'0' is not an integer ≥ 1"),
         ("train.epochs", "~", "null is not an integer ≥ 1"),
         ("train.micro_batch", "lots", "'lots' is not an integer ≥ 1 or auto"),
-        ("train.optimizer", "adam", "'adam' is not sgd or adamw or sgd-8bit or adamw-8bit"),
+        ("train.optimizer", "adam", f"'adam' is not {' or '.join(OPTIMIZERS)}"),
         ("data.std", "0", "'0' is not three numbers > 0 like 0.5,0.5,0.5 or null"),
         ("train.lr", "nan", "'nan' is not a number > 0 or auto or null"),
         ("train.lr", "inf", "'inf' is not a number > 0 or auto or null"),

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from momconv.momentum.replay import Replay
 from momconv.momentum.trajectory import Trajectory
 
 GAMMAS = [0.1, 0.5, 0.9, 0.99, 1.0]
-RECOMPUTING: list[Strategy] = ["checkpoint", "segment", "momentum"]
+RECOMPUTING: list[Strategy] = [name for name in get_args(Strategy) if name != "store"]
 
 GPU = torch.device("cuda")
 

@@ -20,8 +20,7 @@ from networks import (
 from torch import Tensor
 
 from momconv import MomentumSequential
-
-STRATEGIES = ("store", "checkpoint", "segment", "momentum", "auto")
+from momconv.vocabulary import STRATEGIES
 
 
 def leave_everything() -> dict[str, Tensor]:

@@ -10,11 +10,12 @@ from momconv.errors import UsageError
 from momconv.planner.cost import Speed, Work
 from momconv.planner.micro_batch import Curve, Line, StaticBytes
 from momconv.planner.prediction import Alive, PeakMemory
-from momconv.planner.profile import VARIANTS, MemoryProfile, Profile, Variant
+from momconv.planner.profile import MemoryProfile, Profile, Variant
 from momconv.reports.memory import judge, show_memory, to_csv, to_json
 from momconv.reports.memory_plot import draw_memory, require_picture_name
 
 MIB = 2**20
+VARIANTS: tuple[Variant, ...] = ("plain", "checkpoint", "segment", "momentum", "auto")
 BUDGETS = {"100MiB": 100 * MIB, "1GiB": 1024 * MIB}
 
 
