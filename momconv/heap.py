@@ -38,7 +38,7 @@ def returning_freed_memory(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _allocating(device: torch.device, *, largest: int, trim: int) -> Iterator[None]:
-    """Tensors up to the ``largest`` are on the heap inside, of which ``trim`` bytes may be free."""
+    """Inside, tensors up to ``largest`` are on the heap, of which ``trim`` bytes may be free."""
     libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
     if device.type != "cpu" or not hasattr(libc, "mallopt"):  # as in musl
         yield

@@ -57,7 +57,7 @@ def _fail(broken: Sequence["HealthCheck"]) -> ResourceError:
 
 
 def _print(finding: "HealthCheck") -> None:
-    """``✗`` needs to be mended, ``!`` only where it matters to you."""
+    """Print the checks; ``✗`` needs to be mended, ``!`` only where it matters to you."""
     mark, style = ("✗", "red") if finding.is_broken else ("!", "yellow")
     if finding.ok:
         mark, style = "✓", "green"

@@ -249,7 +249,7 @@ def _make_loader(file: Path, function: Function, said: "Preparation") -> _Loader
 
 
 def _describe_alike(other: Path, file: Path, load: _Loader) -> "Description":
-    """What is in ``other``, where a network tells the same classes apart as that in ``file``.
+    """Return the network in ``other``, which tells the same classes apart as that in ``file``.
 
     Raises:
         ModelFileError: It does not, as far as is known.

@@ -33,7 +33,7 @@ def gather(calls: Sequence[Call]) -> Call:
 def bind(
     blocks: Sequence[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[list[nn.Module], tuple[Tensor, ...]]:
-    """Modules that do what ``blocks`` do if called with x and the returned tensors.
+    """Return modules that do what ``blocks`` do, to be called with x and the tensors returned.
 
     Args:
         blocks: They are called with x, ``args`` and ``kwargs``.

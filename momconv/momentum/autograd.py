@@ -96,7 +96,7 @@ def _with_value_of(value: Tensor, x: Tensor) -> Tensor:
 def _reconstruct(
     replay: Replay, x: Tensor, args: tuple[Tensor, ...], trajectory: Trajectory, n: int
 ) -> Tensor:
-    """block(x, *args), for which backward walks the trajectory back from n+1 to n."""
+    """Return block(x, *args), for which backward walks the trajectory back from n+1 to n."""
     y = replay.first(x, *args)
     if y.requires_grad and not trajectory.has_origin:
         trajectory.mark_origin()
@@ -144,5 +144,5 @@ class _Step(torch.autograd.Function):
 
 
 def _without_memory(x: Tensor) -> Tensor:
-    """Zeros of x's type and shape, which share one element of memory."""
+    """Return zeros of x's type and shape, which share one element of memory."""
     return x.new_zeros(()).expand(x.shape)

@@ -77,7 +77,7 @@ BITS = {torch.float32: 31, torch.float64: 51}
 def integrate(
     x: Tensor, blocks: Sequence[Block], rule: Rule
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The loop over (2), from x on the grid and v = 0 to x, v and the remainders."""
+    """Follow (2) from x on the grid and v = 0; return x, v and the remainders."""
     x = x.double()
     v, remainders = torch.zeros_like(x), [torch.zeros_like(x)]
     for n, (is_full, _) in enumerate(remainder_bounds(rule.gamma, len(blocks))):
@@ -90,7 +90,7 @@ def integrate(
 def reverse(
     x: Tensor, v: Tensor, remainders: Sequence[Tensor], blocks: Sequence[Block], rule: Rule
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The loop over (3): the inverse of :func:`integrate`. Of v and r it leaves zeros."""
+    """Undo :func:`integrate` by (3); of v and r zeros are left."""
     remainders, emptied = list(remainders), []
     for n, (is_full, _) in reversed([*enumerate(remainder_bounds(rule.gamma, len(blocks)))]):
         x, v, remainders[-1] = unstep(x, v, remainders[-1], blocks[n], rule, n)
@@ -105,12 +105,12 @@ def to_grid(x: Tensor, ulp: float) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """X in single precision at least."""
+    """Return x in single precision at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def step(x: Tensor, v: Tensor, r: Tensor, block: Block, rule: Rule, n: int) -> State:
-    """Step n of (2)."""
+    """Take step n of (2)."""
     v, r = multiply(v, r, rule.gamma)
     v = v + torch.round(residual(block, x, rule) * (rule.coefficients[n] / rule.v_ulp))
     x = x + to_grid(v * rule.v_ulp, rule.ulp)
@@ -118,7 +118,7 @@ def step(x: Tensor, v: Tensor, r: Tensor, block: Block, rule: Rule, n: int) -> S
 
 
 def unstep(x: Tensor, v: Tensor, r: Tensor, block: Block, rule: Rule, n: int) -> State:
-    """Step n of (3): the lines of :func:`step`, read upwards."""
+    """Take step n of (3): the lines of :func:`step`, read upwards."""
     x = x - to_grid(v * rule.v_ulp, rule.ulp)
     v = v - torch.round(residual(block, x, rule) * (rule.coefficients[n] / rule.v_ulp))
     v, r = divide(v, r, rule.gamma)
@@ -157,7 +157,7 @@ def divide(v: Tensor, r: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
 
 
 def coefficients(gamma: float, gains: Sequence[float], velocity: Velocity) -> tuple[float, ...]:
-    """What each step multiplies its residual by: (1 − γ) · gain.
+    """Return what each step multiplies its residual by: (1 − γ) · gain.
 
     At γ = 1 the factor (1 − γ) is left out, as in the paper. Starting from v[0] = f(x[0]) is the
     same as starting from 0 with γ + (1 − γ) in the first step, so ``velocity="residual"`` costs
@@ -169,7 +169,7 @@ def coefficients(gamma: float, gains: Sequence[float], velocity: Velocity) -> tu
 
 
 def weights(gamma: float, steps: Sequence[float]) -> list[float]:
-    """How much of each residual the last x contains: x[k] = x[0] + Σ weights[j] f(x[j])."""
+    """Return how much of each residual is in the last x: x[k] = x[0] + Σ weights[j] f(x[j])."""
     total, result = 0.0, []
     for c in reversed(steps):  # the sum over m of γ^m, m = 0 … k - 1 - j
         total = 1 + gamma * total
@@ -182,7 +182,7 @@ FULL = 2**15 - 1
 
 
 def remainder_bounds(gamma: float, steps: int) -> Iterator[tuple[bool, float]]:
-    """For each step: is the remainder full before it, and how large may it be afterwards.
+    """Yield for each step whether the remainder is full before it, and its bound afterwards.
 
     A full remainder is put aside and a new one begun at 0. |r| grows to |r|/γ plus the errors of
     two rounded products, each at most 1 while |v| stays below :attr:`Rule.limit`.

@@ -11,21 +11,21 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by by
 
 
 def note_magnitudes(largest: Tensor, *tensors: Tensor) -> None:
-    """Let ``largest``, a scalar, grow to the largest |element|; it is not finite if one is not."""
+    """Raise ``largest``, a scalar, to the largest |element|; it is not finite if one is not."""
     for x in tensors:
         if x.numel():
             torch.maximum(largest, x.abs().max().to(largest.dtype), out=largest)
 
 
 def magnitude(x: Tensor) -> Tensor:
-    """The largest |x|, a scalar on x's device; not finite if anything in x is not, 0 of nothing."""
+    """Return the largest |x|, a scalar on x's device; not finite if x is not, 0 of nothing."""
     if x.numel() == 0:
         return x.new_zeros(())
     return torch.stack(torch.aminmax(x.as_strided((x.numel(),), (1,)))).abs().max()
 
 
 def checksum(x: Tensor) -> Tensor:
-    """A weighted sum of x's bit patterns, an int64 scalar on x's device.
+    """Return a weighted sum of x's bit patterns, an int64 scalar on x's device.
 
     They are read eight bytes at a time: sum() would make a copy in int64 of anything narrower. The
     weights are odd, so that a single change is seen, and differ, so that an exchange of two is:

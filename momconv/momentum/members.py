@@ -58,7 +58,7 @@ def _require_run(block: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
 
 
 def _notes(node: Any) -> dict[str, Any]:
-    """What is known of a node of the graph."""
+    """Return what is known of a node of the graph."""
     return node.metadata  # type: ignore[no-any-return]
 
 

@@ -20,12 +20,12 @@ from momconv.states import is_fake, is_graph_made, keep_buffers, without_hooks
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether anything can be seen in x."""
+    """Return whether x has values to be looked at."""
     return not is_graph_made() and not is_fake(x) and x.numel() > 0
 
 
 def find_range(measure: Callable[[], float], x: Tensor) -> tuple[int, bool]:
-    """Return the exponent for a pass from x, and whether it is one for others too.
+    """Return the exponent for a pass from x, and whether it serves for other passes too.
 
     It is not if x is 0 or something is not finite.
     """

@@ -71,7 +71,7 @@ class Replay:
         self._inputs: Sequence[Tensor] = ()  # for a second repetition
 
     def first(self, x: Tensor, *args: Tensor) -> Tensor:
-        """block(x, *args), dropping what it saves for backward."""
+        """Return block(x, *args), dropping what it saves for backward."""
         with self.forgetting(x, *args):
             y = evaluate(self._block, x, *args)
         if self._cut:
@@ -109,7 +109,7 @@ class Replay:
         self._random_state = before if drew else ()
 
     def _drop(self, tensor: Tensor) -> int | Tensor:
-        """A number for what the first call saves, or what a norm keeps."""
+        """Return a number for what the first call saves, or what a norm keeps."""
         if self._norms.own(tensor):
             return tensor
         if self._cut:
@@ -120,7 +120,7 @@ class Replay:
         return self._count - 1
 
     def watch(self, tensors: Iterable[Tensor]) -> None:
-        """From now until it is repeated, nobody must write into these, and no others."""
+        """Make it an error to write into these tensors before the call is repeated."""
         self._watched = [*tensors]
         self._versions = tuple(map(version_of, self._watched))
 
@@ -130,7 +130,7 @@ class Replay:
         self._inputs = self._detach(x)
 
     def repeat(self, x: Tensor, *, is_same: bool = True) -> Tensor:
-        """The same call once more, keeping what it saves; x must equal the first one, if it can.
+        """Make the same call once more, keeping what it saves; x must equal the first, if it can.
 
         Raises:
             InversionError: somebody wrote into what the first call used.
@@ -150,7 +150,7 @@ class Replay:
         return y.detach()
 
     def rerun(self, x: Tensor) -> Tensor:
-        """What the first call returned, for a repetition that is still to come."""
+        """Return once more what the first call returned, before the repetition."""
         self._require_unchanged()
         # With a graph, of which nothing is kept: without one, PyTorch may take other kernels.
         with self._keeping(self._count):
@@ -180,7 +180,7 @@ class Replay:
         return inputs
 
     def _stop_watching(self) -> None:
-        """What was watched has not changed, and now may, unless another backward pass can come."""
+        """Require that what was watched is unchanged, and let it go, unless backward comes again."""
         self._require_unchanged()
         if not _is_graph_kept():
             self._watched = ()
@@ -195,7 +195,7 @@ class Replay:
             )
 
     def _repeat_beginning(self) -> None:
-        """The call as far as the middle, keeping what it saves."""
+        """Make the call as far as the middle, keeping what it saves."""
         self._stop_watching()  # if :meth:`repeat` has not, in a stem
         inputs, self._inputs = self._inputs, ()
         self._sum_again = None
@@ -237,14 +237,14 @@ class Replay:
             )
 
     def _is_buffer(self, tensor: Tensor) -> bool:
-        """Whether this is a state of the block, which a norm saves and backward does not use."""
+        """Return whether this is a buffer, which a norm saves and its backward does not use."""
         if is_fake(tensor):
             return False
         place = tensor.data_ptr()
         return any(buffer.data_ptr() == place for buffer in self._block.buffers())
 
     def _forget_random_state(self) -> None:
-        """After the last repetition, unless the graph is kept for another backward pass."""
+        """Forget random numbers, unless the graph is kept for another backward pass."""
         if not _is_graph_kept():
             self._random_state = ()
 
@@ -298,7 +298,7 @@ def _saving(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> I
 
 
 def _is_graph_kept() -> bool:
-    """Whether the backward pass that is under way keeps the graph for another one."""
+    """Return whether the backward pass that is under way keeps the graph for another one."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
@@ -332,7 +332,7 @@ class Enough(Exception):
 
 
 def _buffers_that_count(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """The buffers that a result may depend on: not the statistics that a norm only updates."""
+    """Return the buffers that a result may depend on: not statistics that a norm only updates."""
     return [
         buffer
         for module in modules
@@ -343,7 +343,7 @@ def _buffers_that_count(modules: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def evaluate(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
-    """block(x, *args), which must leave x alone: x is needed again.
+    """Return block(x, *args), which must leave x alone: x is needed again.
 
     Raises:
         UsageError: the block wrote into x, or returned something else than a tensor.
@@ -400,7 +400,7 @@ class _Before(torch.autograd.Function):
 
 
 def before_backward(y: Tensor, action: Callable[..., object], *kept: Tensor) -> Tensor:
-    """Y, such that backward calls ``action(*kept)`` before it enters the graph that made y.
+    """Return y, such that backward calls ``action(*kept)`` before it enters y's graph.
 
     A node of its own, so that nothing of the previous node's work is alive during the action.
     """
@@ -408,7 +408,7 @@ def before_backward(y: Tensor, action: Callable[..., object], *kept: Tensor) -> 
 
 
 def checkpoint(block: nn.Module, x: Tensor, *args: Tensor, in_parts: bool = False) -> Tensor:
-    """block(x, *args), keeping only x and args, and computing the block again in backward."""
+    """Return block(x, *args), keeping only x and args; backward computes the block again."""
     if not torch.is_grad_enabled():
         return evaluate(block, x, *args)
     replay = Replay(block, in_parts=in_parts)
@@ -416,7 +416,7 @@ def checkpoint(block: nn.Module, x: Tensor, *args: Tensor, in_parts: bool = Fals
 
 
 def without_autocast_cache(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast as it is, but for its cache.
+    """Inside, autocast is as it was, but without its cache.
 
     That would keep a copy of every weight until the end of the forward pass. And a weight that is
     used twice would have its gradients added up in the narrow type, which no copy made in backward
@@ -426,13 +426,13 @@ def without_autocast_cache(device_type: str) -> AbstractContextManager[Any]:
 
 
 def _autocast(settings: dict[str, Any]) -> AbstractContextManager[Any]:
-    """torch.autocast, which takes its time, unless it is off and to be off."""
+    """Return torch.autocast, or nothing, which is faster, where it is off and to be off."""
     is_off = not settings["enabled"] and not torch.is_autocast_enabled(settings["device_type"])
     return nullcontext() if is_off else torch.autocast(**settings)
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """The state of the CPU's generator and of the device's own."""
+    """Return the state of the CPU's generator and of the device's own."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))

@@ -53,11 +53,11 @@ class PlainNorms:
         self.others = modules
 
     def finish(self) -> list[nn.Module]:
-        """After the first run: further modules that need their buffers."""
+        """Return, after the first run, further modules that need their buffers."""
         return []
 
     def own(self, tensor: Tensor) -> bool:
-        """Whether autograd saves this for a norm, and need not be given it in the second run."""
+        """Return whether a norm saves this for backward, and can do without it in its second run."""
         return False
 
     def remembering(self) -> AbstractContextManager[None]:
@@ -76,15 +76,15 @@ class PlainCut:
         pass
 
     def note(self, tensor: Tensor) -> None:
-        """This is saved next."""
+        """Take notice of the tensor that is saved next."""
 
     def find_middle(self, little: int) -> int:
-        """How many tensors are saved before the cut, 0 for none."""
+        """Return how many tensors are saved before the cut, 0 for none."""
         return 0
 
 
 def _choose(name: str, plain: Any) -> Any:
-    """What momentum/faster/ has under this name, or else the plain thing."""
+    """Return what momentum/faster/ has under this name, or else the plain form."""
     try:
         return getattr(import_module(_FASTER), name)
     except ModuleNotFoundError as error:

@@ -27,7 +27,7 @@ class Segment:
         self._inputs: list[Tensor] = []
 
     def run(self, x: Tensor) -> Tensor:
-        """The stage's output."""
+        """Return the stage's output."""
         return self._stage(
             x, partial(self._first, x.detach()) if torch.is_grad_enabled() else evaluate
         )
@@ -45,7 +45,7 @@ class Segment:
         self._replays[n].repeat(self._inputs.pop())
 
     def _find_inputs(self, last: int, start: Tensor) -> None:
-        """Of the blocks up to ``last``."""
+        """Compute the inputs of the blocks up to ``last`` again."""
         self._inputs.clear()
 
         def again(_block: nn.Module, x: Tensor, *_args: Tensor) -> Tensor:

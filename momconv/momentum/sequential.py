@@ -39,7 +39,7 @@ SMALLEST_GAMMA = 1e-6  # below it one step's remainder would not fit an exact fl
 
 
 def check_gamma(gamma: float) -> float:
-    """γ itself.
+    """Return γ as a float.
 
     Raises:
         UsageError: It cannot be the γ of a stage.
@@ -187,7 +187,7 @@ class MomentumSequential(nn.Sequential):
     def forward(  # type: ignore[override]  # x is called input there
         self, x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """The blocks in turn, each called with x and the same further arguments.
+        """Call the blocks in turn, each with x and the same further arguments.
 
         Tensors among these may require gradients. In a network that is compiled as a whole, a stage
         runs as it is: backward runs its blocks again, which must be the same program both times.
@@ -235,7 +235,7 @@ class MomentumSequential(nn.Sequential):
         return (self.runs or ()) if self.gamma else ()
 
     def _list_pieces(self, blocks: list[nn.Module]) -> Iterator[range]:
-        """The blocks that are a segment together: as many as asked for, a whole run, or all."""
+        """Yield the blocks that are a segment together: so many as asked for, a run, or all."""
         if not self.way.length:
             yield range(len(blocks))
             return
@@ -247,7 +247,7 @@ class MomentumSequential(nn.Sequential):
                 yield range(part.start, position := part.stop)
 
     def _walk(self, this: "_Pass", piece: range, x: Tensor, call: Call) -> Tensor:
-        """The blocks of ``piece``; ``call`` calls those that are not stored.
+        """Go through the blocks of ``piece``; ``call`` calls those that are not stored.
 
         Backward may come here again, when the stage has another way or range already.
         """
@@ -266,7 +266,7 @@ class MomentumSequential(nn.Sequential):
         return this.walk_plain(range(position, piece.stop), x, call)
 
     def _follow(self, this: "_Pass", part: Run, calls: Sequence[Call | None], x: Tensor) -> Tensor:
-        """A run; its range is known if this pass has been here before."""
+        """Go through a run, whose range is known if this pass has been here before."""
         blocks, ranges = this.blocks[part.start : part.stop], this.ranges
 
         def follow(exponent: int) -> tuple[Tensor, Tensor]:
@@ -302,7 +302,7 @@ class MomentumSequential(nn.Sequential):
         )
 
     def find_runs(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Run, ...]:
-        """The runs, which are found by tracing shapes from x if they are not known yet.
+        """Return the runs, found by tracing shapes from x if they are not known yet.
 
         There is a warning where there are none; γ = 0 needs none.
 
@@ -364,7 +364,7 @@ class MomentumSequential(nn.Sequential):
         return runs[0], *bind([*self._modules.values()], args, kwargs)
 
     def rule(self, part: Run, dtype: torch.dtype) -> Rule:
-        """The constants of a run of blocks that compute in ``dtype``."""
+        """Return the constants of a run of blocks that compute in ``dtype``."""
         steps = coefficients(self.gamma, part.gains, self.velocity)
         exponent = _UNKNOWN if part.exponent is None else part.exponent
         return Rule.of(self.gamma, steps, exponent, torch.promote_types(dtype, torch.float32))
@@ -417,7 +417,7 @@ class MomentumSequential(nn.Sequential):
         return self
 
     def extra_repr(self) -> str:
-        """γ, the strategy and the runs, for ``print(model)``."""
+        """Return γ, the strategy and the runs, for ``print(model)``."""
         spans = ", ".join(f"{run.start}-{run.stop - 1}" for run in self.runs or ())
         return f"gamma={self.gamma}, strategy={self.way}, momentum blocks: {spans or 'none'}"
 
@@ -461,7 +461,7 @@ class _Pass:
         return 0 if self.way.strategy == "store" else len(self.blocks) - self.way.stored
 
     def walk_plain(self, piece: range, x: Tensor, call: Call) -> Tensor:
-        """Blocks outside the runs; ``call`` calls those that are not stored."""
+        """Go through blocks outside the runs; ``call`` calls those that are not stored."""
         units = split_units(self.blocks[piece.start : piece.stop])
         ends = accumulate(map(len, units), initial=piece.start)
         before = sum(end <= self.border for end in [*ends][1:])
@@ -474,7 +474,7 @@ class _Pass:
 
 
 def _group(units: list[list[nn.Module]], way: Way) -> Iterator[tuple[list[nn.Module], bool]]:
-    """What shares a checkpoint; and, alone, what has a stage inside, with a way of its own."""
+    """Yield what shares a checkpoint; and, alone, a block that has a stage with its own way."""
 
     def has_own_way(unit: list[nn.Module]) -> bool:
         return way.strategy != "segment" and bool(momentum_stages(unit[0]))
@@ -486,12 +486,12 @@ def _group(units: list[list[nn.Module]], way: Way) -> Iterator[tuple[list[nn.Mod
 
 
 def join_layers(blocks: list[nn.Module]) -> Iterator[nn.Module]:
-    """The blocks, each with the single layers that follow it: a ReLU may write into its output."""
+    """Join each block with the layers that follow it: a ReLU may write into its output."""
     return map(_join, split_units(blocks))
 
 
 def split_units(blocks: list[nn.Module]) -> list[list[nn.Module]]:
-    """The blocks, each in a list with the single layers that follow it."""
+    """Return the blocks, each in a list with the single layers that follow it."""
     units: list[list[nn.Module]] = []
     for block in blocks:
         is_layer = next(block.children(), None) is None
@@ -539,11 +539,11 @@ class MomentumDict(MomentumSequential):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the dictionary would do."""
+        """Do what the dictionary would do."""
         return self.kind.forward(self, *args, **kwargs)
 
     def items(self) -> Iterator[tuple[str, nn.Module]]:
-        """The runs, each under the name of its last block, and all other blocks."""
+        """Return the runs, each under the name of its last block, and all other blocks."""
         for n, (name, block) in enumerate(self._modules.items()):
             member_of = [part for part in self.runs or () if part.start <= n < part.stop]
             for part in member_of:
@@ -554,7 +554,7 @@ class MomentumDict(MomentumSequential):
                 yield name, block if is_layer else self._take(Run(n, n + 1, ()))
 
     def _take(self, part: Run) -> MomentumSequential:
-        """Some blocks as a stage for themselves."""
+        """Return some blocks as a stage for themselves."""
         return _Taken(
             self,
             part.start,
@@ -577,13 +577,13 @@ class _Taken(MomentumSequential):
         self._tell = partial(owner.set_range, start)
 
     def set_range(self, start: int, exponent: int | None) -> None:
-        """Of the run, and of that of the dictionary."""
+        """Set the range of the run, and of the dictionary's run that it stands for."""
         super().set_range(start, exponent)
         self._tell(exponent)
 
 
 def momentum_stages(model: nn.Module) -> dict[str, MomentumSequential]:
-    """The MomentumSequentials of a model by name, in the order of the model."""
+    """Return the MomentumSequentials of a model by name, in the order of the model."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -655,7 +655,7 @@ def set_strategy(model: nn.Module, strategy: Strategies) -> None:
 
 
 def find_ways(stages: dict[str, MomentumSequential], strategy: Strategies) -> dict[str, Way]:
-    """The way that ``strategy`` gives to each stage of which it says one.
+    """Return the way that ``strategy`` gives to each stage that it names.
 
     Raises:
         UsageError: A name is unknown.
@@ -675,7 +675,7 @@ def find_ways(stages: dict[str, MomentumSequential], strategy: Strategies) -> di
 
 
 def _leanest(stage: MomentumSequential, *, is_first: bool) -> Way:
-    """The way of ``stage`` under "auto"."""
+    """Return the way of ``stage`` under "auto"."""
     has_runs = bool(stage.gamma) and stage.runs != ()
     strategy: Strategy = "momentum" if has_runs else "segment" if is_first else "checkpoint"
     return Way(strategy, in_parts=is_first)

@@ -34,7 +34,7 @@ class State:
 
     @classmethod
     def start(cls, x: Tensor, rule: Rule, *, is_reversible: bool) -> "State":
-        """x, which is on the grid, with v = 0 and r = 0."""
+        """Return the state at x, which is on the grid, with v = 0 and r = 0."""
         is_single = rule.dtype == torch.float32
         return cls(
             x,
@@ -45,12 +45,12 @@ class State:
         )
 
     def fork(self) -> "State":
-        """The same in a memory of its own, but for x, into which no step writes."""
+        """Return the same in a memory of its own, but for x, into which no step writes."""
         low, r = (None if part is None else part.clone() for part in (self.low, self.r))
         return State(self.x, low, self.v.clone(), r)
 
     def unpack(self, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
-        """x, v and r in double precision."""
+        """Return x, v and r in double precision."""
         x, v = self.x.double(), self.v.double()
         r = torch.zeros_like(v) if self.r is None else self.r.double()
         return x if self.low is None else x + self.low * rule.ulp, v, r

@@ -43,7 +43,7 @@ class Trajectory:
         self.largest = x.new_zeros(())
 
     def fork(self) -> "Trajectory":
-        """Another one, which goes on from here; for this one, the way back begins here."""
+        """Return another one, which goes on from here; this one's way back begins here."""
         other = copy.copy(self)
         other._state, other._full = self._state.fork(), []
         return other
@@ -127,7 +127,7 @@ class Trajectory:
             )
 
     def _make_room(self) -> None:
-        """Before step n: begin a new remainder, or widen the current one, if it could overflow."""
+        """Begin a new remainder before step n, or widen the current one, if it could overflow."""
         r = self._state.r
         if r is None:
             return
@@ -139,7 +139,7 @@ class Trajectory:
             self._state.r = r.to(narrowest(bound))
 
     def _restore_room(self) -> None:
-        """After step n is undone: the inverse of :meth:`_make_room`."""
+        """Undo :meth:`_make_room`, after step n is undone."""
         if self._state.r is None or self.n == 0:
             return
         is_full, _ = self._bounds[self.n]
@@ -149,14 +149,14 @@ class Trajectory:
             self._state.r = self._state.r.to(narrowest(self._bounds[self.n - 1][1]))
 
     def _checksum(self) -> Tensor:
-        """Of x, low, v and r; r as int32, because its width may differ."""
+        """Return a checksum of x, low, v and r; r as int32, because its width may differ."""
         x, low, v, r = self._state.x, self._state.low, self._state.v, self._state.r
         parts = [x, low, v, None if r is None else r.to(torch.int32)]
         return torch.stack([checksum(part) for part in parts if part is not None])
 
 
 def narrowest(bound: float) -> torch.dtype:
-    """The narrowest integer type that holds ±bound."""
+    """Return the narrowest integer type that holds ±bound."""
     for dtype in (torch.int8, torch.int16):
         if bound <= torch.iinfo(dtype).max:
             return dtype
@@ -164,7 +164,7 @@ def narrowest(bound: float) -> torch.dtype:
 
 
 def _laid_out_like(x: Tensor, y: Tensor) -> Tensor:
-    """Y in x's memory layout.
+    """Return y in x's memory layout.
 
     Raises:
         UsageError: It has another shape.

@@ -39,7 +39,7 @@ class Way:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The inverse of ``str``.
+        """Return the way that ``text`` says, as ``str`` writes it.
 
         Raises:
             UsageError: It is none.

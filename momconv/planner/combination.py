@@ -171,7 +171,7 @@ def _trace(predictor: Predictor, images: int, way: Way) -> Mapping[Spot, Course]
 
 
 def _carry(stored: Mapping[Spot, Course], others: Mapping[Spot, Course]) -> dict[Spot, Course]:
-    """The courses of blocks that are stored after ``others``, whose callers hold their inputs."""
+    """Return the courses of blocks stored after ``others``, whose callers hold their inputs."""
     return {
         spot: course._replace(
             forward=course.forward + max(0, others.get(spot, _NOTHING).entry - course.entry)
@@ -181,7 +181,7 @@ def _carry(stored: Mapping[Spot, Course], others: Mapping[Spot, Course]) -> dict
 
 
 def _drop_dominated(options: Sequence[_Option], speed: Speed) -> list[tuple[_Option, float]]:
-    """Those that are in no way worse than another one, with their seconds."""
+    """Return those that are in no way worse than another one, with their seconds."""
     timed = sorted(((o, speed.seconds(o.part.work)) for o in options), key=lambda pair: pair[1])
     useful: list[tuple[_Option, float]] = []
     for option, seconds in timed:
@@ -263,7 +263,7 @@ def _list_reversed(courses: Courses, stops: Sequence[int], runs: Sequence[Run]) 
 
 
 def _list_groups(courses: Courses, stops: Sequence[int]) -> _Beginnings:
-    """Checkpoints and segments of some blocks each, the fewest with which so many do."""
+    """Yield checkpoints and segments of some blocks each, the fewest with which so many do."""
     count = len(stops) - 1
     for length in sorted({math.ceil(count / groups) for groups in range(1, count)} - {1}):
         bounds = [*stops[:-1:length], stops[-1]]
@@ -281,7 +281,7 @@ def _list_groups(courses: Courses, stops: Sequence[int]) -> _Beginnings:
 
 
 def _recompute(first: Sequence[Course], repeated: Sequence[Course], *, again: bool) -> Part:
-    """Blocks that keep the input of the first one alone.
+    """Return the part of a step of blocks that keep the input of the first one alone.
 
     Their forward pass is like ``first``, and in backward what ``repeated`` retain comes to be
     alive, one after another; ``again``, they run once more for that.
@@ -303,5 +303,5 @@ def _recompute(first: Sequence[Course], repeated: Sequence[Course], *, again: bo
 
 
 def _kept(course: Course) -> int:
-    """The block's output, if it is retained."""
+    """Return the bytes of the block's output, if it is retained."""
     return min(course.output, course.retained)

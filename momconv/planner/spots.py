@@ -31,7 +31,7 @@ class Spots:
         self._left = 0  # stages
 
     def note(self) -> Spot:
-        """Where the step is, as something runs."""
+        """Return where the step is, as something runs."""
         self._is_used = True
         return self._current
 

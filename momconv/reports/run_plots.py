@@ -247,7 +247,7 @@ def _shorten(name: str) -> str:
 
 @contextmanager
 def _figure(path: Path, inches: tuple[float, float]) -> Iterator["Figure"]:
-    """An empty figure, which is written to ``path`` in the end."""
+    """Give an empty figure, which is written to ``path`` in the end."""
     import matplotlib
     from matplotlib.figure import Figure
 

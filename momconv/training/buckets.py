@@ -89,7 +89,7 @@ class Buckets:
                 group = []
 
     def _hear(self, bucket: "_Bucket", parameter: nn.Parameter) -> None:
-        """A gradient is complete, as far as this pass goes."""
+        """Take notice that a gradient is complete, as far as this pass goes."""
         self._touched.add(parameter)
         if self._waiting is None or self._passes != 1:
             return

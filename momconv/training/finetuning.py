@@ -224,7 +224,7 @@ def _assigning(
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """PyTorch's generators start from ``seed`` inside, and are as before afterwards."""
+    """Inside, PyTorch's generators start from ``seed``; afterwards they are as before."""
     with keeping_random_state(device):
         torch.manual_seed(seed)
         yield
@@ -232,7 +232,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _claiming(assignment: Assignment, *, resume: Resume, overwrite: bool) -> Iterator[bool]:
-    """The folder belongs to this run inside, if nothing about it is wrong at first sight.
+    """Inside, the folder belongs to this run, if nothing about it is wrong at first sight.
 
     Gives whether to go on with the run that is there, as the first process finds.
     """
@@ -259,7 +259,7 @@ def _follow(processes: Processes, *, goes_on: bool = False) -> bool:
 
 @contextmanager
 def _following(processes: Processes) -> Iterator[None]:
-    """One that loses the leader inside ends, as that one has said why."""
+    """Inside, a process that loses its leader ends, as that one has said why."""
     try:
         yield
     except ResourceError:

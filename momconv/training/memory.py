@@ -131,7 +131,7 @@ def halve(run: TrainingRun, error: OutOfMemory | NotReproducible) -> None:
 
 @contextmanager
 def offering_to_resume(run: TrainingRun) -> Iterator[None]:
-    """Where memory runs out inside and no smaller batch helps, the run can go on another time.
+    """Inside, an error of memory that no smaller batch helps says how the run can go on.
 
     Raises:
         OutOfMemory: It ran out.
@@ -148,7 +148,7 @@ def offering_to_resume(run: TrainingRun) -> Iterator[None]:
 
 @contextmanager
 def enforcing_limit(device: torch.device, memory: str | None) -> Iterator[None]:
-    """On a GPU, what is above the limit ``memory`` is out of memory inside.
+    """Inside, what is above the limit ``memory`` is out of memory, on a GPU.
 
     PyTorch's allocator counts its own bytes alone, without the context of CUDA. On a CPU nothing
     enforces a limit, which is why the first step is measured.

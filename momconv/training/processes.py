@@ -182,7 +182,7 @@ def find_own_device(name: str) -> torch.device:
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """The processes that torchrun started, able to talk to each other inside; else this one."""
+    """Give the processes that torchrun started, which can talk inside; else this one alone."""
     if is_alone():
         yield ALONE
         return

@@ -288,7 +288,7 @@ def _read_safetensors(path: Path) -> Tensors:
 
 @contextmanager
 def _named_in_utf8(path: Path) -> Iterator[str]:
-    """A name of the file ``path`` inside, as the safetensors library wants it."""
+    """Give a name of the file ``path``, as the safetensors library wants it."""
     name = str(path)
     if encode_name(name) == name:
         yield name

@@ -21,7 +21,7 @@ def find_misspelt(keys: Iterable[str]) -> str | None:
 
 
 def compute(metadata: Mapping[str, str], keys: Iterable[str], read: Callable[[str], Tensor]) -> str:
-    """SHA-256, in hexadecimal, of the ``metadata`` and of the tensors that ``read`` gives.
+    """Return the SHA-256, in hexadecimal, of ``metadata`` and the tensors that ``read`` gives.
 
     Args:
         metadata: All of the file; a checksum among them is passed over.

@@ -111,7 +111,7 @@ def outline(name: str, num_classes: int | None = None) -> nn.Module:
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Parameters made inside are on the device "meta", as the rest of their network should be.
+    """Inside, new parameters are on the device "meta", as the rest of their network should be.
 
     ``torch.device("meta")`` would also take the values of what an architecture computes by tensors.
     """

@@ -218,7 +218,7 @@ def _import(name: str) -> ModuleType:
 
 @contextmanager
 def _from_here() -> Iterator[None]:
-    """Modules in the working directory can be imported inside, as with ``python -m``."""
+    """Inside, modules in the working directory can be imported, as with ``python -m``."""
     sys.path.insert(0, str(Path.cwd()))
     try:
         yield

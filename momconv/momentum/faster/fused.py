@@ -38,7 +38,7 @@ NEEDED = "a GPU that Triton knows, gcc and Python's headers (apt-get install gcc
 
 
 def are_for(x: Tensor, y: Tensor) -> bool:
-    """Whether there are such operations for x and y = block(x) on their device."""
+    """Return whether there are such operations for x and y = block(x) on their device."""
     if x.is_cuda:
         return x.dtype == torch.float32 and find_obstacle(x.device) is None
     return x.is_cpu and y.dtype in (x.dtype, torch.bfloat16) and _is_installed("numba")
@@ -46,7 +46,7 @@ def are_for(x: Tensor, y: Tensor) -> bool:
 
 @cache
 def find_obstacle(gpu: torch.device) -> str | None:
-    """Why there are no such operations on ``gpu``, which are tried once; None if they work.
+    """Return why there are none on ``gpu``, where they are tried once; None if they work.
 
     Warns of a Triton that is installed in vain. Of a GPU that is not there the best is assumed.
     """
@@ -82,7 +82,7 @@ def _require_capable(gpu: torch.device) -> None:
 
 
 def _try_out(gpu: torch.device) -> None:
-    """A step there and back of a few elements.
+    """Take a step of a few elements there and back.
 
     Raises:
         Exception: Any, if it cannot be done.
@@ -102,7 +102,7 @@ def _is_installed(package: str) -> bool:
 
 @cache
 def _find(module: str, name: str) -> Any:
-    """A function of ``module``, which is imported when it is first used."""
+    """Return a function of ``module``, which is imported when it is first used."""
     return getattr(import_module(f"momconv.momentum.faster.{module}"), name)
 
 

@@ -70,7 +70,7 @@ def _run(
 
 
 def _flatten(x: Tensor) -> np.ndarray:
-    """The memory of x; NumPy has no bfloat16, whose bits become integers."""
+    """Return the memory of x; NumPy has no bfloat16, whose bits become integers."""
     flat = x.as_strided((x.numel(),), (1,))
     return (flat.view(torch.uint16) if x.dtype == torch.bfloat16 else flat).numpy()
 
@@ -80,7 +80,7 @@ def _cut(arrays: Sequence[np.ndarray | None], start: int, size: int) -> list[np.
 
 
 def _read(y: Any, i: int) -> Any:
-    """y[i], in single precision where y has bfloat16's bits: the upper half of a float's."""
+    """Return y[i]; where y has bfloat16's bits, they are the upper half of a float's."""
     raise NotImplementedError  # outside compiled loops
 
 
@@ -92,7 +92,7 @@ def _compile_read(y, i):
 
 
 def _magnitude(x: Any, value: Any) -> Any:
-    """The bits of |value| in x's precision, which grow with it; those of NaN are above all others.
+    """Return the bits of |value| in x's precision, which grow with it; NaN's are above all.
 
     Unlike floats, compilers compare them many at once: their largest does not depend on the order.
     """
@@ -128,7 +128,7 @@ def _compile_pack(x, low, i, value, ulp, per_ulp):
 
 
 def _unpack(x: Any, low: Any, i: int, ulp: float) -> Any:
-    """The double that x[i] and low[i] hold."""
+    """Return the double that x[i] and low[i] hold."""
     raise NotImplementedError  # outside compiled loops
 
 

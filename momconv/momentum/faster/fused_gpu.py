@@ -111,7 +111,7 @@ def _undo(
 
 @triton.jit
 def _place(size, block: tl.constexpr):
-    """Where this program's elements are, and which of them exist."""
+    """Return where this program's elements are, and which of them exist."""
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     return at, at < size
 
@@ -123,7 +123,7 @@ def _load(pointer, at, inside):
 
 @triton.jit
 def _store(pointer, at, v, inside):
-    """Integers in double precision, as what the pointer is of, within its range."""
+    """Store integers in double precision as the pointer's type, within its range."""
     if pointer.dtype.element_ty == tl.int32:
         v = tl.minimum(tl.maximum(v, -2147483648.0), 2147483647.0)
     tl.store(pointer + at, v.to(pointer.dtype.element_ty), mask=inside)
@@ -142,7 +142,7 @@ def _pack(x_ptr, low_ptr, at, x, per_ulp, inside):
 
 @triton.jit
 def _double(constant):
-    """As it is, which Triton's interpreter would round to single precision."""
+    """Return the number in double precision; Triton's interpreter would round it to single."""
     return tl.full([], constant, tl.float64)
 
 
@@ -158,7 +158,7 @@ def _larger(a, b):
 
 @triton.jit
 def _round(t):
-    """To the nearest integer, to the even one of two; NaN and infinities stay."""
+    """Round to the nearest integer, to the even one of two; NaN and infinities stay."""
     low = tl.floor(t)
     above = t - low
     is_odd = low - 2 * tl.floor(low * 0.5) == 1

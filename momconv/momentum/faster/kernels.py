@@ -70,7 +70,7 @@ def _constants(rule: Rule) -> tuple[float, float, float]:
 
 
 def _pieces(state: State, *tensors: Tensor) -> Iterator[tuple[State, Any, Any]]:
-    """The memory of them all in slices (of fakes, one is enough)."""
+    """Yield the memory of all tensors in slices (of fakes, one is enough)."""
     x, low, v, r = state.x, state.low, state.v, state.r
     size, length = x.numel(), GPU_PIECE if x.is_cuda else PIECE
     flat = [None if t is None else t.as_strided((size,), (1,)) for t in (x, low, v, r, *tensors)]

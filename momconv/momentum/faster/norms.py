@@ -46,7 +46,7 @@ class Norms:
         self._is_computing = False
 
     def finish(self) -> list[nn.Module]:
-        """After the first run: the norms that do not know the statistics of all their calls."""
+        """Return, after the first run, the norms that do not know the statistics of all calls."""
         norms, self._all, self.others = self._all, (), ()
         called, means = self._calls[::3], self._calls[1::3]
         unknown = {norm for norm, mean in zip(called, means, strict=True) if mean is None}
@@ -54,7 +54,7 @@ class Norms:
         return [norm for norm in norms if norm not in known]
 
     def own(self, tensor: Tensor) -> bool:
-        """Whether autograd saves this for a norm, and need not be given it in the second run."""
+        """Return whether a norm saves this for backward, and can do without it in its second run."""
         return self._is_computing and tensor.dim() == 1
 
     def remembering(self) -> AbstractContextManager[None]:
@@ -111,7 +111,7 @@ class Norms:
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether it is PyTorch's own, in training on a CPU, and has all that it can have."""
+    """Return whether the norm is PyTorch's own, in training on a CPU, with all it can have."""
     return (
         isinstance(module, _BatchNorm)
         and type(module).forward is _BatchNorm.forward
@@ -127,7 +127,7 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether PyTorch computes weight · scale first; with gaps in memory it multiplies in turn."""
+    """Return whether PyTorch computes weight · scale first, as it does without gaps in memory."""
     return x.is_contiguous() or any(
         x.dim() == dim and x.is_contiguous(memory_format=layout) for dim, layout in _LAYOUTS
     )

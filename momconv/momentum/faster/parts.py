@@ -23,14 +23,14 @@ class Cut:
         self._operations: list[int] = []  # which save it, by numbers that grow
 
     def note(self, tensor: Tensor) -> None:
-        """This is saved next."""
+        """Take notice of the tensor that is saved next."""
         self._sizes.append(0 if _memory_of(tensor) in self._kept else tensor.nbytes)
         # What a compiled function saves, it saves as one operation.
         is_compiled = torch.compiler.is_dynamo_compiling()
         self._operations.append(0 if is_compiled else torch._C._autograd._get_sequence_nr())
 
     def find_middle(self, little: int) -> int:
-        """How many tensors are saved before the operation that saves the first of the largest ones.
+        """Return how many tensors are saved before the operation that saves the first largest.
 
         0, for no cut, if these are no more than ``little`` bytes.
         """
@@ -40,6 +40,6 @@ class Cut:
 
 
 def _memory_of(tensor: Tensor) -> int:
-    """A number that tensors share if they share memory, and both exist."""
+    """Return a number that tensors share if they share memory, and both exist."""
     number: int = tensor.untyped_storage()._cdata
     return number
