@@ -2,6 +2,7 @@ import ast
 import importlib.util
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,12 @@ def test_the_architecture_page_lists_the_layers_in_their_order() -> None:
     table = page.partition("## The layers")[2].partition("\n## ")[0]
     first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     assert [name for cell in first_cells for name in cell.split("`")[1::2]] == LAYERS
+
+
+def test_a_class_that_others_import_has_a_name_of_its_own() -> None:
+    bodies = [ast.parse(path.read_text(encoding="utf-8")).body for path in PACKAGE.rglob("*.py")]
+    names = Counter(node.name for body in bodies for node in body if isinstance(node, ast.ClassDef))
+    assert [name for name, n in names.items() if n > 1 and not name.startswith("_")] == []
 
 
 @pytest.mark.parametrize("module", NO_TORCH)

@@ -180,7 +180,7 @@ class Replay:
         return inputs
 
     def _stop_watching(self) -> None:
-        """Require that what was watched is unchanged, and let it go, unless backward comes again."""
+        """Require that what was watched is unchanged; let it go unless backward comes again."""
         self._require_unchanged()
         if not _is_graph_kept():
             self._watched = ()

@@ -57,7 +57,7 @@ class PlainNorms:
         return []
 
     def own(self, tensor: Tensor) -> bool:
-        """Return whether a norm saves this for backward, and can do without it in its second run."""
+        """Return whether a norm saves this for backward, and does without it in its second run."""
         return False
 
     def remembering(self) -> AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from momconv.words import plural
 WORTH = 1.1  # times the seconds of momentum: what the plain network may take, to be preferred
 
 
-class Choice(NamedTuple):
+class NetworkChoice(NamedTuple):
     """A network, and the plan for it."""
 
     network: Network
@@ -33,7 +33,7 @@ def choose(
     momentum: nn.Module,
     request: Request,
     find_speed: FindSpeed | None = None,
-) -> Choice:
+) -> NetworkChoice:
     """Return the network that trains better, and its plan with what was considered.
 
     Args:
@@ -64,7 +64,7 @@ def choose(
         _take(looks["momentum"], found["momentum"], "momentum"),
     )
     reason = _explain(chosen, found, alternatives)
-    return Choice(chosen, replace(best.plan, alternatives=alternatives, reason=reason))
+    return NetworkChoice(chosen, replace(best.plan, alternatives=alternatives, reason=reason))
 
 
 def _compare(plain: Found | None, momentum: Found | None) -> Network | None:

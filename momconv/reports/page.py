@@ -28,7 +28,7 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class Illustration:
     """A picture in the page itself, and what is said below it."""
 
     uri: str
@@ -50,8 +50,8 @@ class Section:
 
     title: str
     lines: tuple[str, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    thumbnails: tuple[Picture, ...] = ()
+    pictures: tuple[Illustration, ...] = ()
+    thumbnails: tuple[Illustration, ...] = ()
     tables: tuple[Table, ...] = ()
     summary: str = ""  # of the details, which are folded
     details: tuple[Table, ...] = ()
@@ -86,17 +86,17 @@ def _show(value: object) -> object:
     return "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
 
 
-def embed(picture: Path, caption: str) -> Picture:
+def embed(picture: Path, caption: str) -> Illustration:
     """Return a PNG file for the page."""
-    return Picture(_to_uri(picture.read_bytes(), "png"), caption)
+    return Illustration(_to_uri(picture.read_bytes(), "png"), caption)
 
 
-def shrink(image: Image.Image, caption: str, lines: Sequence[str] = ()) -> Picture:
+def shrink(image: Image.Image, caption: str, lines: Sequence[str] = ()) -> Illustration:
     """Return an image as a thumbnail for the page."""
     small, file = image.convert("RGB"), io.BytesIO()
     small.thumbnail((_SIDE, _SIDE))
     small.save(file, "JPEG", quality=_QUALITY)
-    return Picture(_to_uri(file.getvalue(), "jpeg"), caption, tuple(lines))
+    return Illustration(_to_uri(file.getvalue(), "jpeg"), caption, tuple(lines))
 
 
 def _to_uri(content: bytes, kind: str) -> str:

@@ -14,7 +14,7 @@ from momconv.names import encode_name
 from momconv.planner.plan import Plan
 from momconv.planner.prediction import PeakMemory
 from momconv.reports.inspection import describe_input
-from momconv.reports.page import Figure, Page, Picture, Section, Table, embed, shrink
+from momconv.reports.page import Figure, Illustration, Page, Section, Table, embed, shrink
 from momconv.reports.run_plots import split_measured, split_peak
 from momconv.training.finetuning import Result
 from momconv.training.run_folder import RunFolder
@@ -156,7 +156,7 @@ def _show_interval(interval: tuple[float, float]) -> str:
 def _show_mistakes(
     scores: Scores, p: Preprocessing, read: Callable[[Path], bytes] = read_bytes
 ) -> Section:
-    thumbnails = list[Picture]()
+    thumbnails = list[Illustration]()
     for mistake in scores.mistakes:
         try:
             image = decode(mistake.path, p.ranges, read)

@@ -12,7 +12,7 @@ from torch import nn
 from momconv.determinism import describe_tf32
 from momconv.errors import ResourceError
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.choice import Choice, choose
+from momconv.planner.choice import NetworkChoice, choose
 from momconv.planner.cost import estimate_speed
 from momconv.planner.outlook import FEW, has_batch_norm
 from momconv.planner.plan import Alternative, Plan, Request
@@ -66,7 +66,7 @@ def name_ways(plan: Plan, model: nn.Module) -> Plan:
     return replace(plan, stages=_name_strategies(model))
 
 
-def choose_network(model: nn.Module, request: Request, recipe: MomentumRecipe) -> Choice:
+def choose_network(model: nn.Module, request: Request, recipe: MomentumRecipe) -> NetworkChoice:
     """Return whether the plain ``model`` or its momentum network is to be trained, and how.
 
     Raises:
@@ -75,7 +75,7 @@ def choose_network(model: nn.Module, request: Request, recipe: MomentumRecipe) -
     """
     momentum = network.choose_rule(_sketch(model), recipe, wanted=True)
     if not network.read_gamma(momentum):
-        return Choice("plain", search(model, request, partial(measure_speed, model)))
+        return NetworkChoice("plain", search(model, request, partial(measure_speed, model)))
     return choose(model, momentum, request, cache(partial(measure_speed, model)))
 
 

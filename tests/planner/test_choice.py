@@ -7,7 +7,7 @@ from torch import nn
 
 import momconv
 from momconv.errors import ResourceError
-from momconv.planner.choice import WORTH, Choice, choose
+from momconv.planner.choice import WORTH, NetworkChoice, choose
 from momconv.planner.plan import Plan, Request
 from momconv.planner.prediction import peak_memory
 from momconv.recipe import TrainRecipe
@@ -35,16 +35,16 @@ def least(networks: tuple[nn.Module, nn.Module]) -> int:
 
 
 @pytest.fixture(scope="module")
-def needy(networks: tuple[nn.Module, nn.Module], least: int) -> Choice:
+def needy(networks: tuple[nn.Module, nn.Module], least: int) -> NetworkChoice:
     return choose(*networks, ask(least))
 
 
 @pytest.fixture(scope="module")
-def rich(networks: tuple[nn.Module, nn.Module]) -> Choice:
+def rich(networks: tuple[nn.Module, nn.Module]) -> NetworkChoice:
     return choose(*networks, ask(2**32, images=80, held_out=20, epochs=3))
 
 
-def test_the_plain_network_is_chosen_where_the_batch_can_be_stored(rich: Choice) -> None:
+def test_the_plain_network_is_chosen_where_the_batch_can_be_stored(rich: NetworkChoice) -> None:
     chosen, made = rich
     assert (chosen, made.strategy, made.micro_batch) == ("plain", "store", BATCH)
     stored, recomputed, momentum = made.alternatives
@@ -56,7 +56,7 @@ def test_the_plain_network_is_chosen_where_the_batch_can_be_stored(rich: Choice)
     assert made.reason.startswith("the plain network, 8 images at once")
 
 
-def test_momentum_is_chosen_where_only_it_lets_the_batch_through(needy: Choice) -> None:
+def test_momentum_is_chosen_where_only_it_lets_the_batch_through(needy: NetworkChoice) -> None:
     chosen, made = needy
     assert (chosen, made.micro_batch) == ("momentum", BATCH)
     stored, recomputed, momentum = made.alternatives
@@ -103,7 +103,7 @@ def test_where_nothing_fits_the_error_is_that_of_the_momentum_network(
         choose(*networks, ask(2**19))
 
 
-def test_what_was_considered_is_kept_in_the_file(rich: Choice) -> None:
+def test_what_was_considered_is_kept_in_the_file(rich: NetworkChoice) -> None:
     made = rich.plan
     again = Plan.from_json(made.to_json())
     assert again == made

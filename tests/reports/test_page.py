@@ -4,7 +4,7 @@ import pytest
 from pages import PageReader
 from PIL import Image
 
-from momconv.reports.page import Figure, Page, Picture, Section, Table, embed, render, shrink
+from momconv.reports.page import Figure, Illustration, Page, Section, Table, embed, render, shrink
 
 HOSTILE = "<script>alert(1)</script>'\"&amp;{{ 7 * 7 }}\x1b[31m\udce4"
 SHOWN = HOSTILE.replace("\x1b", r"\x1b").replace("\udce4", r"\xe4")
@@ -47,5 +47,5 @@ def test_a_page_looks_right_in_light_and_dark_and_on_a_phone(tmp_path: Path) -> 
 @pytest.mark.parametrize("size", [(1, 40_000), (4000, 3000), (8, 8)])
 def test_a_thumbnail_is_small(size: tuple[int, int]) -> None:
     thumbnail = shrink(Image.new("RGB", size), "")
-    assert isinstance(thumbnail, Picture)
+    assert isinstance(thumbnail, Illustration)
     assert len(thumbnail.uri) < 20_000

@@ -54,7 +54,7 @@ class Norms:
         return [norm for norm in norms if norm not in known]
 
     def own(self, tensor: Tensor) -> bool:
-        """Return whether a norm saves this for backward, and can do without it in its second run."""
+        """Return whether a norm saves this for backward, and does without it in its second run."""
         return self._is_computing and tensor.dim() == 1
 
     def remembering(self) -> AbstractContextManager[None]:
