@@ -35,7 +35,7 @@ def leave_everything() -> dict[str, Tensor]:
     for name, net in networks.items():
         for strategy in STRATEGIES:
             for step in (lambda net, x: square(net(x)), under_bf16_autocast):
-                found = aftermath(net, images(), strategy, step)  # type: ignore[arg-type]
+                found = aftermath(net, images(), strategy, step)
                 left |= {f"{name}, {strategy}, {step.__name__}, {key}": found[key] for key in found}
     return left
 
