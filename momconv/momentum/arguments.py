@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from momconv.momentum.members import call_block
 from momconv.tracing.runs import is_same
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides x
@@ -69,7 +70,7 @@ class _Bound(nn.Module):
         for n, place in self._places.items():
             leaves[n] = tensors[place]
         args, kwargs = tree_unflatten(leaves, self._structure)
-        return self.block(x, *args, **kwargs)
+        return call_block(self.block, x, *args, **kwargs)
 
     def _get_name(self) -> str:
         return str(self.block._get_name())

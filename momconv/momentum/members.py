@@ -2,10 +2,14 @@
 
 ``for block in stage: x = block(x)`` would be the plain network, and so would be PyTorch's
 ``checkpoint_sequential``, ``nn.Sequential(*stage)`` and much that other packages do. In a run no
-block ever gets what another one has returned.
+block ever gets what another one has returned. So whoever calls one outside its stage must not give
+it that: the tensor itself, a view, a copy in any type, or, in autograd's graph, a function of it
+alone. Not seen are values that were changed where there is no graph or together with others, and
+what is called as ``block.forward(x)``, of which no hook learns.
 """
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -13,48 +17,106 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from momconv.errors import UsageError
+from momconv.momentum.measures import checksum
+from momconv.states import is_fake, is_graph_made
 
 _RETURNED = "_momconv_returned"  # an attribute of what members have returned
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_this_thread = threading.local()  # called: a block; returned: checksums
 
 
-def mark(blocks: Iterable[nn.Module | None]) -> None:
-    """Let these be members of a run."""
+def call_block(block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    """Return block(…), called by its stage."""
+    if torch.compiler.is_compiling():
+        return block(*args, **kwargs)
+    before = getattr(_this_thread, "called", None)
+    _this_thread.called = block
+    try:
+        return block(*args, **kwargs)
+    finally:
+        _this_thread.called = before
+
+
+def mark(blocks: Iterable[nn.Module | None], second: Container[nn.Module | None] = ()) -> None:
+    """Let these be members of a run.
+
+    Those that are ``second`` get what the first has returned in the run, too.
+    """
     for block in blocks:
-        if block is not None and _require_run not in block._forward_hooks.values():
-            block.register_forward_hook(_require_run, with_kwargs=True)
+        hook = _require_run_but_second if block in second else _require_run
+        if block is not None and hook not in block._forward_hooks.values():
+            unmark([block])
+            block.register_forward_hook(hook, with_kwargs=True)
 
 
 def unmark(blocks: Iterable[nn.Module | None]) -> None:
     """Let these be ordinary blocks."""
     for block in blocks:
         hooks = {} if block is None else block._forward_hooks
-        for key in [key for key, hook in hooks.items() if hook is _require_run]:
+        for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
             del hooks[key]
             assert block is not None
             block._forward_hooks_with_kwargs.pop(key, None)
 
 
-def _require_run(block: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-    """Do nothing if the block was not called with what was made of another one's output alone.
+def _require_run(
+    block: nn.Module, args: tuple[Any, ...], *rest: Any, by_value: bool = True
+) -> None:
+    """Do nothing if the block was called by its stage, or with what no other one has returned.
 
     Raises:
-        UsageError: It was.
+        UsageError: It was not.
     """
     *kwargs, y = rest  # a block that torch.compile has wrapped is not asked for its keywords
-    if type(y) is not Tensor:
+    is_compiling = torch.compiler.is_compiling()
+    if type(y) is not Tensor or not (is_compiling or _is_called_by_others(block)):
         return
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if any(map(_is_returned, tensors[:1])):
+    x = tensors[0] if tensors else None
+    by_value = by_value and not is_compiling
+    if x is not None and (_is_returned(x) or (by_value and _is_copied(x))):
         raise UsageError(
             f"a {block._get_name()} of a momentum run was called with what the block before it"
             " returned, which is the plain network and not the momentum network",
             kind="usage.outside_stage",
             fix="call the whole stage, or take momconv.revert(model) for the plain network",
         )
-    if not any(y is x for x in tensors):
-        setattr(y, _RETURNED, True)
-        if not torch.compiler.is_compiling() and y.grad_fn is not None:
-            _notes(y.grad_fn)[_RETURNED] = True
+    if any(y is x for x in tensors):
+        return
+    setattr(y, _RETURNED, True)
+    if is_compiling:
+        return
+    if y.grad_fn is not None:
+        _notes(y.grad_fn)[_RETURNED] = True
+    # What is as it was may be the input of the next one in the run, too.
+    is_new = x is None or not _values(x) & _values(y)
+    _this_thread.returned = _values(y, *_FLOATS) if is_new else set()
+
+
+def _require_run_but_second(*args: Any) -> None:
+    _require_run(*args, by_value=False)
+
+
+_HOOKS = (_require_run, _require_run_but_second)
+
+
+def _is_called_by_others(block: nn.Module) -> bool:
+    return getattr(_this_thread, "called", None) is not block
+
+
+def _is_copied(x: Tensor) -> bool:
+    """Return whether x has the values that a member has returned last, when others called it."""
+    returned = getattr(_this_thread, "returned", set[int]())
+    return bool(returned) and not returned.isdisjoint(_values(x))
+
+
+def _values(x: Tensor, *dtypes: torch.dtype) -> set[int]:
+    """Return the checksums of x in its own type or these, if it has values that can be seen."""
+    if is_graph_made() or is_fake(x) or x.layout != torch.strided or x.is_nested:
+        return set()
+    x = x.detach()
+    copies = [x.to(dtype) for dtype in dtypes if x.is_floating_point()] or [x]
+    return {int(checksum(copy)) for copy in copies}
 
 
 def _notes(node: Any) -> dict[str, Any]:

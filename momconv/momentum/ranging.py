@@ -5,23 +5,38 @@ before the first pass looks for that, and the grid has some headroom.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from momconv.errors import RangeOverflow
 from momconv.momentum.equations import Rule, find_exponent, widen
-from momconv.momentum.faults import is_postponing
+from momconv.momentum.faults import is_postponing, tell_fault
 from momconv.momentum.measures import note_magnitudes
-from momconv.momentum.replay import evaluate, random_state, set_random_state
+from momconv.momentum.replay import (
+    evaluate,
+    random_state,
+    set_random_state,
+    top_saved_tensors_hooks,
+)
 from momconv.states import is_fake, is_graph_made, keep_buffers, without_hooks
+
+SLACK = 4  # bits: activations may be so much smaller, beyond the headroom, than what was seen
+
+
+class Misfit(Exception):
+    """A pass was on a grid that is too fine or too coarse for it, and is to be done again."""
 
 
 def has_values(x: Tensor) -> bool:
-    """Return whether x has values to be looked at."""
-    return not is_graph_made() and not is_fake(x) and x.numel() > 0
+    """Return whether anything can be seen in x."""
+    is_seen = not is_graph_made() and not is_fake(x) and x.numel() > 0
+    return is_seen and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def find_range(measure: Callable[[], float], x: Tensor) -> tuple[int, bool]:
@@ -36,29 +51,68 @@ def find_range(measure: Callable[[], float], x: Tensor) -> tuple[int, bool]:
     ), is_seen
 
 
-def require_range(
-    measure: Callable[[], float], seen: Tensor, exponent: int, tell: Callable[[int], None]
-) -> None:
-    """Do nothing if the pass that has ``seen`` this was exact, which on a GPU waits for it.
+def find_fitting(measure: Callable[[], float], seen: float, exponent: int) -> int:
+    """Return the exponent for a pass that has ``seen`` this: the one that it had, if that fits.
 
     What is not finite has come out as such, as in any network, and is no matter of the range.
+    """
+    is_outgrown = seen >= 2.0**exponent
+    if not is_outgrown and seen > 0 and find_exponent(seen) >= exponent - SLACK:
+        return exponent
+    if not is_repeatable():
+        is_wrong = is_outgrown and torch.is_grad_enabled() and math.isfinite(seen)
+        return max(exponent + 1, find_exponent(seen)) if is_wrong else exponent
+    largest = measure()  # values that were too large may have changed others
+    if not (math.isfinite(largest) and largest > 0):
+        return exponent
+    fitting = find_exponent(largest)
+    return max(exponent + 1, fitting) if is_outgrown else min(exponent, fitting)
+
+
+def ask_to_repeat(seen: float, exponent: int) -> None:
+    """End a pass that has ``seen`` this and that its range does not fit, if it can be done again.
 
     Raises:
-        RangeOverflow: It was not; ``tell`` has been called with a sufficient exponent or, where
-            all processes would have to look for that, with the next one.
+        Misfit: It can.
+        RangeOverflow: It cannot, and was not exact.
     """
-    if float(seen) < 2.0**exponent:
-        return
-    # Values that were too large may have changed others.
-    largest = 2.0**exponent if is_postponing() else measure()
-    if math.isfinite(largest):
-        tell(max(exponent + 1, find_exponent(largest)))
-        raise RangeOverflow(
-            f"an activation reached {largest:.4g}, and a momentum run was exact below"
+    if is_repeatable():
+        raise Misfit
+    tell_fault(
+        RangeOverflow(
+            f"an activation reached {seen:.4g}, and a momentum run was exact below"
             f" {2.0**exponent:.4g}; its range has been widened",
             kind="inversion.range_overflow",
             fix="repeat this step",
         )
+    )
+
+
+_this_thread = threading.local()  # is_repeatable: of the outermost stage's pass, inside one
+
+
+@contextmanager
+def one_pass() -> Iterator[bool]:
+    """Let a stage compute, maybe within another one's pass; yield whether that is so.
+
+    A pass is repeatable unless other processes take part in it, or somebody counts what it saves,
+    such as a checkpoint around the whole stage.
+    """
+    if is_inside := hasattr(_this_thread, "is_repeatable"):
+        yield is_inside
+        return
+    is_divided = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    is_counted = torch.is_grad_enabled() and top_saved_tensors_hooks() is not None
+    _this_thread.is_repeatable = not (is_divided or is_counted or is_postponing())
+    try:
+        yield is_inside
+    finally:
+        del _this_thread.is_repeatable
+
+
+def is_repeatable() -> bool:
+    """Return whether the pass that is under way can be done again."""
+    return bool(_this_thread.is_repeatable)
 
 
 def survey(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...], rule: Rule) -> float:
@@ -66,7 +120,7 @@ def survey(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...], rul
 
     It leaves nothing behind: no hook learns of it, and buffers and random generators stay.
     """
-    restore, dtype = _keep_state(blocks, x.device), x.dtype
+    restore, dtype = keep_state(blocks, x.device), x.dtype
     with torch.no_grad(), without_hooks(blocks):
         x = widen(x)
         v, largest, largest_v = torch.zeros_like(x), x.abs().max(), x.new_zeros(())
@@ -89,7 +143,7 @@ def retrying(step: Callable[[], Tensor]) -> Tensor:
             continue
 
 
-def _keep_state(blocks: Sequence[nn.Module], device: torch.device) -> Callable[[], None]:
+def keep_state(blocks: Iterable[nn.Module], device: torch.device) -> Callable[[], None]:
     """Return a function that restores buffers and random generators to their present values."""
     restore_buffers = keep_buffers(nn.ModuleList(blocks))
     restore_generators = partial(set_random_state, random_state(device), device)

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from momconv.errors import InversionError, NotReproducible, UsageError
 from momconv.momentum.faults import tell_fault
 from momconv.momentum.measures import checksum
+from momconv.momentum.members import call_block
 from momconv.momentum.seam import Cut, Norms, PlainCut
 from momconv.states import (
     Condition,
@@ -257,7 +258,7 @@ class Replay:
             self._condition.restored(self._condition.parameters, [copies[id(b)] for b in buffers]),
             self._norms.recalling(),
         ):
-            y: Tensor = self._block(*inputs)
+            y: Tensor = call_block(self._block, *inputs)
         return y
 
     def _serve(self, number: int | Tensor) -> Tensor:
@@ -289,12 +290,17 @@ def _saving(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> I
         yield
     finally:
         later = []
-        while (hooks := autograd._top_saved_tensors_default_hooks(False)) and hooks[0] is not pack:
+        while (hooks := top_saved_tensors_hooks()) and hooks[0] is not pack:
             later.append(hooks)
             autograd._pop_saved_tensors_default_hooks()
         autograd._pop_saved_tensors_default_hooks()
         for hooks in reversed(later):
             autograd._push_saved_tensors_default_hooks(*hooks)
+
+
+def top_saved_tensors_hooks() -> Any:
+    """Return the innermost ``saved_tensors_hooks`` that are open, if any."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def _is_graph_kept() -> bool:
@@ -349,7 +355,7 @@ def evaluate(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
         UsageError: the block wrote into x, or returned something else than a tensor.
     """
     version = version_of(x)
-    y = require_tensor(block, block(x, *args))
+    y = require_tensor(block, call_block(block, x, *args))
     require_unchanged(block, x, version)
     return y
 

@@ -5,22 +5,30 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, chain, groupby, repeat
-from typing import Any, Self, get_args
+from typing import Any, NoReturn, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # imports the compiler only where it is at work
 from torch.fx import Proxy
 
-from momconv.errors import RangeOverflow, UsageError
+from momconv.errors import UsageError
 from momconv.momentum.arguments import bind
 from momconv.momentum.autograd import Strategy, run
 from momconv.momentum.equations import LOWEST, Rule, Velocity, coefficients
-from momconv.momentum.faults import is_postponing, tell_fault
 from momconv.momentum.inversion import EndState, follow, walk_back
 from momconv.momentum.loops import Turn
 from momconv.momentum.members import mark, unmark
-from momconv.momentum.ranging import find_range, has_values, require_range, survey
+from momconv.momentum.ranging import (
+    Misfit,
+    ask_to_repeat,
+    find_fitting,
+    find_range,
+    has_values,
+    keep_state,
+    one_pass,
+    survey,
+)
 from momconv.momentum.replay import (
     checkpoint,
     evaluate,
@@ -124,16 +132,20 @@ class MomentumSequential(nn.Sequential):
         gamma: γ in (0, 1]; 0 makes it the plain network.
         velocity: v[0] is 0 ("zero") or f(x[0]) ("residual").
         way: how backward gets its activations: a strategy, and how it divides the blocks.
-        runs: found on the first forward pass, unless given, and so is each run's range.
+        runs: found on the first forward pass, unless given, and so is each run's range. A pass that
+            does not fit that is done again, hooks included; one with gradients changes it.
         kind: the plain class whose place it takes.
 
     Raises:
         UsageError: γ is not in [0, 1], or another argument is none of those that there are. In the
             forward pass: a block writes into its input; a block of a run changes its shape; runs
             are to be found, but what blocks do depends on values, or torch.func is at work.
+            Outside it: a block of a run is called with what another one has returned (not seen if
+            by ``block.forward``, or if other values have gone into it in between).
         InversionError: in backward, what it starts from was written to, or backward comes twice.
-        RangeOverflow: in a forward pass for "momentum", in training mode, an activation outgrew the
-            range, which has become wider: the next pass succeeds.
+        RangeOverflow: in a forward pass that cannot be done again alone (several processes, a
+            checkpoint around the stage), an activation outgrew the range, which has become wider:
+            the next pass succeeds.
         NotReproducible: in backward, a block computed something else when it was run again.
 
     >>> class Block(nn.Linear):
@@ -181,7 +193,8 @@ class MomentumSequential(nn.Sequential):
         self._runs = None if runs is None else tuple(runs)
         places = {n for part in (runs or ()) if self.gamma for n in part.blocks}
         members = {block for n, block in enumerate(blocks) if n in places}
-        mark(members)
+        starts = [part.start for part in self.followed if self._begins_plain(part)]
+        mark(members, [block for n, block in enumerate(blocks) if n - 1 in starts])
         unmark({*blocks} - members)  # one may be at several places
 
     def forward(  # type: ignore[override]  # x is called input there
@@ -200,7 +213,26 @@ class MomentumSequential(nn.Sequential):
             return _uncompiled(self, x, *args, **kwargs)
         check_runs(self.find_runs(x, *args, **kwargs), len(self))
         blocks, tensors = bind([*self._modules.values()], args, kwargs)
-        walk = partial(self._walk, _Pass(blocks, tensors, self.way))
+        if is_graph_made() or not self.gamma:
+            return self._pass(_Pass(blocks, tensors, self.way), x)
+        proposed: dict[int, int] = {}
+        restore = keep_state([self] if self.training else [], x.device)
+        while True:
+            try:
+                with one_pass() as is_inside:
+                    return self._pass(_Pass(blocks, tensors, self.way, proposed), x)
+            except Misfit:
+                if is_inside and torch.is_grad_enabled():
+                    raise  # the whole pass is done again, with all that it saves
+            restore()
+
+    def _pass(self, this: "_Pass", x: Tensor) -> Tensor:
+        """Go through all blocks once, of which backward makes what it needs.
+
+        Raises:
+            Misfit: Of a run, for which the pass proposes another range.
+        """
+        blocks, walk = this.blocks, partial(self._walk, this)
         with without_autocast_cache(x.device.type):
             if self.strategy == "store" or is_graph_made():
                 return walk(range(len(blocks)), x, evaluate)
@@ -273,8 +305,9 @@ class MomentumSequential(nn.Sequential):
             rule = self.rule(replace(part, exponent=exponent), x.dtype)
             return run(blocks, x, this.args, rule, calls, in_parts=this.way.in_parts)
 
-        exponent = ranges.get(part.start, part.exponent)
-        if not has_values(x):
+        known = ranges.get(part.start)
+        exponent = this.proposed.get(part.start, part.exponent) if known is None else known
+        if known is not None or not has_values(x):
             return follow(_UNKNOWN if exponent is None else exponent)[0]
         measure = partial(survey, blocks, x, this.args, self.rule(part, x.dtype))
         if exponent is None:
@@ -282,15 +315,12 @@ class MomentumSequential(nn.Sequential):
             if is_seen:
                 self.set_range(part.start, exponent)
         y, seen = follow(exponent)
-        if None in calls:
-            try:
-                require_range(measure, seen, exponent, partial(self.set_range, part.start))
-            except RangeOverflow as error:
-                if not (self.training or is_postponing()):
-                    # Buffers and random generators have not changed: it can be done again at once.
-                    (exponent,) = (p.exponent for p in self.runs or () if p.start == part.start)
-                    return self._follow(this, replace(part, exponent=exponent), calls, x)
-                tell_fault(error)
+        fitting = find_fitting(measure, float(seen), exponent)
+        if fitting != exponent:
+            this.proposed[part.start] = fitting
+            if torch.is_grad_enabled():
+                self.set_range(part.start, fitting)
+            ask_to_repeat(float(seen), exponent)
         ranges[part.start] = exponent
         return y
 
@@ -325,7 +355,8 @@ class MomentumSequential(nn.Sequential):
     def integrate(self, x: Tensor, *args: Any, **kwargs: Any) -> EndState:
         """Return the state at the end, from which :meth:`invert` leads back; its x is the output.
 
-        Nothing can be differentiated. The range is found first if it is not known.
+        Nothing can be differentiated. The range is found first if it is not known, and is as wide
+        for all inputs.
 
         Raises:
             UsageError: The blocks are not one run.
@@ -362,6 +393,10 @@ class MomentumSequential(nn.Sequential):
                 fix="MomentumSequential(*blocks) of the blocks of one run, with gamma > 0",
             )
         return runs[0], *bind([*self._modules.values()], args, kwargs)
+
+    def _begins_plain(self, part: Run) -> bool:
+        """Return whether x[1] is what the first block returns, as in the plain network."""
+        return coefficients(self.gamma, part.gains, self.velocity)[0] == 1
 
     def rule(self, part: Run, dtype: torch.dtype) -> Rule:
         """Return the constants of a run of blocks that compute in ``dtype``."""
@@ -416,6 +451,19 @@ class MomentumSequential(nn.Sequential):
             self.runs = moved
         return self
 
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse ``torch.jit.script``, which asks for this.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(
+            "a momentum stage cannot be scripted: torch.jit.script reads its code, which is more"
+            " than it knows of Python",
+            kind="usage.tracing",
+            fix="torch.jit.trace(model.eval(), images)",
+        )
+
     def extra_repr(self) -> str:
         """Return γ, the strategy and the runs, for ``print(model)``."""
         spans = ", ".join(f"{run.start}-{run.stop - 1}" for run in self.runs or ())
@@ -447,12 +495,14 @@ class _Pass:
         blocks: The stage's, bound to what is no tensor.
         args: What they are called with besides x.
         way: The stage's at the time.
-        ranges: The exponents of its runs, by their first blocks.
+        proposed: Exponents for runs whose own did not fit, by their first blocks.
+        ranges: The exponents of its runs.
     """
 
     blocks: list[nn.Module]
     args: tuple[Tensor, ...]
     way: Way
+    proposed: dict[int, int] = field(default_factory=dict)
     ranges: dict[int, int] = field(default_factory=dict)
 
     @property

@@ -130,17 +130,30 @@ def is_chain(
     )
 
 
+def has_neighbours(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[ObservedCall]]) -> bool:
+    """Return whether two blocks side by side could be in a run."""
+    members = _list_members(blocks, calls)
+    return any(n - 1 in members for n in members)
+
+
+def _list_members(
+    blocks: Sequence[nn.Module], calls: dict[nn.Module, list[ObservedCall]]
+) -> list[int]:
+    """Return the places of the blocks that could be in a run."""
+    return [n for n in range(len(blocks)) if _is_member(_calls_at(n, blocks, calls))]
+
+
 def explain_no_run(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[ObservedCall]]) -> str:
     """Return why there is no run among ``blocks``: what keeps two of them apart.
 
     If none could be in one, it is what the last block of their commonest class does.
     """
-    of_each = [_calls_at(n, blocks, calls) for n in range(len(blocks))]
-    members = [n for n, own in enumerate(of_each) if _is_member(own)]
+    members = _list_members(blocks, calls)
     pairs = [n for n in members if n - 1 in members]
     if pairs:
         n = pairs[-1]
-        return f"{type(blocks[n]).__name__} {n} {_explain_gap(of_each[n - 1], of_each[n])}"
+        gap = _explain_gap(_calls_at(n - 1, blocks, calls), _calls_at(n, blocks, calls))
+        return f"{type(blocks[n]).__name__} {n} {gap}"
     if members:
         n = members[-1]
         return f"{type(blocks[n]).__name__} {n} has no other residual block of its shape next to it"

@@ -9,7 +9,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from momconv.exhaustion import is_exhaustion
 from momconv.states import in_eval_mode, in_training_mode
-from momconv.tracing.runs import Observation, explain_no_run, group_runs, is_chain, observe
+from momconv.tracing.runs import (
+    Observation,
+    explain_no_run,
+    group_runs,
+    has_neighbours,
+    is_chain,
+    observe,
+)
 
 Runs = dict[str, list[range]]  # by the name of the sequence
 
@@ -24,6 +31,9 @@ _CANNOT_TAKE_THEM = (
     TypeError,
     ValueError,
 )
+
+_BY_NAME = "a loop calls its blocks, which belong in a ModuleList then"
+_MORE = "its forward does more than to call one block after another"
 
 
 def find_sequences(model: nn.Module) -> dict[str, nn.Module]:
@@ -57,7 +67,9 @@ def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, 
     found: Runs = {}
     refused: dict[str, str] = {}
     for prefix, part, seen in _observe(model, inputs, refused):
-        found |= {_join(prefix, inner): runs for inner, runs in _search_chains(part, seen)}
+        chains, reasons = _search_chains(prefix, part, seen)
+        found |= chains
+        refused |= reasons
         for inner, sequence in find_sequences(part).items():
             name, blocks = _join(prefix, inner), list_blocks(sequence)
             # A loop over a list finds each block; see momentum/loops.py.
@@ -66,7 +78,7 @@ def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, 
             if runs if has_loop(sequence) else seen.calls[sequence]:
                 found[name] = runs
             elif runs:
-                refused[name] = "a loop calls its blocks, which belong in a ModuleList then"
+                refused[name] = _BY_NAME
             if not runs and len({*map(type, blocks)}) < len(blocks):
                 refused[name] = explain_no_run(blocks, seen.calls)
     for name in sorted(found, key=_depth, reverse=True):
@@ -78,11 +90,20 @@ def search(model: nn.Module, inputs: Sequence[Tensor]) -> tuple[Runs, dict[str, 
     return kept, refused
 
 
-def _search_chains(part: nn.Module, seen: Observation) -> Iterator[tuple[str, list[range]]]:
-    for name, chain in find_chains(part).items():
-        blocks = list_blocks(chain)
-        if is_chain(chain, blocks, seen.calls) and (runs := group_runs(blocks, seen.calls)):
-            yield name, runs
+def _search_chains(prefix: str, part: nn.Module, seen: Observation) -> tuple[Runs, dict[str, str]]:
+    """Return the runs of blocks that code of their owner calls, and why others are none."""
+    found: Runs = {}
+    refused: dict[str, str] = {}
+    for inner, chain in find_chains(part).items():
+        name, blocks = _join(prefix, inner), list_blocks(chain)
+        runs = group_runs(blocks, seen.calls)
+        if runs and is_chain(chain, blocks, seen.calls):
+            found[name] = runs
+        elif runs:
+            refused[name] = _BY_NAME if isinstance(chain, nn.ModuleDict) else _MORE
+        elif has_neighbours(blocks, seen.calls):
+            refused[name] = explain_no_run(blocks, seen.calls)
+    return found, refused
 
 
 def has_loop(sequence: nn.Module) -> bool:

@@ -165,3 +165,10 @@ def test_a_stage_is_a_leaf_of_a_graph() -> None:
     assert [t for t in targets if str(t).startswith("layer")] == ["layer1", "layer2", "layer3"]
     with pytest.raises(UsageError, match="a momentum stage as a whole"):
         torch.fx.symbolic_trace(stack(3))
+
+
+def test_a_stage_cannot_be_scripted() -> None:
+    for model in (stack(3), nn.Sequential(nn.Conv2d(8, 8, 1), stack(3))):
+        with pytest.raises(UsageError, match="torch.jit.script reads its code") as caught:
+            torch.jit.script(model)
+        assert caught.value.fix == "torch.jit.trace(model.eval(), images)"

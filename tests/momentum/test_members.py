@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
-from networks import images, square, stack
+from networks import Scaled, images, square, stack
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint_sequential
@@ -52,6 +52,35 @@ def test_the_blocks_of_a_run_are_no_plain_network(way: object, strategy: str) ->
         way(net, images().requires_grad_())
 
 
+def hooked(net: MomentumSequential, x: Tensor) -> Tensor:
+    for block in net:
+        block.register_forward_hook(lambda _, __, y: y * 1)
+    return iterate(net, x)
+
+
+COPIES: dict[str, Callable[[MomentumSequential, Tensor], Tensor]] = {
+    "detached": lambda net, x: net[1](net[0](x).detach()),
+    "a copy of it": lambda net, x: net[1](net[0](x).clone()),
+    "a sum with nothing": lambda net, x: net[1](net[0](x) + 0),
+    "another type": lambda net, x: net[1].double()(net[0](x).double()),
+    "through NumPy": lambda net, x: net[1](torch.from_numpy(net[0](x).detach().numpy().copy())),
+    "a hook": hooked,
+}
+
+
+@pytest.mark.parametrize("way", COPIES.values(), ids=COPIES)
+def test_nor_are_they_with_copies_in_between(way: object) -> None:
+    assert callable(way)
+    net = stack(4)
+    net(images())
+    for is_enabled in (True, False):
+        with (
+            torch.set_grad_enabled(is_enabled),
+            pytest.raises(UsageError, match="is the plain network and not the momentum network"),
+        ):
+            way(copy.deepcopy(net), images())
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch.compile reads it
 def test_a_compiled_loop_over_the_blocks_is_no_plain_network() -> None:
     net = stack(4)
@@ -65,6 +94,25 @@ def test_one_block_alone_is_what_it_is() -> None:
     net(images())
     assert torch.equal(net[2](images()), plain[2](images()))
     square(net(net(images()))).backward()
+
+
+def test_each_block_may_be_called_with_what_it_got_in_the_run() -> None:
+    torch.manual_seed(0)
+    for scale, gamma, velocity in (
+        (1.0, 0.9, "zero"),
+        (0.0, 0.9, "zero"),  # all blocks return what they are called with
+        (1.0, 1.0, "zero"),  # and here the second is called with what the first has returned
+        (1.0, 0.9, "residual"),
+    ):
+        net = MomentumSequential(*(Scaled() for _ in range(4)), gamma=gamma, velocity=velocity)
+        for parameter in net.parameters():
+            parameter.data.mul_(scale)
+        with torch.no_grad():
+            inputs = net.invert(net.integrate(images()))[:-1]
+        for block, x in zip(net, inputs, strict=True):
+            block(x)
+            block(x.clone())
+        square(net(net[2](images()))).backward()
 
 
 def test_a_network_without_runs_or_momentum_may_be_iterated() -> None:

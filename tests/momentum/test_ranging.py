@@ -1,7 +1,8 @@
 """The grid is as fine as the activations allow, whatever their size, and nothing is lost for it."""
 
 import copy
-from typing import Any
+import math
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from momconv import MomentumSequential, set_strategy
 from momconv.errors import RangeOverflow
+from momconv.momentum.autograd import Strategy
 from momconv.momentum.equations import HEADROOM, coefficients, weights
 from momconv.momentum.sequential import Run
 
@@ -149,64 +151,87 @@ class Growing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(8)
+        self.norm, self.scale = nn.BatchNorm2d(8), 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        normed: Tensor = self.norm(x)
-        return x + 1000 * normed
+        normed: Tensor = self.norm(x / self.scale)
+        return x + 1000 * self.scale * normed
 
 
-def test_a_range_is_widened_where_activations_outgrow_it() -> None:
+WAYS = [*get_args(Strategy), "segment:1", "checkpoint:2", "momentum+store:1", "momentum+parts"]
+
+
+@pytest.mark.parametrize("factor", [1e6, 2.0**-9])
+def test_a_pass_that_does_not_fit_the_range_is_done_again_under_every_strategy(
+    factor: float,
+) -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(Dropping(), Growing()) for _ in range(3)]
+    net = MomentumSequential(
+        nn.Conv2d(8, 8, 1, bias=False), *blocks, gamma=0.9, runs=[Run(1, 4, (1.0,) * 3)]
+    )
+    square(net(images())).backward()
+    (before,) = net.runs or ()
+    found = {}
+
+    def step(net: nn.Module, x: Tensor) -> Tensor:
+        for module in net.modules():
+            if isinstance(module, Growing):
+                module.scale = factor
+        loss = square(net(x) / factor)
+        runs.append(net.runs)
+        return loss
+
+    for way in WAYS:
+        runs: list[Any] = []
+        found[way] = aftermath(net, images() * factor, {"": way}, step)
+        ((after,),) = runs
+        assert (
+            before.exponent - 1 <= after.exponent - round(math.log2(factor)) <= before.exponent + 1
+        )
+    assert [way for way in WAYS if differences(found[way], found["store"])] == []
+
+
+def test_where_others_take_part_in_a_pass_it_is_not_done_again_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("momconv.momentum.ranging.is_postponing", lambda: True)
     net = stack(4, gamma=0.9)
     square(net(images())).backward()
     (before,) = net.runs or ()
     assert before.exponent is not None
     large = images() * 2.0**before.exponent
-
-    with pytest.raises(RangeOverflow, match="its range has been widened") as caught:
-        net(large)
-
-    assert caught.value.kind == "inversion.range_overflow"
-    (after,) = net.runs or ()
-    assert after.exponent is not None
-    assert after.exponent >= before.exponent + HEADROOM
+    for strategy in get_args(Strategy):
+        set_strategy(net, strategy)
+        net.runs = (before,)
+        with pytest.raises(RangeOverflow, match="its range has been widened") as caught:
+            net(large)
+        assert caught.value.kind == "inversion.range_overflow"
+        (after,) = net.runs
+        assert after.exponent is not None
+        assert after.exponent >= before.exponent + HEADROOM
     stored, ours = (aftermath(net, large, how) for how in ("store", "momentum"))
     assert differences(ours, stored) == []
 
 
-def test_in_evaluation_mode_a_pass_that_outgrows_the_range_is_done_again() -> None:
-    net = stack(4, gamma=0.9).eval()
-    square(net(images())).backward()
-    (before,) = net.runs or ()
-    assert before.exponent is not None
-    large = images() * 2.0**before.exponent
-    y = net(large)
-    (after,) = net.runs or ()
-    assert after.exponent is not None
-    assert after.exponent >= before.exponent + HEADROOM
-    assert torch.equal(y, net(large))
-    stored, ours = (aftermath(net, large, how) for how in ("store", "momentum"))
-    assert differences(ours, stored) == []
+@pytest.mark.parametrize("factor", [1e6, 1e-3, 1e-9])
+def test_inference_is_accurate_beyond_the_range_and_leaves_it(factor: float) -> None:
+    net, x = MomentumSequential(*(Scaled(1.0) for _ in range(12)), gamma=0.9), inputs()
+    square(net(x)).backward()
+    runs, y = net.runs, net(x)
 
+    assert error(net, x * factor) < ACCURATE
 
-@pytest.mark.parametrize("strategy", ["store", "checkpoint", "segment"])
-def test_the_range_does_not_matter_where_nothing_is_inverted(strategy: Any) -> None:
-    net, x = make(12, 0.9), inputs()
-    set_strategy(net, strategy)
-    net(x)
-    runs = net.runs
-
-    square(net((x * 1e6).requires_grad_())).backward()
-
-    assert error(net, x * 1e6) < 1e-5
     assert net.runs == runs
+    assert torch.equal(net(x), y)
 
 
-def test_inference_is_accurate_beyond_the_range_too() -> None:
+@pytest.mark.parametrize("factor", [0.1, 0.04, 0.01])
+def test_what_is_a_little_smaller_fits(factor: float) -> None:
     net, x = make(12, 0.9), inputs()
     square(net(x)).backward()
 
-    assert error(net, x * 1e6) < 1e-5
+    assert error(net, x * factor) < 1e-5
 
 
 def test_nothing_is_recorded_where_nothing_is_seen() -> None:

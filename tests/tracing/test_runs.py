@@ -133,6 +133,19 @@ class Counted(Adding):
         return super().forward(x)
 
 
+class InDictionary(nn.Module):
+    """Calls the items of a plain dictionary in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict({f"{n}": BasicBlock(8, 8) for n in range(3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks.values():
+            x = block(x)
+        return x
+
+
 class Around(nn.ModuleDict):
     """Calls each of its items with another rate."""
 
@@ -181,6 +194,11 @@ def test_children_of_a_module_that_does_more_stay() -> None:
             "Dropout 2 does not add something",
         ),
         (lambda: Bottleneck(8, 2), "it: no two modules of one class"),
+        (
+            lambda: nn.Sequential(Chain(*(BasicBlock(8, 8) for _ in range(3)), scale=2.0)),
+            "0: its forward does more than to call one block after another",
+        ),
+        (InDictionary, "blocks: a loop calls its blocks, which belong in a ModuleList"),
         (Around, r"Counted 3 does not get the same further arguments .*: rate differs"),
     ],
 )
