@@ -20,7 +20,7 @@ from momconv import __version__, convert
 from momconv.catalogue import TABLE, Entry, read_catalogue
 from momconv.files.atomic import write_text
 from momconv.momentum.sequential import momentum_stages
-from momconv.planner.saving import IMAGES, predict_saving
+from momconv.planner.profile import EXAMPLE, predict_saving
 from momconv.zoo.networks import names, outline
 
 
@@ -57,7 +57,7 @@ def _write(entries: dict[str, Entry]) -> None:
         "torchvision": torchvision.__version__.partition("+")[0],
     }
     models = [asdict(entries[name]) for name in names() if name in entries]
-    document = {"predicted_by": versions, "images": IMAGES, "models": models}
+    document = {"predicted_by": versions, "images": EXAMPLE, "models": models}
     write_text(TABLE, json.dumps(document, indent=1) + "\n")
 
 

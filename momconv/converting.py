@@ -22,7 +22,7 @@ from momconv.momentum.equations import Velocity
 from momconv.momentum.sequential import forget_ranges
 from momconv.opening import find_model_file
 from momconv.planner.devices import find_device
-from momconv.planner.saving import predict_saving
+from momconv.planner.profile import predict_saving
 from momconv.reports.conversion import CalibrationReport, Conversion, Reversion
 from momconv.surgery.adaptation import Adaptation, Distillation
 from momconv.surgery.certificate import Certificate, certify

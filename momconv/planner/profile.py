@@ -1,4 +1,4 @@
-"""The memory of a training step under each strategy, side by side."""
+"""The memory of a training step under each strategy, side by side, and what converting saves."""
 
 import copy
 from collections import Counter
@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from momconv.catalogue import Saving
 from momconv.momentum.sequential import momentum_stages, set_strategy
 from momconv.planner.cost import Speed, Work, estimate_speed
 from momconv.planner.measurement import available_bytes, per_image, time_step
@@ -17,11 +18,12 @@ from momconv.planner.prediction import PeakMemory, Predictor, StepPrediction, Tr
 from momconv.planner.speed import measure_speed
 from momconv.planner.stages import assign_modules
 from momconv.vocabulary import STRATEGIES, Strategies, StrategyChoice
+from momconv.zoo.description import describe
 
 # "plain" is the network before its conversion; the others are strategies of the converted one.
 Variant = Literal["plain", StrategyChoice]
 VARIANTS: tuple[Variant, ...] = ("plain", *(name for name in STRATEGIES if name != "store"))
-EXAMPLE = 32  # images of the step that is broken down
+EXAMPLE = 32  # images of the step that is broken down, or compared
 
 _FEW = 2  # images; BatchNorm may refuse one
 _TIMED = 4  # images
@@ -190,3 +192,26 @@ def _measure(found: Profile, model: nn.Module, training: Training) -> Profile:
     line = Line(static.total + step.fixed_bytes, step.bytes_per_image + image_bytes)
     seconds = time_step(model, _TIMED, training.resolution, training.precision, device)
     return replace(found, measured=line, images_per_second=_TIMED / seconds)
+
+
+def predict_saving(plain: nn.Module, converted: nn.Module) -> Saving:
+    """Predict what converting saves in steps of ``EXAMPLE`` images, and the time that it costs.
+
+    They have the resolution that ``plain`` is described with.
+    """
+    resolution = describe(plain).preprocessing.resolution
+    training = Training(resolution)
+    store, auto = (_predict_example(model, training) for model in (plain, converted))
+    speed = estimate_speed(training.device, training.precision)
+    return Saving(
+        resolution=resolution,
+        store_bytes=store.peak.step // EXAMPLE,
+        auto_bytes=auto.peak.step // EXAMPLE,
+        relative_seconds=speed.seconds(auto.work) / speed.seconds(store.work),
+    )
+
+
+def _predict_example(model: nn.Module, training: Training) -> StepPrediction:
+    predictor = Predictor(model, training)
+    predictor.model.train()
+    return predictor.predict(EXAMPLE)

@@ -26,11 +26,10 @@ from momconv.training.optimisation import (
     read_scaler,
     restore_scaler,
 )
-from momconv.training.parts import list_numbers
 from momconv.training.processes import ALONE, Processes
 from momconv.training.progress import Listener, Progress
 from momconv.training.run_folder import RunFolder
-from momconv.training.sharding import divide_like, is_sharded, own_parts, shard
+from momconv.training.sharding import divide_like, is_sharded, list_numbers, own_parts, shard
 from momconv.units import format_bytes
 from momconv.zoo.description import describe
 

@@ -24,11 +24,10 @@ from momconv.files.atomic import write_text
 from momconv.recipe import Recipe, dump_recipe
 from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.network import anneal, make_own
-from momconv.training.parts import save_parts
 from momconv.training.progress import EpochRow, Progress, Rollback
 from momconv.training.run import TrainingRun
 from momconv.training.run_folder import RunFolder
-from momconv.training.sharding import divide_like, is_divided, whole
+from momconv.training.sharding import divide_like, is_divided, save_parts, whole
 from momconv.training.state import collect_tensors, load_newest, save_state
 from momconv.units import parse_duration
 

@@ -23,10 +23,9 @@ from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files.atomic import write_atomically
 from momconv.files.tensor_file import write_tensors
 from momconv.surgery.conversion import apply_schemes, read_schemes
-from momconv.training.parts import load_parts, sum_files, sweep_parts
 from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
-from momconv.training.sharding import is_divided, lay_out_like
+from momconv.training.sharding import is_divided, lay_out_like, load_parts, sum_files, sweep_parts
 from momconv.zoo import checkpoints
 from momconv.zoo.description import Description, attach, describe
 from momconv.zoo.own import remake, require_made
