@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from momconv.planner.prediction import PeakMemory
-from momconv.planner.profile import EXAMPLE, VARIANTS, MemoryProfile, Profile, Variant
+from momconv.planner.profile import EXAMPLE, MemoryProfile, Profile, Variant
 from momconv.reports.conversion import describe_rounding
 from momconv.units import format_bytes
 from momconv.vocabulary import STRATEGIES
@@ -51,7 +51,7 @@ def show_memory(
     )
     yield Text(f"all that is alive at the peak of {EXAMPLE} images, predicted")
     yield _tabulate_whole(profile)
-    for variant in VARIANTS:
+    for variant in (one.variant for one in profile.profiles):
         explanation = _PLAIN if variant == "plain" else STRATEGIES[variant].explanation
         yield Text(f"{variant:<11}{explanation}")
     yield Text(f"\nalive at the peak of {EXAMPLE} images, predicted, the largest first")
@@ -274,11 +274,10 @@ def _parts(peak: PeakMemory) -> dict[str, int]:
 
 
 def _assign_letters(profile: MemoryProfile) -> dict[str, str]:
-    names: dict[str, None] = {}
-    for variant in VARIANTS:
-        names |= dict.fromkeys(profile[variant].example.activations)
+    peaks = [one.example for one in profile.profiles]
+    names = dict.fromkeys(name for peak in peaks for name in peak.activations)
     rest = ["images", "side information", "gathered", "recomputed and gradients"]
-    if not any(profile[variant].example.gathered for variant in VARIANTS):
+    if not any(peak.gathered for peak in peaks):
         rest.remove("gathered")
     return dict(zip([*names, *rest], ascii_lowercase * (len(names) // 26 + 1), strict=False))
 

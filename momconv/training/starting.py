@@ -11,7 +11,7 @@ from momconv.data.values import find_ranges, settle_ranges, warn_of_values
 from momconv.errors import ResourceError
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
-from momconv.planner.plan import Change, Fixed, Plan
+from momconv.planner.plan import Change, Fixed, Plan, Request
 from momconv.recipe import Recipe, dump_recipe
 from momconv.surgery.conversion import set_gamma
 from momconv.training import network
@@ -43,6 +43,7 @@ from momconv.training.run import Assignment, TrainingRun, make_run
 from momconv.training.saving import begin
 from momconv.training.steps import fewest_images
 from momconv.units import format_duration
+from momconv.vocabulary import MomentumUse
 from momconv.zoo.description import Preprocessing, describe, mark_as_seen
 
 _NO_MOMENTUM = (
@@ -143,28 +144,17 @@ def _plan(
     """
     before, listener = assignment.recipe, assignment.listener
     assignment.folder.require_room(_disk_bytes(model, before))
-    fixed: list[Fixed] = ["gamma"] if _has_fixed_gamma(before) else []
-    may_change: list[Change] = [c for c in before.train.may_change if c not in fixed]
-    if not before.train.can_release_gradients:
-        fixed.append("release_gradients")
-    elif before.train.release_gradients == "auto":
-        may_change.append("release_gradients")
-    request = assignment.request_plan(model, splits, tuple(fixed), tuple(may_change))
-    recipe = before
-    if before.momentum.use == "auto" and before.model.from_file is None:
+    request, use = _request(assignment, model, splits), before.momentum.use
+    if use == "auto" and before.model.from_file is None:
         choose = partial(choose_network, model, recipe=before.momentum)
         chosen, plan = sharding_if_needed(choose, request, before.train)
-        recipe = before.change(momentum={"use": "always" if chosen == "momentum" else "never"})
+        use = "always" if chosen == "momentum" else "never"
         if chosen == "momentum":
-            model = network.choose_rule(model, recipe.momentum, wanted=True)
+            model = network.choose_rule(model, before.momentum, wanted=True)
         plan = name_ways(plan, model)
     else:
         plan = sharding_if_needed(partial(plan_batches, model), request, before.train)
-    decided = {name: getattr(plan.request, name) for name in ("precision", "optimizer")}
-    recipe = recipe.change(
-        momentum={"gamma": plan.gamma} if plan.gamma is not None else {},
-        train={name: v for name, v in decided.items() if v != getattr(request, name)},
-    )
+    recipe = _adopt(before, use, plan, request)
     if plan.gamma is not None:
         set_gamma(model, plan.gamma, gain=recipe.momentum.gain)
     if plan.gamma is not None or plan.precision != request.precision:
@@ -173,6 +163,28 @@ def _plan(
     if needs_calibration(model, recipe):
         _tell_of_calibrating(plan, recipe, len(splits.train.samples), listener)
     return recipe, model, plan
+
+
+def _request(assignment: Assignment, model: nn.Module, splits: Splits) -> Request:
+    """Return what is asked of the plan, with what it may change and what it must not."""
+    recipe = assignment.recipe
+    fixed: list[Fixed] = ["gamma"] if _has_fixed_gamma(recipe) else []
+    may_change: list[Change] = [c for c in recipe.train.may_change if c not in fixed]
+    if not recipe.train.can_release_gradients:
+        fixed.append("release_gradients")
+    elif recipe.train.release_gradients == "auto":
+        may_change.append("release_gradients")
+    return assignment.request_plan(model, splits, tuple(fixed), tuple(may_change))
+
+
+def _adopt(recipe: Recipe, use: MomentumUse, plan: Plan, request: Request) -> Recipe:
+    """Return the recipe with what the ``plan`` has decided, beyond what was asked of it."""
+    decided = {name: getattr(plan.request, name) for name in ("precision", "optimizer")}
+    gamma = recipe.momentum.gamma if plan.gamma is None else plan.gamma
+    return recipe.change(
+        momentum={"use": use, "gamma": gamma},
+        train={name: v for name, v in decided.items() if v != getattr(request, name)},
+    )
 
 
 def _tell_of_calibrating(plan: Plan, recipe: Recipe, images: int, listener: Listener) -> None:
