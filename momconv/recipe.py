@@ -146,7 +146,10 @@ class ModelRecipe(_Section):
     name: Annotated[
         NameOrPath, Option("--model", "NAME", "The network to start from. (default: {})")
     ] = "resnet152"  # or a function that makes it, as model.py:make
-    arguments: list[str] = []  # of that function, each as KEY=VALUE
+    arguments: Annotated[
+        list[str],
+        Option("--arg", "KEY=VALUE", "An argument of its function; again for more."),
+    ] = []
     weights: Annotated[
         NameOrPath,
         Option("--weights", "NAME", "Its weights: a name, a file, or none for random ones."),

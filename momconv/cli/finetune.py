@@ -17,7 +17,7 @@ from rich.text import Text
 
 from momconv.cli._console import Terminated, note, out, print_json, progress, tell, warn
 from momconv.cli._display import Display
-from momconv.cli._options import ArgumentOption, NetworkOption, RefetchOption
+from momconv.cli._options import NetworkOption, RefetchOption
 from momconv.cli._recipe_options import (
     MOMENTUM,
     RUN,
@@ -48,7 +48,6 @@ def finetune(  # noqa: PLR0913 (one for each option)
         typer.Argument(metavar="FOLDER", help="The images, as --data FOLDER."),
     ] = None,
     network: NetworkOption = None,
-    arg: ArgumentOption = None,
     refetch: RefetchOption = False,
     no_calibrate: Annotated[
         bool,
@@ -120,7 +119,6 @@ def finetune(  # noqa: PLR0913 (one for each option)
     given = read_options(context.params)
     given |= {"data.path": str(_agree(images, given.get("data.path")))} if images else {}
     given |= {"model.name": network} if network else {}
-    given |= {"model.arguments": arg} if arg else {}
     given |= {"momentum.calibrate": False} if no_calibrate else {}
     if resume == Path("last") and not resume.is_dir():
         resume = find_last_run()
