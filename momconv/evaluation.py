@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.decoding import UnreadableImage
 from momconv.data.folder import SPLITS
-from momconv.data.source import ImageSet, Source, read_classes
+from momconv.data.source import ImageSet, Source, to_image_set
 from momconv.data.transforms import evaluation_transform
 from momconv.errors import DataError
 from momconv.exhaustion import Parts
@@ -140,8 +140,7 @@ def evaluate(  # noqa: PLR0913 (one for each choice)
         ResourceError: There is no such GPU.
     """
     description, device = describe(model), make_current(device)
-    if isinstance(images, Source):
-        images = read_classes(images, description.classes)
+    images = to_image_set(images, description.classes)
     _check(images, description.num_classes)
     preprocessing = description.preprocessing
     transform = evaluation_transform(preprocessing)

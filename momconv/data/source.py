@@ -150,6 +150,15 @@ def read_classes(
     return ImageSet(source, names, tuple(samples), notes)
 
 
+def to_image_set(images: ImageSet | Source, classes: Sequence[str] | None) -> ImageSet:
+    """Return ``images``; those of a source with the numbers of ``classes``.
+
+    Raises:
+        DataError: As ``read_classes``.
+    """
+    return read_classes(images, classes) if isinstance(images, Source) else images
+
+
 def read_splits(
     sources: Sources, *, val_frac: float = 0.2, seed: int = 0, unknown: Unknown = "error"
 ) -> Splits:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from momconv.data.examination import examine_all
-from momconv.data.source import ImageSet
+from momconv.data.source import ImageSet, Source, to_image_set
 from momconv.words import plural
 from momconv.zoo.description import describe
 from momconv.zoo.seen import SeenImages
@@ -59,17 +59,21 @@ class Exposure:
 
 
 def keep_unseen(
-    images: ImageSet, *models: nn.Module, keep_all: bool = False
+    images: ImageSet | Source, *models: nn.Module, keep_all: bool = False
 ) -> tuple[ImageSet, Exposure]:
     """Return those of ``images`` that none of ``models`` was trained on, known by their content.
 
     All are kept if all were trained on, or with ``keep_all``. To be called before the images are
-    evaluated on; files that were looked at before are not read again.
+    evaluated on; files that were looked at before are not read again. Those of a source get the
+    classes of the first model.
 
     Raises:
         UsageError: A model has no description.
+        DataError: A source has a class that the model does not have.
     """
-    return leave_out_seen(images, [describe(model).seen for model in models], keep_all=keep_all)
+    descriptions = [describe(model) for model in models]
+    found = to_image_set(images, descriptions[0].classes if descriptions else None)
+    return leave_out_seen(found, [about.seen for about in descriptions], keep_all=keep_all)
 
 
 def leave_out_seen(

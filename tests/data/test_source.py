@@ -94,6 +94,8 @@ def test_scores_are_those_of_the_same_images_in_a_folder(
     model = build("cifar_resnet20", 3)
     ours, theirs = (evaluate(model, images) for images in (memory.source, folder))
     assert replace(ours, mistakes=()) == replace(theirs, mistakes=())
+    kept, _ = momconv.keep_unseen(memory.source, model)
+    assert kept == memory
     found = [folder.root / mistake.path.relative_to("memory") for mistake in ours.mistakes]
     assert found == [mistake.path for mistake in theirs.mistakes]
 
