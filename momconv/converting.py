@@ -227,7 +227,7 @@ class _Workshop:
     listener: Listener
 
     def calibrate(self, network: nn.Module, *, refine: bool = True) -> Adaptation:
-        """Begin with ``network``, and calibrate it if there are images for that."""
+        """Return an adaptation of ``network``, calibrated if there are images for that."""
         device = next(self.original.parameters()).device
         adaptation = Adaptation(network.to(device), self.reference, self.listener.advance)
         if batches := self.images.adapting:

@@ -191,7 +191,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def fail(error: BaseException, *, as_json: bool) -> int:
-    """Tell what went wrong, as a JSON document on stdout if so wanted; the code to exit with."""
+    """Tell what went wrong, in JSON on stdout if so wanted, and return the code to exit with."""
     failure = _failure(error)
     if _settings.debug or os.environ.get("MOMCONV_DEBUG"):
         show(Text(traceback.format_exc()), minor=False)
@@ -257,7 +257,7 @@ def _failure(error: BaseException) -> _Failure:
 
 
 def _keep_traceback() -> str:
-    """Write it to a file, which a long run is worth; how to go on in a sentence that names it."""
+    """Write the traceback to a file, and return a sentence that names it, for a report."""
     path = cache_folder() / "crash.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

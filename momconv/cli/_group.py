@@ -94,7 +94,7 @@ class Commands(TyperGroup):
 
 
 def _refuse(error: Any, words: Sequence[str]) -> int:
-    """Tell what is wrong with a command line; the code to exit with."""
+    """Tell what is wrong with a command line, and return the code to exit with."""
     if type(error).__name__ == "NoArgsIsHelpError":  # which has printed it
         return 2
     wrong = error if isinstance(error, MomconvError) else _explain(error, words)

@@ -122,7 +122,7 @@ def count_outside(values: Values, bounds: ValueRange) -> int:
 
 
 def settle_ranges(model: nn.Module, found: ValueRanges) -> tuple[str, ...]:
-    """Let ``model`` know what is black and white in new training images; a line on that, if any.
+    """Let ``model`` know what is black and white in new images, and return a line on that, if any.
 
     A range that it was trained with before is kept if it holds the one that was ``found`` in these
     images, and this is an eighth of it at least.

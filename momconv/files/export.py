@@ -207,7 +207,7 @@ def _open_onnx(path: Path) -> _Run:
 
 
 def _write_plain(model: nn.Module, path: Path, images: Tensor, expected: Tensor) -> float:
-    """Write the plain network, which may differ; only the file may not differ from it."""
+    """Write the plain network, and return how far its outputs are from the ``expected`` ones."""
     plain = revert(model)
     save_plain(plain, path)
     description = describe(model)

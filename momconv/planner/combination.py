@@ -163,7 +163,7 @@ def _follow(courses: Iterable[Course]) -> Part:
 
 
 def _trace(predictor: Predictor, images: int, way: Way) -> Mapping[Spot, Course]:
-    """With a checkpoint for each block where there is no run to be reversed."""
+    """Return the courses of ``way``, or of checkpoints where there is no run to be reversed."""
     plain = replace(way, strategy="checkpoint") if way.strategy == "momentum" else way
     stages = momentum_stages(predictor.model).items()
     ways = {name: str(way if stage.followed else plain) for name, stage in stages}
@@ -194,7 +194,7 @@ def _drop_dominated(options: Sequence[_Option], speed: Speed) -> list[tuple[_Opt
 
 
 def _keep_fastest(states: Iterable[_State], limit: float) -> list[_State]:
-    """For each amount retained the fastest, if it is faster than with less."""
+    """Return for each amount retained the fastest, if it is faster than with less."""
     fastest: dict[int, _State] = {}
     for state in states:
         amount = int(state.part.retained / limit * _FRONT)
@@ -250,7 +250,7 @@ def _list_segments(courses: Courses, stops: Sequence[int]) -> _Beginnings:
 
 
 def _list_reversed(courses: Courses, stops: Sequence[int], runs: Sequence[Run]) -> _Beginnings:
-    """A border inside a run keeps the input of the block after it, which is stored."""
+    """Yield beginnings whose runs are reversed; a border in one keeps the next block's input."""
     starts = [run.start for run in runs]
     for way in (MOMENTUM, IN_PARTS):
         part = Part()

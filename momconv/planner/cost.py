@@ -116,6 +116,6 @@ def _count_flops(func: OpOverload, args: Any, results: Sequence[Tensor]) -> int:
 
 
 def _convolution_flops(x: Tensor, weight: Tensor, y: Tensor, *, transposed: bool) -> int:
-    """Unlike PyTorch's formula for gradients, right for groups too."""
+    """Return a convolution's operations; PyTorch's formula for gradients is wrong for groups."""
     once_a_weight = x if transposed else y
     return 2 * once_a_weight.numel() * weight[0].numel()

@@ -151,7 +151,7 @@ def _dropout(input: Tensor, p: float, train: bool) -> Tensor:  # noqa: FBT001 (a
 
 
 def _attend(*args: Any, **options: Any) -> Tensor:
-    """Without dropout, for which the kernels of a GPU need no memory."""
+    """Return attention without dropout, for which the kernels of a GPU need no memory."""
     args = tuple(0.0 if place == _DROPOUT else arg for place, arg in enumerate(args))
     made: Tensor = torch.ops.aten.scaled_dot_product_attention.default.decompose(*args, **options)
     return made

@@ -200,7 +200,7 @@ def _keeping_state(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """Mixed precision inside, or none for "fp32"."""
+    """Return autocast to the ``precision``, which is off for "fp32"."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 

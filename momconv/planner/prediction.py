@@ -302,7 +302,7 @@ class _Finding(NamedTuple):
 def _examine(
     func: OpOverload, args: Any, results: Sequence[Tensor], *, with_scratch: bool
 ) -> _Finding:
-    """On a GPU, what kernels need for themselves is part of the allowance."""
+    """Return what is to be known of an operation, ``with_scratch`` its own memory too."""
     scratch = peak_within(func, args, results) if with_scratch else 0
     return _Finding(func.name().partition("::")[2], scratch, count_work(func, args, results))
 
@@ -389,13 +389,13 @@ class _Trace(TorchDispatchMode):
         )
 
     def hold(self, size: int) -> Callable[[], None]:
-        """Take memory for weights that come together; what gives it back."""
+        """Take memory for weights that come together, and return what gives it back."""
         release = self.keep(size)
         self._note(_GATHERING, 0, Work())
         return release
 
     def keep(self, size: int) -> Callable[[], None]:
-        """The same, which counts from the next operation on."""
+        """Take memory that counts from the next operation on, and return what gives it back."""
         address = -len(self._changes) - 1  # nothing's own
         spot = self._spots.note()
         made = _Tensor(size, _GATHERING, self._stage, spot, self._in_forward, False)

@@ -312,7 +312,7 @@ def describe_drift(drift: Drift, origin: str) -> str:
 
 
 def describe_rounding(share: float) -> str:
-    """One line."""
+    """Return a line on how far outputs are from those in double precision."""
     return f"outputs within {share:.1e} of those of the same network in double precision"
 
 

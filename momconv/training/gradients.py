@@ -22,7 +22,7 @@ def add_gradients(
     share: float,
     before_backward: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Add the gradients of a micro-batch that is ``share`` of its batch; its part of the loss.
+    """Add the gradients of a micro-batch, ``share`` of its batch; return its part of the loss.
 
     The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
     Weights of classes, whose mean over all images is 1, do not change what that is divided by.

@@ -148,7 +148,7 @@ def _is_done(run: TrainingRun) -> bool:
 def _add_up(
     run: TrainingRun, step: Step, report: "_Report", check: Callable[[], None]
 ) -> Tensor | None:
-    """Add up the gradients of a step; its loss, or None if it cannot be.
+    """Add up the gradients of a step, and return its loss, or None if it cannot be.
 
     Then the run is to go on from wherever it is now, prepared not to fail again.
     """
@@ -230,7 +230,7 @@ def _add_share(
     *,
     is_released: bool,
 ) -> Tensor:
-    """Add up the gradients of this process's images of a step; their part of its loss.
+    """Add up the gradients of this process's images of a step; return their part of its loss.
 
     Those that are released change the weights, which are not whole afterwards.
 
@@ -362,7 +362,7 @@ def _refuse_to_redo(run: TrainingRun, fault: MomconvError) -> None:
 def _step(run: TrainingRun, step: Step, loss: Tensor, began: float) -> bool:
     """Change the weights, and count the step, which ``began`` then.
 
-    False if memory ran out: some weights may have changed, so the run went back.
+    Returns False if memory ran out: some weights may have changed, so the run went back.
 
     Raises:
         ResourceError: Memory ran out in one of several processes, which cannot go back by itself.

@@ -70,7 +70,7 @@ class Processes:
                 work.wait()
 
     def begin_adding(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to replace ``tensor`` by its sum over the processes; what waits until it is.
+        """Begin to replace ``tensor`` by its sum over the processes; return what waits for that.
 
         All processes must do so in the same order.
 

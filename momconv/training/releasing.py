@@ -73,7 +73,7 @@ def changing_in_backward(optimizer: Optimizer, processes: Processes) -> Iterator
 
 
 def _hook(optimizer: Optimizer, take: Callable[[_Change, Tensor], None]) -> ExitStack:
-    """Let ``take`` hear of each parameter with a new gradient, and of what changes it."""
+    """Let ``take`` hear of new gradients and of what uses them, until the returned stack ends."""
     hooks = ExitStack()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
