@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 from momconv.data.splits import hold_out
-from momconv.errors import DataError
+from momconv.errors import DataError, UsageError
 from momconv.words import describe_classes, list_some, name_some, plural, printable
 
 Unknown = Literal["error", "skip"]  # what to do with a class that the other side does not have
@@ -157,6 +157,23 @@ def to_image_set(images: ImageSet | Source, classes: Sequence[str] | None) -> Im
         DataError: As ``read_classes``.
     """
     return read_classes(images, classes) if isinstance(images, Source) else images
+
+
+def to_sources(source: Source | tuple[Source, Source]) -> Sources:
+    """Return where to train and where to validate; None: on a part of the former.
+
+    Raises:
+        UsageError: It is no source.
+    """
+    train, val = source if isinstance(source, tuple) else (source, None)
+    for one in (train, val):
+        if not (one is None or isinstance(one, Source)):
+            raise UsageError(
+                f"source= is a {type(one).__name__}, which is no source of images\n"
+                "it needs root, list, read and identify, as in momconv.data.source.Source",
+                kind="usage.bad_source",
+            )
+    return train, val
 
 
 def read_splits(

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from momconv.data.report import DataReport
-from momconv.data.source import Source, Splits
+from momconv.data.source import Source, Splits, to_sources
 from momconv.determinism import deterministic
 from momconv.errors import ModelFileError, ResourceError
 from momconv.planner.plan import Plan
@@ -218,7 +218,7 @@ def _assigning(
             device=device,
             listener=listener if processes.leads else SILENT,
             processes=processes,
-            sources=(source, None) if isinstance(source, Source) else source,
+            sources=None if source is None else to_sources(source),
         )
 
 

@@ -160,6 +160,8 @@ def _tell_of_images(assignment: Assignment, splits: Splits, before: Recipe) -> N
     command = f"momconv finetune --from {shlex.quote(str(assignment.folder.best))} -o {folder}"
     if data.path:
         command += f" --data {shlex.quote(str(data.path))}"
+    if assignment.sources:
+        command = f"finetune(…, source=…) with model.from_file={assignment.folder.best}"
     are = "is" if len(added) == 1 else "are"
     tell(
         f"note: {plural(len(added), 'image')} in {printable(root)} {are} new and not part of this "

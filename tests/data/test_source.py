@@ -159,6 +159,8 @@ def test_what_is_wrong_with_a_source_is_told(memory: ImageSet, colours: Path) ->
     with pytest.raises(UsageError, match=r"both data\.path and source= say where the images are"):
         rehearse(small(colours), "run", source=memory.source)
     recipe = load_recipe(None, SMALL)
+    with pytest.raises(UsageError, match=r"source= is a list, which is no source of images"):
+        rehearse(recipe, "run", source=[1])  # type: ignore[arg-type]
     one = Memory(dict.fromkeys(memory.paths[:3], b""))
     with pytest.raises(DataError, match="found 1 class in memory: blue"):
         rehearse(recipe, "run", source=one)

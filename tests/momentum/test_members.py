@@ -15,6 +15,7 @@ from momconv import MomentumSequential, convert, revert, set_strategy
 from momconv.errors import UsageError
 from momconv.momentum.autograd import Strategy
 from momconv.momentum.sequential import Run
+from momconv.vocabulary import Velocity
 from momconv.zoo.networks import build
 
 
@@ -98,12 +99,13 @@ def test_one_block_alone_is_what_it_is() -> None:
 
 def test_each_block_may_be_called_with_what_it_got_in_the_run() -> None:
     torch.manual_seed(0)
-    for scale, gamma, velocity in (
+    cases: list[tuple[float, float, Velocity]] = [
         (1.0, 0.9, "zero"),
         (0.0, 0.9, "zero"),  # all blocks return what they are called with
         (1.0, 1.0, "zero"),  # and here the second is called with what the first has returned
         (1.0, 0.9, "residual"),
-    ):
+    ]
+    for scale, gamma, velocity in cases:
         net = MomentumSequential(*(Scaled() for _ in range(4)), gamma=gamma, velocity=velocity)
         for parameter in net.parameters():
             parameter.data.mul_(scale)
