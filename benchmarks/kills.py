@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -129,11 +130,15 @@ def run_and_kill(words: list[str], folder: Path, kill: Kill) -> bool:
 
 def _wait(process: "subprocess.Popen[bytes]", folder: Path, kill: Kill) -> None:
     """Until the moment of the kill, or until the process has ended by itself."""
-    seen, deadline = set[str](), time.monotonic() + kill.seconds
-    while process.poll() is None and (kill.files or time.monotonic() < deadline):
+    if not kill.files:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(kill.seconds)
+        return
+    seen = set[str]()
+    while process.poll() is None:
         names = {path.name for path in temporary_files(folder)}
         seen |= {name for name in names if name.startswith(kill.prefix)}
-        if kill.files and len(seen) >= kill.files:
+        if len(seen) >= kill.files:
             time.sleep(kill.seconds)
             return
         time.sleep(_POLL)

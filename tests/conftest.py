@@ -4,6 +4,7 @@ import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +56,26 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = np.clip(noise.normal(colour, 40, (34, 36, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / name / f"{number}.png")
     return root
+
+
+@pytest.fixture(autouse=True, scope="session")
+def speeds() -> Iterator[None]:
+    """Take the device to be as fast in all runs as in the first one that measured it."""
+    from momconv.planner.cost import Speed
+    from momconv.planner.speed import measure_speed
+
+    known: dict[tuple[str, str], Speed] = {}
+
+    def find_speed(model: Any, training: Any, limit: int) -> Speed:
+        key = training.device, training.precision
+        speed = known.get(key) or measure_speed(model, training, limit)
+        if speed.is_measured:
+            known[key] = speed
+        return speed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("momconv.training.planning.measure_speed", find_speed)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

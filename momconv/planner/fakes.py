@@ -1,11 +1,13 @@
 """Operations on fake tensors, which have shapes, types and lifetimes but no memory.
 
 PyTorch's FakeTensorMode finds out what an operation returns, but takes a tenth of a millisecond
-for it. A network repeats few operations many times, so the answers are remembered here.
+for it, and several where it has not met it before. Networks repeat few operations many times, so
+the answers are remembered here.
 """
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -47,12 +49,15 @@ class _New(NamedTuple):
 _Kind = _New | int | Literal["view"] | None
 
 
-class _Memory(NamedTuple, Generic[_T]):
-    """What is known of an operation on certain arguments."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Memory:
+    """What an operation returned on certain arguments."""
 
     kinds: Sequence[_Kind]
     is_single: bool  # rather than a tuple
-    finding: _T
+
+
+_memories: dict[Hashable, _Memory] = {}  # of all networks
 
 
 class _Unknown(Exception):
@@ -67,7 +72,7 @@ class Imitator(Generic[_T]):
         # Not every tensor is a fake: a module may hold one that is no buffer.
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._examine = examine
-        self._memories: dict[Hashable, _Memory[_T]] = {}
+        self._findings: dict[_Memory, _T] = {}
 
     def copy(
         self, model: nn.Module, device: torch.device, *, is_contiguous: bool = False
@@ -88,19 +93,19 @@ class Imitator(Generic[_T]):
     def run(self, func: OpOverload, args: Any, kwargs: Any) -> Answer[_T]:
         """Return ``func(*args, **kwargs)`` while ``mode`` is on."""
         try:
-            key = func, _sign((*args, *kwargs.items()))
+            key = _sign_call(func, args, kwargs)
         except _Unknown:
             return self._ask(func, args, kwargs)
-        if key in self._memories:
-            return self._repeat(self._memories[key], func, args, kwargs)
+        if memory := _memories.get(key):
+            return self._repeat(memory, func, args, kwargs)
         answer = self._ask(func, args, kwargs)
         inputs = _find_tensors((args, kwargs))
         results = list(answer.value) if isinstance(answer.value, tuple) else [answer.value]
         try:
             kinds = [_classify(func, result, inputs) for result in results]
-            if key == (func, _sign((*args, *kwargs.items()))):  # no argument has another shape now
-                is_single = not isinstance(answer.value, tuple)
-                self._memories[key] = _Memory(kinds, is_single, answer.finding)
+            if key == _sign_call(func, args, kwargs):  # no argument has another shape now
+                memory = _Memory(kinds, is_single=not isinstance(answer.value, tuple))
+                _memories[key], self._findings[memory] = memory, answer.finding
         except _Unknown:
             pass
         return answer
@@ -112,7 +117,7 @@ class Imitator(Generic[_T]):
         tensors = _find_tensors(value)
         return Answer(value, tensors, self._examine(func, args, tensors))
 
-    def _repeat(self, memory: _Memory[_T], func: OpOverload, args: Any, kwargs: Any) -> Answer[_T]:
+    def _repeat(self, memory: _Memory, func: OpOverload, args: Any, kwargs: Any) -> Answer[_T]:
         results: list[Any] = []
         for kind in memory.kinds:
             if isinstance(kind, _New):
@@ -125,7 +130,9 @@ class Imitator(Generic[_T]):
                 results.append(None if kind is None else _find_tensors((args, kwargs))[kind])
         tensors = [result for result in results if result is not None]
         value = results[0] if memory.is_single else tuple(results)
-        return Answer(value, tensors, memory.finding)
+        if memory not in self._findings:
+            self._findings[memory] = self._examine(func, args, tensors)
+        return Answer(value, tensors, self._findings[memory])
 
     def _straighten(self, result: FakeTensor) -> FakeTensor:
         """Return a contiguous result whose dimensions of one element have a kernel's strides.
@@ -150,6 +157,17 @@ def _is_plain(func: OpOverload, args: Any) -> bool:
     if func is aten.clone.default:  # with all strides
         return False
     return all(isinstance(arg, FakeTensor) and arg.shape == args[0].shape for arg in args)
+
+
+def _sign_call(func: OpOverload, args: Any, kwargs: Any) -> Hashable:
+    """Return what the results of ``func(*args, **kwargs)`` can depend on.
+
+    The number of threads is a part of it: some decide between backends, and so between layouts.
+
+    Raises:
+        _Unknown: An argument's value counts.
+    """
+    return torch.get_num_threads(), func, _sign((*args, *kwargs.items()))
 
 
 def _sign(value: Any) -> Hashable:

@@ -17,6 +17,11 @@ aten = torch.ops.aten
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("momconv.planner.fakes._memories", {})
+
+
 class Imitating(TorchDispatchMode):
     """Runs all operations by an imitator; which of them it examined is noted."""
 

@@ -23,6 +23,11 @@ REQUEST = replace(runs.REQUEST, images=100, batch_size=16, micro_batch="auto", s
 PLAN = replace(runs.PLAN, request=REQUEST, micro_batch=16)
 
 
+@pytest.fixture(autouse=True)
+def measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "measure_speed", speed.measure_speed)
+
+
 @pytest.fixture
 def model() -> nn.Module:
     return convert(build("cifar_resnet20"), 0.9).train()
