@@ -20,6 +20,7 @@ from momconv.data.inspection import check_images
 from momconv.data.source import ImageSet, Listing, read_classes
 from momconv.errors import DataError, UsageError
 from momconv.evaluation import evaluate
+from momconv.planner import speed
 from momconv.recipe import load_recipe, recall_recipe
 from momconv.reports.run import report_run
 from momconv.training.finetuning import finetune, rehearse
@@ -56,6 +57,12 @@ def copy(images: ImageSet, root: Path = Path("memory")) -> Memory:
     """The same images in memory."""
     read = images.source.read
     return Memory({root / path.relative_to(images.root): read(path) for path in images.paths}, root)
+
+
+@pytest.fixture(autouse=True)
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans are made for a device whose speed is measured with few images."""
+    monkeypatch.setattr(speed, "_MOST", 4)
 
 
 @pytest.fixture
