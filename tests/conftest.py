@@ -13,6 +13,18 @@ from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
+LONGEST = [  # files of tests
+    "test_readme.py",
+    "test_search.py",
+    "test_finetune.py",
+    "test_convert.py",
+    "test_exactness.py",
+    "test_calibrating.py",
+    "test_kills.py",
+    "test_distillation.py",
+    "test_clusters.py",
+]
+
 settings.register_profile("repeatable", derandomize=True)  # the same inputs each time
 settings.load_profile("repeatable")
 
@@ -23,8 +35,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the file that takes longest, with which no process should be left alone."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """Begin with the files that take longest, with which no process should be left alone."""
+    turns = {name: turn for turn, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turns.get(item.path.name, len(turns)))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -40,6 +53,17 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no folder of real data beside the repository")
     return SHARED
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Let few images show what large convolutions need; with one thread it takes 16 of them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

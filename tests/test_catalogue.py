@@ -19,6 +19,7 @@ def test_the_table_has_every_network_in_order() -> None:
     assert [entry.name for entry in read_catalogue().entries] == [*names()]
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("name", ["cifar_resnet20", "resnet50"])
 def test_the_table_says_what_is_predicted(name: str) -> None:
     (known,) = (entry for entry in read_catalogue().entries if entry.name == name)
