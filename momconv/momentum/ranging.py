@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from momconv.errors import RangeOverflow
-from momconv.momentum.equations import Rule, find_exponent, widen
+from momconv.momentum.equations import BITS, HEADROOM, Rule, find_exponent, widen
 from momconv.momentum.faults import is_postponing, tell_fault
 from momconv.momentum.measures import note_magnitudes
 from momconv.momentum.replay import (
@@ -27,6 +27,7 @@ from momconv.momentum.replay import (
 from momconv.states import is_fake, is_graph_made, keep_buffers, without_hooks
 
 SLACK = 4  # bits: activations may be so much smaller, beyond the headroom, than what was seen
+FINENESS = BITS[torch.float32] - HEADROOM - SLACK - 1  # bits of the largest x, at least
 
 
 class Misfit(Exception):

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from momconv.catalogue import Saving
+from momconv.momentum.ranging import FINENESS
 from momconv.names import encode_name
 from momconv.surgery.adaptation import AdaptationStep
 from momconv.surgery.certificate import Accuracy, Certificate, StageCertificate
@@ -311,8 +312,10 @@ def describe_drift(drift: Drift, origin: str) -> str:
     )
 
 
-def describe_rounding(share: float) -> str:
-    """Return a line on how far outputs are from those in double precision."""
+def describe_rounding(share: float | None) -> str:
+    """Return one line; of what was not measured it says what the grid comes to."""
+    if share is None:
+        return f"not measured; x is kept to 2^-{FINENESS} of the largest activation, or finer"
     return f"outputs within {share:.1e} of those of the same network in double precision"
 
 

@@ -142,6 +142,7 @@ def _facts(inspection: FileInspection) -> Iterator[tuple[str, str]]:
     if certificate:
         origin = printable(inspection.measured_on)
         yield "agreement", describe_drift(certificate.drift, origin)
+    if any(stage.momentum for stage in inspection.stages):
         yield from _describe_precision(certificate)
     if certificate and certificate.accuracy:
         before, after = certificate.accuracy.original, certificate.accuracy.converted
@@ -156,12 +157,11 @@ def _facts(inspection: FileInspection) -> Iterator[tuple[str, str]]:
     yield "written", printable(written)
 
 
-def _describe_precision(certificate: Certificate) -> Iterator[tuple[str, str]]:
-    exact = {True: "bit for bit those of ordinary backpropagation", False: "not exact"}
-    if certificate.gradients_exact is not None:
-        yield "gradients", exact[certificate.gradients_exact]
-    if certificate.rounding is not None:
-        yield "rounding", describe_rounding(certificate.rounding)
+def _describe_precision(certificate: Certificate | None) -> Iterator[tuple[str, str]]:
+    is_exact = certificate.gradients_exact if certificate else None
+    told = {True: "bit for bit those of ordinary backpropagation", False: "not exact"}
+    yield "gradients", "not compared" if is_exact is None else told[is_exact]
+    yield "rounding", describe_rounding(certificate.rounding if certificate else None)
 
 
 def _list_classes(description: Description) -> str:

@@ -57,8 +57,7 @@ def show_memory(
     yield Text(f"\nalive at the peak of {EXAMPLE} images, predicted, the largest first")
     yield _tabulate_alive(profile)
     yield Text(f"\n{_explain_side_information(profile)}")
-    if profile.rounding is not None:
-        yield Text(describe_rounding(profile.rounding))
+    yield Text(f"rounding: {describe_rounding(profile.rounding)}")
     yield Text(f"\n{judge(profile)}", style="bold")
 
 

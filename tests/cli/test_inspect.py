@@ -75,6 +75,7 @@ def test_without_json_there_is_a_table_and_facts(model: Path) -> None:
     assert "network cifar_resnet20, 2 classes" in lines
     assert "classes ants, bees" in lines
     assert "training epochs 2, epoch 2, val_top1 0.875" in lines
+    assert any(line.startswith("rounding outputs within ") for line in lines)
     assert any(line.startswith("agreement same top-1 as the original on") for line in lines)
 
 
@@ -82,6 +83,14 @@ def test_a_file_without_certificate_or_training_has_neither(tmp_path: Path) -> N
     model_file.save(build("cifar_resnet20", 3), tmp_path / "plain.safetensors")
     found = json.loads(run(tmp_path / "plain.safetensors", "--json").stdout)
     assert (found["certificate"], found["training"]) == (None, None)
+
+
+def test_without_a_certificate_the_grid_says_how_exact_a_network_is(tmp_path: Path) -> None:
+    path = tmp_path / "converted.safetensors"
+    model_file.save(convert(build("cifar_resnet20", 3)), path)
+    lines = [" ".join(line.split()) for line in run(path).stdout.splitlines()]
+    assert "gradients not compared" in lines
+    assert "rounding not measured; x is kept to 2^-24 of the largest activation, or finer" in lines
 
 
 def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:

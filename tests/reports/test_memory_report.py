@@ -67,6 +67,7 @@ def test_every_variant_has_its_need_its_batches_and_what_is_alive() -> None:
     assert rows["plain"][-2:] == ["5", "82"]  # (100 - 40) / 12 and (1024 - 40) / 12
     assert rows["momentum"][-2:] == ["15", "246"]
     (alive,) = [line.split() for line in lines if "convolution" in line and "momentum" in line]
+    assert "rounding: not measured; x is kept to 2^-24 of the largest activation, or finer" in lines
     assert alive == ["momentum", "layer3", "0.062", "7", "convolution", "layer3"]
 
 
