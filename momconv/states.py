@@ -102,6 +102,7 @@ def is_graph_made() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None  # make_fx
     )
 
 

@@ -47,6 +47,8 @@ class Turn:
         args, kwargs = gather(calls)
         return self._stage(waiting.x, *args, **kwargs)
 
+    forward = __call__
+
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self._block)

@@ -115,7 +115,8 @@ def _values(x: Tensor, *dtypes: torch.dtype) -> set[int]:
     if is_graph_made() or is_fake(x) or x.layout != torch.strided or x.is_nested:
         return set()
     x = x.detach()
-    copies = [x.to(dtype) for dtype in dtypes if x.is_floating_point()] or [x]
+    copies = [x.to(dtype) for dtype in dtypes if x.is_floating_point()]
+    copies += [copy.to(x.dtype) for copy in copies] or [x]  # there and back again
     return {int(checksum(copy)) for copy in copies}
 
 

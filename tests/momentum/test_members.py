@@ -63,6 +63,7 @@ COPIES: dict[str, Callable[[MomentumSequential, Tensor], Tensor]] = {
     "detached": lambda net, x: net[1](net[0](x).detach()),
     "a copy of it": lambda net, x: net[1](net[0](x).clone()),
     "a sum with nothing": lambda net, x: net[1](net[0](x) + 0),
+    "a narrower type and back": lambda net, x: net[1](net[0](x).half().float()),
     "another type": lambda net, x: net[1].double()(net[0](x).double()),
     "through NumPy": lambda net, x: net[1](torch.from_numpy(net[0](x).detach().numpy().copy())),
     "a hook": hooked,
