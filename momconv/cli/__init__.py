@@ -3,6 +3,7 @@
 A command joins with one import and one line: ``app.command("eval")(guarded(eval.evaluate))``.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -110,6 +111,9 @@ def main() -> None:
     # Threads that wait by spinning are up to 10 times slower where anything else is running.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     start_again(sys.argv[1:])
+    # PyTorch brings half a million objects that stay: to look through them for garbage again and
+    # again while they are made takes longer than a tenth of a start.
+    gc.set_threshold(10_000)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
