@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import get_args
+from functools import lru_cache
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -36,6 +37,17 @@ GPU = torch.device("cuda")
 in_every_other_way = pytest.mark.parametrize("strategy", OTHERS)
 
 
+@lru_cache(maxsize=1)  # the strategies of a network follow each other
+def prepared(
+    depth: int, *, channels: int = 8, side: int = 5, training: bool = True, **options: Any
+) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    """A network, images, and what a step leaves behind that stores everything."""
+    net = stack(depth, channels=channels, **options).train(training)
+    x = images(channels=channels, side=side)
+    net.find_runs(x)  # once for all that is a copy of it
+    return net, x, aftermath(net, x, "store")
+
+
 @in_every_other_way
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("gamma", GAMMAS)
@@ -44,27 +56,17 @@ in_every_other_way = pytest.mark.parametrize("strategy", OTHERS)
 def test_gradients_and_buffers_are_those_of_storing_everything(
     kind: str, depth: int, gamma: float, training: bool, strategy: Strategy
 ) -> None:
-    net = stack(depth, kind=kind, gamma=gamma).train(training)
+    net, x, stored = prepared(depth, kind=kind, gamma=gamma, training=training)
 
-    stored, ours = (aftermath(net, images(), how) for how in ("store", strategy))
-
-    assert differences(ours, stored) == []
+    assert differences(aftermath(net, x, strategy), stored) == []
     assert len(stored) == 2 * len(list(net.parameters())) + 3  # nothing was left out
 
 
-@pytest.fixture(scope="module", params=GAMMAS)
-def deep(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
-    """A network, images, and what a step leaves behind that stores everything."""
-    net, x = stack(200, channels=4, gamma=request.param), images(channels=4, side=3)
-    net.find_runs(x)  # once for all that is a copy of it
-    return net, x, aftermath(net, x, "store")
-
-
 @in_every_other_way
-def test_exact_at_depth_200(
-    deep: tuple[nn.Module, Tensor, dict[str, Tensor]], strategy: Strategy
-) -> None:
-    net, x, stored = deep
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_exact_at_depth_200(gamma: float, strategy: Strategy) -> None:
+    net, x, stored = prepared(200, channels=4, side=3, gamma=gamma)
+
     assert differences(aftermath(net, x, strategy), stored) == []
 
 
@@ -81,9 +83,9 @@ def test_exact_at_depth_1000_with_a_bit_of_side_information_a_block() -> None:
 @in_every_other_way
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_exact_when_the_velocity_starts_as_the_residual(gamma: float, strategy: Strategy) -> None:
-    net = stack(6, gamma=gamma, velocity="residual")
+    net, x, stored = prepared(6, gamma=gamma, velocity="residual")
 
-    assert differences(aftermath(net, images(), strategy), aftermath(net, images(), "store")) == []
+    assert differences(aftermath(net, x, strategy), stored) == []
 
 
 def accumulate(net: nn.Module, x: Tensor) -> Tensor:
