@@ -48,8 +48,8 @@ def keep_buffers(model: nn.Module) -> Callable[[], None]:
     @torch.no_grad()
     def restore() -> None:
         for buffer, value in kept:
-            if not torch.equal(buffer, value):  # or it would count as written to
-                buffer.copy_(value)
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)  # not counted as written to by graphs that hold it
 
     return restore
 

@@ -216,7 +216,8 @@ class MomentumSequential(nn.Sequential):
         if is_graph_made() or not self.gamma:
             return self._pass(_Pass(blocks, tensors, self.way), x)
         proposed: dict[int, int] = {}
-        restore = keep_state([self] if self.training else [], x.device)
+        is_training = any(module.training for module in self.modules())  # a norm alone may be
+        restore = keep_state([self] if is_training else [], x.device)
         while True:
             try:
                 with one_pass() as is_inside:

@@ -190,6 +190,22 @@ def test_a_pass_that_does_not_fit_the_range_is_done_again_under_every_strategy(
     assert [way for way in WAYS if differences(found[way], found["store"])] == []
 
 
+@pytest.mark.parametrize("strategy", ["store", "momentum"])
+def test_a_pass_that_is_done_again_leaves_the_graphs_of_others_and_changes_norms_once(
+    strategy: Any,
+) -> None:
+    net = MomentumSequential(Growing(), Growing(), gamma=0.9, strategy=strategy).eval()
+    net.runs = [Run(0, 2, (1.0, 1.0), exponent=12)]
+    for module in net.modules():
+        module.train(isinstance(module, nn.BatchNorm2d))
+    y, z = net(images()), net(1e6 * images())
+    assert [run.exponent for run in net.runs or ()] != [12]
+    for loss in (square(z), square(y)):
+        loss.backward()
+    counts = [int(b) for name, b in net.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counts == [2, 2]
+
+
 def test_where_others_take_part_in_a_pass_it_is_not_done_again_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
