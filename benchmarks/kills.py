@@ -14,6 +14,9 @@ largest and the one that matters. After each kill the same command is given agai
   epoch, so the weights are equal only if that is.
 
 A run that reaches its end is checked, and another one begins, until there were enough kills.
+
+With `--processes 2`, torchrun starts that many, which divide the weights among them. All of them
+are killed, and the same command is given again; or one is, and torchrun goes on by itself.
 """
 
 import csv
@@ -33,6 +36,7 @@ from random import Random
 from typing import Annotated
 
 import numpy as np
+import psutil
 import torch
 import typer
 from PIL import Image
@@ -44,12 +48,15 @@ from momconv.errors import ModelFileError
 from momconv.files import claim, model_file
 from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
+from momconv.training.sharding import list_numbers, load_parts
 from momconv.training.state import load_state
 
 OPTIONS = ["--model", "cifar_resnet20", "--weights", "none", "--device", "cpu"]
 OPTIONS += ["--batch-size", "5", "--micro-batch", "3"]
 OPTIONS += ["--set", "data.workers=1", "--set", "train.save_every=1"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 CLOCKED = ("images_per_second", "seconds")
+TIMED_BY_GLOO = ("peak_bytes",)  # whose threads may let go of a piece of weights a moment later
 _POLL = 0.0005  # seconds between two looks at the folder
 _MOST_FILES = 25  # a run writes about twice as many
 _MOST_STATES = 10
@@ -60,28 +67,32 @@ _STATE = ".state."  # what its temporary files begin with
 class Kill:
     """When a process is killed: so long after ``files`` temporary files, or after its start.
 
-    Only files whose names begin with ``prefix`` count.
+    Only files whose names begin with ``prefix`` count. Of several processes only the one of
+    ``rank`` is killed, if there is one.
     """
 
     seconds: float
     files: int = 0
     prefix: str = ""
+    rank: int | None = None
 
     @classmethod
-    def draw(cls, random: Random, longest: float) -> "Kill":
+    def draw(cls, random: Random, longest: float, processes: int = 1) -> "Kill":
         """Any moment of ``longest`` seconds, or one at which something is being written."""
+        rank = random.choice([None, *range(processes)]) if processes > 1 else None
         kind = random.random()
         if kind < 0.5:
-            return cls(random.uniform(0, longest))
+            return cls(random.uniform(0, longest), rank=rank)
         if kind < 0.75:
-            return cls(random.uniform(0, 0.02), random.randint(1, _MOST_FILES))
-        return cls(random.uniform(0, 0.01), random.randint(1, _MOST_STATES), _STATE)
+            return cls(random.uniform(0, 0.02), random.randint(1, _MOST_FILES), rank=rank)
+        return cls(random.uniform(0, 0.01), random.randint(1, _MOST_STATES), _STATE, rank)
 
     def __str__(self) -> str:
+        who = "" if self.rank is None else f"process {self.rank} "
         if self.files:
             of = " of the state" if self.prefix else ""
-            return f"{1000 * self.seconds:.0f} ms after temporary file {self.files}{of}"
-        return f"after {self.seconds:.1f} s"
+            return f"{who}{1000 * self.seconds:.0f} ms after temporary file {self.files}{of}"
+        return f"{who}after {self.seconds:.1f} s"
 
 
 class Damage(AssertionError):
@@ -99,33 +110,35 @@ def make_images(root: Path, images: int = 8) -> None:
             Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-def command(data: Path, folder: Path, epochs: int) -> list[str]:
+def command(data: Path, folder: Path, epochs: int, processes: int = 1) -> list[str]:
     """What a person would type: the run from its beginning, or from its state."""
     run = RunFolder(folder)
-    if run.state.is_file() or run.previous.is_file():
+    options = ["--data", str(data), "-o", str(folder), "--epochs", str(epochs), *OPTIONS]
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
+        launcher += ["--nproc-per-node", str(processes)]
+        options += ["--shard", "true", "--auto-resume"]
+    elif run.state.is_file() or run.previous.is_file():
         options = ["--resume", str(folder)]
-    else:
-        options = ["--data", str(data), "-o", str(folder), "--epochs", str(epochs), *OPTIONS]
-    return [sys.executable, "-m", "momconv", "finetune", *options]
+    return [sys.executable, *launcher, "-m", "momconv", "finetune", *options]
 
 
-def run_and_kill(words: list[str], folder: Path, kill: Kill) -> bool:
-    """Whether the process came to its end before it was killed.
+def run_and_kill(words: list[str], folder: Path, kill: Kill) -> tuple[bool, bool]:
+    """Whether the run was killed, and whether it came to its end.
 
     Raises:
         Damage: It failed.
     """
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(words, env=ENVIRONMENT, stdout=log, stderr=log)
         _wait(process, folder, kill)
-        process.send_signal(signal.SIGKILL)
+        is_killed = _kill(process, kill.rank)
         code = process.wait()
         log.seek(0)
         if code not in (0, -signal.SIGKILL):
             raise Damage(f"{' '.join(words[1:])} ended with {code}:\n{log.read().decode()}")
-        return code == 0
+        return is_killed, code == 0
 
 
 def _wait(process: "subprocess.Popen[bytes]", folder: Path, kill: Kill) -> None:
@@ -137,11 +150,28 @@ def _wait(process: "subprocess.Popen[bytes]", folder: Path, kill: Kill) -> None:
     seen = set[str]()
     while process.poll() is None:
         names = {path.name for path in temporary_files(folder)}
+        names |= {f"{_STATE}{number}" for number in list_numbers(RunFolder(folder).parts)}
         seen |= {name for name in names if name.startswith(kill.prefix)}
         if len(seen) >= kill.files:
             time.sleep(kill.seconds)
             return
         time.sleep(_POLL)
+
+
+def _kill(process: "subprocess.Popen[bytes]", rank: int | None) -> bool:
+    """Kill that process of several, or else all; whether there was any.
+
+    What a process of a run has started ends by itself.
+    """
+    if process.poll() is not None:
+        return False
+    launched = psutil.Process(process.pid)
+    ranks = launched.children() if "torch.distributed.run" in process.args else []
+    victims = [launched, *ranks] if rank is None or rank >= len(ranks) else [ranks[rank]]
+    for victim in victims:
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+    return True
 
 
 def temporary_files(folder: Path) -> list[Path]:
@@ -180,9 +210,12 @@ def check_files(folder: Path) -> Progress | None:
 def read_result(folder: Path) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
     """The metrics, but for those that depend on the clock, and all tensors."""
     run = RunFolder(folder)
+    changing = (*CLOCKED, *(TIMED_BY_GLOO if run.parts.is_dir() else ()))
     with run.metrics.open() as file:
-        rows = [{k: v for k, v in row.items() if k not in CLOCKED} for row in csv.DictReader(file)]
+        rows = [{k: v for k, v in row.items() if k not in changing} for row in csv.DictReader(file)]
     files = {path.stem: load_file(path) for path in (run.state, run.best, run.last)}
+    for number in list_numbers(run.parts)[-1:]:
+        files[run.state.stem] |= load_parts(run.parts / str(number))
     tensors = {f"{name}/{k}": v for name, file in files.items() for k, v in file.items()}
     documents = "state/document/"  # which say when, where and how fast
     return rows, {k: v for k, v in tensors.items() if not k.startswith(documents)}
@@ -200,11 +233,13 @@ def compare(folder: Path, reference: Path) -> None:
     differing = [k for k in tensors.keys() | others if not torch.equal(tensors[k], others[k])]
     if differing:
         raise Damage(f"other values: {', '.join(sorted(differing))}")
-    if left := temporary_files(folder):
+    if left := [*temporary_files(folder), *list_numbers(RunFolder(folder).parts)[:-2]]:
         raise Damage(f"left behind: {left}")
 
 
-def torture(data: Path, folder: Path, epochs: int, kills: Iterator[Kill]) -> Iterator[str]:
+def torture(
+    data: Path, folder: Path, epochs: int, kills: Iterator[Kill], processes: int = 1
+) -> Iterator[str]:
     """Go on with a run after each of ``kills`` until it is complete; a line for each.
 
     Raises:
@@ -212,8 +247,9 @@ def torture(data: Path, folder: Path, epochs: int, kills: Iterator[Kill]) -> Ite
     """
     reached = None
     for kill in kills:
-        words, old = command(data, folder, epochs), temporary_files(folder)
-        if run_and_kill(words, folder, kill):
+        words, old = command(data, folder, epochs, processes), temporary_files(folder)
+        is_killed, is_done = run_and_kill(words, folder, kill)
+        if not is_killed:
             return
         progress = check_files(folder)
         now = (progress.epoch, progress.step) if progress else None
@@ -224,12 +260,15 @@ def torture(data: Path, folder: Path, epochs: int, kills: Iterator[Kill]) -> Ite
         reached = now
         where = "epoch {}, step {}".format(*now) if now else "no state yet"
         yield f"{kill}: {where}; {len(temporary_files(folder))} half-written"
+        if is_done:
+            return
 
 
 def main(
     kills: Annotated[int, typer.Option(help="How many.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
     epochs: Annotated[int, typer.Option(help="Of each run.")] = 6,
+    processes: Annotated[int, typer.Option(help="Of each run; several share the weights.")] = 1,
 ) -> None:
     """Kill runs, and compare them with one that was not."""
     console, random = Console(soft_wrap=True), Random(seed)
@@ -238,12 +277,13 @@ def main(
         data, reference = Path(temporary) / "data", Path(temporary) / "reference"
         make_images(data)
         began = time.monotonic()
-        subprocess.run(command(data, reference, epochs), check=True, capture_output=True)
+        words = command(data, reference, epochs, processes)
+        subprocess.run(words, env=ENVIRONMENT, check=True, capture_output=True)
         longest = time.monotonic() - began
-        moments = (Kill.draw(random, longest) for _ in count())
+        moments = (Kill.draw(random, longest, processes) for _ in count())
         while done < kills:
             folder = Path(temporary) / f"run{runs}"
-            for line in torture(data, folder, epochs, moments):
+            for line in torture(data, folder, epochs, moments, processes):
                 done += 1
                 aimed += "of the state" in line
                 console.print(f"{done}/{kills} {line}")

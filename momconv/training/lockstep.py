@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from momconv.errors import MomconvError, OutOfMemory, ResourceError
+from momconv.files.atomic import write_text
 from momconv.momentum.faults import postponing
 from momconv.training.gradients import keep_company
-from momconv.training.memory import halved
 from momconv.training.run import TrainingRun
 from momconv.training.saving import indivisible
+from momconv.training.steps import fewest_images
 
 
 @contextmanager
@@ -52,13 +53,17 @@ def finish_passes(run: TrainingRun, left: int, fault: MomconvError | None) -> Mo
 
 
 def _lost(run: TrainingRun, fault: MomconvError | None) -> MomconvError:
-    """Return what ends a run for a ``fault`` within a pass, in which others wait."""
+    """Return what ends a run for a ``fault`` within a pass, in which others wait.
+
+    Where memory ran out, the plan in the folder has smaller micro-batches, if there are any: with
+    them the run goes on once it is started again, by whomever.
+    """
     if not isinstance(fault, OutOfMemory):
         assert fault
         return fault
-    return ResourceError(
-        f"{fault.message}\nwhile others wait for this process's part of the weights (--shard); the "
-        "state that was saved last is kept",
-        kind=fault.kind,
-        fix=f"{run.folder.resume_command} --micro-batch {halved(run)}",
-    )
+    message, fix = f"{fault.message}\nwhile others wait for this process", run.folder.resume_command
+    message += "'s part of the weights (--shard); the state that was saved last is kept"
+    if smaller := run.plan.halve(fewest=fewest_images(run.model)):
+        write_text(run.folder.plan, smaller.to_json())
+        message += f", and goes on with micro-batches of {smaller.micro_batch}"
+    return ResourceError(message, kind=fault.kind, fix=fix)

@@ -88,6 +88,7 @@ def train(run: TrainingRun) -> None:
         closing(Steps(run)) as steps,
         catching_signals(run.listener.tell) as check,
         saving_on_failure(run),
+        run.processes.noticing_losses(among_others=True),
         offering_to_resume(run),
         compiling(run.model, wanted=run.recipe.train.compile),
         # Where gradients are released, memory counts more than time.

@@ -11,10 +11,12 @@ from its last saved state.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +27,13 @@ from momconv.errors import ResourceError
 from momconv.exhaustion import is_exhaustion
 from momconv.planner.devices import find_device
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 # A process that dies is noticed at once, so this is only for those that do not answer. Before the
 # first step they wait while the leader looks at all images and calibrates the network.
 _PATIENCE = timedelta(days=1)
+_BACKENDS = re.compile("gloo|nccl", re.IGNORECASE)  # what their errors name
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +140,10 @@ class Processes:
         self.wait()
 
     @contextmanager
-    def noticing_losses(self) -> Iterator[None]:
+    def noticing_losses(self, *, among_others: bool = False) -> Iterator[None]:
         """Name what happens when another process is gone.
+
+        ``among_others`` is for where there are other errors too: those of backends are meant.
 
         Raises:
             ResourceError: It is.
@@ -144,6 +152,8 @@ class Processes:
             yield
         except RuntimeError as error:  # what the backends raise
             if self.count == 1 or is_exhaustion(error):
+                raise
+            if among_others and not _BACKENDS.search(str(error)):
                 raise
             raise ResourceError(
                 f"process {self.rank} of {self.count} has lost another process of this run, "
@@ -187,12 +197,28 @@ def joined() -> Iterator[Processes]:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    store, rank, count = _find_store()
+    dist.init_process_group(backend, timeout=_PATIENCE, store=store, rank=rank, world_size=count)
     try:
         local = int(os.environ["LOCAL_WORLD_SIZE"])
-        yield Processes(dist.get_rank(), dist.get_world_size(), local)
+        yield Processes(rank, count, local)
     finally:
         dist.destroy_process_group()
+
+
+def _find_store() -> "tuple[Store, int, int]":
+    """Return where the processes find one another, this one's rank, and how many there are.
+
+    torchrun keeps its store when it starts processes again, and in it the addresses of those that
+    are gone. On one machine, its count of starts tells them apart; each machine has its own count.
+    """
+    from torch._C._distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, count = next(rendezvous("env://", timeout=_PATIENCE))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    return store, rank, count
 
 
 def _learnt_statistics(model: nn.Module) -> Iterator[Tensor]:

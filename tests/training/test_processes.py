@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from momconv.errors import ResourceError, UsageError
 from momconv.recipe import Recipe, load_recipe
-from momconv.training import network
+from momconv.training import network, processes
 from momconv.training.batches import split_batch, split_epoch
 from momconv.training.finetuning import finetune
 from momconv.training.images import find_images
@@ -68,6 +68,28 @@ def test_only_the_loss_of_another_process_is_named_so() -> None:
         raise RuntimeError("NCCL error: Failed to CUDA calloc 4 bytes")
     with pytest.raises(RuntimeError, match="a bug"), ALONE.noticing_losses():
         raise RuntimeError("a bug")
+    bug = pytest.raises(RuntimeError, match="a bug")
+    with bug, Processes(1, 2).noticing_losses(among_others=True):
+        raise RuntimeError("a bug")
+
+
+def test_processes_that_torchrun_starts_again_find_nothing_of_those_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As its store stays."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "GROUP_WORLD_SIZE": 1}
+    for name, value in ({"MASTER_ADDR": "localhost", "MASTER_PORT": port} | alone).items():
+        monkeypatch.setenv(name, str(value))
+    stores = []
+    for start in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", start)
+        stores.append(processes._find_store()[0])
+    stores[0].set("address", "of one that is gone")
+    assert stores[0].check(["address"])
+    assert not stores[1].check(["address"])
 
 
 def take_part(

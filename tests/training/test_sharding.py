@@ -8,20 +8,23 @@ from typing import get_args
 
 import pytest
 import torch
-from runs import Damage, flip_a_bit, read_metrics, small
+from runs import Damage, flip_a_bit, make_run, read_metrics, small
 from safetensors.torch import load_file
 from teams import Team, find_team
 from torch import Tensor, nn
 
 from momconv import convert, peak_memory, set_strategy
-from momconv.errors import ModelFileError, UsageError
+from momconv.errors import ModelFileError, OutOfMemory, ResourceError, UsageError
+from momconv.exhaustion import EXHAUSTED
 from momconv.planner.gathering import find_units
 from momconv.planner.measurement import measure, run_step
+from momconv.planner.plan import Plan
 from momconv.planner.prediction import Training
 from momconv.recipe import Recipe, load_recipe
 from momconv.training.batches import split_epoch
 from momconv.training.finetuning import finetune
 from momconv.training.images import find_images
+from momconv.training.lockstep import finish_passes
 from momconv.training.processes import joined
 from momconv.training.progress import SILENT
 from momconv.training.run_folder import RunFolder
@@ -118,6 +121,16 @@ def test_an_image_that_breaks_in_one_process_is_left_out_by_both(
     progress = load_state(RunFolder(tmp_path / "run").state).progress
     assert [omission.path for omission in progress.omissions] == list(map(str, broken))
     assert progress.epoch == 2
+
+
+def test_after_a_pass_that_ran_out_of_memory_the_plan_has_smaller_micro_batches(
+    colours: Path, tmp_path: Path
+) -> None:
+    run = make_run(colours, build("cifar_resnet20"), folder=tmp_path)
+    run.is_whole = False
+    with pytest.raises(ResourceError, match="is kept, and goes on with micro-batches of 2"):
+        finish_passes(run, 0, OutOfMemory("memory ran out", kind=EXHAUSTED))
+    assert Plan.from_json(run.folder.plan.read_bytes()).micro_batch == 2
 
 
 def test_what_is_not_divided_is_refused(colours: Path) -> None:
