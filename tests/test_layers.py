@@ -22,6 +22,7 @@ LAYERS = [
     "states",
     "heap",
     "determinism",
+    "machine_code",
     "eightbit",
     "recipe",
     "cookbook",

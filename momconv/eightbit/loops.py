@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from momconv.eightbit.blocks import BLOCK, LEAST_SCALE, Blocks, borders, numbers
+from momconv.machine_code import compiled
 
 _SHARE = 2**8  # blocks; fewer are not worth another thread
 _LEAST_SCALE = np.float32(LEAST_SCALE)
@@ -65,13 +65,13 @@ def _find_maps(*, signed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return numbers(signed=signed).numpy(), padded.numpy(), table.to(torch.uint8).numpy()
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _read(kept, codes, scale, values):
     for i in range(kept.size):
         kept[i] = values[codes[i]] * scale
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _write(kept, codes, scales, block, limits, table):
     """Several short loops, most of which the compiler does for many values at once."""
     largest = np.int32(0)  # the bits of a magnitude, whose order does not matter, unlike floats'
@@ -87,7 +87,7 @@ def _write(kept, codes, scales, block, limits, table):
         codes[i] += np.uint8(kept[i] >= limits[np.uint64(codes[i])])
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _sgd(p, g, codes, scales, values, limits, table, rate, decay, momentum, looks_ahead):
     room = np.empty(BLOCK, np.float32)
     for block in range(scales.size):
@@ -103,7 +103,7 @@ def _sgd(p, g, codes, scales, values, limits, table, rate, decay, momentum, look
         _write(buffer, bytes_, scales, block, limits, table)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _adamw(
     p, g, mean_codes, square_codes, mean_scales, square_scales,
     mean_values, mean_limits, mean_table, square_values, square_limits, square_table,

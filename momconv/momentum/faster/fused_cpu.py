@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 from torch import Tensor
+
+from momconv.machine_code import compiled
 
 _SHARE = 2**16  # elements; fewer are not worth another thread
 
@@ -158,7 +160,7 @@ def _compile_put(v, i, value):
     return put
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _advance(x, low, v, r, y, x_next, scale, gamma, inverse, ulp, per_ulp, ratio):
     largest = _magnitude(x, 0.0)
     for i in range(x.size):
@@ -176,14 +178,14 @@ def _advance(x, low, v, r, y, x_next, scale, gamma, inverse, ulp, per_ulp, ratio
     return largest
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _retreat(x, low, v, x_before, ulp, per_ulp, ratio):
     for i in range(x.size):
         before = _unpack(x, low, i, ulp) - np.rint(v[i] * ratio) * ulp
         _pack(x_before, low, i, before, ulp, per_ulp)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _undo(x, v, r, y, scale, gamma, inverse):
     for i in range(x.size):
         v_now = np.float64(v[i]) - np.rint((np.float64(_read(y, i)) - np.float64(x[i])) * scale)
