@@ -166,7 +166,7 @@ def _kill(process: "subprocess.Popen[bytes]", rank: int | None) -> bool:
     if process.poll() is not None:
         return False
     launched = psutil.Process(process.pid)
-    ranks = launched.children() if "torch.distributed.run" in process.args else []
+    ranks = launched.children() if "torch.distributed.run" in str(process.args) else []
     victims = [launched, *ranks] if rank is None or rank >= len(ranks) else [ranks[rank]]
     for victim in victims:
         with suppress(psutil.NoSuchProcess):
