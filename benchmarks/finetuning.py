@@ -13,6 +13,7 @@ Five epochs in batches of 32. The methods:
   by its linear rule) without a schedule so short a run would notice, crops of 8 to 100 % of the
   image and mirroring; at 32 pixels, where it has none, a shift by up to four pixels;
 * momconv, plain: `momconv finetune --gamma 0`;
+* momconv, plain, sgd-8bit: the same with an optimiser whose state has a byte a value;
 * momconv: `momconv finetune`, with conversion and calibration where there is something to convert.
 
 A seed decides the weights of new layers, the order, the augmentation and, of cifar, the images. In
@@ -62,6 +63,7 @@ REFERENCE = "torchvision reference"
 METHODS: dict[str, list[str]] = {
     REFERENCE: [],
     "momconv, plain": ["momentum.gamma=0"],
+    "momconv, plain, sgd-8bit": ["momentum.gamma=0", "train.optimizer=sgd-8bit"],
     "momconv": [],
 }
 

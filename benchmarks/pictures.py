@@ -36,6 +36,10 @@ TRANSFER_STYLES = {
     "annealed": ("#0072B2", "s"),
     "default stages, swapped rule": ("#CC79A7", "x"),
     "default stages, calibrated": ("#009E73", "v"),
+    "calibrated, γ = 0.5": ("#D55E00", "o"),
+    "plain, sgd-8bit": ("#000000", "x"),
+    "plain, adamw": ("#F0E442", "o"),
+    "plain, adamw-8bit": ("#F0E442", "x"),
 }
 
 

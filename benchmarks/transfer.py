@@ -11,11 +11,14 @@ where there is momentum:
 * plain: the residual network itself (γ = 0), which is to be reached;
 * swapped rule: no gains, no calibration, as other packages convert;
 * gains: the gains of `convert`, no calibration;
-* calibrated: the default, gains and calibration on the 500 images;
+* calibrated: the default, gains and calibration on the 500 images; also with γ = 0.5;
 * annealed: gains, no calibration; γ rises from 0.1 to 0.9 in the first 3 epochs;
 * default stages, swapped rule and calibrated: as above, but momentum only where `stages: auto` puts
   it, which is what `momconv finetune` does unless it is told otherwise: in runs of three blocks or
-  more, here the first stage.
+  more, here the first stage;
+* plain, sgd-8bit, adamw, adamw-8bit: plain, by other optimisers (AdamW at a rate of 0.003, thirty
+  times its default, which is for large networks). Those whose state has a byte a
+  value are to be compared with those of the same name without.
 
 In the table, the mean and the standard deviation over the seeds, in percent.
 """
@@ -52,6 +55,7 @@ METHODS = {
     "swapped rule": ["momentum.gain=false", "momentum.calibrate=false"],
     "gains": ["momentum.calibrate=false"],
     "calibrated": [],
+    "calibrated, γ = 0.5": ["momentum.gamma=0.5"],
     "annealed": ["momentum.calibrate=false", "momentum.anneal=3"],
     "default stages, swapped rule": [
         "momentum.stages=auto",
@@ -59,6 +63,9 @@ METHODS = {
         "momentum.calibrate=false",
     ],
     "default stages, calibrated": ["momentum.stages=auto"],
+    "plain, sgd-8bit": ["momentum.gamma=0", "train.optimizer=sgd-8bit"],
+    "plain, adamw": ["momentum.gamma=0", "train.optimizer=adamw", "train.lr=3e-3"],
+    "plain, adamw-8bit": ["momentum.gamma=0", "train.optimizer=adamw-8bit", "train.lr=3e-3"],
 }
 COMMON = [
     "model.name=cifar_resnet20",
