@@ -3,17 +3,19 @@
 ``for block in stage: x = block(x)`` would be the plain network, and so would be PyTorch's
 ``checkpoint_sequential``, ``nn.Sequential(*stage)`` and much that other packages do. In a run no
 block ever gets what another one has returned. So whoever calls one outside its stage must not give
-it that: the tensor itself, a view, a copy in any type, or, in autograd's graph, a function of it
-alone. Not seen are values that were changed where there is no graph or together with others, and
-what is called as ``block.forward(x)``, of which no hook learns.
+it that: the tensor itself, a view, a copy in any type, or, in the graph of autograd or torch.fx, a
+function of it alone. Not seen are values that were changed where there is no graph or together with
+others, as halves of a batch that are put together again, and what is called as
+``block.forward(x)``, of which no hook learns.
 """
 
 import threading
-from collections.abc import Container, Iterable
-from typing import Any
+from collections.abc import Container, Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils._pytree import tree_leaves
 
 from momconv.errors import UsageError
@@ -69,18 +71,15 @@ def _require_run(
     """
     *kwargs, y = rest  # a block that torch.compile has wrapped is not asked for its keywords
     is_compiling = torch.compiler.is_compiling()
+    if type(y) is Proxy:
+        _require_run_where_traced(block, tree_leaves((args, kwargs)), y)
     if type(y) is not Tensor or not (is_compiling or _is_called_by_others(block)):
         return
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     x = tensors[0] if tensors else None
     by_value = by_value and not is_compiling
     if x is not None and (_is_returned(x) or (by_value and _is_copied(x))):
-        raise UsageError(
-            f"a {block._get_name()} of a momentum run was called with what the block before it"
-            " returned, which is the plain network and not the momentum network",
-            kind="usage.outside_stage",
-            fix="call the whole stage, or take momconv.revert(model) for the plain network",
-        )
+        _refuse(block)
     if any(y is x for x in tensors):
         return
     setattr(y, _RETURNED, True)
@@ -91,6 +90,25 @@ def _require_run(
     # What is as it was may be the input of the next one in the run, too.
     is_new = x is None or not _values(x) & _values(y)
     _this_thread.returned = _values(y, *_FLOATS) if is_new else set()
+
+
+def _require_run_where_traced(block: nn.Module, inputs: Sequence[Any], y: Proxy) -> None:
+    """Do the same as ``_require_run`` where torch.fx writes down what is done."""
+    nodes = [leaf.node for leaf in inputs if isinstance(leaf, Proxy)][:1]
+    while len(nodes) == 1:
+        if _RETURNED in nodes[0].meta:
+            _refuse(block)
+        nodes = nodes[0].all_input_nodes
+    y.node.meta[_RETURNED] = True
+
+
+def _refuse(block: nn.Module) -> NoReturn:
+    raise UsageError(
+        f"a {block._get_name()} of a momentum run was called with what the block before it"
+        " returned, which is the plain network and not the momentum network",
+        kind="usage.outside_stage",
+        fix="call the whole stage, or take momconv.revert(model) for the plain network",
+    )
 
 
 def _require_run_but_second(*args: Any) -> None:

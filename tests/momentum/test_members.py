@@ -8,6 +8,7 @@ import pytest
 import torch
 from networks import Scaled, images, square, stack
 from torch import Tensor, nn
+from torch.fx import symbolic_trace
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint_sequential
 
@@ -38,6 +39,7 @@ WAYS = {
     "keywords": lambda net, x: net[1](x=net[0](x=x)),
     "views": lambda net, x: net[1](net[0](x).view(x.shape)),
     "functions of one input": lambda net, x: net[1](net[0](x).clone().relu()),
+    "a trace": lambda net, x: symbolic_trace(nn.Sequential(*net))(x),
     "a copy": lambda net, x: iterate(copy.deepcopy(net), x),
 }
 

@@ -164,7 +164,7 @@ def measure_peaks(strategies: tuple[Strategy, ...]) -> list[int]:
             images, labels = torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.long)
             step = partial(run_step, model, images, labels, "fp32")
             # At times a thread of gloo lets go of what it had a moment too late.
-            least = min(measure(step, images.device) for _ in range(3))
+            least = min(measure(step, images.device) for _ in range(6))
             static = Training(16, shards=processes.count).static_bytes(model).total
             peaks.append(static + images.nbytes + labels.nbytes + least)
     return peaks
@@ -174,9 +174,9 @@ def measure_peaks(strategies: tuple[Strategy, ...]) -> list[int]:
 def test_the_peak_of_a_process_is_predicted(
     team: Team, count: int, strategies: tuple[Strategy, ...]
 ) -> None:
-    first, *_ = team.do(measure_peaks, strategies, count=count)
+    every = team.do(measure_peaks, strategies, count=count)
     model = make_network()
-    for strategy, measured in zip(strategies, first, strict=True):
+    for strategy, measured in zip(strategies, map(min, *every), strict=True):
         peak = peak_memory(model, 2, 16, strategy=strategy, processes=count)
         assert peak.total == pytest.approx(measured, rel=0.02)
         assert peak.gathered > 0
