@@ -177,7 +177,15 @@ class MomentumRecipe(_Section):
     stages: Literal["auto", "all"] | list[str] = "auto"
     velocity: Velocity = "zero"
     gain: bool = True
-    calibrate: bool = True  # towards the original network, on the training images
+    calibrate: Annotated[
+        bool,
+        Option(
+            "--calibrate/--no-calibrate",
+            "",
+            "First adapt the converted network to its original. (default: {})",
+            _MOMENTUM,
+        ),
+    ] = True  # on the training images
     anneal: NonNegativeFloat = 0  # epochs in which γ rises to ``gamma``
     strategy: Annotated[
         StrategyChoice,

@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 from momconv.recipe import PANELS, SECTIONS, Option
 
-MOMENTUM, RUN = PANELS[-2:]
+RUN = PANELS[-1]
 # By the section and the name of what they set, but with the folder of images first.
 _ORDER = ("data", "model", "train", "momentum", "log")
 

@@ -19,7 +19,6 @@ from momconv.cli._console import Terminated, note, out, print_json, progress, te
 from momconv.cli._display import Display
 from momconv.cli._options import NetworkOption, RefetchOption
 from momconv.cli._recipe_options import (
-    MOMENTUM,
     RUN,
     find_options,
     read_options,
@@ -49,14 +48,6 @@ def finetune(  # noqa: PLR0913 (one for each option)
     ] = None,
     network: NetworkOption = None,
     refetch: RefetchOption = False,
-    no_calibrate: Annotated[
-        bool,
-        typer.Option(
-            "--no-calibrate",
-            help="Do not adapt the converted network to its original first.",
-            rich_help_panel=MOMENTUM,
-        ),
-    ] = False,
     recipe: Annotated[
         Path | None,
         _option(metavar="FILE", help="A recipe in YAML, or the name of one that comes along."),
@@ -119,7 +110,6 @@ def finetune(  # noqa: PLR0913 (one for each option)
     given = read_options(context.params)
     given |= {"data.path": str(_agree(images, given.get("data.path")))} if images else {}
     given |= {"model.name": network} if network else {}
-    given |= {"momentum.calibrate": False} if no_calibrate else {}
     if resume == Path("last") and not resume.is_dir():
         resume = find_last_run()
     recipe = _mend(RunFolder(resume)) if resume else recipe and locate_recipe(recipe)
