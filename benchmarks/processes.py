@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from benchmarks.tables import Log, Out, Row, show
-from momconv.training.buckets import Buckets
+from momconv.training.gradients import Buckets
 from momconv.training.processes import Processes, joined
 from momconv.zoo.networks import build
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from momconv.surgery.conversion import convert, revert
     from momconv.surgery.distillation import distill
     from momconv.training.finetuning import finetune
-    from momconv.training.releasing import release_gradients
+    from momconv.training.gradients import release_gradients
     from momconv.zoo.weights import load_network
 
 __all__ = [
@@ -60,7 +60,7 @@ _HOMES = {
     "peak_memory": "planner.prediction",
     "plan": "planner.search",
     "predict": "prediction",
-    "release_gradients": "training.releasing",
+    "release_gradients": "training.gradients",
     "revert": "surgery.conversion",
     "save": "files.model_file",
     "set_strategy": "momentum.sequential",

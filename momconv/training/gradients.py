@@ -1,88 +1,211 @@
-"""The work of an optimisation step: gradients of its micro-batches, and the change they make."""
+"""What becomes of gradients as soon as backward has completed them, one after the other.
 
-from collections.abc import Callable
-from dataclasses import replace
+Either they are summed over the processes while backward goes on, in a few flat pieces. A piece is
+sent once all of its gradients are complete, in the last backward pass of a step, and after the
+pieces before it, so that all processes send the same ones in the same order. A process that meets a
+fault, before, in or after that pass, sends what is left of them as they are: the others neither
+wait for it nor use the sums, as all learn of the fault next, and do the step again. PyTorch's
+DistributedDataParallel would need every process to run backward, and equally often. The pieces are
+all the memory that gradients take: each gradient is a view.
+
+Or they are used and freed: a parameter changes as soon as its gradient is complete. Nothing that is
+still to be computed in the pass needs it by then: autograd completes a gradient when it has been
+through all uses, and before it enters a block that is computed again or inverted, that has been
+done.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from momconv.planner.measurement import autocast
-from momconv.states import in_eval_mode
-from momconv.training.network import find_layout
-from momconv.training.optimisation import set_rate
-from momconv.training.run import TrainingRun
+from momconv.training.processes import Processes
+
+_BYTES = 25 * 2**20  # of a piece, or one gradient
+
+_Change = Callable[[Tensor], None]
 
 
-def add_gradients(
-    run: TrainingRun,
-    images: Tensor,
-    labels: Tensor,
-    share: float,
-    before_backward: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Add the gradients of a micro-batch, ``share`` of its batch; return its part of the loss.
+class Buckets:
+    """The gradients of a network, in the order in which backward is likely to complete them."""
 
-    The parts' losses, weighted so, sum to the mean loss over the batch, whatever their sizes.
-    Weights of classes, whose mean over all images is 1, do not change what that is divided by.
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._buckets: list[_Bucket] = []
+        self._parameters: list[nn.Parameter] = []
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._touched: set[nn.Parameter] = set()  # that have a gradient of this process
+        self._passes = 0  # that are left in this step
+        self._waiting: list[Callable[[], None]] | None = None  # for the sums, in a step
+
+    def prepare(self, model: nn.Module) -> None:
+        """Take memory for the gradients that ``model`` has now."""
+        parameters = [p for p in model.parameters() if p.requires_grad][::-1]
+        if list(map(id, parameters)) != list(map(id, self._parameters)):
+            self.clear()
+            self._lay_out(parameters)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        for hook in self._hooks:
+            hook.remove()
+        self._buckets, self._hooks, self._parameters = [], [], []
+
+    def begin(self, model: nn.Module, passes: int) -> None:
+        """Begin a step of so many backward passes in this process, with gradients of 0."""
+        self.prepare(model)
+        for bucket in self._buckets:
+            bucket.reset()
+        self._touched.clear()
+        self._passes, self._waiting = passes, []
+
+    def end_pass(self) -> None:
+        """Count a backward pass."""
+        self._passes -= 1
+
+    def finish(self) -> None:
+        """Sum what has not been summed; a gradient that no process has is none.
+
+        Raises:
+            ResourceError: A process is gone.
+        """
+        if self._waiting is None:
+            return
+        while len(self._waiting) < len(self._buckets):
+            self._send()
+        waiting, self._waiting = self._waiting, None
+        for wait in waiting:
+            wait()
+        somewhere = self._processes.largest(*(p in self._touched for p in self._parameters))
+        for parameter, has_gradient in zip(self._parameters, somewhere, strict=True):
+            if not has_gradient:
+                parameter.grad = None
+
+    def _lay_out(self, parameters: list[nn.Parameter]) -> None:
+        self._parameters = parameters
+        group: list[nn.Parameter] = []
+        for parameter, after in zip(parameters, [*parameters[1:], None], strict=True):
+            group.append(parameter)
+            size = sum(p.nbytes for p in group)
+            if after is None or size + after.nbytes > _BYTES or after.dtype != parameter.dtype:
+                bucket = _Bucket(group)
+                hear = partial(self._hear, bucket)
+                self._hooks += [p.register_post_accumulate_grad_hook(hear) for p in group]
+                self._buckets.append(bucket)
+                group = []
+
+    def _hear(self, bucket: "_Bucket", parameter: nn.Parameter) -> None:
+        """Take notice that a gradient is complete, as far as this pass goes."""
+        self._touched.add(parameter)
+        if self._waiting is None or self._passes != 1:
+            return
+        bucket.missing.discard(parameter)
+        while len(self._waiting) < len(self._buckets):
+            if self._buckets[len(self._waiting)].missing:
+                return
+            self._send()
+
+    def _send(self) -> None:
+        assert self._waiting is not None
+        bucket = self._buckets[len(self._waiting)]
+        self._waiting.append(self._processes.begin_adding(bucket.values))
+
+
+class _Bucket:
+    """Some gradients, which are views of one tensor."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        first = parameters[0]
+        self._parameters = parameters
+        count = sum(parameter.numel() for parameter in parameters)
+        self.values = torch.zeros(count, dtype=first.dtype, device=first.device)
+        self.missing: set[nn.Parameter] = set()
+
+    def reset(self) -> None:
+        """Let all gradients be 0, and incomplete."""
+        self.values.zero_()
+        self.missing = {*self._parameters}
+        parts: list[Tensor] = [*self.values.split([p.numel() for p in self._parameters])]
+        for parameter, part in zip(self._parameters, parts, strict=True):
+            parameter.grad = part.as_strided(
+                parameter.shape, parameter.stride(), part.storage_offset()
+            )
+
+
+def release_gradients(optimizer: Optimizer) -> ExitStack:
+    """Let backward passes take the steps of ``optimizer``, and free each gradient once it is used.
+
+    A parameter changes, by the optimiser's own step, as soon as its gradient is complete. So the
+    whole batch has to go through the network at once, no norm of all gradients is known in time,
+    and ``optimizer.step()`` is not to be called. Where a pass fails, some parameters may have
+    changed already.
+
+    Args:
+        optimizer: One that changes each parameter by its own gradient and state, as those of
+            PyTorch and momconv do but for LBFGS. Those that require a gradient now are changed.
+
+    Returns:
+        What is closed to end this, or is the context of a ``with`` block.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    >>> with release_gradients(torch.optim.SGD([weight], lr=0.5)):
+    ...     weight.sum().backward()
+    >>> weight.tolist(), weight.grad
+    ([0.5, 1.5], None)
     """
-    layout = find_layout(run.recipe.train)
-    images = images.to(run.device, non_blocking=True, memory_format=layout)
-    labels = labels.to(run.device, non_blocking=True)
-    smoothing = run.recipe.train.label_smoothing
-    if run.class_weights is not None:
-        labels, smoothing = weigh_labels(labels, run.class_weights, smoothing), 0.0
-    with autocast(run.plan.precision, run.device):
-        outputs = run.model(images)
-        total = F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
-        loss = share / len(labels) * total
-        before_backward()
-        run.scaler.scale(loss).backward()
-    return loss.detach()
+    return _hook(optimizer, lambda change, parameter: change(parameter))
 
 
-def keep_company(run: TrainingRun) -> None:
-    """Go through the network and back with nothing to learn, as all have to where it is divided.
+@contextmanager
+def changing_in_backward(optimizer: Optimizer, processes: Processes) -> Iterator[list[Tensor]]:
+    """Take steps as ``release_gradients``, by gradients that are summed over the processes.
 
-    Buffers stay as they are, and gradients too.
+    A sum goes on while the next gradient is computed. Afterwards the list has the norm of each.
     """
-    side = run.plan.request.resolution
-    nothing = torch.zeros(1, 3, side, side, device=run.device)
-    with in_eval_mode(run.model):
-        with autocast(run.plan.precision, run.device):
-            outputs = run.model(nothing)
-        (0 * outputs.float().sum()).backward()
+    norms: list[Tensor] = []
+    waiting: deque[tuple[_Change, Tensor, Callable[[], None]]] = deque()
+
+    def finish() -> None:
+        change, parameter, wait = waiting.popleft()
+        wait()
+        assert parameter.grad is not None
+        norms.append(torch.linalg.vector_norm(parameter.grad))
+        change(parameter)
+
+    def take(change: _Change, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        waiting.append((change, parameter, processes.begin_adding(parameter.grad)))
+        if processes.count == 1 or len(waiting) > 1:
+            finish()
+
+    with _hook(optimizer, take):
+        yield norms
+        while waiting:
+            finish()
 
 
-def weigh_labels(labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
-    """Return smoothed probabilities (images, classes) with the weight of each image's class.
-
-    ``F.cross_entropy(weight=…)`` would weigh the share of smoothing that other classes get by
-    *their* weights: of a common image, the loss would be lowest where it is taken for a rare one.
-
-    >>> weigh_labels(torch.tensor([0, 1]), torch.tensor([0.5, 4.0]), smoothing=0.2)
-    tensor([[0.4500, 0.0500],
-            [0.4000, 3.6000]])
-    """
-    if not labels.is_floating_point():  # not mixed
-        labels = F.one_hot(labels, len(weights)).to(weights.dtype)
-    weighed = labels * weights
-    return torch.lerp(weighed, weighed.mean(1, keepdim=True), smoothing)
+def _hook(optimizer: Optimizer, take: Callable[[_Change, Tensor], None]) -> ExitStack:
+    """Let ``take`` hear of new gradients and of what uses them, until the returned stack ends."""
+    hooks = ExitStack()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                work = partial(take, partial(_change, optimizer, group))
+                hooks.callback(parameter.register_post_accumulate_grad_hook(work).remove)
+    return hooks
 
 
-def take_step(run: TrainingRun, lr: float) -> None:
-    """Change the weights by the gradients that have been added up, unless they did in backward.
-
-    Until they are gone, all that training holds is there: the first time, the plan learns of it.
-    """
-    set_rate(run.optimizer, lr)
-    if (clip := run.recipe.train.clip) is not None:
-        clip_grad_norm_(run.model.parameters(), clip)
-    run.scaler.step(run.optimizer)  # not where a gradient is too large for fp16
-    run.scaler.update()
-    if run.plan.measured_static_bytes is None and not run.head_only:
-        run.plan = replace(run.plan, measured_static_bytes=run.count_static())
-    run.optimizer.zero_grad()
-    if run.average:
-        run.average.update(run.model)
+def _change(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
+    """Take the step of one parameter, and free its gradient."""
+    groups = optimizer.param_groups
+    optimizer.param_groups = [group | {"params": [parameter]}]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.param_groups = groups
+    parameter.grad = None

@@ -4,16 +4,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from momconv import heap
 from momconv.data.decoding import UnreadableImage
 from momconv.errors import (
-    DataError,
     MomconvError,
     NotReproducible,
     OutOfMemory,
@@ -22,27 +20,23 @@ from momconv.errors import (
 )
 from momconv.evaluation import Scores
 from momconv.exhaustion import EXHAUSTED, keep_reserve, naming_exhaustion
-from momconv.momentum.sequential import read_ranges, set_ranges
 from momconv.states import keep_buffers
-from momconv.training.gradients import add_gradients, take_step
+from momconv.training.gradients import changing_in_backward
 from momconv.training.interruption import Interrupted, TimeUp, catching_signals
-from momconv.training.lockstep import finish_passes, passing
+from momconv.training.lockstep import add_share
 from momconv.training.memory import (
     compare_peak,
     halve,
     halved,
-    has_to_measure,
-    measure_gradients,
     note_peak,
     offering_to_resume,
     peak_bytes,
     reset_peak,
 )
 from momconv.training.network import compiling, read_gamma, start_training
-from momconv.training.omission import find_number, leave_out
+from momconv.training.omission import leave_out
 from momconv.training.optimisation import set_rate
 from momconv.training.progress import EpochRow, has_stalled
-from momconv.training.releasing import changing_in_backward
 from momconv.training.run import TrainingRun
 from momconv.training.saving import (
     Autosave,
@@ -59,7 +53,7 @@ from momconv.training.saving import (
 )
 from momconv.training.sharding import own_part, whole
 from momconv.training.state import read_random_states, set_random_states
-from momconv.training.steps import Step, Steps
+from momconv.training.steps import Step, Steps, take_step
 from momconv.training.validation import validate
 from momconv.units import format_bytes
 from momconv.words import itemise, printable
@@ -67,7 +61,7 @@ from momconv.zoo.checkpoints import find_spoilt
 from momconv.zoo.stages import ALL_BUT_HEAD, freeze
 
 _SHOWN = 5  # files that an error names
-_NONE = -1  # in place of an image's number
+_NONE = -1  # in place of a weight's number
 
 
 def train(run: TrainingRun) -> None:
@@ -157,7 +151,7 @@ def _add_up(
     try:
         with naming_exhaustion(), _all_or_nothing(run):
             with _changing_in_backward(run, is_wanted=is_released) as norms:
-                loss = _add_share(run, step, report, check, is_released=is_released)
+                loss = add_share(run, step, report, check, is_released=is_released)
             run.processes.add([loss])
             run.processes.average_statistics(run.model)
             run.scaler.scale(loss)  # a process without an image has not made its scale yet
@@ -221,143 +215,6 @@ def _change_what_failed(run: TrainingRun, error: MomconvError) -> None:
     elif isinstance(error, UnreadableImage):
         leave_out(run, "train", error)
     # The ranges that overflowed are wider now.
-
-
-def _add_share(
-    run: TrainingRun,
-    step: Step,
-    report: "_Report",
-    check: Callable[[], None],
-    *,
-    is_released: bool,
-) -> Tensor:
-    """Add up the gradients of this process's images of a step; return their part of its loss.
-
-    Those that are released change the weights, which are not whole afterwards.
-
-    Raises:
-        OutOfMemory: In this process or in another one.
-        NotReproducible: The same.
-        UnreadableImage: The same.
-        RangeOverflow: The same.
-    """
-    loss, left, passes = torch.zeros((), device=run.device), step.images, 0
-    fault: MomconvError | None = None
-    agreement = _Agreement(run=run, is_needed=is_released)
-    _begin_adding(run, step, is_released=is_released)
-    try:
-        with naming_exhaustion():
-            for images, labels in step.parts:
-                share = len(labels) / step.images
-                add = measure_gradients if has_to_measure(run, len(labels)) else add_gradients
-                passes += 1
-                with passing(run):
-                    loss += add(run, images, labels, share, agreement.seek)
-                run.buckets.end_pass()
-                left -= len(labels)
-                report(len(labels))
-                # Several processes stop together, and half-done steps are finished.
-                if run.processes.count == 1 and run.is_whole:
-                    check()
-    except (OutOfMemory, NotReproducible, RangeOverflow, UnreadableImage) as error:
-        fault = error
-    if run.is_sharded:
-        fault = finish_passes(run, step.most - passes, fault)
-    if not agreement.is_sought:
-        _fail_together(run, fault)
-    elif fault:
-        raise fault
-    if left:
-        report(left)  # those of the other processes
-    return loss
-
-
-def _begin_adding(run: TrainingRun, step: Step, *, is_released: bool) -> None:
-    """Let gradients be summed in the last pass of a step, unless they are as they come."""
-    if is_released:
-        run.buckets.clear()
-    elif run.processes.count > 1 and not run.is_sharded:
-        run.buckets.begin(run.model, step.own)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Agreement:
-    """That of all processes to begin a backward pass in which weights change, where it is needed.
-
-    Attributes:
-        run: Of this process.
-        is_needed: Whether weights change.
-        is_sought: Whether the others have been asked.
-    """
-
-    run: TrainingRun
-    is_needed: bool
-    is_sought: bool = False
-
-    def seek(self) -> None:
-        """From now on, the run is half done, unless this raises an error.
-
-        Raises:
-            MomconvError: A forward pass has failed.
-        """
-        if self.is_needed:
-            self.is_sought = True
-            _fail_together(self.run, None)
-            self.run.is_whole = False
-
-
-def _fail_together(run: TrainingRun, fault: MomconvError | None) -> None:
-    """Do nothing if no process has met a fault for which all do a step again.
-
-    All runs have the same ranges in all processes afterwards.
-
-    Raises:
-        MomconvError: This one has, and the others wait for it within BatchNorm.
-        OutOfMemory: One ran out of memory.
-        NotReproducible: One has computed something else the second time.
-        RangeOverflow: In one, activations have outgrown the range of a run.
-        UnreadableImage: One has met an image that cannot be read.
-    """
-    number = find_number(run.splits.train, fault) if isinstance(fault, UnreadableImage) else _NONE
-    if fault and run.recipe.train.sync_bn and run.processes.count > 1:
-        _refuse_to_redo(run, fault)
-    run.buckets.finish()
-    kinds = (OutOfMemory, NotReproducible, RangeOverflow)
-    met = (isinstance(fault, kind) for kind in kinds)
-    exhausted, different, outgrown, unreadable, *ranges = run.processes.largest(
-        *met, number, *read_ranges(run.model)
-    )
-    set_ranges(run.model, ranges)
-    if fault and run.processes.count == 1:
-        raise fault
-    if exhausted:
-        raise OutOfMemory("a process ran out of memory", kind=EXHAUSTED)
-    if different:
-        problem = "a block computed something else when it was run again, in one of the processes"
-        raise NotReproducible(problem, kind="inversion.not_reproducible")
-    if outgrown:
-        problem = "activations outgrew the range of a run, in one of the processes"
-        raise RangeOverflow(problem, kind="inversion.range_overflow")
-    if unreadable != _NONE:
-        raise UnreadableImage(run.splits.train.samples[unreadable].path, "could not be read")
-
-
-def _refuse_to_redo(run: TrainingRun, fault: MomconvError) -> None:
-    if isinstance(fault, OutOfMemory):
-        raise ResourceError(
-            f"{run.device} ran out of memory, while others wait for it (--sync-bn)",
-            kind=EXHAUSTED,
-            fix=f"{run.folder.resume_command} --micro-batch {halved(run)}",
-        )
-    if isinstance(fault, UnreadableImage):
-        path = printable(fault.path)
-        raise DataError(
-            f"{path}: could not be read, while others wait for it (--sync-bn)\n"
-            "once it is back, the run can go on",
-            kind="data.lost_image",
-            fix=run.folder.resume_command,
-        )
-    raise fault
 
 
 def _step(run: TrainingRun, step: Step, loss: Tensor, began: float) -> bool:

@@ -16,11 +16,10 @@ from momconv.planner.allowance import find_allowance
 from momconv.planner.measurement import measure
 from momconv.planner.outlook import SLACK
 from momconv.planner.plan import Plan
-from momconv.training.gradients import add_gradients
 from momconv.training.progress import Halving
 from momconv.training.run import TrainingRun
 from momconv.training.saving import write_plan
-from momconv.training.steps import fewest_images
+from momconv.training.steps import add_gradients, fewest_images
 from momconv.units import format_bytes, parse_bytes
 
 _LEANER = 0.9  # times the memory with which a plan failed

@@ -1,9 +1,9 @@
 """The processes of one run, as torchrun starts them. Each has a share of every batch.
 
-They sum their gradients within the last backward pass of a step (buckets.py). Each loss is weighted
-by its images, so the sum is the gradient of the joint batch, also where shares differ by an image,
-or a small last batch has none for some process. Then all agree on what to do where one ran out of
-memory, or met an image that cannot be read: the step is done again.
+They sum their gradients within the last backward pass of a step (gradients.py). Each loss is
+weighted by its images, so the sum is the gradient of the joint batch, also where shares differ by
+an image, or a small last batch has none for some process. Then all agree on what to do where one
+ran out of memory, or met an image that cannot be read: the step is done again (lockstep.py).
 
 Gradients that are released in backward are summed as they come. By then all agree that no forward
 pass has failed. A process that fails later ends, and so do those that wait for it; the run goes on

@@ -23,13 +23,12 @@ from momconv.errors import MomconvError, NotReproducible, OutOfMemory
 from momconv.exhaustion import naming_exhaustion
 from momconv.files.atomic import write_atomically, write_text
 from momconv.files.tensor_file import write_tensors
-from momconv.training.gradients import add_gradients, take_step
 from momconv.training.memory import halve
 from momconv.training.omission import leave_out
 from momconv.training.processes import ALONE
 from momconv.training.run import TrainingRun
 from momconv.training.state import read_random_states, set_random_states
-from momconv.training.steps import Step, Steps
+from momconv.training.steps import Step, Steps, add_gradients, take_step
 from momconv.vocabulary import OPTIMIZERS
 from momconv.zoo import checkpoints
 

@@ -16,7 +16,7 @@ from momconv.planner.micro_batch import StaticBytes, count_steps
 from momconv.planner.plan import Change, Fixed, Plan, Request
 from momconv.recipe import Recipe
 from momconv.training.batches import weigh_classes
-from momconv.training.buckets import Buckets
+from momconv.training.gradients import Buckets
 from momconv.training.optimisation import (
     Average,
     choose_precision,

@@ -27,8 +27,8 @@ from momconv.training.batches import (
     weigh_images,
 )
 from momconv.training.finetuning import finetune
-from momconv.training.gradients import weigh_labels
 from momconv.training.interruption import Interrupted
+from momconv.training.steps import weigh_labels
 
 counts = st.integers(2, 300)
 sizes = st.integers(1, 70)

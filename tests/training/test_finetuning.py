@@ -25,13 +25,13 @@ from momconv.recipe import load_recipe
 from momconv.surgery.conversion import convert
 from momconv.training import network, run
 from momconv.training.finetuning import Result, finetune
-from momconv.training.gradients import take_step
 from momconv.training.images import recall_images
 from momconv.training.interruption import Interrupted, TimeUp
 from momconv.training.progress import Listener
 from momconv.training.run import TrainingRun
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state
+from momconv.training.steps import take_step
 from momconv.zoo.description import describe
 from momconv.zoo.networks import build
 
@@ -197,7 +197,7 @@ class Poison(Log):
         super().__init__()
         self.calls, self.first, self.times = 0, first, times
         functions = SimpleNamespace(cross_entropy=self.cross_entropy)
-        monkeypatch.setattr("momconv.training.gradients.F", functions)
+        monkeypatch.setattr("momconv.training.steps.F", functions)
 
     def cross_entropy(self, outputs: Tensor, labels: Tensor, **options: Any) -> Tensor:
         self.calls += 1
@@ -333,7 +333,7 @@ def test_images_that_vanish_during_a_run_end_it_by_name(
     "where",
     [
         pytest.param("momconv.training.loop.note_peak", id="after the second step"),
-        pytest.param("momconv.training.loop.add_gradients", id="within the third step"),
+        pytest.param("momconv.training.lockstep.add_gradients", id="within the third step"),
     ],
 )
 def test_what_nobody_expected_does_not_cost_a_whole_step(

@@ -33,15 +33,15 @@ from momconv.evaluation import evaluate
 from momconv.files.model_file import load
 from momconv.momentum import sequential
 from momconv.momentum.sequential import momentum_stages
-from momconv.training import gradients as work
 from momconv.training import memory, saving, validation
+from momconv.training import steps as work
 from momconv.training.finetuning import finetune
-from momconv.training.gradients import add_gradients, take_step
 from momconv.training.interruption import Interrupted
 from momconv.training.optimisation import make_optimizer
 from momconv.training.progress import Progress
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import write_history
+from momconv.training.steps import add_gradients, take_step
 from momconv.zoo.networks import build
 
 CPU = torch.device("cpu")

@@ -37,7 +37,6 @@ from momconv.recipe import TrainRecipe
 from momconv.surgery.conversion import convert
 from momconv.training import loop
 from momconv.training.finetuning import finetune
-from momconv.training.gradients import take_step
 from momconv.training.images import recall_images
 from momconv.training.interruption import Interrupted
 from momconv.training.loop import _add_up, _Report, _step
@@ -57,7 +56,7 @@ from momconv.training.progress import Progress
 from momconv.training.run import TrainingRun
 from momconv.training.run_folder import RunFolder
 from momconv.training.saving import save
-from momconv.training.steps import Step
+from momconv.training.steps import Step, take_step
 from momconv.zoo.networks import build
 from momconv.zoo.stages import find_stages
 

@@ -12,9 +12,9 @@ from momconv.errors import MomconvError, UsageError
 from momconv.recipe import load_recipe
 from momconv.training import rate_finder
 from momconv.training.finetuning import finetune
-from momconv.training.gradients import add_gradients
 from momconv.training.interruption import Interrupted
 from momconv.training.run import TrainingRun
+from momconv.training.steps import add_gradients
 
 
 def test_the_rate_is_found_once_and_the_run_is_as_if_it_had_been_given(

@@ -1,30 +1,146 @@
-"""Gradients that are used and freed in the backward pass."""
+"""Gradients that two processes sum during backward, and such as are used and freed in it."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from runs import Log, Signals, assert_same, assert_same_tensors, resume, small
+from teams import Team, find_team
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import momconv
 from momconv.eightbit import AdamW8bit, SGD8bit
-from momconv.errors import MomconvError, NotReproducible, OutOfMemory, UsageError
+from momconv.errors import MomconvError, NotReproducible, OutOfMemory, RangeOverflow, UsageError
 from momconv.planner.measurement import measure, run_step, static_bytes
 from momconv.planner.prediction import peak_memory
-from momconv.recipe import load_recipe
-from momconv.training import releasing
+from momconv.recipe import Recipe, load_recipe
+from momconv.training import gradients, lockstep
 from momconv.training.finetuning import finetune
-from momconv.training.gradients import add_gradients
+from momconv.training.gradients import Buckets
 from momconv.training.interruption import Interrupted
+from momconv.training.processes import Processes, joined
+from momconv.training.run import TrainingRun
+from momconv.training.run_folder import RunFolder
+from momconv.training.state import load_state
+from momconv.training.steps import add_gradients
 from momconv.zoo.networks import build
 
 CPU = torch.device("cpu")
+PLACES = ("before", "during", "after")
 RELEASED = ["train.micro_batch=auto", "train.release_gradients=true"]
 IMAGES, LABELS = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+
+
+# Sums over processes
+
+
+@pytest.fixture(scope="module")
+def team() -> Team:
+    return find_team()
+
+
+def fail(_gradient: object = None) -> None:
+    raise RangeOverflow("for once", kind="inversion.range_overflow")
+
+
+def run_out(_gradient: object = None) -> None:
+    raise torch.OutOfMemoryError
+
+
+def train(recipe: Recipe, folder: Path, place: str = "", fault: Any = fail) -> tuple[int, int]:
+    """Run, with small pieces and a fault at the third step of the second process.
+
+    How many sums there were in all, and how many passes.
+    """
+    sums, passes = 0, 0
+
+    def count(self: Processes, tensor: Tensor) -> Any:
+        nonlocal sums
+        sums += 1
+        return begin(self, tensor)
+
+    def add(run: TrainingRun, *args: Any) -> Tensor:
+        nonlocal passes
+        passes += 1
+        is_due = passes == 3 and os.environ["RANK"] == "1"
+        if is_due and place == "before":
+            fault()
+        first: Any = next(run.model.parameters())  # whose gradient is the last
+        hook = first.register_hook(fault) if is_due and place == "during" else None
+        try:
+            loss = add_gradients(run, *args)
+        finally:
+            if hook:
+                hook.remove()
+        if is_due and place == "after":
+            fault()
+        return loss
+
+    begin = Processes.begin_adding
+    with (
+        patch.object(gradients, "_BYTES", 2**17),
+        patch.object(lockstep, "add_gradients", add),
+        patch.object(lockstep, "has_to_measure", lambda *_: False),
+        patch.object(Processes, "begin_adding", count),
+    ):
+        finetune(recipe, folder)
+    return sums, passes
+
+
+def test_after_a_fault_in_one_process_both_do_the_step_again(
+    team: Team, colours: Path, tmp_path: Path
+) -> None:
+    """Before, during and after its backward pass, when the other has sent some gradients or all."""
+    recipe = small(colours, "train.epochs=1", "train.save_every=1000")
+    (sums, first), (_, second) = team.do(train, recipe, tmp_path / "whole")
+    pieces = sums // 4
+    assert pieces > 5
+    for place in PLACES:
+        done = team.do(train, recipe, tmp_path / place, place)
+        assert done[0][0] == done[1][0] == sums + pieces
+        assert done[1][1] == second + 1
+        assert_same_tensors(tmp_path / "whole", tmp_path / place)
+    assert first > second  # the larger share has more micro-batches
+
+
+def test_if_memory_runs_out_during_backward_both_take_smaller_parts(
+    team: Team, colours: Path, tmp_path: Path
+) -> None:
+    recipe = small(colours, "train.freeze_bn=true", "train.epochs=1")
+    team.do(train, recipe, tmp_path / "run", "during", run_out)
+    progress = load_state(RunFolder(tmp_path / "run").state).progress
+    assert [(h.step, h.micro_batch) for h in progress.halvings] == [(3, 1)]
+    assert progress.epoch == 1
+
+
+def add_up(rank_without: int) -> list[list[float] | None]:
+    """Gradients of a used, an unused and a frozen weight; one process has no pass to make."""
+    with joined() as processes:
+        model = nn.ParameterDict({name: nn.Parameter(torch.ones(2)) for name in "abc"})
+        model["c"].requires_grad_(requires_grad=False)
+        own = Buckets(processes)
+        passes = 0 if processes.rank == rank_without else 2
+        for _ in range(2):  # steps
+            own.begin(model, passes)
+            for _ in range(passes):
+                (model["a"] * (1 + processes.rank)).sum().backward()
+                own.end_pass()
+            own.finish()
+        return [None if p.grad is None else p.grad.tolist() for p in model.values()]
+
+
+@pytest.mark.parametrize(("without", "total"), [(0, 4.0), (1, 2.0), (2, 6.0)])
+def test_a_gradient_is_the_sum_of_all_passes_of_all_processes(
+    team: Team, without: int, total: float
+) -> None:
+    """One that nobody has is none, as an optimiser would let a weight of 0 gradient decay."""
+    expected = [[total, total], None, None]
+    assert team.do(add_up, without) == [expected, expected]
 
 
 def converted(strategy: str) -> nn.Module:
@@ -41,7 +157,7 @@ def optimizers(model: nn.Module) -> Iterator[Optimizer]:
     yield AdamW8bit(model.parameters(), lr=0.01)
 
 
-# The interface
+# Gradients that are released
 
 
 @pytest.mark.parametrize("strategy", ["store", "checkpoint", "segment", "momentum"])
@@ -108,7 +224,7 @@ def _momentum(optimizer: str) -> dict[str, Any]:
     return {"momentum": 0.9, "fused": True} if optimizer == "sgd" else {}
 
 
-# Runs
+# Runs that release them
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +255,7 @@ def test_after_a_failure_within_backward_it_goes_on_from_its_last_saved_state(
     kind: type[MomconvError], colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finetune(small(colours, "train.micro_batch=2"), tmp_path / "other")
-    change, calls = releasing._change, 0
+    change, calls = gradients._change, 0
 
     def fail(*args: Any) -> None:
         nonlocal calls
@@ -148,7 +264,7 @@ def test_after_a_failure_within_backward_it_goes_on_from_its_last_saved_state(
             raise kind("it failed", kind="test")
         change(*args)
 
-    monkeypatch.setattr(releasing, "_change", fail)
+    monkeypatch.setattr(gradients, "_change", fail)
     finetune(small(colours, *RELEASED), tmp_path / "run")
     assert calls == 160  # then gradients have to add up
     assert_same_tensors(tmp_path / "run", tmp_path / "other")
@@ -165,7 +281,7 @@ def test_a_gradient_that_is_not_finite_is_undone(
         calls += 1
         return add_gradients(run, images * torch.inf if calls == 3 else images, labels, share, seek)
 
-    monkeypatch.setattr("momconv.training.loop.add_gradients", spoil)
+    monkeypatch.setattr("momconv.training.lockstep.add_gradients", spoil)
     log = Log()
     finetune(small(colours, *RELEASED, "train.lr=0.01"), tmp_path / "run", listener=log)
     assert any("going back to epoch 1, step 0" in told for told in log.told)
