@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -12,12 +13,17 @@ from momconv.data.dataset import LabelledImages, make_loader, read_batches
 from momconv.data.decoding import UnreadableImage
 from momconv.data.source import ImageSet
 from momconv.data.transforms import evaluation_transform
+from momconv.errors import ResourceError
 from momconv.planner.plan import Plan
 from momconv.recipe import Recipe, TrainRecipe
 from momconv.surgery.calibration import Calibration, calibrate
+from momconv.training import network
 from momconv.training.batches import split_epoch
-from momconv.training.network import read_gamma, wearing
+from momconv.training.omission import leave_out
+from momconv.training.planning import plan_batches
 from momconv.training.progress import Listener
+from momconv.training.run import TrainingRun
+from momconv.training.steps import fewest_images
 from momconv.zoo.description import describe
 from momconv.zoo.networks import find_head
 
@@ -33,7 +39,7 @@ def needs_calibration(model: nn.Module, recipe: Recipe) -> bool:
     """Return whether ``model`` was converted just now, from trained weights, and it is wanted."""
     start, wanted = recipe.model, recipe.momentum.calibrate
     just_converted = start.from_file is None and start.weights != "none"
-    return wanted and just_converted and read_gamma(model) > 0
+    return wanted and just_converted and network.read_gamma(model) > 0
 
 
 def estimate_seconds(images: int, plan: Plan, recipe: TrainRecipe) -> float | None:
@@ -42,6 +48,49 @@ def estimate_seconds(images: int, plan: Plan, recipe: TrainRecipe) -> float | No
         return None
     seen = min(_WORK * min(images, _IMAGES), _SHARE * recipe.epochs * images)
     return seen * plan.seconds_per_image
+
+
+def calibrate_network(run: TrainingRun) -> None:
+    """Adapt the network of ``run`` to its original, which is loaded for that and then dropped.
+
+    The original weighs no more than the gradients, which do not exist yet, and for which there is
+    room unless they are to be released. In single precision, in which this is done, an image takes
+    up to twice what it takes in half precision.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came. No part of the run is on disk yet.
+        ResourceError: One process alone has no room for what it keeps in a step.
+        DataError: Too many images cannot be read any more.
+    """
+    recipe, plan, half = run.recipe, run.plan, run.plan.precision != "fp32"
+    original = network.load_plain(recipe.model, network.read_preparation(recipe.data).side)
+    network.place(original, run.device, run.recipe.train)
+    alone = plan  # one process calibrates, which then takes more than its share of a batch
+    if run.processes.count > 1 or plan.request.release_gradients:
+        alone = _plan_alone(plan, run.model)
+    calibrate_on(
+        run.splits.train,
+        run.model,
+        original,
+        recipe.train,
+        batch_size=max(1, alone.micro_batch // 2) if half else alone.micro_batch,
+        workers=run.workers,
+        listener=run.listener,
+        leave_out=partial(leave_out, run, "train"),
+    )
+    if alone is not plan:
+        plan.apply(run.model)
+
+
+def _plan_alone(plan: Plan, model: nn.Module) -> Plan:
+    """Return the plan of one process that keeps gradients; as few images as can be if none fits."""
+    request = replace(plan.request, processes=1, release_gradients=False, shards=1)
+    try:
+        return plan_batches(model, request)
+    except ResourceError:
+        if not plan.request.release_gradients and plan.request.shards == 1:
+            raise
+        return replace(plan, micro_batch=fewest_images(model))
 
 
 def calibrate_on(  # noqa: PLR0913 (one for each choice)
@@ -73,7 +122,7 @@ def calibrate_on(  # noqa: PLR0913 (one for each choice)
     else:
         calibrate(original, batches)
     # A head for new classes says nothing.
-    with wearing(model, original.get_submodule(find_head(original))):
+    with network.wearing(model, original.get_submodule(find_head(original))):
         done = calibrate(
             model,
             batches,

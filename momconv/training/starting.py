@@ -8,7 +8,6 @@ from torch import nn
 from momconv.data.inspection import find_guessed, find_outside
 from momconv.data.source import Splits
 from momconv.data.values import find_ranges, settle_ranges, warn_of_values
-from momconv.errors import ResourceError
 from momconv.files.atomic import write_text
 from momconv.planner.measurement import static_bytes
 from momconv.planner.plan import Change, Fixed, Plan, Request
@@ -16,7 +15,11 @@ from momconv.recipe import Recipe, dump_recipe
 from momconv.surgery.conversion import set_gamma
 from momconv.training import network
 from momconv.training.batches import describe_imbalance
-from momconv.training.calibrating import calibrate_on, estimate_seconds, needs_calibration
+from momconv.training.calibrating import (
+    calibrate_network,
+    estimate_seconds,
+    needs_calibration,
+)
 from momconv.training.images import (
     CheckedImages,
     examine_together,
@@ -26,7 +29,6 @@ from momconv.training.images import (
     keep_readable,
     remember_images,
 )
-from momconv.training.omission import leave_out
 from momconv.training.optimisation import describe_frozen, require_stages
 from momconv.training.planning import (
     choose_network,
@@ -41,7 +43,6 @@ from momconv.training.provenance import Provenance, find_provenance, tell_of_dif
 from momconv.training.rate_finder import find_rate
 from momconv.training.run import Assignment, TrainingRun, make_run
 from momconv.training.saving import begin
-from momconv.training.steps import fewest_images
 from momconv.units import format_duration
 from momconv.vocabulary import MomentumUse
 from momconv.zoo.description import Preprocessing, describe, mark_as_seen
@@ -116,7 +117,7 @@ def start(
     prepared = prepare(assignment, overwrite=overwrite, like=like)
     run, folder = prepared.run, assignment.folder
     if needs_calibration(run.model, run.recipe):
-        _calibrate(run)
+        calibrate_network(run)
         run.equip()
     if overwrite:
         folder.clear()
@@ -226,7 +227,7 @@ def _disk_bytes(model: nn.Module, recipe: Recipe) -> int:
 
 
 def _choose_rate(run: TrainingRun) -> None:
-    """Look for a learning rate, which from then on is the recipe's own."""
+    """Look for a learning rate, and take it into the recipe."""
     network.start_training(run.model, run.recipe.train)
     found = find_rate(run)
     rate = found or run.recipe.train.resolved_lr
@@ -237,44 +238,6 @@ def _choose_rate(run: TrainingRun) -> None:
         if found
         else f"warning: the loss fell at no rate (lr_finder.csv), so it is the default, {rate:g}"
     )
-
-
-def _calibrate(run: TrainingRun) -> None:
-    """Adapt the converted network to its original, which is loaded for that and then dropped.
-
-    It weighs no more than the gradients, which do not exist yet, and for which there is room unless
-    they are to be released. In single precision, in which this is done, an image takes up to twice
-    what it takes in half precision.
-    """
-    recipe, plan, half = run.recipe, run.plan, run.plan.precision != "fp32"
-    original = network.load_plain(recipe.model, network.read_preparation(recipe.data).side)
-    network.place(original, run.device, run.recipe.train)
-    alone = plan  # one process calibrates, which then takes more than its share of a batch
-    if run.processes.count > 1 or plan.request.release_gradients:
-        alone = _plan_alone(plan, run.model)
-    calibrate_on(
-        run.splits.train,
-        run.model,
-        original,
-        recipe.train,
-        batch_size=max(1, alone.micro_batch // 2) if half else alone.micro_batch,
-        workers=run.workers,
-        listener=run.listener,
-        leave_out=partial(leave_out, run, "train"),
-    )
-    if alone is not plan:
-        plan.apply(run.model)
-
-
-def _plan_alone(plan: Plan, model: nn.Module) -> Plan:
-    """Return the plan of one process that keeps gradients; as few images as can be if none fits."""
-    request = replace(plan.request, processes=1, release_gradients=False, shards=1)
-    try:
-        return plan_batches(model, request)
-    except ResourceError:
-        if not plan.request.release_gradients and plan.request.shards == 1:
-            raise
-        return replace(plan, micro_batch=fewest_images(model))
 
 
 def _check_images(recipe: Recipe, splits: Splits, listener: Listener) -> None:
