@@ -24,11 +24,10 @@ from momconv.opening import find_model_file
 from momconv.planner.devices import find_device
 from momconv.planner.profile import predict_saving
 from momconv.reports.conversion import CalibrationReport, Conversion, Reversion
-from momconv.surgery.adaptation import Adaptation, Distillation
+from momconv.surgery.adaptation import LADDER, Adaptation, Choice, Distillation, find_gamma
 from momconv.surgery.certificate import Certificate, certify
 from momconv.surgery.conversion import convert, revert, summarise
 from momconv.surgery.drift import Reference
-from momconv.surgery.ladder import LADDER, Choice, find_gamma
 from momconv.training.progress import SILENT, Listener
 from momconv.words import itemise, plural
 from momconv.zoo.checkpoints import is_converted

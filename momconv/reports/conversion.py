@@ -13,11 +13,10 @@ from rich.text import Text
 from momconv.catalogue import Saving
 from momconv.momentum.ranging import FINENESS
 from momconv.names import encode_name
-from momconv.surgery.adaptation import AdaptationStep
+from momconv.surgery.adaptation import LADDER, AdaptationStep, Attempt
 from momconv.surgery.certificate import Accuracy, Certificate, StageCertificate
 from momconv.surgery.conversion import Stage
 from momconv.surgery.drift import Drift
-from momconv.surgery.ladder import LADDER, Attempt
 from momconv.units import format_bytes
 from momconv.words import plural, printable
 

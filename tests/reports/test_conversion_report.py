@@ -7,11 +7,10 @@ from rich.console import Console
 
 from momconv.catalogue import Saving
 from momconv.reports.conversion import CalibrationReport, Conversion, Reversion
-from momconv.surgery.adaptation import AdaptationStep
+from momconv.surgery.adaptation import AdaptationStep, Attempt
 from momconv.surgery.certificate import Accuracy, Certificate, StageCertificate
 from momconv.surgery.conversion import Stage
 from momconv.surgery.drift import Drift
-from momconv.surgery.ladder import Attempt
 
 CERTIFICATE = Certificate(
     drift=Drift(images=200, disagreements=3, divergence=0.0123, distance=0.2),
