@@ -60,7 +60,7 @@ class Gathering:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the step through ``model`` takes what it would."""
+        """Inside, a step through ``model`` takes the memory that it would with divided weights."""
         blocks = find_units(model)
         taken = {parameter for block in blocks for parameter in block.parameters()}
         rest = [parameter for parameter in model.parameters() if parameter not in taken]
@@ -77,7 +77,7 @@ class Gathering:
                 unit.remove()
 
     def drop(self, name: str) -> None:
-        """Give up what ``name`` says."""
+        """Release the piece "arrived" or "summed", if there is one."""
         if release := getattr(self, name):
             release()
             setattr(self, name, None)
@@ -113,7 +113,7 @@ class _Unit:
         self._hooks = hooks
 
     def remove(self) -> None:
-        """Watch no more."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
@@ -173,7 +173,7 @@ class _Unit:
         self._gradients.setdefault(parameter, self._step.keep(parameter.nbytes))
 
     def finish(self) -> None:
-        """Let go of the weights, and add up the gradients."""
+        """Release the weights, and sum the gradients over the processes."""
         if self._is_done:
             return
         self._is_done, step = True, self._step

@@ -141,13 +141,16 @@ class Outlook:
 
     @cached_property
     def _combinations(self) -> Combinations:
-        """Those of steps with the largest micro-batch."""
+        """The combinations for steps with the largest micro-batch."""
         images = self.request.largest_part(self.request.sizes[0])
         stored = self.predict("store", self.request.sizes[0])
         return Combinations(self._predictor, images, stored)
 
     def foresee(self, micro_batch: int) -> Rank | None:
-        """Return how good it is at best, by estimated times; None if nothing should fit."""
+        """Return how good steps with this micro-batch are at best; None if nothing should fit.
+
+        Times are estimated.
+        """
         speed = self.estimated_speed
         if not self.can_combine:
             return self.rank(self.strategies[0], micro_batch, speed)
@@ -155,7 +158,7 @@ class Outlook:
         return self._rank(micro_batch, speed, images, found.work) if found else None
 
     def rank(self, strategy: Strategies, micro_batch: int, speed: Speed) -> Rank:
-        """Return how good a choice is, if it fits."""
+        """Return how good ``strategy`` and ``micro_batch`` are, if they fit."""
         if str(strategy) not in self.latest:
             self.predict(strategy, micro_batch)
         images, prediction = self.latest[str(strategy)]
@@ -174,12 +177,12 @@ class Outlook:
 
     @property
     def estimated_speed(self) -> Speed:
-        """Of devices of the kind."""
+        """The speed that a device of this kind is taken to have."""
         return estimate_speed(self.request.device, self.request.precision)
 
     @cached_property
     def speed(self) -> Speed:
-        """Of the device, measured if that was asked for."""
+        """The speed of the device: measured if that was asked for, else estimated."""
         if self._find_speed is not None:
             return self._find_speed(self.request, self.limit_bytes)
         return self.estimated_speed

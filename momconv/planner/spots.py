@@ -31,7 +31,7 @@ class Spots:
         self._left = 0  # stages
 
     def note(self) -> Spot:
-        """Return where the step is, as something runs."""
+        """Return where the step is, and take notice that something runs there."""
         self._is_used = True
         return self._current
 
@@ -62,7 +62,7 @@ class Spots:
             output.register_hook(partial(self._enter, spot))
 
     def _arrive(self, name: str, _stage: nn.Module, args: tuple[object, ...]) -> None:
-        """What a run needs before its first block belongs to the stage."""
+        """Enter a stage; what a run needs before its first block belongs to that."""
         if self._current.stage is None and self._is_used and args:
             self._enter_with_gradient(args[0], self._current)
         self._enter(Spot(name, 0))

@@ -91,10 +91,13 @@ def calibrate(
 def adapt_statistics(
     model: nn.Module,
     batches: Iterable[Tensor],
-    original: nn.Module | None = None,
-    images: Images | None = None,
+    original: nn.Module | None,
+    images: Images | None,
 ) -> int:
-    """Return the first half of :func:`calibrate`; ``images`` are those of ``batches``.
+    """Re-estimate BatchNorm's statistics, the first half of :func:`calibrate`.
+
+    If ``images``, those of ``batches``, hold some out, the statistics with which ``model`` is
+    closer to its ``original`` on these are kept.
 
     Returns:
         How many BatchNorm layers have new statistics.
@@ -111,7 +114,10 @@ def refine(
     most_images: int | None = None,
     progress: OnStep | None = None,
 ) -> Imitation:
-    """Return the second half of :func:`calibrate`, for which ``images`` must hold some out."""
+    """Fit layers, gains and norms, the second half of :func:`calibrate`.
+
+    Some of the ``images`` must be held out.
+    """
     chunk, most = images.find_chunk(_STEPS), most_images or math.inf
     share = most / (1 + _PASSES)
     fits = _count_steps(images, CHUNK, share)
@@ -200,7 +206,7 @@ def _estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
 
 def _take_in(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Average over ``batches`` too, or over none of them."""
+    """Take ``batches`` into the averages; if that fails, none of them."""
     device, restore = next(model.parameters()).device, keep_buffers(model)
     try:
         for images in batches:
@@ -212,7 +218,7 @@ def _take_in(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 @contextmanager
 def _estimating(model: nn.Module) -> Iterator[list[_BatchNorm]]:
-    """BatchNorm alone in training mode, averaging from nothing; afterwards all flags as before."""
+    """Inside, BatchNorm alone is in training mode, and averages from nothing."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = {layer: layer.momentum for layer in layers}
     with in_eval_mode(model):

@@ -217,7 +217,7 @@ def _inverted(model: nn.Module) -> dict[str, MomentumSequential]:
 
 @contextmanager
 def _watching(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The largest |x| seen in each stage's runs so far."""
+    """Give the largest |x| in each stage's runs, as they are seen inside."""
     largest: dict[str, Tensor] = {}
     with ExitStack() as hooks:
         for name, stage in _inverted(model).items():

@@ -37,7 +37,7 @@ Linear = nn.Linear | nn.Conv2d
 
 
 class Fitting:
-    """The layers of all runs of ``model``.
+    """Fits the layers of all runs of ``model``.
 
     Attributes:
         layers: How many there are. Blocks that are used several times, and layers in which each
@@ -147,16 +147,19 @@ class _Layer:
 
     @property
     def inputs(self) -> int:
-        """How many each output has."""
+        """How many inputs each output has."""
         return self._original.shape[1] - 1
 
     @property
     def shift(self) -> Tensor:
-        """What the norm behind it adds to its outputs in place of a bias."""
+        """What the norm behind the layer adds to its outputs in place of a bias."""
         return self._values[:, -1] if self._norm is not None else self._values.new_zeros(())
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Take in what it gets, (rows, inputs), and what is wanted of it, (rows, outputs)."""
+        """Count in ``inputs`` (rows, inputs), of which ``targets`` (rows, outputs) should be made.
+
+        The layer is solved anew whenever the number of calls has doubled.
+        """
         border = len(inputs) // _LEFT_OUT
         ones = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         pairs = [(ones[border:], targets[border:]), (ones[:border], targets[:border])]
@@ -165,11 +168,11 @@ class _Layer:
         both = zip(before, sums, strict=True)
         self._sums = [(old[0] + new[0], old[1] + new[1]) for old, new in both]
         self._chunks += 1
-        if self._chunks & (self._chunks - 1) == 0:  # as often as what it has seen doubles
+        if self._chunks & (self._chunks - 1) == 0:  # a power of two
             self._put(self._solve())
 
     def reset(self) -> None:
-        """Go back to the weights at first."""
+        """Restore the weights that the layer had at first."""
         self._put(self._original)
 
     def _solve(self) -> Tensor:
@@ -181,7 +184,7 @@ class _Layer:
         unit[-1, -1] *= 1e-9 if self._is_shifting else 1e9
 
         def err(weights: Tensor) -> float:
-            """Return the error on the images left out, but for what is the same for all weights."""
+            """Return the error on the images left out, without the part that no weights change."""
             fit = ((weights @ a_) * weights).sum(1) - 2 * (weights * b_).sum(1)
             return (fit @ importance).nan_to_num(nan=math.inf).item()
 
@@ -200,7 +203,7 @@ class _Layer:
         return self.module.bias is not None or self._norm is not None
 
     def _weigh_outputs(self) -> Tensor:
-        """Return what a square of each output counts for, which is as the norm scales it."""
+        """Return what a squared error of each output counts for: as much as the norm scales it."""
         norm = self._norm
         if norm is None or norm.running_var is None:
             return torch.ones(len(self._original))
@@ -261,11 +264,11 @@ class _Run:
 
     @property
     def layers(self) -> list[_Layer]:
-        """Those that are fitted."""
+        """The layers that are fitted."""
         return [layer for block in self._blocks for layer in block.layers]
 
     def watch(self, hooks: ExitStack, chunk: int) -> None:
-        """Note what the original does with the images of the chunk of this number."""
+        """Note what the original makes of the images of the ``chunk`` of this number."""
         for block in self._blocks:
             block.watch(hooks, partial(_choose, chunk, self._places))
 
@@ -309,7 +312,7 @@ def _sample_inputs(x: Tensor, layer: Linear, places: Places) -> Tensor:
 
 
 class _Path:
-    """Where a run is, and where the residuals of the original lead from where that begins."""
+    """The velocity of a run, and where the original's residuals would lead from its start."""
 
     def __init__(self, gamma: float) -> None:
         self.gamma = gamma
@@ -317,13 +320,13 @@ class _Path:
         self._aim: Tensor | None = None
 
     def aim(self, step: float, x: Tensor, y: Tensor) -> Tensor:
-        """Return where it should be after a block that makes y of x in the original."""
+        """Return x after the next block, if the run had the original's residuals, here y − x."""
         self._aim_v = self.gamma * self._aim_v.to(x) + step * (y - x)
         self._aim = (x if self._aim is None else self._aim) + self._aim_v
         return self._aim
 
     def follow(self, step: float, residual: Tensor) -> None:
-        """Go on."""
+        """Let the velocity have the ``residual`` of the run's own block."""
         self.v = self.gamma * self.v.to(residual) + step * residual
 
 
@@ -349,7 +352,7 @@ class _Block:
 
     @property
     def layers(self) -> list[_Layer]:
-        """Those that are fitted."""
+        """The layers that are fitted."""
         return [layer for layer in (self._first, self._last) if layer]
 
     def watch(self, hooks: ExitStack, places: Places) -> None:
@@ -387,7 +390,7 @@ class _Block:
         return result
 
     def _split(self, module: Linear, args: tuple[Tensor], output: Tensor) -> Tensor:
-        """Let what follows the last layer be differentiated by its output."""
+        """Begin a graph at the output of the last layer, to differentiate what follows by it."""
         self._inputs = _sample_inputs(args[0], module, self._places)
         self._output = output.detach().requires_grad_()
         torch.set_grad_enabled(True)
@@ -410,7 +413,7 @@ class _Block:
         return output
 
     def _find_targets(self, wanted: Tensor, output: Tensor, slopes: Tensor) -> Tensor:
-        """Return which outputs of the last layer make the block give what is ``wanted`` of it.
+        """Return the outputs of the last layer with which the block gives what is ``wanted``.
 
         What follows it is a straight line for each channel, or one that is cut off as by a ReLU.
         """

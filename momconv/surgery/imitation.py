@@ -165,7 +165,7 @@ class _Pair:
 
     @torch.no_grad()
     def _run(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Return the logits, which do not depend on what else goes through ``model`` at once."""
+        """Return the logits of ``images``, which where memory is short are computed in parts."""
         return self._parts.forward(model, images, self._device)
 
     def loss(self, images: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class _Best:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Go back to them."""
+        """Restore those values."""
         for parameter, value in zip(self._parameters, self._values, strict=True):
             parameter.copy_(value)
 
@@ -249,7 +249,7 @@ class _Best:
 def _training_only(
     student: nn.Module, groups: Sequence[tuple[list[nn.Parameter], float]]
 ) -> Iterator[None]:
-    """Gradients for the parameters in ``groups`` alone; afterwards as before."""
+    """Inside, the parameters in ``groups`` alone get gradients; afterwards all are as before."""
     wanted = {id(parameter) for group, _ in groups for parameter in group}
     before = [(p, p.requires_grad, p.grad) for p in student.parameters()]
     for parameter, _, _ in before:
@@ -265,7 +265,7 @@ def _training_only(
 
 @contextmanager
 def trainable_gains(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Parameters, 1 at first, by which the gains of all runs are multiplied, for good at the end.
+    """Give parameters, 1 at first, that multiply the gains of all runs, and end up in them.
 
     f(x) = block(x) − x is scaled in a forward hook, so that the gradient comes by itself.
     """
@@ -303,7 +303,7 @@ def _fold(stages: Sequence[MomentumSequential], factors: Mapping[nn.Module, Tens
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Scale and shift of every normalisation layer."""
+    """Return scale and shift of every normalisation layer."""
     norms = [module for module in model.modules() if isinstance(module, _NORMS)]
     return [parameter for norm in norms for parameter in norm.parameters(recurse=False)]
 

@@ -41,7 +41,7 @@ def restore_stem(model: nn.Module) -> None:
 
 
 def leave_stem(model: nn.Module) -> None:
-    """After a KeyboardInterrupt in ``model``, of which PyTorch tells no hook."""
+    """End the pass that a KeyboardInterrupt broke off in ``model``: PyTorch tells no hook of it."""
     for module in model.modules():
         for hook in module._forward_hooks.values():
             if stem := _stem_of(hook):
@@ -77,7 +77,7 @@ class _Beginning(nn.Module):
         self._repeating = repeating
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:  # noqa: FBT001
-        """Yield those outside the stages: of the others none is called."""
+        """Yield the modules outside the stages, as the others are not called."""
         stages: set[nn.Module] = {*momentum_stages(self.model).values()}
         yield self
         for _, module in self.model.named_modules(stages, remove_duplicate=remove_duplicate):
@@ -103,7 +103,7 @@ class Stem:
         self._repeating: set[int] = set()  # threads
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the model: forget what the stem saves, unless it is to be stored."""
+        """Hook before the model: let autograd save nothing in a stem that is to be repeated."""
         if torch.compiler.is_compiling():
             return
         self.abandon()  # a KeyboardInterrupt may have ended the last pass
@@ -121,7 +121,11 @@ class Stem:
         forgetting.__enter__()
 
     def reach(self, _stage: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before a stage: the stem ends here."""
+        """Hook before a stage: end the stem, or its repetition.
+
+        Raises:
+            Enough: It is being repeated, and that was all of it.
+        """
         if torch.compiler.is_compiling():
             return
         if get_ident() in self._repeating:
@@ -129,7 +133,7 @@ class Stem:
         self._finish(args[:1])
 
     def end(self, _model: nn.Module, _args: object, output: object) -> None:
-        """After the model, which may have failed in the stem, or come to no stage."""
+        """Hook after the model: end a stem in which it failed, or which was all of it."""
         if torch.compiler.is_compiling():
             return
         if output is None:
@@ -143,7 +147,7 @@ class Stem:
             ended.leave()
 
     def _finish(self, outputs: Sequence[Tensor]) -> None:
-        """All that these were computed with is the stem, if this pass has not left it before."""
+        """End the stem at ``outputs``, if this pass has not left it before."""
         ended = self._passes.get(get_ident())
         if ended is None:
             return

@@ -232,9 +232,9 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _claiming(assignment: Assignment, *, resume: Resume, overwrite: bool) -> Iterator[bool]:
-    """Inside, the folder belongs to this run, if nothing about it is wrong at first sight.
+    """Claim the folder for what is inside, if nothing about it is wrong at first sight.
 
-    Gives whether to go on with the run that is there, as the first process finds.
+    Give whether to go on with the run that is there, as the first process finds.
     """
     folder, goes_on = assignment.folder, resume is True
     with ExitStack() as held:
@@ -271,7 +271,7 @@ def _following(processes: Processes) -> Iterator[None]:
 def _begin(
     assignment: Assignment, like: Provenance | None, *, resume: bool, overwrite: bool
 ) -> TrainingRun:
-    """Start a run, or go on with it. It is the folder that tells all processes the same."""
+    """Start a run, or go on with it; processes other than the first read it from its folder."""
     if resume:
         with assignment.processes.leader_first():
             return resuming.resume(assignment)

@@ -44,14 +44,14 @@ class Buckets:
         self._waiting: list[Callable[[], None]] | None = None  # for the sums, in a step
 
     def prepare(self, model: nn.Module) -> None:
-        """Take memory for the gradients that ``model`` has now."""
+        """Reserve memory for the gradients of what learns in ``model`` now."""
         parameters = [p for p in model.parameters() if p.requires_grad][::-1]
         if list(map(id, parameters)) != list(map(id, self._parameters)):
             self.clear()
             self._lay_out(parameters)
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         for hook in self._hooks:
             hook.remove()
         self._buckets, self._hooks, self._parameters = [], [], []
@@ -69,7 +69,7 @@ class Buckets:
         self._passes -= 1
 
     def finish(self) -> None:
-        """Sum what has not been summed; a gradient that no process has is none.
+        """Sum the pieces that have not been summed. A gradient that no process has is none.
 
         Raises:
             ResourceError: A process is gone.
@@ -100,7 +100,7 @@ class Buckets:
                 group = []
 
     def _hear(self, bucket: "_Bucket", parameter: nn.Parameter) -> None:
-        """Take notice that a gradient is complete, as far as this pass goes."""
+        """Take notice of a gradient that a pass has completed; in the last, send whole pieces."""
         self._touched.add(parameter)
         if self._waiting is None or self._passes != 1:
             return
@@ -127,7 +127,7 @@ class _Bucket:
         self.missing: set[nn.Parameter] = set()
 
     def reset(self) -> None:
-        """Let all gradients be 0, and incomplete."""
+        """Set all gradients to 0, and take them for incomplete."""
         self.values.zero_()
         self.missing = {*self._parameters}
         parts: list[Tensor] = [*self.values.split([p.numel() for p in self._parameters])]

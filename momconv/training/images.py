@@ -120,7 +120,7 @@ def find_place(recipe: DataRecipe, sources: Sources | None) -> Place:
 
 
 def find_root(place: Place) -> Path:
-    """Return what the place of the images is called."""
+    """Return the folder of the images, or the name of their source."""
     return place if isinstance(place, Path) else place[0].root
 
 

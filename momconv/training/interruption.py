@@ -26,10 +26,13 @@ class TimeUp(Exception):
 
 @contextmanager
 def catching_signals(announce: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Give a function that raises ``Interrupted`` if SIGINT or SIGTERM has come since.
+    """Give a function that checks whether SIGINT or SIGTERM has come since.
 
-    A second signal raises SystemExit wherever the program is. Only the main thread of a process
-    gets signals; in another one nothing is caught.
+    Only the main thread of a process gets signals; in another one nothing is caught.
+
+    Raises:
+        Interrupted: By the function, if one has come.
+        SystemExit: Wherever the program is, at a second signal.
     """
     received: list[int] = []
 

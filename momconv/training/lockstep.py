@@ -98,7 +98,7 @@ def _begin_adding(run: TrainingRun, step: Step, *, is_released: bool) -> None:
 
 @dataclass(slots=True, kw_only=True)
 class _Agreement:
-    """That of all processes to begin a backward pass in which weights change, where it is needed.
+    """The agreement of all processes to begin a backward pass that changes weights.
 
     Attributes:
         run: Of this process.
@@ -111,7 +111,7 @@ class _Agreement:
     is_sought: bool = False
 
     def seek(self) -> None:
-        """From now on, the run is half done, unless this raises an error.
+        """Ask the others, if that is needed; from then on, this step is half done.
 
         Raises:
             MomconvError: A forward pass has failed.
@@ -123,7 +123,7 @@ class _Agreement:
 
 
 def _fail_together(run: TrainingRun, fault: MomconvError | None) -> None:
-    """Do nothing if no process has met a fault for which all do a step again.
+    """Sum the gradients, and raise a fault that any process has met in all of them.
 
     All runs have the same ranges in all processes afterwards.
 
@@ -194,7 +194,7 @@ def _passing(run: TrainingRun) -> Iterator[None]:
 
 
 def finish_passes(run: TrainingRun, left: int, fault: MomconvError | None) -> MomconvError | None:
-    """Make those that are ``left`` with nothing to learn, and return the ``fault`` of a step.
+    """Make the passes that are ``left`` with nothing to learn, and return the first fault.
 
     Raises:
         ResourceError: A pass has not come to its end.

@@ -121,7 +121,7 @@ def train(run: TrainingRun) -> None:
 
 
 def _begin_epoch(run: TrainingRun) -> None:
-    """Let what is to learn in this epoch learn: at first perhaps the head alone."""
+    """Choose which parameters learn in this epoch: at first perhaps the head alone."""
     keep_reserve()
     start_training(run.model, run.recipe.train)
     for group in run.optimizer.param_groups:
@@ -218,7 +218,7 @@ def _change_what_failed(run: TrainingRun, error: MomconvError) -> None:
 
 
 def _step(run: TrainingRun, step: Step, loss: Tensor, began: float) -> bool:
-    """Change the weights, and count the step, which ``began`` then.
+    """Change the weights, and count the step, which began at the time ``began``.
 
     Returns False if memory ran out: some weights may have changed, so the run went back.
 
@@ -289,7 +289,7 @@ def _all_or_nothing(run: TrainingRun) -> Iterator[None]:
 
 
 def _require_finite(run: TrainingRun, loss: Tensor, step: Step, norms: Sequence[Tensor]) -> None:
-    """Do nothing if loss and gradients are finite; of those that are gone, the ``norms`` say that.
+    """Do nothing if the loss and all gradients are finite; ``norms`` are of those that are freed.
 
     Raises:
         NotFinite: They are not.

@@ -69,7 +69,7 @@ def measure_gradients(
 
 @contextmanager
 def _holding_gradients(model: nn.Module) -> Iterator[None]:
-    """Every trained parameter has a gradient inside, as in all micro-batches but the first.
+    """Inside, every trained parameter has a gradient, as in all micro-batches but the first.
 
     One that gets none keeps none: an optimiser would let it decay.
     """
@@ -130,7 +130,7 @@ def halve(run: TrainingRun, error: OutOfMemory | NotReproducible) -> None:
 
 @contextmanager
 def offering_to_resume(run: TrainingRun) -> Iterator[None]:
-    """Inside, an error of memory that no smaller batch helps says how the run can go on.
+    """Inside, the error where memory ran out says how the run can go on.
 
     Raises:
         OutOfMemory: It ran out.
@@ -147,7 +147,7 @@ def offering_to_resume(run: TrainingRun) -> Iterator[None]:
 
 @contextmanager
 def enforcing_limit(device: torch.device, memory: str | None) -> Iterator[None]:
-    """Inside, what is above the limit ``memory`` is out of memory, on a GPU.
+    """Inside, a GPU is out of memory above the limit ``memory``.
 
     PyTorch's allocator counts its own bytes alone, without the context of CUDA. On a CPU nothing
     enforces a limit, which is why the first step is measured.
@@ -182,7 +182,7 @@ def compare_peak(run: TrainingRun) -> None:
 
 
 def reset_peak(run: TrainingRun) -> None:
-    """Begin to measure anew."""
+    """Forget the peak that was measured, and the micro-batches that it was measured with."""
     run.measured_sizes.clear()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
@@ -196,7 +196,7 @@ def peak_bytes(run: TrainingRun) -> int:
 
 
 def halved(run: TrainingRun) -> int:
-    """Return the next smaller micro-batch."""
+    """Return half the micro-batch, or the fewest images that the network can take."""
     return max(fewest_images(run.model), run.plan.micro_batch // 2)
 
 

@@ -178,7 +178,7 @@ def make_scaler(precision: Precision, device: torch.device) -> GradScaler:
 
 
 def read_scaler(scaler: GradScaler) -> dict[str, Tensor]:
-    """Return all that ``scaler`` remembers; nothing if it does nothing."""
+    """Return the state of ``scaler``; nothing if it is disabled."""
     state = scaler.state_dict()
     return {name: torch.tensor(state[name], dtype=torch.float64) for name in _SCALER_STATE if state}
 
@@ -211,7 +211,7 @@ class Average:
         return model
 
     def update(self, model: nn.Module) -> None:
-        """Take in what ``model`` is after a step."""
+        """Count in ``model`` as it is after a step."""
         n = int(self._averaged.n_averaged)
         decay = min(self._decay, (1 + n) / (10 + n))
         average = get_ema_multi_avg_fn(decay)
@@ -222,7 +222,7 @@ class Average:
         set_ranges(self.model, read_ranges(model))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all that it remembers."""
+        """Return the state of the average."""
         return dict(self._averaged.state_dict())
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

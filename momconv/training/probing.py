@@ -228,7 +228,11 @@ class _Features(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features of ``images``, (images, features)."""
+        """Return the features of ``images``, (images, features).
+
+        Raises:
+            UsageError: The last linear layer does not take one vector for each image.
+        """
         seen: list[Tensor] = []
         head = self.model.get_submodule(find_head(self.model))
         with head.register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0])):

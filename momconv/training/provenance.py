@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "torchvision", "safetensors", "numpy", "pillow")
 
 
 class Provenance(BaseModel):
-    """What made a run what it is."""
+    """The software, machine, weights and images that a run began with."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -81,7 +81,7 @@ def read_provenance(path: Path) -> Provenance:
 
 
 def list_differences(before: Provenance, now: Provenance) -> list[str]:
-    """Return what is not as it was, in words."""
+    """Return in words how ``now`` differs from ``before``."""
     then = before.machine
     machine = {k: (then.get(k), value) for k, value in now.machine.items()}
     pairs = machine | {
@@ -92,6 +92,6 @@ def list_differences(before: Provenance, now: Provenance) -> list[str]:
 
 
 def tell_of_differences(before: Provenance, now: Provenance, listener: Listener) -> None:
-    """Tell what is not as it was."""
+    """Tell how ``now`` differs from ``before``."""
     for difference in list_differences(before, now):
         listener.tell(f"warning: not as in the run of {before.started}: {difference}")

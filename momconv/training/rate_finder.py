@@ -160,7 +160,7 @@ def _add_up(run: TrainingRun, step: Step) -> float:
 
 @contextmanager
 def _as_before(run: TrainingRun) -> Iterator[None]:
-    """Afterwards the network and the random state are what they were.
+    """Put network and random state back afterwards.
 
     The weights wait in a file: nobody has planned memory for a copy.
     """

@@ -36,7 +36,7 @@ from momconv.zoo.description import describe
 
 @dataclass(slots=True, kw_only=True)
 class Assignment:
-    """What a process is asked for, before there are images, network and plan."""
+    """What a process is asked to train, before there are images, network and plan."""
 
     recipe: Recipe  # with what was found or had to be changed
     folder: RunFolder
@@ -109,7 +109,7 @@ class TrainingRun(Assignment):
         self.equip()
 
     def equip(self) -> None:
-        """Make anew what changes the weights, for the network as it is now."""
+        """Make optimiser, average and scaler anew, for the network as it is now."""
         self.optimizer = make_optimizer(self.model, self.recipe.train)
         decay = self.recipe.train.ema
         self.average = Average(self.model, decay) if decay else None
@@ -149,7 +149,7 @@ class TrainingRun(Assignment):
         restore_scaler(self.scaler, parts["scaler"])
 
     def renew_scaler(self) -> None:
-        """Let the scaler forget the gradients of a step that came to nothing, but not its factor.
+        """Replace the scaler after a step that came to nothing, by one of the same factor.
 
         It would refuse to unscale the next ones, or to end a step of which it has seen none.
         """

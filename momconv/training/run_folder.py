@@ -21,7 +21,7 @@ _RUNS = Path("runs")  # below the working directory
 
 
 def _ignore(_: str) -> None:
-    """Hears what nobody wants to."""
+    """Hear a message and do nothing."""
 
 
 def name_folder(recipe: Recipe) -> Path:
@@ -58,7 +58,7 @@ def _find_states(folder: Path) -> list[Path]:
 
 
 class _Child:
-    """A path in the folder that it is asked of."""
+    """A file of the run folder, as an attribute of that."""
 
     def __init__(self, name: str) -> None:
         self._name = name

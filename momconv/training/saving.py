@@ -45,7 +45,7 @@ def begin(run: TrainingRun) -> None:
 
 
 def remember_documents(run: TrainingRun) -> None:
-    """Let all states have what the run began with, as it is in the folder now."""
+    """Remember what the run began with, as it is in the folder now, for all states."""
     run.has_begun = True
     kept = [path for path in (run.folder.provenance, run.folder.split) if path.is_file()]
     run.documents = {path.name: path.read_bytes() for path in kept}
@@ -102,7 +102,7 @@ def publish(run: TrainingRun) -> None:
 
 
 def write_plan(run: TrainingRun) -> None:
-    """Write how batches are split now."""
+    """Write the plan as it is now."""
     if run.processes.leads:
         write_text(run.folder.plan, run.plan.to_json())
 
@@ -151,7 +151,7 @@ def saving_together(run: TrainingRun) -> Iterator[None]:
 
 @contextmanager
 def indivisible(run: TrainingRun) -> Iterator[None]:
-    """Do what is inside as a whole; where it fails, the run is not whole any more."""
+    """Take what is inside for one change: where it fails, the run is not whole any more."""
     run.is_whole = False
     yield
     run.is_whole = True
