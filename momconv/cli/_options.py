@@ -1,11 +1,12 @@
 """Options that several commands have."""
 
 import os
-from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from momconv.cli._recipe_options import find_options
 
 
 def ask_to_refetch(wanted: bool) -> bool:  # noqa: FBT001 (Typer calls it)
@@ -15,27 +16,28 @@ def ask_to_refetch(wanted: bool) -> bool:  # noqa: FBT001 (Typer calls it)
     return wanted
 
 
-_input = partial(typer.Option, rich_help_panel="How images become the input")
+def _input(name: str) -> Any:
+    """Return the option that sets ``data.name`` of a recipe, for a command without one."""
+    option = find_options()[f"data.{name}"]
+    return typer.Option(
+        option.flags,
+        metavar=option.metavar,
+        help=option.help,
+        rich_help_panel="How images become the input",
+    )
+
 
 ArgumentOption = Annotated[
     list[str] | None,
     typer.Option("--arg", metavar="KEY=VALUE", help="An argument for it; again for more."),
 ]
-CropOption = Annotated[
-    str | None,
-    _input("--crop", metavar="F", help="Share of that which the crop keeps, as 0.875; or pixels."),
-]
+CropOption = Annotated[str | None, _input("crop")]
 DeviceOption = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:1.")]
-InterpolationOption = Annotated[
-    str | None,
-    _input("--interpolation", metavar="NAME", help="Of the resizing: bilinear, bicubic, …"),
-]
+InterpolationOption = Annotated[str | None, _input("interpolation")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead, on stdout.")
 ]
-MeanOption = Annotated[
-    str | None, _input("--mean", metavar="R,G,B", help="Subtracted from colours of 0 to 1.")
-]
+MeanOption = Annotated[str | None, _input("mean")]
 ModelArgument = Annotated[
     Path,
     typer.Argument(metavar="FILE", help="A converted or fine-tuned model, or a run's folder."),
@@ -57,9 +59,5 @@ RefetchOption = Annotated[
     ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the file.")]
-ResizeOption = Annotated[
-    str | None, _input("--resize", metavar="PIXELS", help="Shorter side before the centre crop.")
-]
-StdOption = Annotated[
-    str | None, _input("--std", metavar="R,G,B", help="What they are divided by then.")
-]
+ResizeOption = Annotated[str | None, _input("resize")]
+StdOption = Annotated[str | None, _input("std")]
