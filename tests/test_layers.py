@@ -24,6 +24,7 @@ LAYERS = [
     "determinism",
     "machine_code",
     "eightbit",
+    "pixels",
     "recipe",
     "cookbook",
     "catalogue",

@@ -14,13 +14,14 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import pil_modes_mapping
 
+from momconv.pixels import normalise
 from momconv.zoo.description import Preprocessing
 
 _SMALLEST_SCALE = 0.35  # of the image's area in a random crop; 0.08 is for training from scratch
 _TINY = 64  # pixels; images of CIFAR's kind are shifted rather than cropped
 _SHIFT = 4  # pixels
 _STRIP = 16  # how often the longer side of one has the shorter one in it
-_ERASED = {"trivial": 0.1, "randaug": 0.25}  # share of the images from which a rectangle is erased
+ERASED = {"trivial": 0.1, "randaug": 0.25}  # share of the images from which a rectangle is erased
 
 Transform = Callable[[Image.Image], Tensor]
 Augmentation = Literal["none", "light", "trivial", "randaug"]
@@ -32,7 +33,11 @@ def evaluation_transform(p: Preprocessing) -> v2.Compose:
 
 
 def training_transform(
-    p: Preprocessing, *, level: Augmentation = "light", flip: bool = True
+    p: Preprocessing,
+    *,
+    level: Augmentation = "light",
+    flip: bool = True,
+    as_bytes: bool = False,
 ) -> v2.Compose:
     """Return what an image goes through in training.
 
@@ -43,12 +48,19 @@ def training_transform(
             a random rectangle, as in torchvision's recipes of 2021. "randaug": RandAugment instead
             (Cubuk et al. 2020; two operations of magnitude 9), and a quarter, as DeiT's recipes.
         flip: Whether to mirror at all.
+        as_bytes: Whether it stays bytes, which are not normalised and cannot be erased.
     """
+    last = read_pixels if as_bytes else NormalisedTensor(p)
     if level == "none":
-        return evaluation_transform(p)
+        return v2.Compose([_Resize(p), _CentreCrop(p.resolution), last])
     mirror = [v2.RandomHorizontalFlip()] if flip else []
-    steps = [*_random_crop(p), *mirror, *_policy(level), NormalisedTensor(p)]
+    steps = [*_random_crop(p), *mirror, *_policy(level), last]
     return v2.Compose([*steps, *_erasing(level)])
+
+
+def read_pixels(image: Image.Image) -> Tensor:
+    """Return red, green and blue of an 8-bit RGB image as bytes: shape (3, height, width)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 class _Resize:
@@ -94,13 +106,11 @@ class NormalisedTensor:
     """``ToTensor`` and ``v2.Normalize`` of an 8-bit RGB image, in a third of their time."""
 
     def __init__(self, p: Preprocessing) -> None:
-        self._mean, self._std = (torch.tensor(v).view(3, 1, 1) for v in (p.mean, p.std))
+        self._mean, self._std = torch.tensor(p.mean), torch.tensor(p.std)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return red, green and blue, normalised: shape (3, height, width)."""
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        # Divided by 255, as presets do; v2.ToDtype multiplies by 1/255: not the same.
-        return pixels.float().div_(255).sub_(self._mean).div_(self._std)
+        return normalise(read_pixels(image), self._mean, self._std)
 
 
 def _random_crop(p: Preprocessing) -> list[Callable[[Image.Image], Image.Image]]:
@@ -119,4 +129,4 @@ def _policy(level: Augmentation) -> list[v2.Transform]:
 
 
 def _erasing(level: Augmentation) -> list[v2.Transform]:
-    return [v2.RandomErasing(_ERASED[level])] if level in _ERASED else []
+    return [v2.RandomErasing(ERASED[level])] if level in ERASED else []

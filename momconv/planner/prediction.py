@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from momconv.errors import UsageError
 from momconv.momentum.sequential import set_strategy
+from momconv.pixels import taking_bytes
 from momconv.planner.allowance import find_allowance
 from momconv.planner.cost import Work, count_work
 from momconv.planner.devices import parse_device
@@ -37,6 +38,7 @@ from momconv.vocabulary import OptimizerName, Precision, Strategies
 
 _CUDA_BLOCK = 512  # bytes to which PyTorch's CUDA allocator rounds up
 
+_ANY_SCALE = 1.0, 1.0, 1.0
 _GATHERING = "gathering"
 _ACCUMULATION = "torch::autograd::AccumulateGrad"
 
@@ -116,6 +118,7 @@ class Training:
     device: str = "cpu"  # or "cuda"
     release_gradients: bool = False  # each is used and freed in the backward pass
     shards: int = 1  # processes among which weights, gradients and state are divided
+    as_bytes: bool = False  # images, until the network takes them
 
     def static_bytes(self, model: nn.Module) -> StaticBytes:
         """Return what training ``model`` holds whatever the batch is."""
@@ -259,9 +262,10 @@ class Predictor:
         trace = _Trace(self._imitator, 1 if self._kind == "cpu" else _CUDA_BLOCK)
         side = training.resolution
         with _explaining(self._name), self._imitator.mode, self._rules():
-            images = torch.empty(batch, 3, side, side, device=self._device)
+            kind = torch.uint8 if training.as_bytes else torch.float
+            images = torch.empty(batch, 3, side, side, dtype=kind, device=self._device)
             labels = torch.empty(batch, dtype=torch.long, device=self._device)
-            with self._divided(trace, training.shards):
+            with self._taking(kind), self._divided(trace, training.shards):
                 trace.run(self.model, images, labels, training.precision)
         static = training.static_bytes(self.model)
         peak = trace.report(
@@ -285,6 +289,11 @@ class Predictor:
             return nullcontext()
         copies = self._kind == "cpu"
         return Gathering(trace.hold, trace.keep, shards, copies=copies).watching(self.model)
+
+    def _taking(self, kind: torch.dtype) -> AbstractContextManager[None]:
+        if kind != torch.uint8:
+            return nullcontext()
+        return taking_bytes(self.model, _ANY_SCALE, _ANY_SCALE, self._device)
 
     def _rules(self) -> AbstractContextManager[object]:
         """Return the types and the memory of a GPU that is asked about and is not there."""

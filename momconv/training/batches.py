@@ -21,8 +21,9 @@ from torchvision.transforms import v2
 
 from momconv.data.source import ImageSet
 from momconv.data.splits import shuffle
+from momconv.data.transforms import ERASED
 from momconv.planner.micro_batch import count_steps, split_evenly
-from momconv.recipe import DataRecipe, TrainRecipe
+from momconv.recipe import DataRecipe, Recipe, TrainRecipe
 
 Part = tuple[Tensor, Tensor]  # the images and labels of a micro-batch
 
@@ -69,6 +70,12 @@ def split_batch(
     size, larger = divmod(len(batch), parts)
     rest = iter(batch)
     return [list(itertools.islice(rest, size + (part < larger))) for part in range(parts)]
+
+
+def are_bytes(recipe: Recipe) -> bool:
+    """Return whether images are bytes until the network takes them: none is mixed or erased."""
+    train, data = recipe.train, recipe.data
+    return not (train.mixup or train.cutmix or data.augment in ERASED)
 
 
 class MicroBatches(Sampler[list[int]]):

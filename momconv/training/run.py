@@ -15,7 +15,7 @@ from momconv.errors import ResourceError
 from momconv.planner.micro_batch import StaticBytes, count_steps
 from momconv.planner.plan import Change, Fixed, Plan, Request
 from momconv.recipe import Recipe
-from momconv.training.batches import weigh_classes
+from momconv.training.batches import are_bytes, weigh_classes
 from momconv.training.gradients import Buckets
 from momconv.training.optimisation import (
     Average,
@@ -71,6 +71,7 @@ class Assignment:
             release_gradients=train.release_gradients is True,
             processes=processes.count,
             shards=processes.count if train.shard is True else 1,
+            as_bytes=are_bytes(recipe),
             sharers=processes.on_this_machine if self.device.type == "cpu" else 1,
             may_change=may_change,
             fixed=fixed,
@@ -230,7 +231,8 @@ def _choose_workers(assignment: Assignment, images: int, plan: Plan) -> int:
         if wanted == "auto"
         else wanted
     )
-    batch_bytes = plan.sizes[0] * 3 * 4 * plan.request.resolution**2
+    value_bytes = 1 if plan.request.as_bytes else 4
+    batch_bytes = plan.sizes[0] * 3 * value_bytes * plan.request.resolution**2
     fitting = count_workers_that_fit(most, batch_bytes * processes.on_this_machine)
     if fitting < most and wanted != "auto":
         raise ResourceError(

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from momconv.data.dataset import LabelledImages, end_workers, make_loader, read_batches
 from momconv.data.transforms import training_transform
+from momconv.pixels import taking_bytes
 from momconv.planner.measurement import autocast
 from momconv.planner.outlook import has_batch_norm
 from momconv.states import in_eval_mode
@@ -19,6 +21,7 @@ from momconv.training.batches import (
     MicroBatches,
     Mixer,
     Part,
+    are_bytes,
     draw,
     repeat,
     split_batch,
@@ -71,7 +74,9 @@ class Steps:
             self._weights, images = weigh_images(images), repeat(images)
         preprocessing = describe(run.model).preprocessing
         data = run.recipe.data
-        transform = training_transform(preprocessing, level=data.augment, flip=data.flip)
+        transform = training_transform(
+            preprocessing, level=data.augment, flip=data.flip, as_bytes=are_bytes(run.recipe)
+        )
         self._dataset = LabelledImages(
             images, transform, seed=run.recipe.train.seed, ranges=preprocessing.ranges
         )
@@ -186,13 +191,21 @@ def add_gradients(
     smoothing = run.recipe.train.label_smoothing
     if run.class_weights is not None:
         labels, smoothing = weigh_labels(labels, run.class_weights, smoothing), 0.0
-    with autocast(run.plan.precision, run.device):
+    with _taking(run, images.dtype), autocast(run.plan.precision, run.device):
         outputs = run.model(images)
         total = F.cross_entropy(outputs, labels, reduction="sum", label_smoothing=smoothing)
         loss = share / len(labels) * total
         before_backward()
         run.scaler.scale(loss).backward()
     return loss.detach()
+
+
+def _taking(run: TrainingRun, kind: torch.dtype) -> AbstractContextManager[None]:
+    """Inside, the network takes images of that kind."""
+    if kind != torch.uint8:
+        return nullcontext()
+    p = describe(run.model).preprocessing
+    return taking_bytes(run.model, p.mean, p.std, run.device)
 
 
 def keep_company(run: TrainingRun) -> None:

@@ -32,7 +32,7 @@ from momconv.momentum.equations import LOWEST
 from momconv.momentum.sequential import momentum_stages, read_ranges, set_strategy
 from momconv.planner.measurement import measure_step
 from momconv.planner.plan import Plan
-from momconv.planner.prediction import peak_memory
+from momconv.planner.prediction import Predictor, Training, peak_memory
 from momconv.recipe import TrainRecipe
 from momconv.surgery.conversion import convert
 from momconv.training import loop
@@ -434,6 +434,7 @@ def test_the_plan_counts_the_average(colours: Path, tmp_path: Path, last: str) -
     plan = Plan.from_json((tmp_path / "plan.json").read_text())
     model = model_file.load(tmp_path / "last.safetensors").train()
     place(model, torch.device("cpu"), TrainRecipe(channels_last=last == "true"))
-    peak = peak_memory(model, 3, 32, strategy=plan.strategy, ema=True)
+    training = Training(32, ema=True, as_bytes=True)
+    peak = Predictor(model, training).predict(3, plan.strategy).peak
     assert plan.predicted_bytes == peak.total == pytest.approx(plan.measured_bytes, rel=0.02)
     assert peak.ema == peak.weights
