@@ -2,8 +2,11 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from momconv.training.run import TrainingRun
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -55,3 +58,25 @@ def catching_signals(announce: Callable[[str], None]) -> Iterator[Callable[[], N
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_if_asked(run: TrainingRun, check: Callable[[], None]) -> None:
+    """End the run if a process was signalled, as ``check`` says of this one, or no time is left.
+
+    All processes end together; it is the leader's time that counts.
+
+    Raises:
+        Interrupted: One was signalled.
+        TimeUp: There is no time left.
+    """
+    number = 0
+    try:
+        check()
+    except Interrupted as interrupted:
+        number = interrupted.signal
+    own = run.processes.leads and time.monotonic() >= run.ends
+    number, late = run.processes.largest(number, own)
+    if number:
+        raise Interrupted(number)
+    if late:
+        raise TimeUp

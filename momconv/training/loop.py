@@ -22,7 +22,7 @@ from momconv.evaluation import Scores
 from momconv.exhaustion import EXHAUSTED, keep_reserve, naming_exhaustion
 from momconv.states import keep_buffers
 from momconv.training.gradients import changing_in_backward
-from momconv.training.interruption import Interrupted, TimeUp, catching_signals
+from momconv.training.interruption import catching_signals, stop_if_asked
 from momconv.training.lockstep import add_share
 from momconv.training.memory import (
     compare_peak,
@@ -101,7 +101,7 @@ def train(run: TrainingRun) -> None:
                     break
                 note_peak(run)
                 autosave()
-                _stop_if_asked(run, check)
+                stop_if_asked(run, check)
                 began = time.perf_counter()
             else:
                 scores = validate(run, report, check)
@@ -110,7 +110,7 @@ def train(run: TrainingRun) -> None:
                     continue
                 _finish_epoch(run, scores, time.perf_counter() - began)
                 if not _is_done(run):
-                    _stop_if_asked(run, check)
+                    stop_if_asked(run, check)
     compare_peak(run)
     recipe, done = run.recipe.train, run.progress.epoch
     if done < recipe.epochs:
@@ -250,26 +250,6 @@ def _step(run: TrainingRun, step: Step, loss: Tensor, began: float) -> bool:
 def _find_rate(run: TrainingRun) -> float:
     """Return the learning rate of the step that comes next."""
     return run.progress.lr_factor * run.rate_at(run.progress.epoch, run.progress.step)
-
-
-def _stop_if_asked(run: TrainingRun, check: Callable[[], None]) -> None:
-    """Do nothing if no process was signalled, and the leader has time left.
-
-    Raises:
-        Interrupted: One was signalled.
-        TimeUp: There is no time left.
-    """
-    number = 0
-    try:
-        check()
-    except Interrupted as interrupted:
-        number = interrupted.signal
-    own = run.processes.leads and time.monotonic() >= run.ends
-    number, late = run.processes.largest(number, own)
-    if number:
-        raise Interrupted(number)
-    if late:
-        raise TimeUp
 
 
 @contextmanager
