@@ -302,7 +302,7 @@ def show_steps(steps: Sequence[AdaptationStep]) -> Iterator[RenderableType]:
 
 
 def describe_drift(drift: Drift, origin: str) -> str:
-    """Return one line."""
+    """Return in one line how far the outputs of both networks are apart."""
     low, high = drift.interval
     return (
         f"same top-1 as the original on {drift.agreement:.1%} of {plural(drift.images, 'image')} "
@@ -312,7 +312,7 @@ def describe_drift(drift: Drift, origin: str) -> str:
 
 
 def describe_rounding(share: float | None) -> str:
-    """Return one line; of what was not measured it says what the grid comes to."""
+    """Return in one line what the grid of x costs, or what it is where that was not measured."""
     if share is None:
         return f"not measured; x is kept to 2^-{FINENESS} of the largest activation, or finer"
     return f"outputs within {share:.1e} of those of the same network in double precision"

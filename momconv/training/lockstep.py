@@ -29,7 +29,7 @@ from momconv.exhaustion import EXHAUSTED, naming_exhaustion
 from momconv.files.atomic import write_text
 from momconv.momentum.faults import postponing
 from momconv.momentum.sequential import read_ranges, set_ranges
-from momconv.training.memory import halved, has_to_measure, measure_gradients
+from momconv.training.memory import has_to_measure, measure_gradients, offer_half
 from momconv.training.omission import find_number
 from momconv.training.run import TrainingRun
 from momconv.training.saving import indivisible
@@ -163,7 +163,7 @@ def _refuse_to_redo(run: TrainingRun, fault: MomconvError) -> None:
         raise ResourceError(
             f"{run.device} ran out of memory, while others wait for it (--sync-bn)",
             kind=EXHAUSTED,
-            fix=f"{run.folder.resume_command} --micro-batch {halved(run)}",
+            fix=offer_half(run),
         )
     if isinstance(fault, UnreadableImage):
         path = printable(fault.path)

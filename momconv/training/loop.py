@@ -27,8 +27,8 @@ from momconv.training.lockstep import add_share
 from momconv.training.memory import (
     compare_peak,
     halve,
-    halved,
     note_peak,
+    offer_half,
     offering_to_resume,
     peak_bytes,
     reset_peak,
@@ -236,7 +236,7 @@ def _step(run: TrainingRun, step: Step, loss: Tensor, began: float) -> bool:
                     f"{run.device} ran out of memory while changing the weights; the state that "
                     "was saved last is kept",
                     kind=EXHAUSTED,
-                    fix=f"{run.folder.resume_command} --micro-batch {halved(run)}",
+                    fix=offer_half(run),
                 ) from None
             go_back(run)
             halve(run, error)

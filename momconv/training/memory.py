@@ -195,9 +195,10 @@ def peak_bytes(run: TrainingRun) -> int:
     return run.plan.measured_bytes or run.plan.predicted_bytes
 
 
-def halved(run: TrainingRun) -> int:
-    """Return half the micro-batch, or the fewest images that the network can take."""
-    return max(fewest_images(run.model), run.plan.micro_batch // 2)
+def offer_half(run: TrainingRun) -> str:
+    """Return the command that goes on with half the micro-batch, if the network can take so few."""
+    half = max(fewest_images(run.model), run.plan.micro_batch // 2)
+    return f"{run.folder.resume_command} --micro-batch {half}"
 
 
 def out_of_memory(run: TrainingRun, error: OutOfMemory, doing: str, remedy: str) -> OutOfMemory:
