@@ -19,7 +19,7 @@ from momconv.momentum.sequential import MomentumSequential, Run, momentum_stages
 from momconv.momentum.ways import Way
 from momconv.planner.cost import Speed, Work
 from momconv.planner.prediction import Course, Predictor, StepPrediction
-from momconv.planner.spots import Spot
+from momconv.planner.stages import Spot
 
 STORE, CHECKPOINT, MOMENTUM = Way("store"), Way("checkpoint"), Way("momentum")
 IN_PARTS = Way("momentum", in_parts=True)

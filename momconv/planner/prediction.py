@@ -31,8 +31,7 @@ from momconv.planner.gpu_rules import as_on_gpu
 from momconv.planner.measurement import run_step, static_bytes
 from momconv.planner.micro_batch import StaticBytes
 from momconv.planner.scratch import peak_within
-from momconv.planner.spots import Spot, Spots
-from momconv.planner.stages import assign_modules, marking
+from momconv.planner.stages import Spot, Spots, assign_modules, marking
 from momconv.tracing.runs import DEPENDS_ON_VALUES
 from momconv.vocabulary import OptimizerName, Precision, Strategies
 
