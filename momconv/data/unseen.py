@@ -77,7 +77,7 @@ def keep_unseen(
 
 
 def leave_out_seen(
-    images: ImageSet, records: Sequence[SeenImages | None], *, keep_all: bool = False
+    images: ImageSet, records: Sequence[SeenImages | None], *, keep_all: bool
 ) -> tuple[ImageSet, Exposure]:
     """Return what ``keep_unseen`` does, for what networks are known to have seen."""
     recorded, complete = None not in records, all(seen and seen.complete for seen in records)

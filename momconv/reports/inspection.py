@@ -78,7 +78,7 @@ class FileInspection:
         return document
 
 
-def inspect_file(path: Path, own: nn.Module | None = None) -> FileInspection:
+def inspect_file(path: Path, own: nn.Module | None) -> FileInspection:
     """Return what the model file ``path`` says about itself, which is checked but not tried.
 
     Args:

@@ -42,7 +42,7 @@ _LENGTH = 24  # characters of a class
 _REST, _WHOLE = "activations and the rest", "not divided"  # of a peak, in grey
 
 
-def draw_curves(history: Sequence[EpochRow], path: Path, probe: ProbeScore | None = None) -> None:
+def draw_curves(history: Sequence[EpochRow], path: Path, probe: ProbeScore | None) -> None:
     """Draw loss, top-1 and macro F1, learning rate and, where it changes, γ over the epochs.
 
     The top-1 of a ``probe`` is a line to compare with.
