@@ -81,7 +81,7 @@ def _take_stored(outlook: Outlook) -> Alternative:
 
 
 def _take(outlook: Outlook, found: Found | None, network: Network) -> Alternative:
-    """Return what fits with some activations computed again; or the leanest, where nothing need be.
+    """Return what fits with some activations computed again, or is leanest where all are stored.
 
     The plain network may be stored whole. Then this is what it could do in less memory.
     """
@@ -109,7 +109,7 @@ def _describe(
 def _explain(
     chosen: Network, found: dict[Network, Found | None], alternatives: tuple[Alternative, ...]
 ) -> str:
-    """Return one sentence why."""
+    """Return in a sentence why that network is ``chosen``."""
     plain, momentum = found["plain"], found["momentum"]
     if chosen == "plain":
         assert plain is not None

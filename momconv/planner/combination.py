@@ -45,7 +45,7 @@ class Combination(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some of a step: bytes beside what parts before it retain, and work."""
+    """A part of a step: its bytes, without those that earlier parts retain, and its work."""
 
     retained: int = 0
     peak: int = 0
@@ -53,15 +53,15 @@ class Part:
 
     @classmethod
     def of(cls, course: Course) -> "Part":
-        """Return what a block takes for itself."""
+        """Return the part that a block is."""
         return cls(course.retained, max(course.forward, course.backward), course.work)
 
     def beside(self, more: "Part") -> "Part":
-        """Return this with the bytes of ``more`` on top."""
+        """Return this part with the bytes of ``more`` on top."""
         return replace(self, retained=self.retained + more.retained, peak=self.peak + more.peak)
 
     def then(self, other: "Part") -> "Part":
-        """Return this followed by ``other``."""
+        """Return this part and the ``other`` that follows as one."""
         peak = max(self.peak, self.retained + other.peak)
         return Part(self.retained + other.retained, peak, self.work + other.work)
 
@@ -82,14 +82,14 @@ class _State(NamedTuple):
 
 
 class Combinations:
-    """All combinations of ways for steps of one network.
+    """All combinations of ways to run steps of one network.
 
     Attributes:
-        images: Of the steps.
+        images: How many the steps that were traced have.
     """
 
     def __init__(self, predictor: Predictor, images: int, stored: StepPrediction) -> None:
-        """Trace steps of so many images; ``stored`` is the one in which everything is."""
+        """Trace steps of so many ``images``; in the one given as ``stored``, all is stored."""
         self.images = images
         self._spots: list[list[Spot]] = []  # of each part
         stages = momentum_stages(predictor.model)
@@ -114,9 +114,9 @@ class Combinations:
     def find(
         self, limit: float, speed: Speed, off: Sequence[Part] | None = None
     ) -> Combination | None:
-        """Return the fastest in which a step allocates at most ``limit`` bytes, if there is one.
+        """Return the fastest combination in which a step allocates at most ``limit`` bytes, if any.
 
-        Each part is expected to take what ``off`` says beside its own.
+        Each part is expected to take the bytes of ``off`` on top of its own.
         """
         found = []
         for ways in product((STORE, CHECKPOINT), repeat=len(self._outer)):
@@ -149,7 +149,10 @@ class Combinations:
         return states
 
     def compare(self, found: Combination, step: StepPrediction, scale: float) -> list[Part]:
-        """Return by how much each part of a step with ``scale`` times the images is off."""
+        """Return what the parts of ``step`` take more than was ``found`` for them.
+
+        It has ``scale`` times the images of the steps that were traced.
+        """
         off = []
         for spots, part in zip(self._spots, found.parts, strict=True):
             own = _follow(step.courses.get(spot, _NOTHING) for spot in spots)
@@ -181,7 +184,7 @@ def _carry(stored: Mapping[Spot, Course], others: Mapping[Spot, Course]) -> dict
 
 
 def _drop_dominated(options: Sequence[_Option], speed: Speed) -> list[tuple[_Option, float]]:
-    """Return those that are in no way worse than another one, with their seconds."""
+    """Return the options that no other one matches in memory and time, with their seconds."""
     timed = sorted(((o, speed.seconds(o.part.work)) for o in options), key=lambda pair: pair[1])
     useful: list[tuple[_Option, float]] = []
     for option, seconds in timed:
@@ -194,7 +197,7 @@ def _drop_dominated(options: Sequence[_Option], speed: Speed) -> list[tuple[_Opt
 
 
 def _keep_fastest(states: Iterable[_State], limit: float) -> list[_State]:
-    """Return for each amount retained the fastest, if it is faster than with less."""
+    """Return the fastest state for each amount retained, if none that retains less is as fast."""
     fastest: dict[int, _State] = {}
     for state in states:
         amount = int(state.part.retained / limit * _FRONT)
@@ -250,7 +253,7 @@ def _list_segments(courses: Courses, stops: Sequence[int]) -> _Beginnings:
 
 
 def _list_reversed(courses: Courses, stops: Sequence[int], runs: Sequence[Run]) -> _Beginnings:
-    """Yield beginnings whose runs are reversed; a border in one keeps the next block's input."""
+    """Yield beginnings whose runs are reversed; an end within one keeps the next input."""
     starts = [run.start for run in runs]
     for way in (MOMENTUM, IN_PARTS):
         part = Part()
@@ -263,7 +266,7 @@ def _list_reversed(courses: Courses, stops: Sequence[int], runs: Sequence[Run]) 
 
 
 def _list_groups(courses: Courses, stops: Sequence[int]) -> _Beginnings:
-    """Yield checkpoints and segments of some blocks each, the fewest with which so many do."""
+    """Yield checkpoints and segments of several blocks: for each number of them, the shortest."""
     count = len(stops) - 1
     for length in sorted({math.ceil(count / groups) for groups in range(1, count)} - {1}):
         bounds = [*stops[:-1:length], stops[-1]]

@@ -61,14 +61,14 @@ _memories: dict[Hashable, _Memory] = {}  # of all networks
 
 
 class _Unknown(Exception):
-    """A result that has to be asked for each time."""
+    """What an operation returns has to be found anew each time."""
 
 
 class Imitator(Generic[_T]):
     """Runs operations on fake tensors."""
 
     def __init__(self, examine: Callable[[OpOverload, Any, Sequence[Tensor]], _T]) -> None:
-        """``examine`` hears of an operation, its arguments and its results, once for all alike."""
+        """``examine`` gets an operation, its arguments and its results, once for all alike."""
         # Not every tensor is a fake: a module may hold one that is no buffer.
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._examine = examine
@@ -91,7 +91,7 @@ class Imitator(Generic[_T]):
         return copy.deepcopy(model, memo)
 
     def run(self, func: OpOverload, args: Any, kwargs: Any) -> Answer[_T]:
-        """Return ``func(*args, **kwargs)`` while ``mode`` is on."""
+        """Return what ``func(*args, **kwargs)`` returns while ``mode`` is on."""
         try:
             key = _sign_call(func, args, kwargs)
         except _Unknown:
@@ -151,7 +151,7 @@ class Imitator(Generic[_T]):
 
 
 def _is_plain(func: OpOverload, args: Any) -> bool:
-    """Return whether its kernel goes through contiguous tensors one by one, to a new one."""
+    """Return whether the kernel of ``func`` goes through contiguous tensors to a new one."""
     if torch.Tag.pointwise not in func.tags or func._schema.is_mutable:
         return False
     if func is aten.clone.default:  # with all strides
@@ -171,7 +171,7 @@ def _sign_call(func: OpOverload, args: Any, kwargs: Any) -> Hashable:
 
 
 def _sign(value: Any) -> Hashable:
-    """Return what the results of an operation can depend on, of one of its arguments.
+    """Return what of an argument the results of an operation can depend on.
 
     Raises:
         _Unknown: Its value counts.

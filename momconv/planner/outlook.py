@@ -82,18 +82,18 @@ class Outlook:
         return estimate <= _WORTH_TRYING * self.usable_bytes
 
     def predict(self, strategy: Strategies, micro_batch: int) -> StepPrediction:
-        """Return a step with micro-batches of at most so many images."""
+        """Return the prediction of a step with micro-batches of at most so many images."""
         images, key = self.request.largest_part(micro_batch), str(strategy)
         if self.latest.get(key, (0,))[0] != images:
             self.latest[key] = images, self._predict(strategy, images)
         return self.latest[key][1]
 
     def try_out(self, strategy: Strategies, micro_batch: int, **changes: Any) -> PeakMemory:
-        """Return the peak under ``changes``, or of a changed model, which is not remembered."""
+        """Return the peak under ``changes``, or of a changed model; it is not remembered."""
         return self._predict(strategy, self.request.largest_part(micro_batch), **changes).peak
 
     def find_fastest(self, micro_batch: int, speed: Speed) -> Strategies | None:
-        """Return the fastest combination that fits, or the strategy to keep to, if that does."""
+        """Return the fastest combination that fits, or else the strategy to keep to, if it fits."""
         if self.can_combine:
             return self._combine(micro_batch, speed)
         strategy = self.strategies[0]
@@ -105,7 +105,10 @@ class Outlook:
         return self.request.strategy == "auto" and bool(momentum_stages(self.model))
 
     def _combine(self, micro_batch: int, speed: Speed) -> Strategies | None:
-        """Return the fastest combination that fits; one that does not teaches what to expect."""
+        """Return the fastest combination that fits.
+
+        Of one that turns out not to fit, it is learnt how far expectations are off.
+        """
         off: list[Part] | None = None
         for _ in range(_TRIES):
             found = self._expect(micro_batch, speed, off)

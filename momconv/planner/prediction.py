@@ -250,7 +250,7 @@ class Predictor:
     def predict(
         self, batch: int, strategy: Strategies | None = None, **changes: Any
     ) -> StepPrediction:
-        """Return a step with ``batch`` images, under ``changes`` of what a step is.
+        """Return the prediction for ``batch`` images, under ``changes`` of what a step is.
 
         Raises:
             UsageError: What the model computes depends on values, or the strategy is unknown.
@@ -295,12 +295,12 @@ class Predictor:
         return taking_bytes(self.model, _ANY_SCALE, _ANY_SCALE, self._device)
 
     def _rules(self) -> AbstractContextManager[object]:
-        """Return the types and the memory of a GPU that is asked about and is not there."""
+        """Return a context with the rules of a GPU, if one is asked about and is not there."""
         return as_on_gpu() if self._kind != self._device.type else nullcontext()
 
 
 class _Finding(NamedTuple):
-    """What is to be known about an operation."""
+    """What there is to know of an operation."""
 
     name: str
     scratch: int  # the most bytes that it adds to the live memory
@@ -310,7 +310,7 @@ class _Finding(NamedTuple):
 def _examine(
     func: OpOverload, args: Any, results: Sequence[Tensor], *, with_scratch: bool
 ) -> _Finding:
-    """Return what is to be known of an operation, ``with_scratch`` its own memory too."""
+    """Return what there is to know of an operation; ``with_scratch``, its own memory too."""
     scratch = peak_within(func, args, results) if with_scratch else 0
     return _Finding(func.name().partition("::")[2], scratch, count_work(func, args, results))
 
@@ -327,7 +327,7 @@ class _Tensor(NamedTuple):
 
 
 class _Operation(NamedTuple):
-    """When it runs, and what it amounts to."""
+    """When an operation runs, and its work."""
 
     in_forward: bool
     spot: Spot
@@ -417,7 +417,7 @@ class _Trace(TorchDispatchMode):
         return release
 
     def _find_alive(self, changes: int) -> list[_Tensor]:
-        """Return what is alive after so many changes."""
+        """Return the storages that are alive after so many changes."""
         alive: dict[int, _Tensor] = {}
         for address, tensor in self._changes[:changes]:
             if tensor is None:
@@ -487,7 +487,7 @@ class _Trace(TorchDispatchMode):
             self._peak = _Peak(now, len(self._changes), scratch, operation, self._stage)
 
     def _follow(self, tensor: Tensor, operation: str | None) -> None:
-        """Count the storage of ``tensor`` until it ends, unless no ``operation`` of the step."""
+        """Count the storage of ``tensor`` until it ends: as 0 where no ``operation`` made it."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._known:
@@ -526,7 +526,7 @@ def _summarise(tensors: Any) -> tuple[Alive, ...]:
 
 
 def _forget_gradient(parameter: Tensor) -> None:
-    """Let go of a gradient where the real step adds it to the one that exists."""
+    """Drop a gradient, which the real step would add to the one that exists."""
     parameter.grad = None
 
 

@@ -71,22 +71,22 @@ class _Attempt:
     def would_fit(
         self, strategy: StrategyChoice | None = None, size: int | None = None, **changes: Any
     ) -> bool:
-        """Return whether it would under ``changes``, or does now that the network is changed."""
+        """Return whether a step would fit under ``changes``, or with the network as it is now."""
         outlook = self.outlook
         peak = outlook.try_out(strategy or self.strategy, size or self.size, **changes)
         return peak.total <= outlook.usable_bytes
 
 
 def _find_leaner(attempt: _Attempt) -> Iterator[tuple[str, int]]:
-    """Yield options with which the optimiser's state, the gradients or both take less; the peaks.
+    """Yield options with which optimiser state, gradients or both take less, each with its peak.
 
-    Where gradients are released, that is of the whole batch at once.
+    Where gradients are released, it is the peak of the whole batch at once.
     """
     outlook, request = attempt.outlook, attempt.outlook.request
     smaller, whole = f"{request.optimizer}-8bit", request.share_size + 1
     of_state = {"optimizer": smaller} if smaller in OPTIMIZERS else {}
     of_gradients = {"release_gradients": True} if not request.release_gradients else {}
-    if request.shards > 1:  # which is of no use to either
+    if request.shards > 1:  # then neither is to be had
         return
     for changes in (of_state, of_gradients, of_state | of_gradients):
         if not changes or changes.keys() & request.fixed:

@@ -129,7 +129,7 @@ class Found(NamedTuple):
 def find_best(
     model: nn.Module, request: Request, limit: int, find_speed: FindSpeed | None = None
 ) -> Found | None:
-    """Return the best plan within ``limit`` bytes, the loaded ``model`` included; None: no fit.
+    """Return the best plan within ``limit`` bytes, the loaded ``model`` included, if one fits.
 
     Raises:
         UsageError: One image alone cannot be trained on.
@@ -146,7 +146,7 @@ def find_best(
 
 
 def _list_requests(request: Request) -> Iterator[Request]:
-    """Yield what may be asked for instead; that whose only use is to save memory comes last."""
+    """Yield the request as it is, and as it may be changed; what only saves memory comes last."""
     whole = ("optimizer", "release_gradients") if request.shards > 1 else ()
     allowed = {change for change in request.may_change if change not in whole}
     leaner = f"{request.optimizer}-8bit"
@@ -184,7 +184,7 @@ def _search(model: nn.Module, look: Callable[..., Outlook]) -> Found | None:
 
 
 def _list_gammas(model: nn.Module, request: Request) -> list[float]:
-    """Return larger γ to consider."""
+    """Return the larger values of γ to consider."""
     own = max((stage.gamma for stage in momentum_stages(model).values()), default=0.0)
     if (
         "gamma" not in request.may_change
