@@ -29,8 +29,13 @@ class Allocator:
     settings: Mapping[str, str] = field(default_factory=dict)  # variables of the environment
 
 
+# jemalloc is to keep what is freed, and to take the next block from it however large it is: else
+# the activations of a deep network, freed one after the other, become a piece that nothing may
+# have a part of, and each step takes as much again from the system.
+_KEEPING = {"MALLOC_CONF": "dirty_decay_ms:-1,lg_extent_max_active_fit:40"}
+
 ALLOCATORS = (  # the best first
-    Allocator("jemalloc", "libjemalloc.so.2", "libjemalloc2", {"MALLOC_CONF": "dirty_decay_ms:-1"}),
+    Allocator("jemalloc", "libjemalloc.so.2", "libjemalloc2", _KEEPING),
     Allocator("tcmalloc", "libtcmalloc_minimal.so.4", "libtcmalloc-minimal4"),
 )
 

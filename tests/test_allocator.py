@@ -36,7 +36,7 @@ def test_the_best_is_taken(tmp_path: Path, started: list[dict[str, str]]) -> Non
     better.touch()
     start_again(["eval"])
     assert started[1]["LD_PRELOAD"] == str(better)
-    assert started[1]["MALLOC_CONF"] == "dirty_decay_ms:-1"
+    assert started[1]["MALLOC_CONF"] == ALLOCATORS[0].settings["MALLOC_CONF"]
 
 
 @pytest.mark.parametrize(
@@ -76,3 +76,33 @@ def test_a_command_that_computes_has_it_and_its_options() -> None:
         check=True,
     )
     assert ran.stdout == f"{found[1]} ['a b', '--c']\n"
+
+
+STEPS = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+for step in range(4):
+    blocks = [ctypes.c_void_p(libc.malloc(512 << 10)) for _ in range(400)]
+    for block in blocks:
+        ctypes.memset(block, 1, 512 << 10)
+    for block in blocks:
+        libc.free(block)
+    print(open("/proc/self/statm").read().split()[1])
+"""
+
+
+@pytest.mark.skipif(find_allocator() is None, reason="no quicker allocator on this machine")
+def test_steps_of_a_deep_network_take_the_same_memory_again_and_again() -> None:
+    found = find_allocator()
+    assert found
+    allocator, library = found
+    ran = subprocess.run(
+        [sys.executable, "-c", STEPS],
+        env=os.environ | allocator.settings | {"LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, *_, last = map(int, ran.stdout.split())
+    assert last < 1.1 * first
