@@ -3,10 +3,10 @@
 ``for block in stage: x = block(x)`` would be the plain network, and so would be PyTorch's
 ``checkpoint_sequential``, ``nn.Sequential(*stage)`` and much that other packages do. In a run no
 block ever gets what another one has returned. So whoever calls one outside its stage must not give
-it that: the tensor itself, a view, a copy in any type, or, in the graph of autograd or torch.fx, a
-function of it alone. Not seen are values that were changed where there is no graph or together with
-others, as halves of a batch that are put together again, and what is called as
-``block.forward(x)``, of which no hook learns.
+it that: the tensor itself, a view, a copy in any type, or, in the graph of autograd or torch.fx,
+what operations of one input make of it, such as a ReLU. Not seen are values that were changed where
+there is no graph or by operations of several inputs, as ``1.5 * x``, dropout, or halves of a batch
+that are put together again; and what is called as ``block.forward(x)``, of which no hook learns.
 """
 
 import threading
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from momconv.errors import UsageError
@@ -73,7 +74,7 @@ def _require_run(
     is_compiling = torch.compiler.is_compiling()
     if type(y) is Proxy:
         _require_run_where_traced(block, tree_leaves((args, kwargs)), y)
-    if type(y) is not Tensor or not (is_compiling or _is_called_by_others(block)):
+    if not isinstance(y, Tensor) or not (is_compiling or _is_called_by_others(block)):
         return
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     x = tensors[0] if tensors else None
@@ -97,17 +98,20 @@ def _require_run_where_traced(block: nn.Module, inputs: Sequence[Any], y: Proxy)
     nodes = [leaf.node for leaf in inputs if isinstance(leaf, Proxy)][:1]
     while len(nodes) == 1:
         if _RETURNED in nodes[0].meta:
-            _refuse(block)
+            _refuse(block, ", or if an argument made the model call blocks one by one: " + _FX)
         nodes = nodes[0].all_input_nodes
     y.node.meta[_RETURNED] = True
 
 
-def _refuse(block: nn.Module) -> NoReturn:
+_FX = "torch.fx.symbolic_trace(model, concrete_args={'its name': None})"
+
+
+def _refuse(block: nn.Module, otherwise: str = "") -> NoReturn:
     raise UsageError(
         f"a {block._get_name()} of a momentum run was called with what the block before it"
         " returned, which is the plain network and not the momentum network",
         kind="usage.outside_stage",
-        fix="call the whole stage, or take momconv.revert(model) for the plain network",
+        fix="call the whole stage, or take momconv.revert(model) for the plain network" + otherwise,
     )
 
 
@@ -130,7 +134,8 @@ def _is_copied(x: Tensor) -> bool:
 
 def _values(x: Tensor, *dtypes: torch.dtype) -> set[int]:
     """Return the checksums of x in its own type or these, if it has values that can be seen."""
-    if is_graph_made() or is_fake(x) or x.layout != torch.strided or x.is_nested:
+    is_plain = x.layout == torch.strided and not x.is_nested
+    if is_graph_made() or is_fake(x) or not is_plain or is_traceable_wrapper_subclass(x):
         return set()
     x = x.detach()
     copies = [x.to(dtype) for dtype in dtypes if x.is_floating_point()]

@@ -156,10 +156,11 @@ class MomentumSequential(nn.Sequential):
     (torch.Size([1, 4]), (Run(start=0, stop=3, gains=(1.0, 1.0, 1.0), exponent=3),))
     """
 
-    gamma: float
     velocity: Velocity
     way: Way
+    _gamma: float
     _runs: tuple[Run, ...] | None
+    _members: frozenset[nn.Module | None]  # of runs, as far as is known
     kind: type[nn.Module] = nn.Sequential
 
     def __init__(
@@ -174,11 +175,22 @@ class MomentumSequential(nn.Sequential):
         super().__init__(*blocks)
         _check_choice("velocity", velocity, get_args(Velocity))
         _check_choice("strategy", strategy, get_args(Strategy))
-        self.gamma = check_gamma(gamma)
+        self._gamma = check_gamma(gamma)
         self.velocity = velocity
+        self._members = frozenset()
         is_plain = gamma == 0 and strategy == "momentum"
         self.way = Way("store" if is_plain else strategy, in_parts=in_parts)
         self.runs = runs
+
+    @property
+    def gamma(self) -> float:
+        """γ of equation (1); 0 makes it the plain network."""
+        return self._gamma
+
+    @gamma.setter
+    def gamma(self, gamma: float) -> None:
+        self._gamma = check_gamma(gamma)
+        self.runs = self.runs
 
     @property
     def runs(self) -> tuple[Run, ...] | None:
@@ -191,11 +203,13 @@ class MomentumSequential(nn.Sequential):
         if blocks and runs:
             check_runs(runs, len(self))
         self._runs = None if runs is None else tuple(runs)
-        places = {n for part in (runs or ()) if self.gamma for n in part.blocks}
-        members = {block for n, block in enumerate(blocks) if n in places}
+        possible = [range(len(blocks))] if runs is None else [part.blocks for part in runs]
+        places = {n for part in possible if self.gamma for n in part}
+        members = frozenset(block for n, block in enumerate(blocks) if n in places)
         starts = [part.start for part in self.followed if self._begins_plain(part)]
         mark(members, [block for n, block in enumerate(blocks) if n - 1 in starts])
-        unmark({*blocks} - members)  # one may be at several places
+        unmark(({*blocks} | self._members) - members)  # one may be at several places
+        self._members = members
 
     def forward(  # type: ignore[override]  # x is called input there
         self, x: Tensor, *args: Any, **kwargs: Any
@@ -205,8 +219,8 @@ class MomentumSequential(nn.Sequential):
         Tensors among these may require gradients. In a network that is compiled as a whole, a stage
         runs as it is: backward runs its blocks again, which must be the same program both times.
         """
-        if isinstance(x, Proxy):  # of torch.fx, for which a stage is one operation
-            return _leave_whole(self, x, args, kwargs)
+        if isinstance(x, Proxy):  # of torch.fx, for which a stage with runs is one operation
+            return _trace(self, x, args, kwargs)
         # The flag itself: PyTorch 2.11's compiler takes is_exporting() for true in all it compiles.
         is_exporting = torch.compiler._is_exporting_flag
         if torch.compiler.is_dynamo_compiling() and not is_exporting:
@@ -471,8 +485,12 @@ class MomentumSequential(nn.Sequential):
         return f"gamma={self.gamma}, strategy={self.way}, momentum blocks: {spans or 'none'}"
 
 
-def _leave_whole(stage: nn.Module, x: Proxy, args: Any, kwargs: Any) -> Any:
-    """Put a call of the stage into the graph that is being made."""
+def _trace(stage: MomentumSequential, x: Any, args: Any, kwargs: Any) -> Any:
+    """Put a call of the stage into the graph that is being made, or of its blocks without runs."""
+    if stage.runs is not None and not stage.followed:
+        for block in stage._modules.values():
+            x = block(x, *args, **kwargs)
+        return x
     tracer: Any = x.tracer
     if tracer.root is stage:
         raise UsageError(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from networks import Scaled, images, square, stack
 from torch import Tensor, nn
+from torch.export import export
 from torch.fx import symbolic_trace
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint_sequential
@@ -30,6 +31,10 @@ def iterate(net: MomentumSequential, x: Tensor) -> Tensor:
     return x
 
 
+class Subclass(Tensor):
+    """A tensor of somebody's own."""
+
+
 WAYS = {
     "a loop": iterate,
     "children": lambda net, x: nn.Sequential(*net.children())(x),
@@ -41,6 +46,8 @@ WAYS = {
     "functions of one input": lambda net, x: net[1](net[0](x).clone().relu()),
     "a trace": lambda net, x: symbolic_trace(nn.Sequential(*net))(x),
     "a copy": lambda net, x: iterate(copy.deepcopy(net), x),
+    "an export": lambda net, x: export(nn.Sequential(*net), (x.detach(),)),
+    "a subclass": lambda net, x: iterate(net, x.as_subclass(Subclass)),
 }
 
 
@@ -91,6 +98,30 @@ def test_a_compiled_loop_over_the_blocks_is_no_plain_network() -> None:
     net(images())
     with pytest.raises(UsageError, match="is the plain network and not the momentum network"):
         torch.compile(iterate, backend="eager")(net, images())
+
+
+def test_blocks_are_no_plain_network_before_the_first_pass_has_found_the_runs() -> None:
+    net = MomentumSequential(*stack(4))
+    with pytest.raises(UsageError, match="is the plain network and not the momentum network"):
+        iterate(net, images())
+    net(images())
+    net.gamma = 0
+    assert torch.equal(iterate(net, images()), net(images()))
+    net.gamma = 0.9
+    with pytest.raises(UsageError, match="is the plain network and not the momentum network"):
+        iterate(net, images())
+
+
+def test_torch_fx_goes_through_what_has_no_runs_and_is_told_which_way() -> None:
+    inner, x = stack(3).eval(), images()
+    inner(x)
+    outer = MomentumSequential(nn.Conv2d(8, 8, 1), inner, runs=())
+    traced = symbolic_trace(nn.Sequential(outer))
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["0.0", "0.1"]
+    assert torch.equal(traced(x), outer(x))
+    with pytest.raises(UsageError, match="network") as caught:
+        symbolic_trace(nn.Sequential(*inner))
+    assert "concrete_args" in str(caught.value.fix)
 
 
 def test_one_block_alone_is_what_it_is() -> None:
@@ -182,6 +213,14 @@ def test_a_block_that_is_put_in_moves_the_runs_behind_it() -> None:
         with pytest.raises(UsageError, match="in the midst of a momentum run"):
             net.insert(index, nn.ReLU())
         assert len(net) == 6
+
+
+def test_blocks_that_have_left_are_ordinary() -> None:
+    net, x = edited(Run(0, 5, (1.0,) * 5)), images()
+    gone = [net.pop(4), net.pop(0), net[1]]
+    net[1] = gone[0]
+    net[1] = copy.deepcopy(gone[0])
+    assert nn.Sequential(*gone)(x).shape == x.shape
 
 
 def test_another_block_takes_the_place_of_one() -> None:
