@@ -5,6 +5,7 @@ is taken where it lets more images through the network at once, or saves a tenth
 is decided by estimated times, which are the same whenever it is planned.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from momconv.planner.outlook import FindSpeed, Outlook
 from momconv.planner.plan import Alternative, Network, Plan, Request
 from momconv.planner.refusal import does_not_fit
 from momconv.planner.search import Found, find_best
-from momconv.units import format_bytes
+from momconv.units import format_bytes, format_duration
 from momconv.vocabulary import Strategies
 from momconv.words import plural
 
@@ -33,31 +34,37 @@ def choose(
     momentum: nn.Module,
     request: Request,
     find_speed: FindSpeed | None = None,
+    *,
+    wanted: Network | None = None,
 ) -> NetworkChoice:
     """Return the network that trains better, and its plan with what was considered.
 
     Args:
-        plain: The network, with stages of γ 0; it is loaded where it trains.
-        momentum: The same, with a larger γ; it may be without memory.
+        plain: The network, with stages of γ 0. It is loaded where it trains, unless ``wanted`` is.
+        momentum: The same, with a larger γ; the one that is not loaded may be without memory.
         request: What is asked for.
         find_speed: Asked for the device's speed; None: it is estimated.
+        wanted: The one that is taken whatever is better, which the plan's reason then says.
 
     Raises:
         ResourceError: Neither fits; the error says what would.
         UsageError: One image alone cannot be trained on.
     """
-    limit = request.find_limit(plain)
     models: dict[Network, nn.Module] = {"plain": plain, "momentum": momentum}
+    limit = request.find_limit(models[wanted or "plain"])
     found = {name: find_best(model, request, limit, find_speed) for name, model in models.items()}
     looks = {
         name: best.outlook if (best := found[name]) else Outlook(model, request, limit, find_speed)
         for name, model in models.items()
     }
-    chosen = _compare(found["plain"], found["momentum"])
-    if chosen is None:
-        raise does_not_fit(looks["momentum"])
+    better = _compare(found["plain"], found["momentum"])
+    chosen = wanted or better or "momentum"
     best = found[chosen]
-    assert best is not None  # it is the better of the two
+    if best is None:
+        raise does_not_fit(looks[chosen])
+    if wanted:
+        reason = _regret(found) if better == "plain" else ""
+        return NetworkChoice(wanted, replace(best.plan, reason=reason))
     alternatives = (
         _take_stored(looks["plain"]),
         _take(looks["plain"], found["plain"], "plain"),
@@ -129,6 +136,23 @@ def _explain(
     saved = 1 - momentum.foreseen.seconds / plain.foreseen.seconds
     limit = format_bytes(momentum.plan.limit_bytes)
     return f"momentum, in {saved:.0%} less time than the plain network within {limit}"
+
+
+def _regret(found: Mapping[Network, Found | None]) -> str:
+    """Return one sentence on what momentum, which is wanted, costs, if it costs anything."""
+    plain, momentum = found["plain"], found["momentum"]
+    assert plain is not None
+    assert momentum is not None
+    (size, seconds), (own_size, own_seconds) = (
+        (best.plan.predicted_bytes, best.plan.epoch_seconds or 0.0) for best in (plain, momentum)
+    )
+    if seconds >= own_seconds and size >= own_size:
+        return ""
+    return (
+        f"momentum, as it is asked for, in {format_bytes(own_size)} and about "
+        f"{format_duration(own_seconds)} an epoch; the plain network (--momentum auto) would take "
+        f"{format_bytes(size)} and {format_duration(seconds)}"
+    )
 
 
 def _count(found: Found) -> str:

@@ -79,6 +79,21 @@ def choose_network(model: nn.Module, request: Request, recipe: MomentumRecipe) -
     return choose(model, momentum, request, cache(partial(measure_speed, model)))
 
 
+def plan_momentum(model: nn.Module, request: Request) -> Plan:
+    """Return the plan for a momentum ``model``, which says if the plain one would do better.
+
+    Raises:
+        ResourceError: It does not fit.
+        UsageError: Only one image fits or is asked for, and BatchNorm cannot take it alone.
+    """
+    if request.strategy == "momentum":  # which the plain network has not
+        return plan_batches(model, request)
+    plain, find_speed = _sketch(model), cache(partial(measure_speed, model))
+    for stage in momentum_stages(plain).values():
+        stage.gamma = 0.0
+    return name_ways(choose(plain, model, request, find_speed, wanted="momentum").plan, model)
+
+
 def _sketch(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` without memory."""
     memo: dict[int, object] = {}
@@ -202,6 +217,8 @@ def tell_of_plan(plan: Plan, model: nn.Module, listener: Listener) -> None:
     if plan.alternatives:
         listener.tell(f"note: {plan.reason}\n{_describe_alternatives(plan)}")
     listener.tell(f"note: {plan}")
+    if plan.reason and not plan.alternatives:
+        listener.tell(f"note: {plan.reason}")
     if plan.is_calibrated and plan.epoch_seconds is not None:
         listener.tell(f"note: {_describe_time(plan.epoch_seconds, plan.request.epochs)}")
         if shorter := suggest_smaller(plan, model):

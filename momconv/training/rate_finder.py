@@ -13,7 +13,7 @@ import io
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,8 +23,10 @@ from momconv.errors import MomconvError, NotReproducible, OutOfMemory
 from momconv.exhaustion import naming_exhaustion
 from momconv.files.atomic import write_atomically, write_text
 from momconv.files.tensor_file import write_tensors
+from momconv.training.gradients import changing_in_backward
 from momconv.training.memory import halve
 from momconv.training.omission import leave_out
+from momconv.training.optimisation import set_rate
 from momconv.training.processes import ALONE
 from momconv.training.run import TrainingRun
 from momconv.training.state import read_random_states, set_random_states
@@ -134,7 +136,7 @@ def _try(run: TrainingRun, rates: Sequence[float]) -> Iterator[tuple[float, floa
             rate = rates[n]
             try:
                 with naming_exhaustion():
-                    loss = _add_up(run, step)
+                    loss = _add_up(run, step, rate)
             except (OutOfMemory, NotReproducible) as error:
                 run.model.zero_grad()
                 run.renew_scaler()
@@ -152,8 +154,15 @@ def _try(run: TrainingRun, rates: Sequence[float]) -> Iterator[tuple[float, floa
                 return
 
 
-def _add_up(run: TrainingRun, step: Step) -> float:
-    loss = sum(add_gradients(run, x, y, len(y) / step.images) for x, y in step.parts)
+def _add_up(run: TrainingRun, step: Step, rate: float) -> float:
+    """Return the loss, with the gradients there for a step at ``rate``, or used up by it.
+
+    Where this fails within backward, some weights may have changed; the search goes on anyway.
+    """
+    if is_released := step.is_undivided and run.plan.request.release_gradients:
+        set_rate(run.optimizer, rate)
+    with changing_in_backward(run.optimizer, ALONE) if is_released else nullcontext():
+        loss = sum(add_gradients(run, x, y, len(y) / step.images) for x, y in step.parts)
     run.scaler.unscale_(run.optimizer)
     return float(loss)
 

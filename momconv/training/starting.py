@@ -34,6 +34,7 @@ from momconv.training.planning import (
     choose_network,
     name_ways,
     plan_batches,
+    plan_momentum,
     sharding_if_needed,
     tell_of_plan,
 )
@@ -153,6 +154,8 @@ def _plan(
         if chosen == "momentum":
             model = network.choose_rule(model, before.momentum, wanted=True)
         plan = name_ways(plan, model)
+    elif use == "always" and before.model.from_file is None and network.read_gamma(model):
+        plan = sharding_if_needed(partial(plan_momentum, model), request, before.train)
     else:
         plan = sharding_if_needed(partial(plan_batches, model), request, before.train)
     recipe = _adopt(before, use, plan, request)

@@ -90,7 +90,10 @@ def test_there_need_be_no_choice(use: str, colours: Path, tmp_path: Path) -> Non
     recipe = small(colours, *AUTO, f"momentum.use={use}")
     log = Log()
     plan = rehearse(recipe, tmp_path / "run", listener=log).plan
-    assert (plan.alternatives, plan.reason) == ((), "")
+    assert plan.alternatives == ()
+    assert plan.reason.startswith("momentum, as it is asked for, in ") == (use == "always")
+    assert ("; the plain network (--momentum auto) would take " in plan.reason) == (use == "always")
+    assert (f"note: {plan.reason}" in log.told) == (use == "always")
     assert not (tmp_path / "run").exists()
 
 

@@ -14,7 +14,7 @@ from momconv.training import rate_finder
 from momconv.training.finetuning import finetune
 from momconv.training.interruption import Interrupted
 from momconv.training.run import TrainingRun
-from momconv.training.steps import add_gradients
+from momconv.training.steps import add_gradients, take_step
 
 
 def test_the_rate_is_found_once_and_the_run_is_as_if_it_had_been_given(
@@ -40,6 +40,26 @@ def test_the_rate_is_found_once_and_the_run_is_as_if_it_had_been_given(
     assert_same_tensors(tmp_path / "run", tmp_path / "given")
     with pytest.raises(UsageError, match=r"cannot change train.lr from .* to auto"):
         finetune(recipe, tmp_path / "run", resume=True)
+
+
+def test_gradients_are_released_in_the_search_too_and_it_comes_to_the_same(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+
+    def watch(run: TrainingRun, lr: float) -> None:
+        held.append(any(p.grad is not None for p in run.model.parameters()))
+        take_step(run, lr)
+
+    monkeypatch.setattr(rate_finder, "FEWEST", 3)
+    monkeypatch.setattr(rate_finder, "take_step", watch)
+    changes = ["train.epochs=1", "train.lr=auto", "train.micro_batch=auto", "train.batch_size=10"]
+    for release in ("true", "false"):
+        recipe = small(colours, *changes, f"train.release_gradients={release}")
+        finetune(recipe, tmp_path / release)
+    assert held == [False] * 3 + [True] * 3
+    curves = [(tmp_path / name / "lr_finder.csv").read_text() for name in ("true", "false")]
+    assert curves[0] == curves[1]
 
 
 def test_a_loss_that_explodes_at_once_is_named(
