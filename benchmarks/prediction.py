@@ -38,6 +38,9 @@ FAMILIES = [
     *("efficientnet_b0", "efficientnet_v2_s", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5"),
 ]
 
+# Those that take images of sizes that nothing divides.
+ANY_SIZE = [*FAMILIES, "resnet18", "wide_resnet50_2", "convnext_tiny"]
+
 # At 64 pixels steps are quick, and small feature maps make oneDNN choose odd algorithms.
 CASES = [
     *(Case("resnet18", 64, batch) for batch in (1, 2, 8, 32, 64)),
@@ -64,6 +67,8 @@ CASES = [
     Case("convnext_tiny", 32, 2, "bf16"),
     Case("vit_b_16", 224, 1, "bf16"),
     *(Case(network, 32, 2) for network in FAMILIES),
+    *(Case(network, 75, 3) for network in ANY_SIZE),
+    *(Case(network, 96, 8) for network in ("regnet_x_400mf", "regnet_y_400mf")),
     *(Case(network, 224, 2) for network in ("vit_b_32", "maxvit_t")),  # made for this size
 ]
 
