@@ -35,6 +35,7 @@ from momconv.determinism import describe_tf32, deterministic
 from momconv.exhaustion import is_exhaustion
 from momconv.momentum.equations import Rule, to_grid
 from momconv.momentum.faster import fused, kernels
+from momconv.momentum.measures import no_magnitudes
 from momconv.momentum.storage import State
 from momconv.planner.allowance import Allowance
 from momconv.planner.measurement import autocast, run_step
@@ -206,7 +207,7 @@ def count_differences(state: State, y: Tensor, gamma: float) -> int:
     """Of x, low, v and r after a step, and after its inverse."""
     rule, differing = make_rule(gamma), 0
     ours, theirs = _copy(state), _copy(state)
-    largest = [state.x.new_zeros(()) for _ in range(2)]
+    largest = [no_magnitudes(state.x) for _ in range(2)]
     ours.x = kernels.advance(ours, y, largest[0], rule, 0)
     with patch.object(fused, "are_for", return_value=False):
         theirs.x = kernels.advance(theirs, y, largest[1], rule, 0)

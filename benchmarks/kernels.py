@@ -18,6 +18,7 @@ from rich.console import Console
 from benchmarks.tables import Log, Out, Row, choose_device, show
 from momconv.momentum.equations import Rule, to_grid
 from momconv.momentum.faster import fused, kernels
+from momconv.momentum.measures import no_magnitudes
 from momconv.momentum.storage import State
 
 TITLE = "kernels"
@@ -32,7 +33,7 @@ def make_calls(size: int, device: torch.device) -> dict[str, Callable[[], object
     """What is timed, by name; the numbers do not matter to it."""
     x, y, out = (torch.randn(size, device=device) for _ in range(3))
     state = State.start(to_grid(x, RULE.ulp), RULE, is_reversible=True)
-    largest = torch.zeros((), device=device)
+    largest = no_magnitudes(x)
     return {
         "copy": lambda: out.copy_(x),
         "advance": lambda: kernels.advance(state, y, largest, RULE, 0),

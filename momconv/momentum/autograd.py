@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from momconv.momentum.equations import Rule, remainder_bounds, step, to_grid, widen
+from momconv.momentum.measures import no_magnitudes
 from momconv.momentum.replay import Replay, before_backward, evaluate
 from momconv.momentum.segment import Call
 from momconv.momentum.trajectory import Trajectory
@@ -45,14 +46,14 @@ def run(
     *,
     in_parts: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return x after all steps, in x's type, and the largest magnitude on the way, a scalar.
+    """Return x after all steps, in x's type, and the largest magnitude on the way.
 
     The blocks are called with x and ``args``, each by its own of ``calls``, or else backward
-    reconstructs its input, which it can if the magnitude is below the rule's limit. After a block
-    that is called none is reconstructed.
+    reconstructs its input, which it can if the magnitude, as ``note_magnitudes`` has it, is below
+    the rule's limit. After a block that is called none is reconstructed.
     """
     if is_graph_made():
-        return _compose(blocks, x, args, rule), x.new_zeros(())
+        return _compose(blocks, x, args, rule), no_magnitudes(x)
     x = _ToGrid.apply(x, rule.ulp)
     trajectory = Trajectory(widen(x.detach()), rule, is_reversible=None in calls)
     v = _without_memory(x)

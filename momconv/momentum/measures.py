@@ -1,4 +1,4 @@
-"""What is known of a whole tensor by one number, which stays on its device.
+"""What is known of a whole tensor by one number or two, which stay on its device.
 
 The tensors have no gaps in memory.
 """
@@ -6,15 +6,32 @@ The tensors have no gaps in memory.
 import torch
 from torch import Tensor
 
+from momconv.states import is_fake
+
 _COLUMNS = 1021  # a prime, so that what is exchanged is hardly ever in one column
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
+def no_magnitudes(x: Tensor) -> Tensor:
+    """Return what :func:`note_magnitudes` raises: two zeros of x's type, on its device."""
+    return x.new_zeros(2)
+
+
 def note_magnitudes(largest: Tensor, *tensors: Tensor) -> None:
-    """Raise ``largest``, a scalar, to the largest |element|; it is not finite if one is not."""
+    """Raise ``largest``: its first number to the largest finite |element|.
+
+    The second stays 0 as long as all elements are finite, and is not finite from then on.
+    """
     for x in tensors:
-        if x.numel():
-            torch.maximum(largest, x.abs().max().to(largest.dtype), out=largest)
+        if x.numel() == 0:
+            continue
+        sizes = x.abs().to(largest.dtype)
+        most = sizes.max()
+        is_known = most.is_cpu and not is_fake(most)  # a GPU would have to be waited for
+        is_finite = is_known and bool(most.isfinite())
+        finite = most if is_finite else sizes.nan_to_num_(0, 0, 0).max()
+        other = torch.where(most.isfinite(), 0, most)
+        torch.maximum(largest, torch.stack([finite, other]), out=largest)
 
 
 def magnitude(x: Tensor) -> Tensor:

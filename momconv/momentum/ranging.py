@@ -1,7 +1,8 @@
 """The range of a run's activations: found on its first pass, and widened where they outgrow it.
 
 The grid must be coarse enough for the largest activation and should not be coarser. So a survey
-before the first pass looks for that, and the grid has some headroom.
+before the first pass looks for that, and the grid has some headroom. What is not finite comes out
+as such, as in any network, and is no matter of the range, which is that of all other values.
 """
 
 import math
@@ -15,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from momconv.errors import RangeOverflow
-from momconv.momentum.equations import BITS, HEADROOM, Rule, find_exponent, widen
+from momconv.momentum.equations import BITS, HEADROOM, HIGHEST, Rule, find_exponent, widen
 from momconv.momentum.faults import is_postponing, tell_fault
-from momconv.momentum.measures import note_magnitudes
+from momconv.momentum.measures import no_magnitudes, note_magnitudes
 from momconv.momentum.replay import (
     evaluate,
     random_state,
@@ -25,6 +26,8 @@ from momconv.momentum.replay import (
     top_saved_tensors_hooks,
 )
 from momconv.states import is_fake, is_graph_made, keep_buffers, without_hooks
+
+Survey = Callable[[], tuple[float, bool]]  # see :func:`survey`
 
 SLACK = 4  # bits: activations may be so much smaller, beyond the headroom, than what was seen
 FINENESS = BITS[torch.float32] - HEADROOM - SLACK - 1  # bits of the largest x, at least
@@ -40,31 +43,25 @@ def has_values(x: Tensor) -> bool:
     return is_seen and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def find_range(measure: Callable[[], float], x: Tensor) -> tuple[int, bool]:
-    """Return the exponent for a pass from x, and whether it serves for other passes too.
+def find_range(measure: Survey) -> tuple[int, bool]:
+    """Return the exponent for a pass, and whether it serves for other passes too.
 
-    It is not if x is 0 or something is not finite.
+    It does not if all is 0 or something is not finite.
     """
-    largest = measure()
-    is_seen = math.isfinite(largest) and largest > 0
-    return find_exponent(
-        largest if is_seen else float(x.detach().nan_to_num(0, 0, 0).abs().max())
-    ), is_seen
+    largest, is_whole = measure()
+    return find_exponent(largest), is_whole and largest > 0
 
 
-def find_fitting(measure: Callable[[], float], seen: float, exponent: int) -> int:
-    """Return the exponent for a pass that has ``seen`` this: the one that it had, if that fits.
-
-    What is not finite has come out as such, as in any network, and is no matter of the range.
-    """
-    is_outgrown = seen >= 2.0**exponent
+def find_fitting(measure: Survey, seen: float, exponent: int) -> int:
+    """Return the exponent for a pass that has ``seen`` this: the one that it had, if that fits."""
+    is_outgrown = exponent < HIGHEST and seen >= 2.0**exponent
     if not is_outgrown and seen > 0 and find_exponent(seen) >= exponent - SLACK:
         return exponent
     if not is_repeatable():
-        is_wrong = is_outgrown and torch.is_grad_enabled() and math.isfinite(seen)
+        is_wrong = is_outgrown and torch.is_grad_enabled()
         return max(exponent + 1, find_exponent(seen)) if is_wrong else exponent
-    largest = measure()  # values that were too large may have changed others
-    if not (math.isfinite(largest) and largest > 0):
+    largest, _ = measure()  # values that were too large may have changed others
+    if largest == 0:
         return exponent
     fitting = find_exponent(largest)
     return max(exponent + 1, fitting) if is_outgrown else min(exponent, fitting)
@@ -116,15 +113,19 @@ def is_repeatable() -> bool:
     return bool(_this_thread.is_repeatable)
 
 
-def survey(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...], rule: Rule) -> float:
-    """Return the largest |x|, or |v| times ulp/v_ulp, of (2) in floating point.
+def survey(
+    blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...], rule: Rule
+) -> tuple[float, bool]:
+    """Return the largest finite |x|, or |v| times ulp/v_ulp, of (2), and whether all are finite.
 
-    It leaves nothing behind: no hook learns of it, and buffers and random generators stay.
+    It computes in floating point, and leaves nothing behind: no hook learns of it, and buffers and
+    random generators stay.
     """
     restore, dtype = keep_state(blocks, x.device), x.dtype
     with torch.no_grad(), without_hooks(blocks):
         x = widen(x)
-        v, largest, largest_v = torch.zeros_like(x), x.abs().max(), x.new_zeros(())
+        v, largest, largest_v = torch.zeros_like(x), no_magnitudes(x), no_magnitudes(x)
+        note_magnitudes(largest, x)
         for block, coefficient in zip(blocks, rule.coefficients, strict=True):
             y = evaluate(block, x.to(dtype), *args)
             v = v.mul_(rule.gamma).add_(y - x, alpha=coefficient)
@@ -132,7 +133,8 @@ def survey(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...], rul
             note_magnitudes(largest, x)
             note_magnitudes(largest_v, v)
     restore()
-    return max(float(largest), float(largest_v) * rule.ulp / rule.v_ulp)
+    (most, other), (most_v, _) = largest.tolist(), largest_v.tolist()
+    return max(most, most_v * rule.ulp / rule.v_ulp), math.isfinite(other)
 
 
 def retrying(step: Callable[[], Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ _FASTER = "momconv.momentum.faster"
 def _advance(state: State, y: Tensor, largest: Tensor, rule: Rule, n: int) -> Tensor:
     """Return x[n+1], and take low, v and r from n to n+1 in place.
 
-    ``largest`` takes note of |x[n+1]| and |v[n+1]|: see measures.py.
+    ``largest`` takes note of |x[n+1]| and |v[n+1]|: see ``note_magnitudes`` in measures.py.
     """
     x, v, r = step(*state.unpack(rule), lambda _: y, rule, n)
     note_magnitudes(largest, x.to(rule.dtype), v * rule.ulp)

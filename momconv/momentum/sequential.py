@@ -326,16 +326,17 @@ class MomentumSequential(nn.Sequential):
             return follow(_UNKNOWN if exponent is None else exponent)[0]
         measure = partial(survey, blocks, x, this.args, self.rule(part, x.dtype))
         if exponent is None:
-            exponent, is_seen = find_range(measure, x)
+            exponent, is_seen = find_range(measure)
             if is_seen:
                 self.set_range(part.start, exponent)
-        y, seen = follow(exponent)
-        fitting = find_fitting(measure, float(seen), exponent)
+        y, largest = follow(exponent)
+        seen = float(largest[0])
+        fitting = find_fitting(measure, seen, exponent)
         if fitting != exponent:
             this.proposed[part.start] = fitting
             if torch.is_grad_enabled():
                 self.set_range(part.start, fitting)
-            ask_to_repeat(float(seen), exponent)
+            ask_to_repeat(seen, exponent)
         ranges[part.start] = exponent
         return y
 
@@ -379,7 +380,7 @@ class MomentumSequential(nn.Sequential):
         part, blocks, tensors = self._whole_run(self.find_runs(x, *args, **kwargs), args, kwargs)
         if part.exponent is None:
             measure = partial(survey, blocks, x, tensors, self.rule(part, x.dtype))
-            part = replace(part, exponent=find_range(measure, x)[0])
+            part = replace(part, exponent=find_range(measure)[0])
             self.set_range(part.start, part.exponent)
         return follow(blocks, x, tensors, self.rule(part, x.dtype))
 

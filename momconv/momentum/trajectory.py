@@ -8,7 +8,7 @@ from torch import Tensor
 from momconv.errors import InversionError, NotReproducible, UsageError
 from momconv.momentum import seam
 from momconv.momentum.equations import Rule, remainder_bounds
-from momconv.momentum.measures import checksum
+from momconv.momentum.measures import checksum, no_magnitudes
 from momconv.momentum.storage import State
 from momconv.states import is_fake, version_of
 
@@ -24,7 +24,7 @@ class Trajectory:
     Attributes:
         rule: The rule of the run.
         n: The step at which the state is.
-        largest: The largest |x|, or |v| times ulp/v_ulp, so far; a scalar on x's device.
+        largest: The largest |x|, or |v| times ulp/v_ulp, so far, as ``note_magnitudes`` has it.
     """
 
     _checksums: Tensor  # of x, v and r at the origin
@@ -40,7 +40,7 @@ class Trajectory:
         self._version = version_of(x)
         self._origin: int | None = None
         self._mismatch: Tensor | None = None
-        self.largest = x.new_zeros(())
+        self.largest = no_magnitudes(x)
 
     def fork(self) -> "Trajectory":
         """Return another one, which goes on from here; this one's way back begins here."""
@@ -110,7 +110,7 @@ class Trajectory:
     @property
     def can_be_undone(self) -> bool:
         """Whether all was finite; what was not is no error, and has come out as in any network."""
-        return is_fake(self.largest) or bool(self.largest.isfinite())
+        return is_fake(self.largest) or bool(self.largest[1].isfinite())
 
     def verify(self) -> None:
         """Check the way back, if all can be undone; on a GPU this waits for it to be computed.

@@ -248,6 +248,35 @@ def test_what_is_a_little_smaller_fits(factor: float) -> None:
     assert error(net, x * factor) < 1e-5
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("factor", [1e6, 1e-6])
+def test_a_row_that_is_not_finite_is_no_matter_to_the_others(
+    factor: float, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, x = make(6, 0.9), inputs()
+    net(x)
+    healthy = x[1:] * factor
+    x = torch.cat([torch.full_like(x[:1], bad), healthy])
+
+    def step(net: nn.Module, x: Tensor) -> Tensor:
+        y = net(x)
+        assert not y[: len(y) - len(healthy)].isfinite().any()
+        return square(y[-len(healthy) :] / factor)
+
+    alone = aftermath(net, healthy, "store", step)
+    stored = aftermath(net, x, "store", step)
+    ours = aftermath(net, x, "momentum", step)
+
+    assert torch.equal(ours["loss"], stored["loss"])
+    assert torch.equal(ours["grad x"][1:], stored["grad x"][1:])
+    assert torch.equal(ours["loss"], alone["loss"])
+    assert torch.allclose(ours["grad x"][1:], alone["grad x"], rtol=1e-5, atol=0)
+    monkeypatch.setattr("momconv.momentum.ranging.is_postponing", lambda: True)
+    if factor > 1:
+        with pytest.raises(RangeOverflow):
+            net(x)
+
+
 def test_nothing_is_recorded_where_nothing_is_seen() -> None:
     net = MomentumSequential(*(nn.Sequential(Scaled(1.0)) for _ in range(3)))
     for x in (torch.zeros(2, 16), torch.full((2, 16), torch.nan), torch.zeros(0, 16)):

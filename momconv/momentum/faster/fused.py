@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from momconv.exhaustion import is_exhaustion
+from momconv.momentum.measures import no_magnitudes
 
 _library = torch.library.Library("momconv", "DEF")
 _library.define(
@@ -89,7 +90,7 @@ def _try_out(gpu: torch.device) -> None:
     """
     x, y = torch.zeros(2, 8, device=gpu)
     low, v = torch.zeros_like(x, dtype=torch.int8), torch.zeros_like(x, dtype=torch.int32)
-    advance(x, low, v, None, y, torch.zeros((), device=gpu), 1.0, 1.0, 1.0, 1.0)
+    advance(x, low, v, None, y, no_magnitudes(x), 1.0, 1.0, 1.0, 1.0)
     retreat(x, low, v, 1.0, 1.0)
     undo(x, v, None, y, 1.0, 1.0)
     torch.cuda.synchronize(gpu)

@@ -39,7 +39,8 @@ def advance(
     constants = (scale, gamma, -1 / gamma, ulp, 1 / ulp, ratio)
     magnitudes = _run(_advance, (x, low, v, r, y, x_next), constants)
     bits = largest.numpy().view(f"i{largest.itemsize}")
-    bits[()] = max([bits[()], *magnitudes])
+    for finite, other in magnitudes:
+        bits[:] = max(bits[0], finite), max(bits[1], other)
     return x_next
 
 
@@ -162,7 +163,8 @@ def _compile_put(v, i, value):
 
 @compiled
 def _advance(x, low, v, r, y, x_next, scale, gamma, inverse, ulp, per_ulp, ratio):
-    largest = _magnitude(x, 0.0)
+    nothing, beyond = _magnitude(x, 0.0), _magnitude(x, np.inf)
+    finite = most = nothing
     for i in range(x.size):
         v_next = np.float64(v[i])
         if r is not None:
@@ -174,8 +176,11 @@ def _advance(x, low, v, r, y, x_next, scale, gamma, inverse, ulp, per_ulp, ratio
         now = _unpack(x, low, i, ulp) + np.rint(v_next * ratio) * ulp
         _put(v, i, v_next)
         _pack(x_next, low, i, now, ulp, per_ulp)
-        largest = max(largest, max(_magnitude(x, now), _magnitude(x, v_next * ulp)))
-    return largest
+        size, size_v = _magnitude(x, now), _magnitude(x, v_next * ulp)
+        most = max(most, max(size, size_v))
+        size, size_v = size if size < beyond else nothing, size_v if size_v < beyond else nothing
+        finite = max(finite, max(size, size_v))
+    return finite, most if most >= beyond else nothing
 
 
 @compiled

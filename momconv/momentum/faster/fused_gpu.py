@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+INFINITE = tl.constexpr(0x7F800000)  # the bits of infinity
 BLOCK = 1024  # elements; 4 KiB of each float tensor for one program
 
 
@@ -75,8 +76,12 @@ def _advance(
     x = x + _load(low_ptr, at, inside) * _double(ulp) + _round(v * _double(ratio)) * _double(ulp)
     out = _pack(out_ptr, low_ptr, at, x, per_ulp, inside)
     # The bits of a magnitude grow with it, and NaN's are above all.
-    sizes = _larger(_bits(out), _bits((v * _double(ulp)).to(tl.float32)))
-    tl.atomic_max(largest_ptr, tl.reduce(tl.where(inside, sizes, 0), 0, _larger))
+    size, size_v = _bits(out), _bits((v * _double(ulp)).to(tl.float32))
+    most = _find_largest(size, size_v, inside)
+    if most >= INFINITE:
+        tl.atomic_max(largest_ptr + 1, most)
+        most = _find_largest(_if_finite(size), _if_finite(size_v), inside)
+    tl.atomic_max(largest_ptr, most)
 
 
 @triton.jit
@@ -149,6 +154,16 @@ def _double(constant):
 @triton.jit
 def _bits(x):
     return tl.abs(x).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _if_finite(bits):
+    return tl.where(bits < INFINITE, bits, 0)
+
+
+@triton.jit
+def _find_largest(bits, others, inside):
+    return tl.reduce(tl.where(inside, _larger(bits, others), 0), 0, _larger)
 
 
 @triton.jit
