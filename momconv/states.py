@@ -42,11 +42,19 @@ def keeping_random_state(device: torch.device) -> AbstractContextManager[None]:
 
 
 def keep_buffers(model: nn.Module) -> Callable[[], None]:
-    """Return a function that restores the buffers of ``model`` to their present values."""
+    """Return a function that restores the buffers of ``model`` to their present values.
+
+    They are the same tensors then, whatever has been put in their place.
+    """
+    places = [(module._buffers, {**module._buffers}) for module in model.modules()]
     kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     @torch.no_grad()
     def restore() -> None:
+        for place, before in places:
+            for name in place.keys() - before.keys():
+                del place[name]
+            place.update(before)
         for buffer, value in kept:
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)  # not counted as written to by graphs that hold it
@@ -138,29 +146,31 @@ class Condition:
         buffers: The same.
     """
 
-    __slots__ = ("_modules", "_names", "_places", "_training", "buffers", "parameters")
+    __slots__ = ("_absent", "_modules", "_names", "_places", "_training", "buffers", "parameters")
 
     def __init__(self, modules: Sequence[nn.Module], with_buffers: Iterable[nn.Module]) -> None:
         """Keep the condition of now, with the buffers of ``with_buffers``."""
         self._modules = modules
         self._training = tuple(module.training for module in modules)
-        self._places: list[dict[str, Any]] = []  # of the parameters, then of the buffers
+        # Of the parameters, of the buffers that are None, and then of the others.
+        self._places: list[dict[str, Any]] = []
         self._names: tuple[str, ...] = ()
         self.parameters = self._find(module._parameters for module in modules)
-        self.buffers: list[Tensor] = []
-        self.add_buffers(with_buffers)
+        buffers = [module._buffers for module in with_buffers]
+        self._absent = self._find(buffers, absent=True)
+        self.buffers: list[Tensor] = self._find(buffers)
 
     def add_buffers(self, modules: Iterable[nn.Module]) -> None:
         """Keep the buffers of further modules as well."""
         self.buffers += self._find(module._buffers for module in modules)
 
-    def _find(self, places: Iterable[dict[str, Any]]) -> list[Tensor]:
+    def _find(self, places: Iterable[dict[str, Any]], *, absent: bool = False) -> list[Any]:
         found = [
             (place, name, tensor)
             for place in places
             for name, tensor in place.items()
             # FSDP2 puts its parameters, which are DTensors, into place by itself.
-            if tensor is not None and not is_traceable_wrapper_subclass(tensor)
+            if (tensor is None) == absent and not is_traceable_wrapper_subclass(tensor)
         ]
         self._places += [place for place, _, _ in found]
         self._names += tuple(name for _, name, _ in found)
@@ -176,14 +186,14 @@ class Condition:
         others = [module for module, training in modes if module.training != training]
         _switch(others)
         before = [place[name] for place, name in zip(self._places, self._names, strict=True)]
-        self._put([*parameters, *buffers])
+        self._put([*parameters, *self._absent, *buffers])
         try:
             yield
         finally:
             self._put(before)
             _switch(others)
 
-    def _put(self, tensors: Sequence[Tensor]) -> None:
+    def _put(self, tensors: Sequence[Tensor | None]) -> None:
         for place, name, tensor in zip(self._places, self._names, tensors, strict=True):
             place[name] = tensor
 

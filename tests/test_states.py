@@ -28,6 +28,18 @@ def test_buffers_get_their_values_again() -> None:
     assert not norm.running_mean.any()
 
 
+def test_buffers_are_the_same_tensors_again() -> None:
+    net = nn.Sequential(nn.Module())
+    net[0].register_buffer("a", torch.zeros(2))
+    net[0].register_buffer("b", None)
+    buffer, restore = net[0].a, keep_buffers(net)
+    net[0].a, net[0].b = torch.ones(2), torch.ones(2)
+    net[0].register_buffer("c", torch.ones(2))
+    restore()
+    assert net[0].a is buffer
+    assert dict(net.named_buffers()).keys() == {"0.a"}
+
+
 def test_random_numbers_go_on_where_they_were() -> None:
     before = torch.get_rng_state()
     with keeping_random_state(torch.device("cpu")):

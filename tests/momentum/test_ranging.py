@@ -158,6 +158,36 @@ class Growing(nn.Module):
         return x + 1000 * self.scale * normed
 
 
+class Counting(nn.Module):
+    """Multiplies by what grows with each call, in buffers that it puts in the place of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.detach().abs().mean(0)
+        self.calls = self.calls + 1
+        self.mean = size if self.mean is None else 0.9 * self.mean + 0.1 * size
+        return x * self.calls / (1 + self.mean / (1 + size))
+
+
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+def test_buffers_that_blocks_replace_change_once_a_pass(strategy: Any) -> None:
+    blocks = [nn.Sequential(Scaled(1.0), Counting()) for _ in range(3)]
+    runs = [Run(0, 3, (1.0,) * 3)]
+    net = MomentumSequential(*blocks, strategy=strategy, runs=runs)
+    factors, expected = [1.0, 1.0, 1e4, 1.0], None
+    for passes, factor in enumerate(factors, 1):
+        square(net(inputs(factor)) / factor).backward()
+        size = blocks[0][0].forward(inputs(factor)).detach().abs().mean(0)
+        expected = size if expected is None else 0.9 * expected + 0.1 * size
+        counts = [int(b) for name, b in net.named_buffers() if name.endswith("calls")]
+        assert counts == 3 * [passes]
+    assert torch.allclose(blocks[0][1].mean, expected)
+
+
 WAYS = [*get_args(Strategy), "segment:1", "checkpoint:2", "momentum+store:1", "momentum+parts"]
 
 

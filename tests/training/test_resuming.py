@@ -17,7 +17,7 @@ from momconv.errors import (
 )
 from momconv.files.model_file import read_metadata
 from momconv.momentum import equations
-from momconv.momentum.ranging import find_fitting
+from momconv.momentum.ranging import Survey, find_fitting
 from momconv.recipe import Recipe, load_recipe, recall_recipe
 from momconv.training.finetuning import NothingLeft, Result, finetune
 from momconv.training.interruption import Interrupted
@@ -469,7 +469,7 @@ def test_a_run_whose_ranges_have_been_widened_goes_on_exactly_after_a_kill(
     monkeypatch.setattr(equations, "HEADROOM", 0)  # so that training outgrows what it saw first
     widened: list[int] = []
 
-    def listening(measure: Callable[[], float], seen: float, exponent: int) -> int:
+    def listening(measure: Survey, seen: float, exponent: int) -> int:
         fitting = find_fitting(measure, seen, exponent)
         widened.extend([fitting] * (fitting > exponent))
         return fitting
