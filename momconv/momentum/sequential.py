@@ -135,6 +135,7 @@ class MomentumSequential(nn.Sequential):
         runs: found on the first forward pass, unless given, and so is each run's range. A pass that
             does not fit that is done again, hooks included; one with gradients changes it.
         kind: the plain class whose place it takes.
+        nests: whether an ``nn.TransformerEncoder`` gave nested tensors to what was in its place.
 
     Raises:
         UsageError: γ is not in [0, 1], or another argument is none of those that there are. In the
@@ -162,6 +163,7 @@ class MomentumSequential(nn.Sequential):
     _runs: tuple[Run, ...] | None
     _members: frozenset[nn.Module | None]  # of runs, as far as is known
     kind: type[nn.Module] = nn.Sequential
+    nests: bool = False
 
     def __init__(
         self,

@@ -402,8 +402,22 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     if not name:
         return new
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
+    outer = model.get_submodule(parent)
+    if isinstance(outer, nn.TransformerEncoder) and leaf == "layers":
+        _settle_nesting(outer, outer.layers, new)
+    setattr(outer, leaf, new)
     return model
+
+
+def _settle_nesting(encoder: nn.TransformerEncoder, old: nn.Module, new: nn.Module) -> None:
+    """Let the encoder put no padded sequences into a nested tensor for a stage.
+
+    It does so in inference alone, and there is neither arithmetic nor a grid for these.
+    """
+    nests = old.nests if isinstance(old, MomentumSequential) else encoder.use_nested_tensor
+    if is_stage := isinstance(new, MomentumSequential):
+        new.nests = nests
+    encoder.use_nested_tensor = nests and not is_stage
 
 
 def _is_inside(name: str, outer: str) -> bool:

@@ -285,6 +285,23 @@ def test_a_network_without_a_description_is_reverted_to_its_own_class() -> None:
     assert torch.equal(again(images), plain(images))
 
 
+def test_an_encoder_with_a_padding_mask_computes_the_same_in_inference() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    plain, x = nn.TransformerEncoder(layer, 3).eval(), torch.randn(2, 5, 8)
+    padding = torch.tensor([[False] * 3 + [True] * 2, [False] * 5])
+    converted = convert(plain, stages="all", inputs=[x])
+    y = converted(x, src_key_padding_mask=padding)[~padding]
+
+    again = apply_schemes(copy.deepcopy(plain), read_schemes(converted))
+    for network in (converted, again, copy.deepcopy(converted).requires_grad_(False)):
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                inferred = network(x, src_key_padding_mask=padding)
+            assert torch.allclose(inferred[~padding], y, atol=1e-6)
+    assert revert(convert(converted, stages="all", inputs=[x])).use_nested_tensor
+    assert plain.use_nested_tensor
+
+
 def test_the_range_can_be_told() -> None:
     stages = momentum_stages(convert(make(), largest=100.0))
     assert [run.exponent for stage in stages.values() for run in stage.runs or ()] == [9, 9, 9]
