@@ -43,27 +43,35 @@ def has_values(x: Tensor) -> bool:
     return is_seen and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def find_range(measure: Survey) -> tuple[int, bool]:
-    """Return the exponent for a pass, and whether it serves for other passes too.
+def find_range(measure: Survey, x: Tensor) -> tuple[int, bool]:
+    """Return the exponent for a pass from x, and whether it serves for other passes too.
 
     It does not if all is 0 or something is not finite.
     """
     largest, is_whole = measure()
+    if largest == 0:
+        largest = float(x.detach().nan_to_num(0, 0, 0).abs().max())
     return find_exponent(largest), is_whole and largest > 0
 
 
-def find_fitting(measure: Survey, seen: float, exponent: int) -> int:
-    """Return the exponent for a pass that has ``seen`` this: the one that it had, if that fits."""
-    is_outgrown = exponent < HIGHEST and seen >= 2.0**exponent
-    if not is_outgrown and seen > 0 and find_exponent(seen) >= exponent - SLACK:
+def find_fitting(measure: Survey, seen: tuple[float, bool], exponent: int) -> int:
+    """Return the exponent for a pass that has ``seen`` this: the one that it had, if that fits.
+
+    The largest that is finite may be on its way to infinity. What stays finite decides.
+    """
+    largest, is_whole = seen
+    is_outgrown = exponent < HIGHEST and largest >= 2.0**exponent
+    if not is_outgrown and largest > 0 and find_exponent(largest) >= exponent - SLACK:
         return exponent
     if not is_repeatable():
-        is_wrong = is_outgrown and torch.is_grad_enabled()
-        return max(exponent + 1, find_exponent(seen)) if is_wrong else exponent
+        is_wrong = is_outgrown and torch.is_grad_enabled() and is_whole
+        return max(exponent + 1, find_exponent(largest)) if is_wrong else exponent
     largest, _ = measure()  # values that were too large may have changed others
     if largest == 0:
         return exponent
     fitting = find_exponent(largest)
+    if not is_whole:  # a bit of headroom is enough
+        return exponent if exponent - SLACK <= fitting < exponent + HEADROOM else fitting
     return max(exponent + 1, fitting) if is_outgrown else min(exponent, fitting)
 
 
@@ -116,25 +124,38 @@ def is_repeatable() -> bool:
 def survey(
     blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...], rule: Rule
 ) -> tuple[float, bool]:
-    """Return the largest finite |x|, or |v| times ulp/v_ulp, of (2), and whether all are finite.
+    """Return the largest |x|, or |v| times ulp/v_ulp, of (2), and whether all are finite.
 
-    It computes in floating point, and leaves nothing behind: no hook learns of it, and buffers and
-    random generators stay.
+    Elements that do not stay finite do not count. It computes in floating point, and leaves nothing
+    behind: no hook learns of it, and buffers and random generators stay.
     """
+    largest, ratio = no_magnitudes(widen(x)), rule.ulp / rule.v_ulp
+    for now, v in _approximate(blocks, x, args, rule):
+        note_magnitudes(largest, now, v * ratio)
+    most, other = largest.tolist()
+    if math.isfinite(other):
+        return most, True
+    peak = torch.zeros_like(widen(x.detach()))  # of each element, which takes memory
+    for now, v in _approximate(blocks, x, args, rule):
+        peak = peak.maximum(now.abs()).maximum(v.abs() * ratio)
+    return float(peak.nan_to_num_(0, 0, 0).max()), False
+
+
+def _approximate(
+    blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...], rule: Rule
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield x and v of (2) in floating point, from the beginning on."""
     restore, dtype = keep_state(blocks, x.device), x.dtype
     with torch.no_grad(), without_hooks(blocks):
         x = widen(x)
-        v, largest, largest_v = torch.zeros_like(x), no_magnitudes(x), no_magnitudes(x)
-        note_magnitudes(largest, x)
+        v = torch.zeros_like(x)
+        yield x, v
         for block, coefficient in zip(blocks, rule.coefficients, strict=True):
             y = evaluate(block, x.to(dtype), *args)
             v = v.mul_(rule.gamma).add_(y - x, alpha=coefficient)
             x = x + v
-            note_magnitudes(largest, x)
-            note_magnitudes(largest_v, v)
+            yield x, v
     restore()
-    (most, other), (most_v, _) = largest.tolist(), largest_v.tolist()
-    return max(most, most_v * rule.ulp / rule.v_ulp), math.isfinite(other)
 
 
 def retrying(step: Callable[[], Tensor]) -> Tensor:

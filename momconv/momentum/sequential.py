@@ -1,5 +1,6 @@
 """``MomentumSequential``: an ``nn.Sequential`` whose runs of residual blocks follow (2)."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -328,12 +329,12 @@ class MomentumSequential(nn.Sequential):
             return follow(_UNKNOWN if exponent is None else exponent)[0]
         measure = partial(survey, blocks, x, this.args, self.rule(part, x.dtype))
         if exponent is None:
-            exponent, is_seen = find_range(measure)
+            exponent, is_seen = find_range(measure, x)
             if is_seen:
                 self.set_range(part.start, exponent)
         y, largest = follow(exponent)
-        seen = float(largest[0])
-        fitting = find_fitting(measure, seen, exponent)
+        seen, other = largest.tolist()
+        fitting = find_fitting(measure, (seen, math.isfinite(other)), exponent)
         if fitting != exponent:
             this.proposed[part.start] = fitting
             if torch.is_grad_enabled():
@@ -382,7 +383,7 @@ class MomentumSequential(nn.Sequential):
         part, blocks, tensors = self._whole_run(self.find_runs(x, *args, **kwargs), args, kwargs)
         if part.exponent is None:
             measure = partial(survey, blocks, x, tensors, self.rule(part, x.dtype))
-            part = replace(part, exponent=find_range(measure)[0])
+            part = replace(part, exponent=find_range(measure, x)[0])
             self.set_range(part.start, part.exponent)
         return follow(blocks, x, tensors, self.rule(part, x.dtype))
 

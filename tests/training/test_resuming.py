@@ -469,7 +469,7 @@ def test_a_run_whose_ranges_have_been_widened_goes_on_exactly_after_a_kill(
     monkeypatch.setattr(equations, "HEADROOM", 0)  # so that training outgrows what it saw first
     widened: list[int] = []
 
-    def listening(measure: Survey, seen: float, exponent: int) -> int:
+    def listening(measure: Survey, seen: tuple[float, bool], exponent: int) -> int:
         fitting = find_fitting(measure, seen, exponent)
         widened.extend([fitting] * (fitting > exponent))
         return fitting
