@@ -161,6 +161,9 @@ class Growing(nn.Module):
 class Counting(nn.Module):
     """Multiplies by what grows with each call, in buffers that it puts in the place of others."""
 
+    calls: Tensor
+    mean: Tensor | None
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
@@ -170,7 +173,8 @@ class Counting(nn.Module):
         size = x.detach().abs().mean(0)
         self.calls = self.calls + 1
         self.mean = size if self.mean is None else 0.9 * self.mean + 0.1 * size
-        return x * self.calls / (1 + self.mean / (1 + size))
+        result: Tensor = x * self.calls / (1 + self.mean / (1 + size))
+        return result
 
 
 @pytest.mark.parametrize("strategy", get_args(Strategy))
@@ -178,14 +182,17 @@ def test_buffers_that_blocks_replace_change_once_a_pass(strategy: Any) -> None:
     blocks = [nn.Sequential(Scaled(1.0), Counting()) for _ in range(3)]
     runs = [Run(0, 3, (1.0,) * 3)]
     net = MomentumSequential(*blocks, strategy=strategy, runs=runs)
-    factors, expected = [1.0, 1.0, 1e4, 1.0], None
+    factors: list[float] = [1.0, 1.0, 1e4, 1.0]
+    expected: Tensor | None = None
     for passes, factor in enumerate(factors, 1):
         square(net(inputs(factor)) / factor).backward()
         size = blocks[0][0].forward(inputs(factor)).detach().abs().mean(0)
         expected = size if expected is None else 0.9 * expected + 0.1 * size
         counts = [int(b) for name, b in net.named_buffers() if name.endswith("calls")]
         assert counts == 3 * [passes]
-    assert torch.allclose(blocks[0][1].mean, expected)
+    mean = net.get_buffer("0.1.mean")
+    assert expected is not None
+    assert torch.allclose(mean, expected)
 
 
 WAYS = [*get_args(Strategy), "segment:1", "checkpoint:2", "momentum+store:1", "momentum+parts"]
