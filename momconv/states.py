@@ -41,13 +41,15 @@ def keeping_random_state(device: torch.device) -> AbstractContextManager[None]:
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def keep_buffers(model: nn.Module) -> Callable[[], None]:
-    """Return a function that restores the buffers of ``model`` to their present values.
+def keep_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
+    """Return a function that restores the buffers of ``modules`` to their present values.
 
-    They are the same tensors then, whatever has been put in their place.
+    They are the same tensors then, whatever has been put in their place. Those of modules that are
+    inside of these do not count.
     """
-    places = [(module._buffers, {**module._buffers}) for module in model.modules()]
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    places = [(module._buffers, {**module._buffers}) for module in modules]
+    buffers = [buffer for _, before in places for buffer in before.values() if buffer is not None]
+    kept = [(buffer, buffer.clone()) for buffer in buffers]
 
     @torch.no_grad()
     def restore() -> None:

@@ -20,7 +20,7 @@ def test_flags_are_restored_after_a_failure() -> None:
 
 def test_buffers_get_their_values_again() -> None:
     norm = nn.BatchNorm1d(2)
-    restore = keep_buffers(norm)
+    restore = keep_buffers(norm.modules())
     norm(torch.randn(4, 2))
     assert norm.running_mean is not None
     assert norm.running_mean.all()
@@ -32,7 +32,7 @@ def test_buffers_are_the_same_tensors_again() -> None:
     net = nn.Sequential(nn.Module())
     net[0].register_buffer("a", torch.zeros(2))
     net[0].register_buffer("b", None)
-    buffer, restore = net[0].a, keep_buffers(net)
+    buffer, restore = net[0].a, keep_buffers(net.modules())
     net[0].a, net[0].b = torch.ones(2), torch.ones(2)
     net[0].register_buffer("c", torch.ones(2))
     restore()

@@ -47,8 +47,14 @@ def walk_back(
     """Return x[0] to x[k] as the blocks have read them, of a run that ends there.
 
     Raises:
-        InversionError: It does not.
+        InversionError: It does not, or the state is not finite.
     """
+    if not end.x.isfinite().all():
+        raise InversionError(
+            "the state is not finite: from NaN or infinity nothing leads back",
+            kind="inversion.not_finite",
+            fix="state = stage.integrate(x), of the x whose outputs are finite",
+        )
     seen = [end.x.to(dtype)]
 
     def keeping(call: Block, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from momconv.errors import RangeOverflow
 from momconv.momentum.equations import BITS, HEADROOM, HIGHEST, Rule, find_exponent, widen
@@ -54,8 +55,8 @@ def find_range(measure: Survey, x: Tensor) -> tuple[int, bool]:
     return find_exponent(largest), is_whole and largest > 0
 
 
-def find_fitting(measure: Survey, seen: tuple[float, bool], exponent: int) -> int:
-    """Return the exponent for a pass that has ``seen`` this: the one that it had, if that fits.
+def find_fitting(measure: Survey, seen: tuple[float, bool], y: Tensor, exponent: int) -> int:
+    """Return the exponent for a pass to y that has ``seen`` this: the one it had, if that fits.
 
     The largest that is finite may be on its way to infinity. What stays finite decides.
     """
@@ -64,7 +65,9 @@ def find_fitting(measure: Survey, seen: tuple[float, bool], exponent: int) -> in
     if not is_outgrown and largest > 0 and find_exponent(largest) >= exponent - SLACK:
         return exponent
     if not is_repeatable():
-        is_wrong = is_outgrown and torch.is_grad_enabled() and is_whole
+        if is_outgrown and not is_whole:  # others may wait: no survey, in which they take part
+            largest = _largest_in_finite_rows(y)
+        is_wrong = is_outgrown and torch.is_grad_enabled() and largest >= 2.0**exponent
         return max(exponent + 1, find_exponent(largest)) if is_wrong else exponent
     largest, _ = measure()  # values that were too large may have changed others
     if largest == 0:
@@ -73,6 +76,11 @@ def find_fitting(measure: Survey, seen: tuple[float, bool], exponent: int) -> in
     if not is_whole:  # a bit of headroom is enough
         return exponent if exponent - SLACK <= fitting < exponent + HEADROOM else fitting
     return max(exponent + 1, fitting) if is_outgrown else min(exponent, fitting)
+
+
+def _largest_in_finite_rows(y: Tensor) -> float:
+    sizes = widen(y.detach()).abs().reshape(len(y), -1).amax(1)
+    return float(sizes.nan_to_num(0, 0, 0).max())
 
 
 def ask_to_repeat(seen: float, exponent: int) -> None:
@@ -168,8 +176,14 @@ def retrying(step: Callable[[], Tensor]) -> Tensor:
 
 
 def keep_state(blocks: Iterable[nn.Module], device: torch.device) -> Callable[[], None]:
-    """Return a function that restores buffers and random generators to their present values."""
-    restore_buffers = keep_buffers(nn.ModuleList(blocks))
+    """Return a function that restores buffers and random generators to their present values.
+
+    A norm that is not training has buffers that it never changes.
+    """
+    modules = nn.ModuleList(blocks).modules()
+    restore_buffers = keep_buffers(
+        module for module in modules if module.training or not isinstance(module, _NormBase)
+    )
     restore_generators = partial(set_random_state, random_state(device), device)
 
     def restore() -> None:

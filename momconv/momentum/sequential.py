@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # imports the compiler only where it is at work
 from torch.fx import Proxy
 
-from momconv.errors import UsageError
+from momconv.errors import ModelFileError, UsageError
 from momconv.momentum.arguments import bind
 from momconv.momentum.autograd import Strategy, run
 from momconv.momentum.equations import LOWEST, Rule, Velocity, coefficients
@@ -142,8 +142,9 @@ class MomentumSequential(nn.Sequential):
         UsageError: γ is not in [0, 1], or another argument is none of those that there are. In the
             forward pass: a block writes into its input; a block of a run changes its shape; runs
             are to be found, but what blocks do depends on values, or torch.func is at work.
-            Outside it: a block of a run is called with what another one has returned (not seen if
-            by ``block.forward``, or if other values have gone into it in between).
+            Outside it: a block of a run is called with what another one has returned, which is the
+            plain network. It is so without an error if ``block.forward(x)`` is called, or something
+            else done to x between two blocks, such as ``1.5 * x`` or dropout.
         InversionError: in backward, what it starts from was written to, or backward comes twice.
         RangeOverflow: in a forward pass that cannot be done again alone (several processes, a
             checkpoint around the stage), an activation outgrew the range, which has become wider:
@@ -233,8 +234,7 @@ class MomentumSequential(nn.Sequential):
         if is_graph_made() or not self.gamma:
             return self._pass(_Pass(blocks, tensors, self.way), x)
         proposed: dict[int, int] = {}
-        is_training = any(module.training for module in self.modules())  # a norm alone may be
-        restore = keep_state([self] if is_training else [], x.device)
+        restore = keep_state([self], x.device)
         while True:
             try:
                 with one_pass() as is_inside:
@@ -334,7 +334,7 @@ class MomentumSequential(nn.Sequential):
                 self.set_range(part.start, exponent)
         y, largest = follow(exponent)
         seen, other = largest.tolist()
-        fitting = find_fitting(measure, (seen, math.isfinite(other)), exponent)
+        fitting = find_fitting(measure, (seen, math.isfinite(other)), y, exponent)
         if fitting != exponent:
             this.proposed[part.start] = fitting
             if torch.is_grad_enabled():
@@ -396,7 +396,7 @@ class MomentumSequential(nn.Sequential):
 
         Raises:
             UsageError: The blocks are not one run.
-            InversionError: No pass of these blocks ended there.
+            InversionError: No pass of these blocks ended there, or it was not finite.
         """
         part, blocks, tensors = self._whole_run(self.runs or (), args, kwargs)
         dtype = next((p.dtype for p in self.parameters()), torch.float32)
@@ -429,14 +429,40 @@ class MomentumSequential(nn.Sequential):
             return nn.Sequential(OrderedDict([*self.named_children()][index]))
         return super().__getitem__(index)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what pickle or a copy has kept of a stage.
+
+        Raises:
+            ModelFileError: An older version's had other attributes.
+        """
+        own = MomentumSequential.__annotations__
+        if lacking := [name for name in own if name not in state and not hasattr(type(self), name)]:
+            raise ModelFileError(
+                f"a momentum stage was pickled by an older momconv: it lacks {', '.join(lacking)}",
+                kind="model_file.older_stage",
+                fix="momconv.save(model, path) with that version, and momconv.load(path) with this",
+            )
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
     def __setattr__(self, name: str, value: Any) -> None:
-        """Put another block in the place of one, also in a run."""
+        """Put another block in the place of one, also in a run.
+
+        Raises:
+            UsageError: It is None.
+        """
+        if name in self.__dict__.get("_modules", ()):
+            _require_block(name, value)
         super().__setattr__(name, value)
         if isinstance(value, nn.Module) and "_runs" in vars(self):
             self.runs = self.runs
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Put a block at the end, or in the place of one."""
+        """Put a block at the end, or in the place of one.
+
+        Raises:
+            UsageError: It is None.
+        """
+        _require_block(name, module)
         super().add_module(name, module)
         if "_runs" in vars(self):
             self.runs = self.runs
@@ -487,6 +513,20 @@ class MomentumSequential(nn.Sequential):
         """Return γ, the strategy and the runs, for ``print(model)``."""
         spans = ", ".join(f"{run.start}-{run.stop - 1}" for run in self.runs or ())
         return f"gamma={self.gamma}, strategy={self.way}, momentum blocks: {spans or 'none'}"
+
+
+def _require_block(name: str, block: object) -> None:
+    """Do nothing unless this is None, which PyTorch's containers take and cannot call.
+
+    Raises:
+        UsageError: It is.
+    """
+    if block is None:
+        raise UsageError(
+            f"block {name} of a momentum stage would be None, which cannot be called",
+            kind="usage.bad_value",
+            fix="leave it out, or take torch.nn.Identity()",
+        )
 
 
 def _trace(stage: MomentumSequential, x: Any, args: Any, kwargs: Any) -> Any:

@@ -183,7 +183,7 @@ def _keeping_state(model: nn.Module, device: torch.device) -> Iterator[None]:
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = [p.grad for p in trained]
-    restore_buffers = keep_buffers(model)
+    restore_buffers = keep_buffers(model.modules())
     runs = [(stage, stage.runs) for stage in momentum_stages(model).values()]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)

@@ -177,7 +177,7 @@ def _estimate_if_closer(
     Re-estimated ones also fit images unlike those of the original's training, to which the original
     itself does not adapt; for a small γ, which changes little, that is the larger change.
     """
-    restore = keep_buffers(model)
+    restore = keep_buffers(model.modules())
     before = measure_divergence(model, original, images.held_out)
     layers = _estimate_statistics(model, batches)
     if measure_divergence(model, original, images.held_out) <= before:
@@ -187,7 +187,7 @@ def _estimate_if_closer(
 
 
 def _estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    restore, is_empty, parts = keep_buffers(model), True, Parts(_FEWEST_IMAGES)
+    restore, is_empty, parts = keep_buffers(model.modules()), True, Parts(_FEWEST_IMAGES)
     try:
         with _estimating(model) as layers, torch.no_grad():
             for images in batches:
@@ -207,7 +207,7 @@ def _estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
 def _take_in(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Take ``batches`` into the averages; if that fails, none of them."""
-    device, restore = next(model.parameters()).device, keep_buffers(model)
+    device, restore = next(model.parameters()).device, keep_buffers(model.modules())
     try:
         for images in batches:
             model(images.to(device))

@@ -260,7 +260,7 @@ def _all_or_nothing(run: TrainingRun) -> Iterator[None]:
     random state do, and the scaler knows of gradients that it has unscaled.
     """
     with ExitStack() as undo:
-        undo.callback(keep_buffers(run.model))
+        undo.callback(keep_buffers(run.model.modules()))
         undo.callback(set_random_states, read_random_states())
         undo.callback(run.model.zero_grad)
         undo.callback(run.renew_scaler)

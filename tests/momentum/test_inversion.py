@@ -68,6 +68,8 @@ def test_another_state_is_no_end() -> None:
     x, v, remainders = net.integrate(images())
     with pytest.raises(InversionError, match="does not end where a run begins"):
         net.invert((x, v + 1, remainders))
+    with pytest.raises(InversionError, match="not finite"):
+        net.invert((x / 0, v, remainders))
 
 
 def test_only_one_whole_run_can_be_inverted() -> None:

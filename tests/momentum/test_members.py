@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint_sequential
 
 from momconv import MomentumSequential, convert, revert, set_strategy
-from momconv.errors import UsageError
+from momconv.errors import ModelFileError, UsageError
 from momconv.momentum.autograd import Strategy
 from momconv.momentum.sequential import Run
 from momconv.vocabulary import Velocity
@@ -235,6 +235,25 @@ def test_another_block_takes_the_place_of_one() -> None:
         assert net.runs == edited().runs
         with pytest.raises(UsageError, match="plain network"):
             net[2](net[1](images()))
+
+
+def test_nothing_takes_the_place_of_none() -> None:
+    puts: list[Callable[[MomentumSequential], object]] = [
+        lambda net: setattr(net, "2", None),
+        lambda net: net.append(None),  # type: ignore[arg-type]
+        lambda _: MomentumSequential(stack(1), None),  # as PyTorch's own takes it
+    ]
+    for put in puts:
+        net = edited()
+        with pytest.raises(UsageError, match="which cannot be called"):
+            put(net)
+        assert spans(net) == spans(edited())
+
+
+def test_a_stage_that_an_older_version_pickled_is_known_as_such() -> None:
+    state = vars(edited())
+    with pytest.raises(ModelFileError, match="by an older momconv: it lacks _gamma"):
+        edited().__setstate__({name: state[name] for name in state if name != "_gamma"})
 
 
 def test_blocks_that_are_gone_without_a_word_are_missed() -> None:

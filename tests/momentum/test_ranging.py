@@ -8,6 +8,7 @@ import pytest
 import torch
 from networks import Dropping, aftermath, differences, images, square, stack
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from momconv import MomentumSequential, set_strategy
 from momconv.errors import RangeOverflow
@@ -185,6 +186,7 @@ def test_buffers_that_blocks_replace_change_once_a_pass(strategy: Any) -> None:
     factors: list[float] = [1.0, 1.0, 1e4, 1.0]
     expected: Tensor | None = None
     for passes, factor in enumerate(factors, 1):
+        net.train(passes != 3)
         square(net(inputs(factor)) / factor).backward()
         size = blocks[0][0].forward(inputs(factor)).detach().abs().mean(0)
         expected = size if expected is None else 0.9 * expected + 0.1 * size
@@ -263,6 +265,21 @@ def test_where_others_take_part_in_a_pass_it_is_not_done_again_alone(
         assert after.exponent >= before.exponent + HEADROOM
     stored, ours = (aftermath(net, large, how) for how in ("store", "momentum"))
     assert differences(ours, stored) == []
+
+
+def test_a_row_that_is_not_finite_hides_no_other_where_a_pass_cannot_be_done_again() -> None:
+    net, x = make(3, 0.9), inputs()
+    net(x)
+    x[0] = torch.nan
+
+    def step(net: nn.Module, x: Tensor) -> Tensor:
+        return square(checkpoint(net, x, use_reentrant=False)[1:])
+
+    step(net, x.requires_grad_())
+    with pytest.raises(RangeOverflow, match="its range has been widened"):
+        step(net, 1e6 * x)
+    stored, ours = (aftermath(net, 1e6 * x.detach(), how, step) for how in ("store", "momentum"))
+    assert torch.equal(ours["grad x"][1:], stored["grad x"][1:])
 
 
 @pytest.mark.parametrize("factor", [1e6, 1e-3, 1e-9])
