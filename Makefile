@@ -31,7 +31,8 @@ dist: .venv/installed
 clean:
 	rm -rf .venv momconv-demo dist build
 
+# Most of what is installed is never imported: what is, Python compiles then.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@

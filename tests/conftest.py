@@ -3,6 +3,7 @@
 import gc
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,16 @@ def speeds() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("momconv.training.planning.measure_speed", find_speed)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def predictions(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let a plan know the steps that were predicted for others; tests of predictions trace each."""
+    from traced import tracing_once
+
+    traces_each = request.path.parent.name == "planner" and request.path.name != "test_search.py"
+    with nullcontext() if traces_each else tracing_once():
         yield
 
 

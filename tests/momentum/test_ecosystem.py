@@ -109,18 +109,21 @@ def test_clipping_sees_the_gradients_of_storing_everything() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own
 @pytest.mark.parametrize(("backend", "depth"), [("aot_eager", 4), ("inductor", 2)])
-def test_compiled_blocks_stay_exact(backend: str, depth: int) -> None:
+def test_compiled_blocks_stay_exact(
+    backend: str, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs a C++ compiler")
-    gradients = []
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # starts no processes
+    net, gradients = stack(depth), []
+    net.find_runs(images())
+    blocks = [torch.compile(block, backend=backend) for block in net]
+    compiled = MomentumSequential(*blocks, runs=net.runs)
     for strategy in ("store", "momentum"):
-        net = stack(depth)
-        net.find_runs(images())
-        blocks = [torch.compile(block, backend=backend) for block in net]
-        compiled = MomentumSequential(*blocks, runs=net.runs)
         set_strategy(compiled, strategy)
         square(compiled(images())).backward()
         gradients.append([gradient_of(p) for p in net.parameters()])
+        net.zero_grad()
 
     assert all(map(torch.equal, *gradients))
 
