@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import Log, Signals, assert_same, flip_a_bit, read_metrics, resume, small
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from momconv.errors import (
     DataError,
@@ -469,8 +470,8 @@ def test_a_run_whose_ranges_have_been_widened_goes_on_exactly_after_a_kill(
     monkeypatch.setattr(equations, "HEADROOM", 0)  # so that training outgrows what it saw first
     widened: list[int] = []
 
-    def listening(measure: Survey, seen: tuple[float, bool], exponent: int) -> int:
-        fitting = find_fitting(measure, seen, exponent)
+    def listening(measure: Survey, seen: tuple[float, bool], y: Tensor, exponent: int) -> int:
+        fitting = find_fitting(measure, seen, y, exponent)
         widened.extend([fitting] * (fitting > exponent))
         return fitting
 
