@@ -102,7 +102,9 @@ def take(case: Case, point: Point, device: torch.device, is_measured: bool) -> T
         peak = measure_step(
             model, case.batch, case.resolution, precision=case.precision, device=device
         )
-    return Taken(time_model(model, case, device).seconds, peak / case.batch / MIB)
+    taken = Taken(time_model(model, case, device).seconds, peak / case.batch / MIB)
+    model.zero_grad()  # while other methods have their turn
+    return taken
 
 
 def compare(case: Case, device: torch.device) -> list[Row]:
