@@ -134,7 +134,9 @@ class _Step(torch.autograd.Function):
         return trajectory.advance(y).to(x.dtype), _without_memory(x)
 
     @staticmethod
-    def backward(ctx: Any, gx: Tensor, u_next: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gx: Tensor | None, u_next: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gx is None:  # as where a function of the output has none
+            return None, None, None, None
         c = ctx.rule.coefficients[ctx.n]
         if u_next is None:  # the last v is not used
             u = gx * c

@@ -395,10 +395,23 @@ class MomentumSequential(nn.Sequential):
         ``args`` and ``kwargs`` are what the blocks were called with besides x.
 
         Raises:
-            UsageError: The blocks are not one run.
+            UsageError: The blocks are not one run, or its range is not known.
             InversionError: No pass of these blocks ended there, or it was not finite.
         """
-        part, blocks, tensors = self._whole_run(self.runs or (), args, kwargs)
+        if not isinstance(end, tuple) or len(end) != len(EndState._fields):
+            raise UsageError(
+                f"invert was given a {type(end).__name__}, not (x, v, remainders)",
+                kind="usage.bad_value",
+                fix="stage.invert(stage.integrate(x))",
+            )
+        runs = self.find_runs(end[0], *args, **kwargs)
+        part, blocks, tensors = self._whole_run(runs, args, kwargs)
+        if part.exponent is None:
+            raise UsageError(
+                "this stage has not seen a pass, and does not know the range of the one to invert",
+                kind="usage.no_run",
+                fix="stage.runs = runs of the stage that the state is of",
+            )
         dtype = next((p.dtype for p in self.parameters()), torch.float32)
         return walk_back(blocks, EndState(*end), tensors, self.rule(part, dtype), dtype)
 

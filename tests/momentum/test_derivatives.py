@@ -119,6 +119,12 @@ def test_a_transform_computes_the_values_of_a_pass() -> None:
     assert torch.equal(func.vmap(net)(images()[:, None])[:, 0], net(images()))
 
 
+@pytest.mark.parametrize("strategy", ["store", "checkpoint", "segment"])
+def test_gradients_pass_the_check_of_pytorch_itself(strategy: Any) -> None:
+    x = images()[:1, :, :1, :1].double().requires_grad_()
+    assert torch.autograd.gradcheck(network(strategy).double(), x)
+
+
 def test_second_derivatives_through_a_stem_are_refused() -> None:
     model = convert(build("cifar_resnet20"), stages="all").eval()
     x = torch.randn(2, 3, 16, 16, requires_grad=True)

@@ -68,6 +68,10 @@ def test_another_state_is_no_end() -> None:
     x, v, remainders = net.integrate(images())
     with pytest.raises(InversionError, match="does not end where a run begins"):
         net.invert((x, v + 1, remainders))
+    with pytest.raises(UsageError, match="was given a Tensor, not"):
+        net.invert(x)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="has not seen a pass"):
+        stack(3).eval().invert((x, v, remainders))
     with pytest.raises(InversionError, match="not finite"):
         net.invert((x / 0, v, remainders))
 
