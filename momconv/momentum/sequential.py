@@ -141,7 +141,8 @@ class MomentumSequential(nn.Sequential):
     Raises:
         UsageError: γ is not in [0, 1], or another argument is none of those that there are. In the
             forward pass: a block writes into its input; a block of a run changes its shape; runs
-            are to be found, but what blocks do depends on values, or torch.func is at work.
+            are to be found, but what blocks do depends on values, or torch.func is at work; x is
+            complex.
             Outside it: a block of a run is called with what another one has returned, which is the
             plain network. It is so without an error if ``block.forward(x)`` is called, or something
             else done to x between two blocks, such as ``1.5 * x`` or dropout.
@@ -149,7 +150,8 @@ class MomentumSequential(nn.Sequential):
         RangeOverflow: in a forward pass that cannot be done again alone (several processes, a
             checkpoint around the stage), an activation outgrew the range, which has become wider:
             the next pass succeeds.
-        NotReproducible: in backward, a block computed something else when it was run again.
+        NotReproducible: in backward, a block computed something else when it was run again. Its
+            output is compared, not what it saves for backward alone.
 
     >>> class Block(nn.Linear):
     ...     def forward(self, x):
@@ -431,7 +433,17 @@ class MomentumSequential(nn.Sequential):
         return coefficients(self.gamma, part.gains, self.velocity)[0] == 1
 
     def rule(self, part: Run, dtype: torch.dtype) -> Rule:
-        """Return the constants of a run of blocks that compute in ``dtype``."""
+        """Return the constants of a run of blocks that compute in ``dtype``.
+
+        Raises:
+            UsageError: That is complex.
+        """
+        if dtype.is_complex:
+            raise UsageError(
+                f"a momentum run was called with {dtype}, and its grids are of real numbers",
+                kind="model.complex",
+                fix="torch.view_as_real(x), in blocks that take that",
+            )
         steps = coefficients(self.gamma, part.gains, self.velocity)
         exponent = _UNKNOWN if part.exponent is None else part.exponent
         return Rule.of(self.gamma, steps, exponent, torch.promote_types(dtype, torch.float32))

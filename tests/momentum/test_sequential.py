@@ -352,6 +352,14 @@ class Shrinking(nn.Linear):
         return y if self.training else y[: len(y) // 2]
 
 
+def test_a_run_has_no_complex_numbers() -> None:
+    for strategy in ("store", "momentum"):
+        net = MomentumSequential(nn.Identity(), nn.Identity(), runs=[Run(0, 2, (1.0, 1.0))])
+        set_strategy(net, strategy)
+        with pytest.raises(UsageError, match=r"with torch.complex64, and its grids are of real"):
+            net(torch.ones(1, 2, dtype=torch.complex64))
+
+
 def test_a_block_of_a_run_may_not_change_the_shape() -> None:
     net = MomentumSequential(Shrinking(4, 4), Shrinking(4, 4))
     net(torch.randn(6, 4))
