@@ -21,7 +21,6 @@ the table, mean ± standard deviation over the seeds in percent: of the last epo
 chosen, and of the best one, which both would keep.
 """
 
-import csv
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -82,8 +81,7 @@ def train_with_momconv(task: str, changes: list[str], seed: int, data: Path) -> 
     common += ["train.device=cpu", "data.workers=0"]
     with tempfile.TemporaryDirectory() as folder:
         result = finetune(load_recipe(None, [*TASKS[task], *changes, *common]), folder)
-        with (result.folder / "metrics.csv").open() as file:
-            yield from [float(row["val_top1"]) for row in csv.DictReader(file)]
+        yield from [float(row["val_top1"]) for row in transfer.read_epochs(result.folder)]
 
 
 def train_as_reference(task: str, _: list[str], seed: int, data: Path) -> Iterator[float]:

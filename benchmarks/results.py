@@ -11,7 +11,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import finetuning, frontier, gpu, memory, speed, transfer
+from benchmarks import finetuning, frontier, gpu, hymenoptera, memory, speed, transfer
 from benchmarks.tables import MISSING, RESULTS, Log, Row, find_logs, number
 
 DOCUMENT = Path(__file__).parent / "RESULTS.md"
@@ -111,6 +111,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], list[Row]] | None] = {
         spread, by=("strategy",), values=("measured ratio", "calibrated ratio", "assumed ratio")
     ),
     "transfer": transfer.present,
+    "hymenoptera": hymenoptera.present,
     "finetuning": finetuning.present,
 }
 

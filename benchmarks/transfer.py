@@ -105,11 +105,15 @@ def run(method: str, seed: int, weights: Path, folder: Path) -> Iterator[Row]:
             f"train.seed={seed}",
         ],
     )
-    result = finetune(recipe, folder / method)
-    with (result.folder / "metrics.csv").open() as file:
-        for row in csv.DictReader(file):
-            top1 = f"{100 * float(row['val_top1']):.2f}"
-            yield {"method": method, "epoch": row["epoch"], "seed": str(seed), VALUE: top1}
+    for row in read_epochs(finetune(recipe, folder / method).folder):
+        top1 = f"{100 * float(row['val_top1']):.2f}"
+        yield {"method": method, "epoch": row["epoch"], "seed": str(seed), VALUE: top1}
+
+
+def read_epochs(folder: Path) -> Iterator[Row]:
+    """What is noted of each epoch in the folder of a run."""
+    with (folder / "metrics.csv").open() as file:
+        yield from csv.DictReader(file)
 
 
 def present(rows: Sequence[Row]) -> list[Row]:
