@@ -233,7 +233,7 @@ def _write_split(folder: Path) -> bytes:
     nothing = Inspection(empty, Findings.collect(()))
     found = report(nothing, nothing, [], [])
     findings = Findings.collect((str(path), Finding(sha256(b"").hexdigest())) for path in paths)
-    checked = CheckedImages(Splits(images, empty, ()), found, findings)
+    checked = CheckedImages(Splits(images, empty, ()), found, findings, findings)
     remember_images(checked, folder, RunFolder(folder))
     return (folder / "split.json").read_bytes()
 

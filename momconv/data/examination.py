@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
@@ -30,6 +30,9 @@ from momconv.errors import ResourceError
 from momconv.files.atomic import write_atomically
 from momconv.files.cache import cache_folder
 from momconv.names import name_below
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _DECODER = f"2 Pillow {PIL.__version__}"  # the first number is to be raised when decoding changes
 _STAMP = 16  # bytes that stand for what identifies a file
@@ -46,17 +49,17 @@ class _Cache:
     findings: Findings
     stamps: bytes
 
-    def knows(self, names: Sequence[str], stamps: bytes) -> list[bool]:
-        """Return of each of ``names`` whether it has been looked at as its stamp is now."""
-        now = split_rows(stamps, _STAMP)
-        then = split_rows(self.stamps + _UNKNOWN, _STAMP)[self.findings.find(names)]
-        known: list[bool] = ((then == now).all(1) & now.any(1)).tolist()
-        return known
+    def find(self, names: Sequence[str], stamps: bytes) -> "NDArray[np.int64]":
+        """Return the row of each of ``names``; -1 where its stamp was another, if it is known."""
+        rows, now = self.findings.find(names), split_rows(stamps, _STAMP)
+        then = split_rows(self.stamps + _UNKNOWN, _STAMP)[rows]
+        return np.where((then == now).all(1) & now.any(1), rows, -1)
 
     def select(self, names: Sequence[str]) -> "_Cache":
         """Return what it has on ``names``, which it has."""
-        stamps = split_rows(self.stamps, _STAMP)[self.findings.find(names)].tobytes()
-        return _Cache(self.findings.select(names), stamps)
+        rows = self.findings.find(names)
+        stamps = split_rows(self.stamps, _STAMP)[rows].tobytes()
+        return _Cache(self.findings.take(rows), stamps)
 
     def __or__(self, newer: "_Cache") -> "_Cache":
         """Return what is in both; the ``newer`` one is right."""
@@ -76,9 +79,8 @@ def examine_all(
     names = [*named]
     stamps = b"".join(_stamp(source.identify(path)) for path in named.values())
     cache = _recall(source.root)
-    known = cache.knows(names, stamps)
-    found = cache.findings.select(list(compress(names, known)))
-    new = [n for n, is_known in enumerate(known) if not is_known]
+    rows = cache.find(names, stamps)
+    found, new = cache.findings.take(rows[rows >= 0]), np.flatnonzero(rows < 0).tolist()
     for start in range(0, len(new), _AT_ONCE):
         piece = new[start : start + _AT_ONCE]
         examined = list[tuple[str, Finding]]()

@@ -111,13 +111,24 @@ class Findings(Mapping[Path, Finding]):
         """Return the SHA-256 of ``path``, as its finding has it."""
         return self._hex(self._rows[str(path)])
 
+    def sha256s(self, paths: Iterable[Path]) -> Iterator[str]:
+        """Yield the SHA-256 of each of ``paths``, as their findings have it."""
+        chosen = self.select([*map(str, paths)])
+        return map(chosen._hex, range(len(chosen)))
+
     def find(self, names: Sequence[str]) -> "NDArray[np.int64]":
         """Return the row of each of ``names``; -1 where it is unknown."""
         return np.fromiter((self._rows.get(name, -1) for name in names), np.int64, len(names))
 
     def select(self, names: Sequence[str]) -> "Findings":
         """Return those of ``names``, which are known, in that order."""
-        rows = self.find(names)
+        if tuple(names) == self.names:  # as they mostly are, of which there may be millions
+            return self
+        return self.take(self.find(names))
+
+    def take(self, rows: "NDArray[np.int64]") -> "Findings":
+        """Return those in ``rows``."""
+        names = map(self.names.__getitem__, rows.tolist())
         digests = split_rows(self.digests, DIGEST)[rows].tobytes()
         used, kind = np.unique(self.kind[rows], return_inverse=True)
         kinds = [self.kinds[number] for number in used]

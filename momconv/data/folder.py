@@ -14,6 +14,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -221,7 +222,7 @@ def read_table_set(
 def _find_table(root: Path) -> Path | None:
     """Return the table of the images below ``root``, where folders do not say their classes."""
     _require_folder(root)
-    if sum(any(True for _ in _images(folder)) for folder in _subfolders(root)) > 1:
+    if sum(map(_has_images, _subfolders(root))) > 1:
         return None
     images = sorted(_images(root))
     return find_table(root, images) if images else None
@@ -250,13 +251,14 @@ def _walk(root: Path, *above: Path) -> Iterator[tuple[Path, bool]]:
         if real in seen:
             continue
         seen.add(real)
-        entries = _scan(parent)
-        folders = [entry for entry in entries if _holds(entry.is_dir)]
-        for entry in entries:
-            if not _holds(entry.is_dir):
-                path = parent / entry.name
+        folders = []
+        for entry in _scan(parent):
+            path = parent / entry.name
+            if _holds(entry.is_dir):
+                folders.append(path)
+            else:
                 yield path, not _holds(entry.is_file) and is_special(path)
-        waiting += [parent / entry.name for entry in reversed(folders)]
+        waiting += reversed(folders)
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
@@ -281,6 +283,17 @@ def _images(root: Path) -> Iterator[Path]:
     return (path for path, _ in _walk(root) if _is_image(path))
 
 
+def _has_images(folder: Path) -> bool:
+    with suppress(OSError), os.scandir(folder) as entries:  # of millions, the first will do
+        if any(map(_is_visible_image, entries)):
+            return True
+    return any(True for _ in _images(folder))
+
+
+def _is_visible_image(entry: os.DirEntry[str]) -> bool:
+    return bool(_visible([entry.name])) and _is_image(Path(entry.name)) and entry.is_file()
+
+
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES
 
@@ -303,7 +316,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     A class may be called "train" too (beside "bus" and "car"), so one such name is not enough.
     """
     _require_folder(root)
-    folders = {f.name.lower(): f for f in _subfolders(root) if any(True for _ in _images(f))}
+    folders = {f.name.lower(): f for f in _subfolders(root) if _has_images(f)}
     divided = folders.keys() <= SPLITS or (_first(_TRAIN, folders) and _first(_VAL, folders))
     return folders if divided else {}
 
@@ -319,11 +332,14 @@ def _read_class_folders(root: Path) -> Listing:
     special: list[Path] = []
     others, deep = Counter[str](), 0
     for folder in _subfolders(root):
-        files = list(_walk(folder, root))
-        special += [path for path, is_odd in files if is_odd]
-        usual = [path for path, is_odd in files if not is_odd]
-        images = list(filter(_is_image, usual))
-        others.update(path.suffix.lower() for path in usual if not _is_image(path))
+        images = []
+        for path, is_odd in _walk(folder, root):
+            if is_odd:
+                special.append(path)
+            elif _is_image(path):
+                images.append(path)
+            else:
+                others[path.suffix.lower()] += 1
         start = len(f"{folder}{os.sep}")
         deep += sum(os.sep in str(path)[start:] for path in images)
         found[encode_name(folder.name)] = images

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,10 @@ class Inspection:
     images: ImageSet
     findings: Findings
     notes: tuple[str, ...] = ()
+
+    def sha256s(self) -> Iterator[str]:
+        """Yield the SHA-256 of each of the ``images``."""
+        return self.findings.sha256s(self.images.paths)
 
     def unreadable(self) -> dict[Path, str]:
         """Return the files that cannot be decoded, and why."""
@@ -89,16 +93,12 @@ def find_guessed(findings: Findings, ranges: ValueRanges) -> set[Path]:
 
 def find_duplicates(train: Inspection, val: Inspection) -> list[tuple[Path, Path]]:
     """Return each validation image that is a training image too, byte for byte, behind that one."""
-    held_out = {val.findings.sha256(sample.path) for sample in val.images.samples}
-    first: dict[str, Path] = {}
-    for sample in train.images.samples:
-        if (sha256 := train.findings.sha256(sample.path)) in held_out:
-            first.setdefault(sha256, sample.path)
-    return [
-        (first[sha256], sample.path)
-        for sample in val.images.samples
-        if (sha256 := val.findings.sha256(sample.path)) in first
-    ]
+    held_out, first = {*val.sha256s()}, dict[str, Path]()
+    for sha256, path in zip(train.sha256s(), train.images.paths, strict=True):
+        if sha256 in held_out:
+            first.setdefault(sha256, path)
+    every = zip(val.sha256s(), val.images.paths, strict=True)
+    return [(first[sha256], path) for sha256, path in every if sha256 in first]
 
 
 def warn_of_duplicates(duplicates: Sequence[tuple[Path, Path]], validation: int) -> tuple[str, ...]:
@@ -120,8 +120,9 @@ def leave_out_trained_on(
     All are kept if nothing else is left. The second part says what was done.
     """
     paths = val.images.paths
-    known = (seen or SeenImages()).find(map(val.findings.sha256, paths))
-    before = [p for p in paths if val.findings.sha256(p) in known and p not in duplicates]
+    known = (seen or SeenImages()).find(val.sha256s())
+    every = zip(val.sha256s(), paths, strict=True)
+    before = [path for sha256, path in every if sha256 in known and path not in duplicates]
     trained_on = {*duplicates, *before}
     left = [n for n, path in enumerate(paths) if path not in trained_on]
     warnings = []

@@ -73,9 +73,9 @@ def report(
 ) -> DataReport:
     """Return what was found in both splits."""
     digests = (
-        (split, inspection.images.classes[sample.label], inspection.findings.sha256(sample.path))
+        (split, inspection.images.classes[label], sha256)
         for split, inspection in (("train", train), ("val", val))
-        for sample in inspection.images.samples
+        for label, sha256 in zip(inspection.images.labels, inspection.sha256s(), strict=True)
     )
     return DataReport(
         fingerprint=fingerprint(digests),
@@ -88,11 +88,7 @@ def report(
 
 def fingerprint(files: Iterable[tuple[str, str, str]]) -> str:
     """Return the SHA-256 of each file's split, class and SHA-256, whatever their order."""
-    lines = sorted("\0".join(file) for file in files)
-    digest = hashlib.sha256()
-    for n, line in enumerate(lines):
-        digest.update(f"\0\0{line}".encode() if n else line.encode())
-    return digest.hexdigest()
+    return hashlib.sha256("\0\0".join(sorted(map("\0".join, files))).encode()).hexdigest()
 
 
 def _describe(inspection: Inspection) -> SplitReport:

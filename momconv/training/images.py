@@ -79,11 +79,12 @@ class _Split(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class CheckedImages:
-    """The images of a run, which can be decoded, and what else was found."""
+    """The images of a run, which can be decoded, and what was found in these and others."""
 
     splits: Splits
     report: DataReport
-    findings: Findings
+    train: Findings
+    val: Findings
 
 
 def require_folder(recipe: DataRecipe) -> Path:
@@ -205,7 +206,7 @@ def keep_readable(
     _tell(warnings, recipe, listener)
     found = report(train, val, duplicates, (*splits.notes, *train.notes, *val.notes, *warnings))
     readable = replace(readable, fingerprint=found.fingerprint)
-    return CheckedImages(readable, found, train.findings | val.findings)
+    return CheckedImages(readable, found, train.findings, val.findings)
 
 
 def remember_images(
@@ -216,8 +217,8 @@ def remember_images(
     document = {
         "data": encode_name(root.absolute()),
         "classes": splits.train.classes,
-        "train": _to_json(splits.train, root, images.findings),
-        "val": _to_json(splits.val, root, images.findings),
+        "train": _to_json(splits.train, root, images.train),
+        "val": _to_json(splits.val, root, images.val),
         "unused": [encode_name(_relate(path, root)) for path in splits.unused],
     }
     write_atomically(run.split, partial(_write_lines, document))
@@ -249,10 +250,12 @@ def recall_images(
     recalled = Splits(train, val, (), unused=tuple(root / unused for unused in split.unused))
     found = _examine(train, listener) | _examine(val, listener)
     changed = {
-        sample.path: None
+        path: None
         for images, part in ((train, split.train), (val, split.val))
-        for sample, (_, _, sha256) in zip(images.samples, part.files, strict=True)
-        if found.sha256(sample.path) != sha256
+        for path, now, (*_, then) in zip(
+            images.paths, found.sha256s(images.paths), part.files, strict=True
+        )
+        if now != then
     }
     if progress:
         for path in take_back(recalled, progress, found, changed, listener):
@@ -365,9 +368,10 @@ def _to_json(images: ImageSet, root: Path, findings: Findings) -> Iterator[str]:
     """Yield the parts of a document like ``_Part``, which need not be in memory as a whole."""
     yield f'{{"folder": {_dump(encode_name(_relate(images.root, root)))}, "files": ['
     separator = "\n"
-    for sample in images.samples:
+    sha256s = findings.sha256s(images.paths)
+    for sample, sha256 in zip(images.samples, sha256s, strict=True):
         name = name_below(sample.path, images.root)
-        yield separator + _dump([name, images.classes[sample.label], findings.sha256(sample.path)])
+        yield separator + _dump([name, images.classes[sample.label], sha256])
         separator = ",\n"
     yield "]}"
 

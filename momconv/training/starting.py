@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
@@ -97,7 +98,7 @@ def prepare(
         listener.tell(f"note: {_describe_resizing(describe(model).preprocessing)}")
     train = images.splits.train
     network.fit_head(model, train.classes)
-    mark_as_seen(model, map(images.findings.sha256, train.paths))
+    mark_as_seen(model, images.train.sha256s(train.paths))
     network.place(model, device, recipe.train)
     network.start_training(model, recipe.train)
     if frozen := describe_frozen(model):
@@ -206,11 +207,14 @@ def _describe_changes(recipe: Recipe) -> str:
 
 def _settle_ranges(model: nn.Module, images: CheckedImages, listener: Listener) -> None:
     """Let ``model`` know what is black and white in the training images, if these are not 8-bit."""
-    findings = images.findings
-    odd = findings.select(list(map(str, images.splits.train.paths))).where(lambda kind: kind.values)
+    train = images.train.select([*map(str, images.splits.train.paths)])
+    odd = train.where(lambda kind: kind.values)
     told = settle_ranges(model, find_ranges(f.values for f in odd.values() if f.values))
     ranges = describe(model).preprocessing.ranges
-    outside, guessed = find_outside(findings, ranges), find_guessed(findings, ranges)
+    outside, guessed = dict[Path, int](), set[Path]()
+    for findings in (images.train, images.val):
+        outside |= find_outside(findings, ranges)
+        guessed |= find_guessed(findings, ranges)
     for line in (*told, *warn_of_values(outside, guessed, approximate=True)):
         listener.tell(line)
 
