@@ -26,14 +26,18 @@ from momconv.errors import (
     ResourceError,
 )
 from momconv.exhaustion import EXHAUSTED, naming_exhaustion
-from momconv.files.atomic import write_text
 from momconv.momentum.faults import postponing
 from momconv.momentum.sequential import read_ranges, set_ranges
-from momconv.training.memory import has_to_measure, measure_gradients, offer_half
+from momconv.training.memory import (
+    has_to_measure,
+    keep_for_restart,
+    measure_gradients,
+    offer_half,
+)
 from momconv.training.omission import find_number
 from momconv.training.run import TrainingRun
 from momconv.training.saving import indivisible
-from momconv.training.steps import Step, add_gradients, fewest_images, keep_company
+from momconv.training.steps import Step, add_gradients, keep_company
 from momconv.words import printable
 
 _NONE = -1  # in place of an image's number
@@ -221,9 +225,9 @@ def _lost(run: TrainingRun, fault: MomconvError | None) -> MomconvError:
     if not isinstance(fault, OutOfMemory):
         assert fault
         return fault
-    message, fix = f"{fault.message}\nwhile others wait for this process", run.folder.resume_command
-    message += "'s part of the weights (--shard); the state that was saved last is kept"
-    if smaller := run.plan.halve(fewest=fewest_images(run.model)):
-        write_text(run.folder.plan, smaller.to_json())
-        message += f", and goes on with micro-batches of {smaller.micro_batch}"
-    return ResourceError(message, kind=fault.kind, fix=fix)
+    return ResourceError(
+        f"{fault.message}\nwhile others wait for this process's part of the weights (--shard); "
+        f"{keep_for_restart(run)}",
+        kind=fault.kind,
+        fix=run.folder.resume_command,
+    )

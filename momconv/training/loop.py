@@ -27,8 +27,8 @@ from momconv.training.lockstep import add_share
 from momconv.training.memory import (
     compare_peak,
     halve,
+    keep_for_restart,
     note_peak,
-    offer_half,
     offering_to_resume,
     peak_bytes,
     reset_peak,
@@ -190,8 +190,8 @@ def _undo_changes(run: TrainingRun, error: MomconvError) -> None:
     """
     if run.processes.count > 1:
         raise ResourceError(
-            f"{error.message}\nin a backward pass that changes the weights; the state that was "
-            "saved last is kept",
+            f"{error.message}\nin a backward pass that changes the weights; "
+            f"{keep_for_restart(run)}",
             kind=error.kind,
             fix=run.folder.resume_command,
         ) from None
@@ -233,10 +233,10 @@ def _step(run: TrainingRun, step: Step, loss: Tensor, began: float) -> bool:
         except OutOfMemory as error:
             if run.processes.count > 1:
                 raise ResourceError(
-                    f"{run.device} ran out of memory while changing the weights; the state that "
-                    "was saved last is kept",
+                    f"{run.device} ran out of memory while changing the weights; "
+                    f"{keep_for_restart(run)}",
                     kind=EXHAUSTED,
-                    fix=offer_half(run),
+                    fix=run.folder.resume_command,
                 ) from None
             go_back(run)
             halve(run, error)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from momconv.errors import NotReproducible, OutOfMemory
 from momconv.exhaustion import EXHAUSTED, naming_exhaustion
+from momconv.files.atomic import write_text
 from momconv.momentum.faults import tell_fault
 from momconv.planner.allowance import find_allowance
 from momconv.planner.measurement import measure
@@ -193,6 +194,19 @@ def peak_bytes(run: TrainingRun) -> int:
     if run.device.type == "cuda":
         return torch.cuda.max_memory_allocated(run.device)
     return run.plan.measured_bytes or run.plan.predicted_bytes
+
+
+def keep_for_restart(run: TrainingRun) -> str:
+    """Let what starts this run again take smaller micro-batches, if there are any.
+
+    Returns what to tell of the state from which it then goes on.
+    """
+    kept = "the state that was saved last is kept"
+    smaller = run.plan.halve(fewest=fewest_images(run.model))
+    if smaller is None:
+        return kept
+    write_text(run.folder.plan, smaller.to_json())
+    return f"{kept}, and goes on with micro-batches of {smaller.micro_batch}"
 
 
 def offer_half(run: TrainingRun) -> str:

@@ -15,7 +15,14 @@ from torch.optim import SGD, AdamW, Optimizer
 
 import momconv
 from momconv.eightbit import AdamW8bit, SGD8bit
-from momconv.errors import MomconvError, NotReproducible, OutOfMemory, RangeOverflow, UsageError
+from momconv.errors import (
+    MomconvError,
+    NotReproducible,
+    OutOfMemory,
+    RangeOverflow,
+    ResourceError,
+    UsageError,
+)
 from momconv.planner.measurement import measure, run_step, static_bytes
 from momconv.planner.prediction import peak_memory
 from momconv.recipe import Recipe, load_recipe
@@ -116,6 +123,30 @@ def test_if_memory_runs_out_during_backward_both_take_smaller_parts(
     progress = load_state(RunFolder(tmp_path / "run").state).progress
     assert [(h.step, h.micro_batch) for h in progress.halvings] == [(3, 1)]
     assert progress.epoch == 1
+
+
+def end(recipe: Recipe, folder: Path, place: str) -> str:
+    """Start a run or go on with it, perhaps until memory runs out; what ended it."""
+    try:
+        if place:
+            train(recipe, folder, place, run_out)
+        else:
+            finetune(recipe, folder, resume="auto")
+    except ResourceError as error:
+        return error.message
+    return ""
+
+
+def test_if_memory_runs_out_where_weights_change_both_go_on_once_they_are_started_again(
+    team: Team, colours: Path, tmp_path: Path
+) -> None:
+    recipe, folder = small(colours, *RELEASED, "train.batch_size=8"), RunFolder(tmp_path)
+    lost, exhausted = team.do(end, recipe, tmp_path, "during")
+    assert "has lost another process" in lost
+    assert "is kept, and goes on with micro-batches of 2" in exhausted
+    assert load_state(folder.state).progress.epoch == 1
+    assert team.do(end, recipe, tmp_path, "") == ["", ""]
+    assert load_state(folder.state).progress.epoch == 2
 
 
 def add_up(rank_without: int) -> list[list[float] | None]:

@@ -54,6 +54,17 @@ def read(path: Path) -> dict[str, Tensor]:
     return load_state(path).tensors if path.stem == "state" else load_file(path)
 
 
+def assert_close(one: Path, other: Path) -> None:
+    """Two runs came to the same, but for the order in which numbers were added."""
+    for name in ("state", "best", "last"):
+        ours, theirs = (read(folder / f"{name}.safetensors") for folder in (one, other))
+        kept = {key for key in theirs if not key.startswith(("document/", "random/"))}
+        assert kept <= ours.keys()
+        for key in kept:
+            scale = float(theirs[key].abs().max())
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=2**-14 * scale)
+
+
 def test_two_processes_take_the_step_of_one_on_the_joint_batch(
     team: Team, colours: Path, tmp_path: Path
 ) -> None:
@@ -66,13 +77,7 @@ def test_two_processes_take_the_step_of_one_on_the_joint_batch(
     first, second = team.do(run, small(colours, *changes, SHARDED), tmp_path / "two")
     assert first == second
     finetune(small(colours, *changes), tmp_path / "one")
-    for name in ("state", "best", "last"):
-        ours, theirs = (read(tmp_path / n / f"{name}.safetensors") for n in ("two", "one"))
-        kept = {key for key in theirs if not key.startswith(("document/", "random/"))}
-        assert kept <= ours.keys()
-        for key in kept:
-            scale = float(theirs[key].abs().max())
-            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=2**-14 * scale)
+    assert_close(tmp_path / "two", tmp_path / "one")
     (ours_row,), (row,) = (read_metrics(tmp_path / name) for name in ("two", "one"))
     assert float(ours_row["train_loss"]) == pytest.approx(float(row["train_loss"]), rel=1e-6)
     assert ours_row["val_top1"] == row["val_top1"]
@@ -107,6 +112,21 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
     with pytest.raises(ModelFileError, match=rf"{last} is missing, damaged or another one"):
         load_state(folder.state)
     assert load_state(folder.previous).progress.epoch == 1
+
+
+def test_a_run_of_four_processes_goes_on_with_two(
+    team: Team, colours: Path, tmp_path: Path
+) -> None:
+    """An epoch of each is one step."""
+    recipe = small(colours, *FROZEN, "train.batch_size=21", "data.val_frac=0.13", SHARDED)
+    folders = tmp_path / "four", tmp_path / "two"
+    team.do(run, recipe, folders[0], count=4)
+    shutil.copytree(*folders)
+    longer = load_recipe(folders[0] / "config.yaml", ["train.epochs=2"])
+    for folder, count in zip(folders, (4, 2), strict=True):
+        team.do(run, longer, folder, count=count)
+        assert load_state(RunFolder(folder).state).progress.epoch == 2
+    assert_close(*folders)
 
 
 def test_an_image_that_breaks_in_one_process_is_left_out_by_both(
