@@ -2,7 +2,7 @@
 
 import gc
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,16 @@ settings.register_profile("repeatable", derandomize=True)  # the same inputs eac
 settings.load_profile("repeatable")
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
     """Let Python not look for garbage, a second each time, in half a million objects that stay."""
-    gc.freeze()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -108,7 +115,9 @@ def predictions(request: pytest.FixtureRequest) -> Iterator[None]:
     """Let a plan know the steps that were predicted for others; tests of predictions trace each."""
     from traced import tracing_once
 
-    traces_each = request.path.parent.name == "planner" and request.path.name != "test_search.py"
+    folder, name = request.path.parent.name, request.path.name
+    compares_plans = name in ("test_choice.py", "test_search.py")
+    traces_each = name == "test_planning.py" or (folder == "planner" and not compares_plans)
     with nullcontext() if traces_each else tracing_once():
         yield
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import cache
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -228,7 +229,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as a JSON document, with the sizes."""
-        document = TypeAdapter(Plan).dump_python(self, mode="json", by_alias=True)
+        document = _schema().dump_python(self, mode="json", by_alias=True)
         seconds = self.epoch_seconds
         more = {
             "sizes": self.sizes,
@@ -237,15 +238,15 @@ class Plan:
         }
         return json.dumps(document | more, indent=2) + "\n"
 
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
+    @staticmethod
+    def from_json(text: str | bytes) -> "Plan":
         """Return the plan that ``to_json`` wrote, without what is alive at its peak.
 
         Raises:
             ModelFileError: ``text`` is no plan.
         """
         try:
-            return TypeAdapter(cls).validate_json(text)
+            return _schema().validate_json(text)
         except ValidationError as error:
             problem = f"plan.json: {error.errors()[0]['msg']}"
             raise ModelFileError(
@@ -270,3 +271,9 @@ class Plan:
             speed = 1 / self.seconds_per_image
             text += f"; about {speed:{',.0f' if speed >= 100 else '.3g'}} images/s"
         return text
+
+
+@cache
+def _schema() -> TypeAdapter[Plan]:
+    """Return how a plan is written and read, which takes longer to make than to use."""
+    return TypeAdapter(Plan)

@@ -76,14 +76,20 @@ def step(model: nn.Module, strategy: str) -> dict[str, Tensor]:
     return left | {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> tuple[str, list[str], nn.Module]:
+    """Its name, the keys of the plain network, and the converted one, which must stay as it is."""
+    plain = make(request.param)
+    return request.param, list(plain.state_dict()), momconv.convert(plain, stages="all")
+
+
 def test_a_family_is_converted_trained_exactly_saved_and_turned_back(
-    name: str, tmp_path: Path
+    family: tuple[str, list[str], nn.Module], tmp_path: Path
 ) -> None:
-    plain = make(name)
-    model = momconv.convert(plain, stages="all")
+    name, keys, converted = family
+    model = copy.deepcopy(converted)
     assert {stage: runs for stage, runs in spans(model).items() if runs} == FAMILIES[name]
-    assert list(model.state_dict()) == list(plain.state_dict())
+    assert list(model.state_dict()) == keys
 
     images = torch.randn(2, 3, SIDE, SIDE)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -107,9 +113,8 @@ def test_a_family_is_converted_trained_exactly_saved_and_turned_back(
     assert torch.equal(again(images), theirs(images))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_peak_is_predicted(name: str) -> None:
-    model = momconv.convert(make(name), stages="all").train()
+def test_the_peak_is_predicted(family: tuple[str, list[str], nn.Module]) -> None:
+    model = copy.deepcopy(family[-1]).train()
     predicted = momconv.peak_memory(model, 2, SIDE)
     measured = measure_step(model, 2, SIDE, precision="fp32", device=torch.device("cpu"))
     assert predicted.step == pytest.approx(measured, rel=0.03)
