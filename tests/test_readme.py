@@ -28,7 +28,7 @@ BRIEFLY = """
 from momconv import demo
 from momconv.cli import main
 
-demo.demonstrate.__kwdefaults__.update(images=400, epochs=(1, 1))
+demo.demonstrate.__kwdefaults__.update(images=200, epochs=(1, 1))
 main()
 """
 (PYTHON,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
