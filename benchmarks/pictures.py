@@ -3,6 +3,7 @@
 ``python -m benchmarks.pictures`` draws them from the files in results/, for every machine.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -125,11 +126,14 @@ def draw_transfer(rows: Sequence[Row]) -> Figure:
 
 
 def draw_frontier(rows: Sequence[Row]) -> Figure:
-    """Time over memory, with a panel for each network."""
+    """Time over memory, with a panel for each network, two in a row."""
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    figure = Figure(figsize=(4.8 * len(networks), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(networks), squeeze=False)[0]
-    for axes, network in zip(panels, networks, strict=True):
+    lines = math.ceil(len(networks) / 2)
+    figure = Figure(figsize=(9.6, 0.6 + 3.8 * lines), layout="constrained")
+    panels = figure.subplots(lines, 2, squeeze=False).flatten()
+    for axes in panels[len(networks) :]:
+        axes.remove()
+    for axes, network in zip(panels, networks, strict=False):
         own = [row for row in rows if row["network"] == network]
         plot(axes, collect(own, "MiB per image", "of store all"))
         axes.set(
