@@ -6,6 +6,7 @@ it has been called with, which may be others for each. Then the stage is called.
 
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from momconv.errors import UsageError
@@ -20,10 +21,11 @@ class Turn:
     So whoever looks for what is known of the block (FSDP2, for example) finds it under either.
     """
 
-    __slots__ = ("__dict__", "__weakref__", "_block", "_place", "_stage")
+    __slots__ = ("__dict__", "__weakref__", "_block", "_is_differentiated", "_place", "_stage")
 
     def __init__(self, stage: Any, place: int, block: nn.Module) -> None:
         own = {"_stage": stage, "_place": place, "_block": block, "__dict__": vars(block)}
+        own["_is_differentiated"] = torch.is_grad_enabled()
         for name, value in own.items():
             object.__setattr__(self, name, value)
 
@@ -31,7 +33,8 @@ class Turn:
         """Return what stands for the block's output, or the stage's if it is the last.
 
         Raises:
-            UsageError: It is not this block's turn.
+            UsageError: It is not this block's turn, or a checkpoint around each block would leave
+                the stage without gradients.
         """
         waiting = x if type(x) is Waiting else Waiting(self._stage, x, ())
         if waiting.stage is not self._stage or len(waiting.calls) != self._place:
@@ -44,6 +47,14 @@ class Turn:
         calls = (*waiting.calls, (args, kwargs))
         if len(calls) < len(self._stage._modules):
             return Waiting(self._stage, waiting.x, calls)
+        is_expected = self._is_differentiated and getattr(waiting.x, "grad_fn", None) is not None
+        if is_expected and not torch.is_grad_enabled():
+            raise UsageError(
+                "a loop calls the blocks of a momentum stage without gradients, as reentrant"
+                " checkpoints do, which would not see those of what is computed together",
+                kind="usage.outside_stage",
+                fix="torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)",
+            )
         args, kwargs = gather(calls)
         return self._stage(waiting.x, *args, **kwargs)
 

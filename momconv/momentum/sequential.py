@@ -152,7 +152,8 @@ class MomentumSequential(nn.Sequential):
             checkpoint around the stage), an activation outgrew the range, which has become wider:
             the next pass succeeds.
         NotReproducible: in backward, a block computed something else when it was run again. Its
-            output is compared, not what it saves for backward alone.
+            output is compared, not what it saves for backward alone, and nothing where a value of
+            the run was NaN or infinite.
 
     >>> class Block(nn.Linear):
     ...     def forward(self, x):
@@ -397,7 +398,8 @@ class MomentumSequential(nn.Sequential):
     ) -> list[Tensor]:
         """Return x[0] to x[k] of the pass that ended in this state: blocks' inputs, and the output.
 
-        ``args`` and ``kwargs`` are what the blocks were called with besides x.
+        ``args`` and ``kwargs`` are what the blocks were called with besides x, which was in the
+        precision of their parameters.
 
         Raises:
             UsageError: The blocks are not one run, or its range is not known.
@@ -417,7 +419,8 @@ class MomentumSequential(nn.Sequential):
                 kind="usage.no_run",
                 fix="stage.runs = runs of the stage that the state is of",
             )
-        dtype = next((p.dtype for p in self.parameters()), torch.float32)
+        own = chain(self.parameters(), self.buffers())
+        dtype = next((t.dtype for t in own if t.is_floating_point()), torch.float32)
         return walk_back(blocks, EndState(*end), tensors, self.rule(part, dtype), dtype)
 
     def _whole_run(

@@ -82,3 +82,20 @@ def test_only_one_whole_run_can_be_inverted() -> None:
         net.integrate(images())
     with pytest.raises(UsageError, match="all of one run"):
         stack(3, gamma=0).integrate(images())
+
+
+class Fixed(nn.Module):
+    """Has a buffer and no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.full((8, 8), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(x @ self.weight)
+
+
+def test_blocks_without_parameters_are_inverted_in_the_precision_of_their_buffers() -> None:
+    net, x = MomentumSequential(Fixed(), Fixed()).double(), torch.randn(4, 8).double()
+
+    assert torch.equal(net.invert(end := net.integrate(x))[-1], end.x)

@@ -165,3 +165,17 @@ def test_a_loop_may_checkpoint_its_blocks(strategy: Strategy) -> None:
     assert isinstance(model, Net)
     model.call = partial(checkpoint, use_reentrant=False)
     assert all(map(torch.equal, gradients(model, model(x()).sum()), expected))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")  # what waits is no tensor
+def test_reentrant_checkpoints_around_blocks_are_refused_where_gradients_would_be_lost() -> None:
+    model = convert(Net(), inputs=[x()])
+    assert isinstance(model, Net)
+    model.call = partial(checkpoint, use_reentrant=True)
+    images = x().requires_grad_() * 1
+
+    with pytest.raises(UsageError, match="without gradients, as reentrant"):
+        model(images)
+    model.call = call
+    with torch.no_grad():
+        assert model(images).isfinite().all()
