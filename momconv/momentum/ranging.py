@@ -7,7 +7,6 @@ as such, as in any network, and is no matter of the range, which is that of all 
 
 import math
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +31,6 @@ from momconv.states import is_fake, is_graph_made, keep_buffers, without_hooks
 Survey = Callable[[], tuple[float, bool]]  # see :func:`survey`
 
 SLACK = 4  # bits: activations may be so much smaller, beyond the headroom, than what was seen
-COARSE = 2.0**-13  # a share of a run's input: what grows by more than four powers of ten loses it
 FINENESS = BITS[torch.float32] - HEADROOM - SLACK - 1  # bits of the largest x, at least
 
 
@@ -53,7 +51,7 @@ def find_range(measure: Survey, x: Tensor) -> tuple[int, bool]:
     """
     largest, is_whole = measure()
     if largest == 0:
-        largest = _largest(x)
+        largest = float(x.detach().nan_to_num(0, 0, 0).abs().max())
     return find_exponent(largest), is_whole and largest > 0
 
 
@@ -78,23 +76,6 @@ def find_fitting(measure: Survey, seen: tuple[float, bool], y: Tensor, exponent:
     if not is_whole:  # a bit of headroom is enough
         return exponent if exponent - SLACK <= fitting < exponent + HEADROOM else fitting
     return max(exponent + 1, fitting) if is_outgrown else min(exponent, fitting)
-
-
-def warn_of_growth(x: Tensor, exponent: int) -> None:
-    """Warn if the grid of a run that begins with x leaves little of x, since the run grows much."""
-    begin, end = _largest(x), 2.0 ** (exponent - HEADROOM)
-    rounding = 2.0 ** (exponent - BITS[widen(x).dtype] - 1)
-    if rounding > COARSE * begin > 0:
-        warnings.warn(
-            f"a momentum run begins with {begin:.2g} and grows to {end:.2g}, and on its one grid"
-            f" the beginning is off by {rounding / begin:.0e} of itself; fix: model.double()",
-            stacklevel=2,
-        )
-
-
-def _largest(x: Tensor) -> float:
-    """Return the largest finite |x|."""
-    return float(x.detach().nan_to_num(0, 0, 0).abs().max())
 
 
 def _largest_in_finite_rows(y: Tensor) -> float:

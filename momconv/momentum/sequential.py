@@ -29,7 +29,6 @@ from momconv.momentum.ranging import (
     keep_state,
     one_pass,
     survey,
-    warn_of_growth,
 )
 from momconv.momentum.replay import (
     checkpoint,
@@ -334,14 +333,12 @@ class MomentumSequential(nn.Sequential):
         measure = partial(survey, blocks, x, this.args, self.rule(part, x.dtype))
         if exponent is None:
             exponent, is_seen = find_range(measure, x)
-            warn_of_growth(x, exponent)
             if is_seen:
                 self.set_range(part.start, exponent)
         y, largest = follow(exponent)
         seen, other = largest.tolist()
         fitting = find_fitting(measure, (seen, math.isfinite(other)), y, exponent)
         if fitting != exponent:
-            warn_of_growth(x, fitting)
             this.proposed[part.start] = fitting
             if torch.is_grad_enabled():
                 self.set_range(part.start, fitting)

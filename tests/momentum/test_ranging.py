@@ -337,12 +337,6 @@ def test_what_grows_beyond_all_numbers_comes_out_so(strategy: Any) -> None:
     assert not net(torch.ones(2, 16, requires_grad=True)).isfinite().any()
 
 
-def test_a_run_that_outgrows_its_beginning_by_far_says_so() -> None:
-    net = MomentumSequential(Multiplying(), Multiplying(), runs=[Run(0, 2, (1.0, 1.0))])
-    with pytest.warns(UserWarning, match="begins with 1 and grows to"):
-        net(torch.ones(2, 16))
-
-
 def test_nothing_is_recorded_where_nothing_is_seen() -> None:
     net = MomentumSequential(*(nn.Sequential(Scaled(1.0)) for _ in range(3)))
     for x in (torch.zeros(2, 16), torch.full((2, 16), torch.nan), torch.zeros(0, 16)):
