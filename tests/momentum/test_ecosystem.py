@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_clipping_sees_the_gradients_of_storing_everything() -> None:
 def test_compiled_blocks_stay_exact(backend: str, depth: int) -> None:
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("inductor needs a C++ compiler")
-    options = {"compile_threads": 1} if backend == "inductor" else None  # starts no processes
+    options: Any = {"compile_threads": 1} if backend == "inductor" else None  # no processes
     net, gradients = stack(depth), []
     net.find_runs(images())
     blocks = [torch.compile(block, backend=backend, options=options) for block in net]

@@ -87,6 +87,8 @@ def test_only_one_whole_run_can_be_inverted() -> None:
 class Fixed(nn.Module):
     """Has a buffer and no parameters."""
 
+    weight: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("weight", torch.full((8, 8), 0.1))
