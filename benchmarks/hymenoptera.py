@@ -18,8 +18,8 @@ Then with the memory of a limit that all keep to, as in figure 8 of Sander et al
 * limit, plain: the way that momconv plans for the plain network;
 * limit, all stages: the same for the momentum network.
 
-In the table, mean ± standard deviation over the seeds in percent, and the mean seconds of an epoch
-of training, without conversion.
+In the table, mean ± standard deviation over the seeds in percent, and the median of the seconds of
+an epoch of training, without conversion.
 """
 
 import statistics
@@ -100,8 +100,8 @@ def present(rows: Sequence[Row]) -> list[Row]:
         own = [row for row in rows if row["network"] == network]
         for scores in transfer.present(own):
             seconds = [float(r[SECONDS]) for r in own if r["method"] == scores["method"]]
-            mean = f"{statistics.mean(seconds):.0f}"
-            table.append({"network": network, **scores, SECONDS: mean})
+            middle = f"{statistics.median(seconds):.0f}"
+            table.append({"network": network, **scores, SECONDS: middle})
     return table
 
 
