@@ -24,8 +24,13 @@ class Turn:
     __slots__ = ("__dict__", "__weakref__", "_block", "_is_differentiated", "_place", "_stage")
 
     def __init__(self, stage: Any, place: int, block: nn.Module) -> None:
-        own = {"_stage": stage, "_place": place, "_block": block, "__dict__": vars(block)}
-        own["_is_differentiated"] = torch.is_grad_enabled()
+        own = {
+            "_stage": stage,
+            "_place": place,
+            "_block": block,
+            "_is_differentiated": torch.is_grad_enabled(),
+            "__dict__": vars(block),
+        }
         for name, value in own.items():
             object.__setattr__(self, name, value)
 
