@@ -3,8 +3,9 @@
 Weights, gradients, the state of SGD with momentum and the images are in the 3 GiB. The batch is
 planned from ``momconv.peak_memory``, or, for momentumnet, which looks at values and so cannot be
 traced, from two small measured steps; then steps with it are run and timed, and their peak is what
-PyTorch's allocator counts. A GPU grants the process no more than 3 GiB, and the batch is the
-largest that runs there, beside the context of CUDA. "used" is the share of the 3 GiB.
+PyTorch's allocator counts. Channels come last, as in fine-tuning. A GPU grants the process no more
+than 3 GiB, and the batch is the largest that runs there, beside the context of CUDA. "used" is the
+share of the 3 GiB.
 """
 
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def find_largest(fits: Callable[[int], bool], batch: int) -> int:
 
 def compare(key: str, device: torch.device) -> Row:
     """The row of a method."""
-    model = prepare(CASE, key, device)
+    model = prepare(CASE, key, device).to(memory_format=torch.channels_last)
     static = static_bytes(model, "sgd")
     if device.type == "cuda":
         # The steps below are not followed by SGD's, so its state is not there.
