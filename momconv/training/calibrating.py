@@ -31,8 +31,7 @@ _IMAGES = 2000
 _BATCH = 100
 _SHARE = 2  # of the images that training sees
 _WORK = 4  # steps of training, of which each image takes the time
-_OF_ORIGINAL = "adapting BatchNorm to these images"
-_TITLES = (_OF_ORIGINAL, "adapting it to momentum", "holding out images")  # of the first passes
+_TITLES = ("adapting BatchNorm to momentum", "holding out images")  # of the first passes
 
 
 def needs_calibration(model: nn.Module, recipe: Recipe) -> bool:
@@ -109,18 +108,13 @@ def calibrate_on(  # noqa: PLR0913 (one for each choice)
     This sees at most twice as many images as the training, unless those are very few.
     ``leave_out`` hears of each that cannot be read any more, and may raise.
 
-    Training normalises with the statistics of these images, unless BatchNorm is frozen, so the
-    original gets them first: what ``model`` is brought close to is the plain network as fine-tuning
-    would find it.
+    The statistics of BatchNorm stay those of the original's training wherever that is closer to it:
+    many more images than these know what an image is like, and a few classes are not all.
 
     Raises:
         KeyboardInterrupt: Ctrl-C came. No part of the run is on disk yet.
     """
     batches = _Batches(images, model, batch_size, workers, listener, leave_out)
-    if recipe.freeze_bn:
-        batches.titles.remove(_OF_ORIGINAL)
-    else:
-        calibrate(original, batches)
     # A head for new classes says nothing.
     with network.wearing(model, original.get_submodule(find_head(original))):
         done = calibrate(

@@ -155,7 +155,7 @@ def test_an_image_that_goes_during_calibration_is_left_out(
     torch.save(build("cifar_resnet20").state_dict(), tmp_path / "trained.th")
     train, _ = choose(data, step=0)  # calibration takes the same images first
     changes = [f"model.weights={tmp_path}/trained.th", "train.micro_batch=5", "train.epochs=1"]
-    log = DamageAt("adapting BatchNorm to these images", [train])
+    log = DamageAt("adapting BatchNorm to momentum", [train])
     recipe = small(data, LENIENT, *changes, f"data.workers={workers}")
     result = finetune(recipe, tmp_path / "run", listener=log)
     told = [text for text in log.told if "going on without it" in text]
