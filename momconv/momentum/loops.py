@@ -4,10 +4,10 @@ In ``for block in blocks: x = block(x)`` each block waits for the last one, with
 it has been called with, which may be others for each. Then the stage is called.
 """
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from momconv.errors import UsageError
 from momconv.momentum.arguments import Call, gather
@@ -81,11 +81,15 @@ class Turn:
     def __hash__(self) -> int:
         return hash(self._block)
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return self._block.__reduce_ex__(protocol)
+
 
 class Waiting:
     """Stands for what a block returns that has not been computed yet, and never will be by itself.
 
-    Within a run that begins the stage it has the shape and the type of the stage's input.
+    Within a run that begins the stage it has the shape and the type of the stage's input. All else
+    that one does with a tensor is refused.
 
     Attributes:
         stage: The stage.
@@ -94,7 +98,8 @@ class Waiting:
     """
 
     def __init__(self, stage: Any, x: Any, calls: tuple[Call, ...]) -> None:
-        self.stage, self.x, self.calls = stage, x, calls
+        for name, value in {"stage": stage, "x": x, "calls": calls}.items():
+            object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
         first = next(iter(self.stage.runs or ()), None)
@@ -102,12 +107,8 @@ class Waiting:
             return getattr(self.x, name)
         _refuse()
 
-    @classmethod
-    def __torch_function__(cls, *_args: Any) -> NoReturn:
-        _refuse()
 
-
-def _refuse(*_args: Any) -> NoReturn:
+def _refuse(*_args: Any, **_kwargs: Any) -> NoReturn:
     """Raise what is said wherever somebody makes use of what is waiting."""
     raise UsageError(
         "a loop over the blocks of a momentum stage used what one of them returned, which is"
@@ -118,8 +119,12 @@ def _refuse(*_args: Any) -> NoReturn:
 
 
 _KEPT = ("shape", "size", "ndim", "dim", "numel", "dtype", "device", "is_cuda")  # in a run
-_OPERATORS = (
-    "add radd iadd sub rsub mul rmul truediv neg matmul getitem setitem len iter bool float"
-)
-for _name in _OPERATORS.split():
-    setattr(Waiting, f"__{_name}__", _refuse)
+_OF_ANY_OBJECT = {
+    *("__class__", "__dir__", "__getattribute__", "__getstate__", "__hash__", "__init__"),
+    *("__init_subclass__", "__new__", "__repr__", "__sizeof__", "__subclasshook__"),
+}
+_ATTRIBUTES = {name: getattr(kind, name) for kind in (float, Tensor) for name in dir(kind)}
+for _name in _ATTRIBUTES.keys() - _OF_ANY_OBJECT:
+    if _name.startswith("__") and callable(_ATTRIBUTES[_name]):
+        setattr(Waiting, _name, _refuse)
+Waiting.__torch_function__ = classmethod(_refuse)  # type: ignore[attr-defined]

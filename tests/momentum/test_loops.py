@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pickle import dumps, loads
 from typing import Any, get_args
 
 import pytest
@@ -118,7 +120,7 @@ def test_arguments_may_begin_to_differ_later() -> None:
     torch.testing.assert_close(model(x()).double(), follow(plain.double(), stage_of(model)))
 
 
-def test_what_blocks_return_is_refused_where_it_is_used() -> None:
+def test_what_blocks_return_has_a_shape_and_a_type() -> None:
     model = convert(Net(), inputs=[x()])
     assert isinstance(model, Net)
     model.collects = True
@@ -126,16 +128,61 @@ def test_what_blocks_return_is_refused_where_it_is_used() -> None:
     assert isinstance(last, Tensor)
     assert first.shape == (3, 6)
     assert first.dtype == torch.float32
-    uses: list[Callable[[Any], Any]] = [
-        torch.sum,
-        nn.ReLU(),
-        len,
-        lambda y: y + 1,
-        lambda y: y.mean(),
-    ]
-    for use in uses:
-        with pytest.raises(UsageError, match="used what one of them returned"):
-            use(first)
+
+
+USES: list[Callable[..., Any]] = [
+    torch.sum,
+    nn.ReLU(),
+    copy.copy,
+    copy.deepcopy,
+    dumps,
+    str,
+    round,
+    partial(divmod, 2),
+    list,
+    lambda y: y in [x(), 1],
+    lambda y: x() @ y,
+    lambda y: y == 1,
+    lambda y: y != None,  # noqa: E711
+    lambda y: setattr(y, "requires_grad", True),
+]
+
+
+def waiting() -> Any:
+    first, *_ = stage_of(convert(Net(), inputs=[x()]))
+    return first(x())
+
+
+@pytest.mark.parametrize("use", USES)
+def test_what_blocks_return_is_refused_where_it_is_used(use: Callable[[Any], Any]) -> None:
+    with pytest.raises(UsageError, match="used what one of them returned"):
+        use(waiting())
+
+
+def test_what_blocks_return_has_nothing_that_depends_on_values() -> None:
+    y, left = waiting(), set()
+    for name in dir(Tensor):
+        with suppress(UsageError):
+            found = getattr(y, name)
+            with suppress(TypeError):
+                found()
+            left.add(name)
+    of_any_object = {
+        *("__class__", "__dict__", "__dir__", "__doc__", "__getattribute__", "__getstate__"),
+        *("__hash__", "__init__", "__init_subclass__", "__module__", "__new__", "__repr__"),
+        *("__sizeof__", "__subclasshook__", "__weakref__"),
+    }
+    known = {"shape", "size", "ndim", "dim", "numel", "dtype", "device", "is_cuda"}
+    assert left == of_any_object | known
+
+
+@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, lambda y: loads(dumps(y))])
+def test_a_copy_of_a_block_in_a_loop_is_one_of_the_block(twin: Callable[[Any], Any]) -> None:
+    first: Any = next(iter(stage_of(convert(Net(), inputs=[x()]))))
+    block = twin(first)
+    assert type(block) is Block
+    assert first != block
+    assert torch.equal(block.layer.weight, first.layer.weight)
 
 
 def test_blocks_must_take_their_turns() -> None:
@@ -155,6 +202,14 @@ def test_a_block_in_a_loop_is_the_block_in_all_else() -> None:
         assert turn.layer is block.layer
         turn.keeps = False
         assert not block.keeps
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch.compile reads it
+def test_a_loop_may_be_compiled() -> None:
+    model = convert(Net(OWN["a tensor"]), inputs=[x()])
+    expected = gradients(one := copy.deepcopy(model), one(x()).sum())
+    compiled = torch.compile(model, backend="eager")
+    assert all(map(torch.equal, gradients(model, compiled(x()).sum()), expected))
 
 
 @pytest.mark.parametrize("strategy", get_args(Strategy))
