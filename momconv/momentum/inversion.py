@@ -1,5 +1,6 @@
 """The inverse by itself: from where a run ends back to where it began, without any gradients."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -7,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from momconv.errors import InversionError
-from momconv.momentum.equations import Block, Rule, integrate, reverse, to_grid
+from momconv.errors import InversionError, UsageError
+from momconv.momentum.equations import Rule, integrate, remainder_bounds, reverse, to_grid
 from momconv.momentum.replay import evaluate
 
 
@@ -19,11 +20,15 @@ class EndState(NamedTuple):
         x: The output, on the grid.
         v: The velocity, a count of units of its own grid.
         remainders: The integers that the products with γ have left, the last ones last.
+        exponent: The run is exact below 2^exponent, from which the grids follow.
+        dtype: In which its blocks have read x.
     """
 
     x: Tensor
     v: Tensor
     remainders: tuple[Tensor, ...]
+    exponent: int
+    dtype: torch.dtype
 
 
 @torch.no_grad()
@@ -31,47 +36,76 @@ def follow(
     blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...], rule: Rule
 ) -> EndState:
     """Return the end of the run that begins with x."""
-    calls = [_call(block, args, x.dtype) for block in blocks]
+    dtype = x.dtype
+    calls = [partial(_call, block, args, dtype) for block in blocks]
     x, v, remainders = integrate(to_grid(x.double(), rule.ulp), calls, rule)
-    return EndState(x, v, tuple(remainders))
+    return EndState(x, v, tuple(remainders), round(math.log2(rule.limit)), dtype)
 
 
 @torch.no_grad()
 def walk_back(
-    blocks: Sequence[nn.Module],
-    end: EndState,
-    args: tuple[Tensor, ...],
-    rule: Rule,
-    dtype: torch.dtype,
+    blocks: Sequence[nn.Module], end: EndState, args: tuple[Tensor, ...], rule: Rule
 ) -> list[Tensor]:
     """Return x[0] to x[k] as the blocks have read them, of a run that ends there.
 
     Raises:
-        InversionError: It does not, or the state is not finite.
+        UsageError: This is no state, or not of what these blocks take.
+        InversionError: The run does not end there, or the state is not finite.
     """
+    _require_state(end, 1 + sum(full for full, _ in remainder_bounds(rule.gamma, len(blocks))))
+    seen = [end.x.to(end.dtype)]
+
+    def call(block: nn.Module, x: Tensor) -> Tensor:
+        seen.append(x.to(end.dtype))
+        try:
+            return _call(block, args, end.dtype, x)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(
+                f"a {block._get_name()} does not take what this state leads to,"
+                f" {_describe(seen[-1])}: {str(error).splitlines()[0]}",
+                kind="usage.bad_state",
+                fix="invert it with the stage that it is of, in the same type and on its device",
+            ) from error
+
+    _, v, remainders = reverse(*end[:3], [partial(call, block) for block in blocks], rule)
+    if not any(part.any() for part in (v, *remainders)):
+        return seen[::-1]
     if not end.x.isfinite().all():
         raise InversionError(
             "the state is not finite: from NaN or infinity nothing leads back",
             kind="inversion.not_finite",
             fix="state = stage.integrate(x), of the x whose outputs are finite",
         )
-    seen = [end.x.to(dtype)]
+    raise InversionError(
+        "the way back does not end where a run begins: the state is of another run, or a block"
+        " computed something else",
+        kind="inversion.wrong_state",
+        fix="state = stage.integrate(x), with the same blocks, mode, autocast and arguments",
+    )
 
-    def keeping(call: Block, x: Tensor) -> Tensor:
-        seen.append(x.to(dtype))
-        return call(x)
 
-    calls = [partial(keeping, _call(block, args, dtype)) for block in blocks]
-    _, v, remainders = reverse(*end, calls, rule)
-    if any(part.any() for part in (v, *remainders)):
-        raise InversionError(
-            "the way back does not end where a run begins: the state is of another run, or a block"
-            " computed something else",
-            kind="inversion.wrong_state",
-            fix="state = stage.integrate(x), with the same blocks in the same mode",
+def _require_state(end: EndState, remainders: int) -> None:
+    """Do nothing if this can be a state of a run with so many remainders.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    parts = [end.x, end.v, *end.remainders]
+    kinds = [_describe(part) for part in parts]
+    if len(parts) != 2 + remainders or {*kinds} != {_describe(end.x.double())}:
+        raise UsageError(
+            f"a state is x, v and here {remainders} remainders in double precision, of one shape,"
+            f" on one device; this has {len(parts) - 2} and {', '.join(dict.fromkeys(kinds))}",
+            kind="usage.bad_state",
+            fix="state = stage.integrate(x)",
         )
-    return seen[::-1]
 
 
-def _call(block: nn.Module, args: tuple[Tensor, ...], dtype: torch.dtype) -> Block:
-    return lambda x: evaluate(block, x.to(dtype), *args)
+def _describe(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} on {x.device}"
+
+
+def _call(block: nn.Module, args: tuple[Tensor, ...], dtype: torch.dtype, x: Tensor) -> Tensor:
+    return evaluate(block, x.to(dtype), *args)

@@ -4,7 +4,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, chain, groupby, repeat
 from typing import Any, NoReturn, Self, get_args
 
@@ -377,48 +377,47 @@ class MomentumSequential(nn.Sequential):
     def integrate(self, x: Tensor, *args: Any, **kwargs: Any) -> EndState:
         """Return the state at the end, from which :meth:`invert` leads back; its x is the output.
 
-        Nothing can be differentiated. The range is found first if it is not known, and is as wide
-        for all inputs.
+        Nothing can be differentiated. The range is that of a pass without gradients, which is
+        computed in floating point before.
 
         Raises:
             UsageError: The blocks are not one run.
         """
-        part, blocks, tensors = self._whole_run(self.find_runs(x, *args, **kwargs), args, kwargs)
-        if part.exponent is None:
-            measure = partial(survey, blocks, x, tensors, self.rule(part, x.dtype))
-            part = replace(part, exponent=find_range(measure, x)[0])
-            self.set_range(part.start, part.exponent)
-        return follow(blocks, x, tensors, self.rule(part, x.dtype))
+        runs = self.find_runs(x, *args, **kwargs)
+        part, blocks, tensors = self._whole_run(runs, args, kwargs)
+        exponent = part.exponent
+        if x.numel():
+            measure = cache(partial(survey, blocks, x, tensors, self.rule(part, x.dtype)))
+            if exponent is None:
+                exponent, is_seen = find_range(measure, x)
+                self.set_range(part.start, exponent if is_seen else None)
+            else:
+                with one_pass(), torch.no_grad():
+                    exponent = find_fitting(measure, measure(), x, exponent)
+        exponent = _UNKNOWN if exponent is None else exponent
+        return follow(blocks, x, tensors, self.rule(replace(part, exponent=exponent), x.dtype))
 
-    def invert(
-        self, end: tuple[Tensor, Tensor, tuple[Tensor, ...]], *args: Any, **kwargs: Any
-    ) -> list[Tensor]:
+    def invert(self, end: EndState, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Return x[0] to x[k] of the pass that ended in this state: blocks' inputs, and the output.
 
-        ``args`` and ``kwargs`` are what the blocks were called with besides x, which was in the
-        precision of their parameters.
+        ``args`` and ``kwargs`` are what the blocks were called with besides x.
 
         Raises:
-            UsageError: The blocks are not one run, or its range is not known.
+            UsageError: The blocks are not one run, or do not take what has the type, the shape and
+                the device of this state; or it is none.
             InversionError: No pass of these blocks ended there, or it was not finite.
         """
         if not isinstance(end, tuple) or len(end) != len(EndState._fields):
             raise UsageError(
-                f"invert was given a {type(end).__name__}, not (x, v, remainders)",
+                f"invert was given a {type(end).__name__}, not what integrate returns",
                 kind="usage.bad_value",
                 fix="stage.invert(stage.integrate(x))",
             )
-        runs = self.find_runs(end[0], *args, **kwargs)
+        end = EndState(*end)
+        runs = self.find_runs(end.x.to(end.dtype), *args, **kwargs)
         part, blocks, tensors = self._whole_run(runs, args, kwargs)
-        if part.exponent is None:
-            raise UsageError(
-                "this stage has not seen a pass, and does not know the range of the one to invert",
-                kind="usage.no_run",
-                fix="stage.runs = runs of the stage that the state is of",
-            )
-        own = chain(self.parameters(), self.buffers())
-        dtype = next((t.dtype for t in own if t.is_floating_point()), torch.float32)
-        return walk_back(blocks, EndState(*end), tensors, self.rule(part, dtype), dtype)
+        rule = self.rule(replace(part, exponent=end.exponent), end.dtype)
+        return walk_back(blocks, end, tensors, rule)
 
     def _whole_run(
         self, runs: tuple[Run, ...], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,5 +1,7 @@
 """The inverse by itself."""
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from momconv import MomentumSequential
 from momconv.errors import InversionError, UsageError
 from momconv.momentum.equations import coefficients
+from momconv.momentum.inversion import EndState
 
 
 class Shifted(nn.Linear):
@@ -65,15 +68,83 @@ def test_the_state_is_that_of_the_equations() -> None:
 
 def test_another_state_is_no_end() -> None:
     net = stack(3).eval()
-    x, v, remainders = net.integrate(images())
+    end = net.integrate(images())
     with pytest.raises(InversionError, match="does not end where a run begins"):
-        net.invert((x, v + 1, remainders))
+        net.invert(end._replace(v=end.v + 1))
+    with pytest.raises(InversionError, match="does not end where a run begins"):
+        stack(3, seed=1).eval().invert(end)
     with pytest.raises(UsageError, match="was given a Tensor, not"):
-        net.invert(x)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="has not seen a pass"):
-        stack(3).eval().invert((x, v, remainders))
+        net.invert(end.x)  # type: ignore[arg-type]
     with pytest.raises(InversionError, match="not finite"):
-        net.invert((x / 0, v, remainders))
+        net.invert(end._replace(x=end.x / 0))
+
+
+CHANGES: dict[str, Callable[[EndState], EndState]] = {
+    "this has 1 and float64 (2, 8) on cpu, float64 (4, 8) on cpu": lambda end: end._replace(
+        x=end.x[:2]
+    ),
+    "this has 1 and float64 (4, 8) on cpu, float32 (4, 8) on cpu": lambda end: end._replace(
+        v=end.v.float()
+    ),
+    "this has 0 and float64 (4, 8) on cpu": lambda end: end._replace(remainders=()),
+    "a Shifted does not take what this state leads to, float64 (4, 8) on cpu: mat1 and mat2 must"
+    " have the same dtype": lambda end: end._replace(dtype=torch.float64),
+    "this state leads to, float32 (4, 3) on cpu: mat1 and mat2 shapes": lambda end: end._replace(
+        x=end.x[:, :3], v=end.v[:, :3], remainders=tuple(r[:, :3] for r in end.remainders)
+    ),
+    "this state leads to, float32 (4, 8) on meta": lambda end: end._replace(
+        x=end.x.to("meta"),
+        v=end.v.to("meta"),
+        remainders=tuple(r.to("meta") for r in end.remainders),
+    ),
+}
+
+
+@pytest.mark.parametrize("differs", CHANGES)
+def test_a_state_that_cannot_be_of_the_stage_is_refused_for_what_differs(differs: str) -> None:
+    net = shifted(3)
+    with pytest.raises(UsageError, match=re.escape(differs)):
+        net.invert(CHANGES[differs](net.integrate(torch.randn(4, 8))))
+
+
+class Casting(Shifted):
+    """Computes in its own precision whatever it gets."""
+
+    def forward(self, x: Tensor, shift: float = 0.0) -> Tensor:
+        return super().forward(x.to(self.weight.dtype), shift).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_blocks_need_not_have_the_type_of_what_they_read(dtype: torch.dtype) -> None:
+    net, x = MomentumSequential(Casting(), Casting(), Casting()), torch.randn(4, 8).to(dtype)
+    of_autocast, autocast = shifted(3), torch.autocast("cpu", torch.bfloat16)
+
+    found = net.invert(net.integrate(x))
+
+    assert {y.dtype for y in found} == {dtype}
+    assert torch.equal(found[-1], net(x))
+    if dtype != torch.float64:  # which autocast leaves as it is
+        with autocast:
+            found = of_autocast.invert(of_autocast.integrate(x))
+            assert torch.equal(found[-1], of_autocast(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_state_has_the_range_of_its_own_pass(dtype: torch.dtype) -> None:
+    net, x = shifted(3).to(dtype), torch.randn(4, 8, dtype=dtype)
+    small, large = net.integrate(x), net.integrate(1000 * x)
+
+    assert small.exponent < large.exponent
+    assert torch.equal(net.invert(large)[-1], net(1000 * x))
+    assert torch.equal(net.invert(small)[-1], small.x.to(dtype))
+    assert torch.equal(shifted(3).to(dtype).invert(small)[0], net.invert(small)[0])
+
+
+def test_of_no_images_there_is_a_state_too() -> None:
+    net = shifted(3)
+    found = net.invert(net.integrate(torch.randn(0, 8)))
+    assert [y.shape for y in found] == [(0, 8)] * 4
+    assert torch.equal(net(x := torch.randn(4, 8)), net.integrate(x).x.float())
 
 
 def test_only_one_whole_run_can_be_inverted() -> None:
