@@ -607,10 +607,14 @@ class _Pass:
         before = sum(end <= self.border for end in [*ends][1:])
         for group, has_own_way in _group(units[:before], self.way):
             together = _join(group)
-            x = together(x, *self.args) if has_own_way else call(together, x, *self.args)
+            x = (_call if has_own_way else call)(together, x, *self.args)
         for block in chain(*units[before:]):
-            x = block(x, *self.args)
+            x = _call(block, x, *self.args)
         return x
+
+
+def _call(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
+    return require_tensor(block, block(x, *args))
 
 
 def _group(units: list[list[nn.Module]], way: Way) -> Iterator[tuple[list[nn.Module], bool]]:
@@ -656,7 +660,7 @@ class _Joined(nn.Sequential):
 
     def forward(self, x: Tensor, *args: Tensor) -> Tensor:
         for block in self:
-            x = require_tensor(block, block(x, *args))
+            x = _call(block, x, *args)
         return x
 
 

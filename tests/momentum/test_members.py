@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable
-from typing import get_args
+from itertools import product
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -264,24 +265,41 @@ def test_blocks_that_are_gone_without_a_word_are_missed() -> None:
         net(images())
 
 
-def test_a_block_must_return_a_tensor() -> None:
-    class Pair(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return (x + super().forward(x), None)  # type: ignore[return-value]
+class Wrapping(nn.Linear):
+    """Returns something around its output."""
 
-    for strategy in get_args(Strategy):
-        net = MomentumSequential(Pair(8, 8), Pair(8, 8), runs=[Run(0, 2, (1.0, 1.0))])
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__(8, 8)
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(x + super().forward(x))
+
+
+@pytest.mark.parametrize("runs", [[Run(0, 2, (1.0, 1.0))], []], ids=["run", "plain"])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("wrap", [lambda y: (y, None), lambda y: [y], lambda y: {"y": y}, id])
+def test_a_block_must_return_a_tensor(
+    wrap: Callable[[Tensor], Any], place: int, runs: list[Run]
+) -> None:
+    net = MomentumSequential(Wrapping(torch.relu), Wrapping(torch.relu), runs=runs)
+    net[place].wrap = wrap
+    kind = type(wrap(torch.zeros(1))).__name__
+    for strategy, mode in product(get_args(Strategy), (torch.enable_grad, torch.inference_mode)):
         set_strategy(net, strategy)
-        with pytest.raises(UsageError, match="a Pair returned a tuple, not a tensor"):
+        with mode(), pytest.raises(UsageError, match=f"a Wrapping returned a {kind}, not a tensor"):
             net(torch.randn(2, 8))
+
+
+def test_a_block_must_return_a_tensor_whoever_calls_it() -> None:
+    net = MomentumSequential(*(Wrapping(lambda y: (y, None)) for _ in range(2)))
+    refusal = pytest.raises(UsageError, match="a Wrapping returned a tuple, not a tensor")
+    with pytest.warns(UserWarning, match="no block follows"), refusal:
+        net(torch.randn(2, 8))
+    net.runs = (Run(0, 2, (1.0, 1.0)),)
     for call in (torch.func.vmap(net), net.integrate):
-        with pytest.raises(UsageError, match="a Pair returned a tuple, not a tensor"):
+        with pytest.raises(UsageError, match="a Wrapping returned a tuple, not a tensor"):
             call(torch.randn(2, 8))
-    with (
-        pytest.warns(UserWarning, match="no block follows"),
-        pytest.raises(UsageError, match="a Pair returned a tuple, not a tensor"),
-    ):
-        MomentumSequential(*net)(torch.randn(2, 8))
 
 
 def test_hooks_are_called_once_with_values() -> None:
