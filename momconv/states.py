@@ -4,6 +4,7 @@ import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def keep_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """Return a function that restores the buffers of ``modules`` to their present values.
 
     They are the same tensors then, whatever has been put in their place. Those of modules that are
-    inside of these do not count.
+    inside of these do not count, nor do new ones, which a module may make in its first call.
     """
     places = [(module._buffers, {**module._buffers}) for module in modules]
     buffers = [buffer for _, before in places for buffer in before.values() if buffer is not None]
@@ -54,14 +55,38 @@ def keep_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
     @torch.no_grad()
     def restore() -> None:
         for place, before in places:
-            for name in place.keys() - before.keys():
-                del place[name]
             place.update(before)
         for buffer, value in kept:
             if not torch.equal(buffer, value):
                 buffer.data.copy_(value)  # not counted as written to by graphs that hold it
 
     return restore
+
+
+@contextmanager
+def keeping_attributes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """After it, modules have the attributes of now, and dictionaries and lists among these as well.
+
+    A block may keep what it computes in its first call, such as the angles of all positions. But
+    its parameters are left to FSDP2, which exchanges them and knows what is in place.
+    """
+    own: list[Any] = [vars(module) for module in modules]
+    own += [
+        value
+        for attributes in own
+        for name, value in attributes.items()
+        if type(value) in _HOLDERS and name != "_parameters"
+    ]
+    kept = [copy(holder) for holder in own]
+    try:
+        yield
+    finally:
+        for holder, before in zip(own, kept, strict=True):
+            holder.clear()
+            (holder.extend if isinstance(holder, list) else holder.update)(before)
+
+
+_HOLDERS = (dict, OrderedDict, list, set)
 
 
 def are_sharded(modules: Iterable[nn.Module]) -> bool:

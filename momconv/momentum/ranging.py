@@ -26,7 +26,13 @@ from momconv.momentum.replay import (
     set_random_state,
     top_saved_tensors_hooks,
 )
-from momconv.states import is_fake, is_graph_made, keep_buffers, without_hooks
+from momconv.states import (
+    is_fake,
+    is_graph_made,
+    keep_buffers,
+    keeping_attributes,
+    without_hooks,
+)
 
 Survey = Callable[[], tuple[float, bool]]  # see :func:`survey`
 
@@ -154,7 +160,8 @@ def _approximate(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield x and v of (2) in floating point, from the beginning on."""
     restore, dtype = keep_state(blocks, x.device), x.dtype
-    with torch.no_grad(), without_hooks(blocks):
+    modules = nn.ModuleList(blocks).modules()
+    with keeping_attributes(modules), torch.no_grad(), without_hooks(blocks):
         x = widen(x)
         v = torch.zeros_like(x)
         yield x, v

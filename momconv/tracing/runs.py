@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from momconv.errors import UsageError
-from momconv.states import Condition, autocast_settings, without_hooks
+from momconv.states import Condition, autocast_settings, keeping_attributes, without_hooks
 
 # Its name, and the shapes of the tensors that it gets; or what a block is called with besides.
 Operation = tuple[str, list[torch.Size]]
@@ -225,13 +225,22 @@ def _without_fused_layers() -> Iterator[None]:
 def call_on_fakes(
     module: nn.Module, inputs: Sequence[Tensor], mode: FakeTensorMode, observer: TorchDispatchMode
 ) -> Any:
-    """Return module(*inputs) with fake parameters and buffers, as real buffers would change."""
+    """Return module(*inputs) with fake parameters and buffers, as real buffers would change.
+
+    What else it keeps of its own would be fake, too, and is forgotten.
+    """
     modules = [*module.modules()]
     own = Condition(modules, modules)
     parameters = [_imitate(tensor, mode) for tensor in own.parameters]
     buffers = [_imitate(tensor, mode) for tensor in own.buffers]
     # functional_call leaves fakes behind in a module that has two names.
-    with own.restored(parameters, buffers), mode, observer, torch.no_grad():
+    with (
+        keeping_attributes(modules),
+        own.restored(parameters, buffers),
+        mode,
+        observer,
+        torch.no_grad(),
+    ):
         return module(*inputs)
 
 

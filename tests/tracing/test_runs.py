@@ -108,6 +108,37 @@ def test_finding_runs_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+class Caching(nn.Module):
+    """Keeps what it computes when it is called first."""
+
+    shift: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angles: Tensor | None = None
+        self.by_length: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.angles is None:
+            self.angles = torch.arange(float(x.shape[-1])).cos()
+            self.by_length[x.shape[-1]] = self.angles
+            self.register_buffer("shift", self.angles, persistent=False)
+        return x + self.angles * self.by_length[x.shape[-1]] + self.shift
+
+
+def test_what_blocks_keep_of_their_first_call_has_values() -> None:
+    by_hand = MomentumSequential(*(Caching() for _ in range(3)))
+    converted = convert(nn.Sequential(*(Caching() for _ in range(3))), inputs=[images()])
+    for net in (by_hand, converted):
+        y = net(images())
+        assert type(y) is Tensor
+        assert spans(momentum_stages(net)[""]) == [(0, 3)]
+        for block in net.modules():
+            if isinstance(block, Caching):
+                kept = (block.angles, block.shift, *block.by_length.values())
+                assert {*map(type, kept)} == {Tensor}
+
+
 class Chain(nn.Module):
     """Calls its blocks in turn, without being a Sequential."""
 
