@@ -38,7 +38,7 @@ from momconv.momentum.replay import (
 )
 from momconv.momentum.segment import Call, Segment
 from momconv.momentum.ways import Way
-from momconv.states import is_graph_made
+from momconv.states import are_sharded, is_graph_made
 from momconv.tracing.runs import find_runs
 from momconv.vocabulary import Strategies
 
@@ -360,13 +360,18 @@ class MomentumSequential(nn.Sequential):
 
         Raises:
             UsageError: What the blocks do depends on values: they need to be given ``runs``. Or
-                this is inside a transform of torch.func, where nothing can be traced.
+                nothing can be traced, as inside a transform of torch.func, or once FSDP2 has
+                sharded the blocks.
         """
         if self.runs is None and self.gamma:
-            if torch._C._functorch.maybe_current_level() is not None:
+            is_transformed = torch._C._functorch.maybe_current_level() is not None
+            if is_transformed or are_sharded([self]):
+                inside = (
+                    "torch.func.grad, vmap and the like" if is_transformed else "sharded blocks"
+                )
                 raise UsageError(
-                    "runs cannot be found inside torch.func.grad, vmap and the like",
-                    kind="model.functorch",
+                    f"runs cannot be found inside {inside}",
+                    kind="model.untraceable",
                     fix="call the network once before, or give it runs=[…]",
                 )
             blocks, tensors = bind([*self._modules.values()], args, kwargs)

@@ -19,6 +19,7 @@ from networks import (
     stack,
 )
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torchvision.models.resnet import BasicBlock
 
 from momconv import MomentumSequential, set_strategy
@@ -413,6 +414,14 @@ def test_runs_are_not_looked_for_inside_a_transform() -> None:
         torch.func.vmap(net)(x[:, None])
     net(x)
     assert spans(net) == [(0, 3)]
+
+
+def test_runs_are_not_looked_for_where_weights_are_no_tensors_of_their_own() -> None:
+    net = stack(3)
+    weight = net[0].conv1.weight
+    net[0].conv1.weight = nn.Parameter(TwoTensor(weight.detach(), weight.detach()))  # as FSDP2's
+    with pytest.raises(UsageError, match="inside sharded blocks"):
+        net(images())
 
 
 @pytest.mark.parametrize(
