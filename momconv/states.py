@@ -50,7 +50,8 @@ def keep_buffers(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """
     places = [(module._buffers, {**module._buffers}) for module in modules]
     buffers = [buffer for _, before in places for buffer in before.values() if buffer is not None]
-    kept = [(buffer, buffer.clone()) for buffer in buffers]
+    # Of a sparse one, which is hardly ever written to, PyTorch has no comparison.
+    kept = [(buffer, buffer.clone()) for buffer in buffers if buffer.layout == torch.strided]
 
     @torch.no_grad()
     def restore() -> None:

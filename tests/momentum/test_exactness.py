@@ -297,6 +297,32 @@ def test_exact_in_channels_last(strategy: Strategy) -> None:
     assert net(x).is_contiguous(memory_format=torch.channels_last)
 
 
+class OnGraph(nn.Linear):
+    """Has a sparse matrix among its buffers."""
+
+    edges: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.register_buffer("edges", torch.eye(5).roll(1, 0).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(super().forward(torch.sparse.mm(self.edges, x)))
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+@in_every_other_way
+def test_exact_with_sparse_buffers(strategy: Strategy, *, in_parts: bool) -> None:
+    torch.manual_seed(0)
+    net, x = MomentumSequential(*(OnGraph() for _ in range(4))), torch.randn(5, 8)
+    found = []
+    for how in ("store", strategy):
+        set_strategy(net, how)
+        net.in_parts = in_parts
+        found.append(torch.autograd.grad(square(net(x)), [*net.parameters()]))
+    assert all(map(torch.equal, *found))
+
+
 @in_every_other_way
 def test_exact_for_an_input_with_gaps_in_memory(strategy: Strategy) -> None:
     net = stack(3)

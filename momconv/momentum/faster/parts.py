@@ -24,7 +24,9 @@ class Cut:
 
     def note(self, tensor: Tensor) -> None:
         """Take notice of the tensor that is saved next."""
-        self._sizes.append(0 if _memory_of(tensor) in self._kept else tensor.nbytes)
+        is_sparse = tensor.layout != torch.strided  # as of a graph, which exists anyway
+        is_kept = is_sparse or _memory_of(tensor) in self._kept
+        self._sizes.append(0 if is_kept else tensor.nbytes)
         # What a compiled function saves, it saves as one operation.
         is_compiled = torch.compiler.is_dynamo_compiling()
         self._operations.append(0 if is_compiled else torch._C._autograd._get_sequence_nr())
