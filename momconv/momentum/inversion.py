@@ -20,15 +20,16 @@ class EndState(NamedTuple):
         x: The output, on the grid.
         v: The velocity, a count of units of its own grid.
         remainders: The integers that the products with γ have left, the last ones last.
-        exponent: The run is exact below 2^exponent, from which the grids follow.
-        dtype: In which its blocks have read x.
+        exponent: The run is exact below 2^exponent, from which the grids follow; None: as far as
+            the stage knows it to be.
+        dtype: In which its blocks have read x; None: in that of their parameters.
     """
 
     x: Tensor
     v: Tensor
     remainders: tuple[Tensor, ...]
-    exponent: int
-    dtype: torch.dtype
+    exponent: int | None = None
+    dtype: torch.dtype | None = None
 
 
 @torch.no_grad()
@@ -44,7 +45,11 @@ def follow(
 
 @torch.no_grad()
 def walk_back(
-    blocks: Sequence[nn.Module], end: EndState, args: tuple[Tensor, ...], rule: Rule
+    blocks: Sequence[nn.Module],
+    end: EndState,
+    args: tuple[Tensor, ...],
+    rule: Rule,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """Return x[0] to x[k] as the blocks have read them, of a run that ends there.
 
@@ -53,12 +58,12 @@ def walk_back(
         InversionError: The run does not end there, or the state is not finite.
     """
     _require_state(end, 1 + sum(full for full, _ in remainder_bounds(rule.gamma, len(blocks))))
-    seen = [end.x.to(end.dtype)]
+    seen = [end.x.to(dtype)]
 
     def call(block: nn.Module, x: Tensor) -> Tensor:
-        seen.append(x.to(end.dtype))
+        seen.append(x.to(dtype))
         try:
-            return _call(block, args, end.dtype, x)
+            return _call(block, args, dtype, x)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError) as error:

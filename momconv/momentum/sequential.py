@@ -402,27 +402,37 @@ class MomentumSequential(nn.Sequential):
         exponent = _UNKNOWN if exponent is None else exponent
         return follow(blocks, x, tensors, self.rule(replace(part, exponent=exponent), x.dtype))
 
-    def invert(self, end: EndState, *args: Any, **kwargs: Any) -> list[Tensor]:
+    def invert(self, end: EndState | tuple[Any, ...], *args: Any, **kwargs: Any) -> list[Tensor]:
         """Return x[0] to x[k] of the pass that ended in this state: blocks' inputs, and the output.
 
         ``args`` and ``kwargs`` are what the blocks were called with besides x.
 
         Raises:
-            UsageError: The blocks are not one run, or do not take what has the type, the shape and
-                the device of this state; or it is none.
+            UsageError: The blocks are not one run, its range is not known, or they do not take what
+                has the type, the shape and the device of this state; or it is none.
             InversionError: No pass of these blocks ended there, or it was not finite.
         """
-        if not isinstance(end, tuple) or len(end) != len(EndState._fields):
+        if not isinstance(end, tuple) or len(end) not in (3, len(EndState._fields)):
             raise UsageError(
-                f"invert was given a {type(end).__name__}, not what integrate returns",
+                f"invert was given a {type(end).__name__}, not (x, v, remainders)",
                 kind="usage.bad_value",
                 fix="stage.invert(stage.integrate(x))",
             )
         end = EndState(*end)
-        runs = self.find_runs(end.x.to(end.dtype), *args, **kwargs)
+        own = chain(self.parameters(), self.buffers())
+        types = (tensor.dtype for tensor in own if tensor.is_floating_point())
+        dtype = end.dtype or next(types, torch.float32)
+        runs = self.find_runs(end.x.to(dtype), *args, **kwargs)
         part, blocks, tensors = self._whole_run(runs, args, kwargs)
-        rule = self.rule(replace(part, exponent=end.exponent), end.dtype)
-        return walk_back(blocks, end, tensors, rule)
+        exponent = part.exponent if end.exponent is None else end.exponent
+        if exponent is None:
+            raise UsageError(
+                "this stage has not seen a pass, and does not know the range of the one to invert",
+                kind="usage.no_run",
+                fix="stage.runs = runs of the stage that the state is of",
+            )
+        rule = self.rule(replace(part, exponent=exponent), dtype)
+        return walk_back(blocks, end, tensors, rule, dtype)
 
     def _whole_run(
         self, runs: tuple[Run, ...], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -75,6 +75,8 @@ def test_another_state_is_no_end() -> None:
         stack(3, seed=1).eval().invert(end)
     with pytest.raises(UsageError, match="was given a Tensor, not"):
         net.invert(end.x)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="has not seen a pass"):
+        stack(3).eval().invert(end[:3])
     with pytest.raises(InversionError, match="not finite"):
         net.invert(end._replace(x=end.x / 0))
 
@@ -134,7 +136,10 @@ def test_the_state_has_the_range_of_its_own_pass(dtype: torch.dtype) -> None:
     net, x = shifted(3).to(dtype), torch.randn(4, 8, dtype=dtype)
     small, large = net.integrate(x), net.integrate(1000 * x)
 
+    assert small.exponent
+    assert large.exponent
     assert small.exponent < large.exponent
+    assert torch.equal(net.invert(small[:3])[0], net.invert(small)[0])  # the stage knows the rest
     assert torch.equal(net.invert(large)[-1], net(1000 * x))
     assert torch.equal(net.invert(small)[-1], small.x.to(dtype))
     assert torch.equal(shifted(3).to(dtype).invert(small)[0], net.invert(small)[0])
