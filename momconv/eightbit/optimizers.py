@@ -1,8 +1,8 @@
 """SGD with momentum and AdamW whose state takes a byte a value.
 
 They compute in single precision, and round what they keep. On a CPU a step is one pass over memory
-(loops.py); elsewhere, and without Numba, a few operations for each piece of a parameter. No state
-ever exists as a whole in single precision. Both give the same bits.
+(loops.py); elsewhere, and without Numba, a few operations for each piece of a parameter. Both give
+the same bits. No state exists as a whole in single precision, but where a layout has changed.
 """
 
 import math
@@ -19,6 +19,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from momconv.eightbit.blocks import SMALLEST, Blocks, count_blocks
+from momconv.errors import UsageError
 
 _PIECE = 2**20  # values at a time where there is no loop; whole blocks
 SCALES = "_scales"  # the end of a name, beside that of the bytes
@@ -54,28 +55,37 @@ class _Optimizer(Optimizer):
         return loss
 
     def _change(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
-        state = self.state[parameter]
+        _require_dense(gradient, self.loop)
+        order, state = _find_order(parameter), self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
             for name in self.signs:
                 _begin(state, name, parameter)
+        for name, signed in self.signs.items():
+            if _find_order(state[name]) != order:
+                _lay_out(state, name, parameter, signed=signed)
         state["step"] += 1
         constants = self.find_constants(group, int(state["step"]))
-        values = _flatten(parameter.detach(), parameter)
-        gradient = _flatten(gradient, parameter)
+        target = parameter.detach().permute(order)
+        values, gradient = target.reshape(-1), _flatten(gradient, order)
+        states = [_flatten(state[name], order) for name in self.signs]
         if len(values) < SMALLEST:
-            states = [_flatten(state[name], parameter) for name in self.signs]
             self.compute(values, gradient, states, *constants)
-            return
-        blocks = [
-            Blocks(_flatten(state[name], parameter), state[f"{name}{SCALES}"], signed)
-            for name, signed in self.signs.items()
-        ]
+        else:
+            scales = (state[f"{name}{SCALES}"] for name in self.signs)
+            blocks = [*map(Blocks, states, scales, self.signs.values())]
+            self._change_in_blocks(values, gradient, blocks, constants)
+        if values.data_ptr() != target.data_ptr():  # a copy, as the parameter has gaps in memory
+            target.copy_(values.view_as(target))
+        increment_version(parameter)  # as PyTorch's operations do
+
+    def _change_in_blocks(
+        self, values: Tensor, gradient: Tensor, blocks: list[Blocks], constants: tuple[float, ...]
+    ) -> None:
         if values.dtype == gradient.dtype == torch.float32 and values.is_cpu and _has_loops():
             import_module("momconv.eightbit.loops").run(
                 self.loop, values, gradient, blocks, constants
             )
-            increment_version(parameter)  # as PyTorch's operations do
         else:
             self._change_in_pieces(values, gradient, blocks, constants)
 
@@ -91,16 +101,18 @@ class _Optimizer(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take what ``state_dict`` returned; PyTorch's own would make floats of the bytes."""
+        """Take what ``state_dict`` returned; PyTorch's own would make floats of the bytes.
+
+        The bytes stay laid out as they were saved, as that is what their scales belong to, until
+        the next step.
+        """
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         parameters = [p for group in self.param_groups for p in group["params"]]
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             for name, value in state_dict["state"].get(number, {}).items():
-                like = parameter if value.shape == parameter.shape else value
                 device = value.device if name == "step" else parameter.device
-                copy = torch.empty_like(like, dtype=value.dtype, device=device)
-                self.state[parameter][name] = copy.copy_(value)
+                self.state[parameter][name] = torch.empty_like(value, device=device).copy_(value)
 
 
 class SGD8bit(_Optimizer):
@@ -198,10 +210,38 @@ def _begin(state: dict[str, Tensor], name: str, parameter: Tensor) -> None:
     state[f"{name}{SCALES}"] = torch.zeros(blocks, device=parameter.device)
 
 
-def _flatten(x: Tensor, parameter: Tensor) -> Tensor:
-    """Return x in the order in which ``parameter`` lies in memory: a view, if it lies so too."""
-    order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
+def _lay_out(state: dict[str, Tensor], name: str, like: Tensor, *, signed: bool) -> None:
+    """Lay a state out in memory as ``like``, with scales that belong to that."""
+    old, new = state[name], torch.empty_like(like, dtype=state[name].dtype)
+    scales = state.get(f"{name}{SCALES}")
+    if scales is None:
+        new.copy_(old)
+    else:
+        values = torch.empty_like(old, dtype=torch.float32)
+        before, order = _find_order(old), _find_order(new)
+        blocks = Blocks(_flatten(old, before), scales, signed)
+        _flatten(values, before).copy_(blocks.read(0, old.numel()))
+        Blocks(_flatten(new, order), scales, signed).write(0, _flatten(values, order))
+    state[name] = new
+
+
+def _find_order(x: Tensor) -> list[int]:
+    """Return the dimensions of x from the one with the longest way in memory to the shortest."""
+    return sorted(range(x.dim()), key=lambda n: (x.shape[n] > 1, -x.stride(n)))
+
+
+def _flatten(x: Tensor, order: list[int]) -> Tensor:
+    """Return x with its dimensions in this order: a view, if it lies so in memory, densely."""
     return x.permute(order).reshape(-1)
+
+
+def _require_dense(gradient: Tensor, name: str) -> None:
+    if gradient.layout != torch.strided or gradient.is_complex():
+        raise UsageError(
+            f"{name}-8bit takes real, dense gradients, not {gradient.dtype}, {gradient.layout}",
+            kind="usage.bad_value",
+            fix=f"the optimiser {name} of torch.optim",
+        )
 
 
 @cache

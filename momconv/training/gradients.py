@@ -18,12 +18,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
+from momconv.errors import UsageError
 from momconv.training.processes import Processes
 
 _BYTES = 25 * 2**20  # of a piece, or one gradient
@@ -149,6 +149,9 @@ def release_gradients(optimizer: Optimizer) -> ExitStack:
         optimizer: One that changes each parameter by its own gradient and state, as those of
             PyTorch and momconv do but for LBFGS. Those that require a gradient now are changed.
 
+    Raises:
+        UsageError: It is LBFGS.
+
     Returns:
         What is closed to end this, or is the context of a ``with`` block.
 
@@ -192,18 +195,24 @@ def changing_in_backward(optimizer: Optimizer, processes: Processes) -> Iterator
 def _hook(optimizer: Optimizer, take: Callable[[_Change, Tensor], None]) -> ExitStack:
     """Let ``take`` hear of new gradients and of what uses them, until the returned stack ends."""
     hooks = ExitStack()
-    for group in optimizer.param_groups:
+    if isinstance(optimizer, LBFGS):
+        raise UsageError(
+            "LBFGS takes all gradients at once, so none can be released before",
+            kind="usage.bad_value",
+            fix="release_gradients(torch.optim.AdamW(model.parameters()))",
+        )
+    for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             if parameter.requires_grad:
-                work = partial(take, partial(_change, optimizer, group))
+                work = partial(take, partial(_change, optimizer, number))
                 hooks.callback(parameter.register_post_accumulate_grad_hook(work).remove)
     return hooks
 
 
-def _change(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
-    """Take the step of one parameter, and free its gradient."""
-    groups = optimizer.param_groups
-    optimizer.param_groups = [group | {"params": [parameter]}]
+def _change(optimizer: Optimizer, number: int, parameter: Tensor) -> None:
+    """Take the step of one parameter of the group of this number, and free its gradient."""
+    groups = optimizer.param_groups  # others, once a state was loaded
+    optimizer.param_groups = [groups[number] | {"params": [parameter]}]
     try:
         optimizer.step()
     finally:

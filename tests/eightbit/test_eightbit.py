@@ -8,6 +8,7 @@ from torch import Tensor, nn, optim
 
 from momconv.eightbit import AdamW8bit, SGD8bit, optimizers
 from momconv.eightbit.blocks import Blocks, numbers
+from momconv.errors import UsageError
 from momconv.planner.measurement import measure
 
 LAST = torch.channels_last
@@ -123,3 +124,62 @@ def test_a_gradient_in_another_memory_format_counts_by_its_indices() -> None:
         return p.detach()
 
     assert torch.equal(step(LAST), step(torch.contiguous_format))
+
+
+@pytest.mark.parametrize(("kind", "plain", "arguments"), KINDS)
+def test_scales_follow_bytes_into_another_memory_layout(
+    kind: type, plain: type, arguments: dict[str, Any]
+) -> None:
+    """By a state that was saved from channels last, and by a parameter that is laid out anew."""
+    torch.manual_seed(0)
+    rates = 10 ** torch.linspace(-4, 0, 32 * 43).view(32, 43, 1, 1)  # so that scales differ
+    kept, laid_out, loading, full = (nn.Parameter(torch.zeros(32, 43, 3, 1)) for _ in range(4))
+    kept.data, laid_out.data, full.data = (p.to(memory_format=LAST) for p in (kept, laid_out, full))
+    made = [make([p], lr=0.01, **arguments) for make, p in ((kind, kept), (kind, laid_out))]
+    other, exact = kind([loading], lr=0.01, **arguments), plain([full], lr=0.01, **arguments)
+
+    def step(*parts: tuple[optim.Optimizer, nn.Parameter]) -> None:
+        gradient = torch.randn(kept.shape) * rates
+        for optimizer, p in parts:
+            p.grad = gradient.clone()
+            optimizer.step()
+
+    step((made[0], kept), (made[1], laid_out), (exact, full))
+    loading.data.copy_(kept)
+    other.load_state_dict(copy.deepcopy(made[0].state_dict()))
+    laid_out.data = laid_out.data.contiguous()
+    for _ in range(3):
+        step((made[0], kept), (made[1], laid_out), (other, loading), (exact, full))
+
+    assert torch.equal(laid_out, loading)
+    assert made[1].state[laid_out].keys() == made[0].state[kept].keys()
+    error = (kept - full).norm()
+    assert (laid_out - full).norm() < 1.5 * error
+
+
+@pytest.mark.parametrize(("kind", "_plain", "arguments"), KINDS)
+@pytest.mark.parametrize("side", [10, 100])
+def test_a_parameter_with_gaps_in_memory_changes_as_one_without(
+    kind: type, _plain: type, arguments: dict[str, Any], side: int
+) -> None:
+    torch.manual_seed(0)
+    whole = torch.randn(side, 2 * side)
+    gaps, dense = nn.Parameter(whole[:, ::2]), nn.Parameter(whole[:, ::2].clone())
+    rest = whole[:, 1::2].clone()
+    made = [kind([p], lr=0.01, **arguments) for p in (gaps, dense)]
+    for _ in range(2):
+        gaps.grad = dense.grad = torch.randn(side, side)
+        for optimizer in made:
+            optimizer.step()
+    assert_same(*made)
+    assert torch.equal(whole[:, 1::2], rest)
+
+
+def test_gradients_of_which_there_is_no_byte_are_refused() -> None:
+    sparse = nn.Parameter(torch.ones(5000, 2))
+    sparse.grad = torch.ones(5000, 2).to_sparse()
+    turning = nn.Parameter(torch.ones(5000, dtype=torch.complex64))
+    turning.grad = torch.ones_like(turning)
+    for p, said in ((sparse, "torch.sparse_coo"), (turning, "torch.complex64")):
+        with pytest.raises(UsageError, match=f"adamw-8bit takes real, dense gradients.*{said}"):
+            AdamW8bit([p]).step()

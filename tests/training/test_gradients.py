@@ -11,7 +11,7 @@ import torch
 from runs import Log, Signals, assert_same, assert_same_tensors, resume, small
 from teams import Team, find_team
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 import momconv
 from momconv.eightbit import AdamW8bit, SGD8bit
@@ -232,8 +232,17 @@ def test_groups_keep_their_own_rates_and_what_is_frozen_stays() -> None:
     with momconv.release_gradients(optimizer):
         optimizer.param_groups[0]["lr"] = 0.25
         (first + second + frozen).backward()
-    assert [p.item() for p in (first, second, frozen)] == [0.75, 0.5, 1.0]
+        assert [p.item() for p in (first, second, frozen)] == [0.75, 0.5, 1.0]
+        optimizer.load_state_dict(optimizer.state_dict())  # makes new groups
+        optimizer.param_groups[1]["lr"] = 0.25
+        (first + second + frozen).backward()
+    assert [p.item() for p in (first, second, frozen)] == [0.5, 0.25, 1.0]
     assert len(optimizer.param_groups) == 2
+
+
+def test_an_optimiser_that_takes_all_gradients_at_once_is_refused() -> None:
+    with pytest.raises(UsageError, match="LBFGS takes all gradients at once"):
+        momconv.release_gradients(LBFGS([nn.Parameter(torch.ones(2))]))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw-8bit", "sgd"])
