@@ -8,7 +8,7 @@ the same bits. No state exists as a whole in single precision, but where a layou
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar, TypeVar
@@ -23,6 +23,7 @@ from momconv.errors import UsageError
 
 _PIECE = 2**20  # values at a time where there is no loop; whole blocks
 SCALES = "_scales"  # the end of a name, beside that of the bytes
+ORDER = "order"  # of the dimensions of what scales belong to, in memory; files do not keep it
 _T = TypeVar("_T")
 
 
@@ -61,9 +62,10 @@ class _Optimizer(Optimizer):
             state["step"] = torch.zeros(())
             for name in self.signs:
                 _begin(state, name, parameter)
-        for name, signed in self.signs.items():
-            if _find_order(state[name]) != order:
+        elif state[ORDER].tolist() != order:
+            for name, signed in self.signs.items():
                 _lay_out(state, name, parameter, signed=signed)
+        state[ORDER] = torch.tensor(order, dtype=torch.long)
         state["step"] += 1
         constants = self.find_constants(group, int(state["step"]))
         target = parameter.detach().permute(order)
@@ -103,16 +105,14 @@ class _Optimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what ``state_dict`` returned; PyTorch's own would make floats of the bytes.
 
-        The bytes stay laid out as they were saved, as that is what their scales belong to, until
-        the next step.
+        Until the next step, the bytes are laid out as those that their scales were made for.
         """
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         parameters = [p for group in self.param_groups for p in group["params"]]
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                device = value.device if name == "step" else parameter.device
-                self.state[parameter][name] = torch.empty_like(value, device=device).copy_(value)
+            if saved := state_dict["state"].get(number):
+                self.state[parameter].update(_take(saved, parameter))
 
 
 class SGD8bit(_Optimizer):
@@ -210,6 +210,18 @@ def _begin(state: dict[str, Tensor], name: str, parameter: Tensor) -> None:
     state[f"{name}{SCALES}"] = torch.zeros(blocks, device=parameter.device)
 
 
+def _take(saved: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+    """Return a copy of a parameter's saved state, in the layout that its scales were made for."""
+    order = saved.get(ORDER, torch.tensor(_find_order(like), dtype=torch.long))  # older have none
+    taken = {"step": saved["step"].clone(), ORDER: order.clone()}
+    for name in saved.keys() - taken.keys():
+        value = saved[name].to(like.device)
+        is_flat = name.endswith(SCALES)
+        empty = torch.empty_like if is_flat else partial(_make_empty, order.tolist())
+        taken[name] = empty(value).copy_(value)
+    return taken
+
+
 def _lay_out(state: dict[str, Tensor], name: str, like: Tensor, *, signed: bool) -> None:
     """Lay a state out in memory as ``like``, with scales that belong to that."""
     old, new = state[name], torch.empty_like(like, dtype=state[name].dtype)
@@ -227,7 +239,13 @@ def _lay_out(state: dict[str, Tensor], name: str, like: Tensor, *, signed: bool)
 
 def _find_order(x: Tensor) -> list[int]:
     """Return the dimensions of x from the one with the longest way in memory to the shortest."""
-    return sorted(range(x.dim()), key=lambda n: (x.shape[n] > 1, -x.stride(n)))
+    return sorted(range(x.dim()), key=lambda n: (x.shape[n] > 1, -x.stride()[n]))
+
+
+def _make_empty(order: list[int], like: Tensor) -> Tensor:
+    """Return an empty tensor like this one whose dimensions lie in this order in memory."""
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return like.new_empty([like.shape[n] for n in order]).permute(back)
 
 
 def _flatten(x: Tensor, order: list[int]) -> Tensor:
