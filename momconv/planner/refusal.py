@@ -105,6 +105,9 @@ def _find_fixes(attempt: _Attempt) -> Iterator[str]:
         yield "--strategy auto"
     if request.micro_batch != "auto" and attempt.size > 2 and attempt.would_fit(size=2):
         yield "--micro-batch auto"
+    few = min(2, attempt.size)
+    if request.release_gradients and attempt.would_fit(size=few, release_gradients=False):
+        yield "--set train.release_gradients=auto"
     if request.precision == "fp32" and attempt.would_fit(precision="bf16"):
         yield "--set train.precision=bf16"
     yield f"--memory {math.ceil(attempt.peak.total / (1 - SLACK) / 2**20)}MiB"

@@ -258,6 +258,15 @@ def test_what_saves_memory_alone_changes_only_where_memory_asks_for_it() -> None
     assert released.peak.gradients == 0
 
 
+def test_micro_batches_are_advised_where_released_gradients_need_the_whole_batch() -> None:
+    with torch.device("meta"):
+        model = momconv.convert(build("cifar_resnet20")).train()
+    limit = int(peak_memory(model, 2, SIDE, strategy="auto").total * 1.02)
+    error = refusal(model, limit, batch_size=32, release_gradients=True)
+    assert "--set train.release_gradients=auto" in (error.fix or "").splitlines()
+    assert plan(model, SIDE, limit, 32).micro_batch == 2
+
+
 def test_a_batch_whose_gradients_are_released_is_undivided() -> None:
     request = Request(SIDE, images=9, batch_size=4, release_gradients=True)
     assert request.sizes == [5]  # the last one of the epoch
