@@ -30,8 +30,9 @@ def test_an_optimiser_keeps_the_states_of_its_row(name: OptimizerName) -> None:
     optimizer = make_optimizer(model, recipe)
     model(torch.ones(2, 3, 32, 32)).sum().backward()
     optimizer.step()
-    kept = [state for values in optimizer.state.values() for state in values.values()]
-    large = sum(state.nbytes for state in kept if torch.is_tensor(state) and state.ndim)
+    kept = (item for values in optimizer.state.values() for item in values.items())
+    small = ("step", "order")  # a few numbers for each parameter
+    large = sum(state.nbytes for key, state in kept if torch.is_tensor(state) and key not in small)
     assert large == static_bytes(model, name).optimizer
     low, high = OPTIMIZERS[name].rates
     assert low < recipe.resolved_lr < high

@@ -57,12 +57,13 @@ def _find_maps(*, signed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Floats that share their upper half lie closer together than borders do, so that byte or the
     next is the nearest.
     """
-    limits = borders(signed=signed)
-    halves = torch.arange(2**16, dtype=torch.int32) << 16
-    ends = torch.stack([halves, halves | 0xFFFF]).view(torch.float32)
-    table = torch.bucketize(ends.nan_to_num_(), limits, right=True).amin(0)
-    padded = torch.cat([limits, torch.full((1,), math.nan)])  # there is none after the last
-    return numbers(signed=signed).numpy(), padded.numpy(), table.to(torch.uint8).numpy()
+    # By NumPy, as PyTorch's allocator would count the tables to the step that needs them first.
+    limits = borders(signed=signed).numpy()
+    halves = np.arange(2**16, dtype=np.uint32) << 16
+    ends = np.nan_to_num(np.stack([halves, halves | 0xFFFF]).view(np.float32))
+    table = np.searchsorted(limits, ends, side="right").min(0).astype(np.uint8)
+    padded = np.append(limits, np.float32(math.nan))  # there is none after the last
+    return numbers(signed=signed).numpy(), padded, table
 
 
 @compiled

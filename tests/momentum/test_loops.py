@@ -172,6 +172,7 @@ def test_what_blocks_return_has_nothing_that_depends_on_values() -> None:
         *("__hash__", "__init__", "__init_subclass__", "__module__", "__new__", "__repr__"),
         *("__sizeof__", "__subclasshook__", "__weakref__"),
     }
+    left.discard("__slotnames__")  # where the class has been pickled
     known = {"shape", "size", "ndim", "dim", "numel", "dtype", "device", "is_cuda"}
     assert left == of_any_object | known
 
