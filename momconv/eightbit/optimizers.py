@@ -8,7 +8,7 @@ the same bits. No state exists as a whole in single precision, but where a layou
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar, TypeVar
@@ -62,10 +62,11 @@ class _Optimizer(Optimizer):
             state["step"] = torch.zeros(())
             for name in self.signs:
                 _begin(state, name, parameter)
+            state[ORDER] = _as_tensor(order)
         elif state[ORDER].tolist() != order:
             for name, signed in self.signs.items():
                 _lay_out(state, name, parameter, signed=signed)
-        state[ORDER] = torch.tensor(order, dtype=torch.long)
+            state[ORDER] = _as_tensor(order)
         state["step"] += 1
         constants = self.find_constants(group, int(state["step"]))
         target = parameter.detach().permute(order)
@@ -212,13 +213,14 @@ def _begin(state: dict[str, Tensor], name: str, parameter: Tensor) -> None:
 
 def _take(saved: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
     """Return a copy of a parameter's saved state, in the layout that its scales were made for."""
-    order = saved.get(ORDER, torch.tensor(_find_order(like), dtype=torch.long))  # older have none
+    order = saved.get(ORDER, _as_tensor(_find_order(like)))  # older ones have none
     taken = {"step": saved["step"].clone(), ORDER: order.clone()}
     for name in saved.keys() - taken.keys():
         value = saved[name].to(like.device)
-        is_flat = name.endswith(SCALES)
-        empty = torch.empty_like if is_flat else partial(_make_empty, order.tolist())
-        taken[name] = empty(value).copy_(value)
+        if name.endswith(SCALES):
+            taken[name] = value.clone()
+        else:
+            taken[name] = _make_empty(order.tolist(), value).copy_(value)
     return taken
 
 
@@ -240,6 +242,10 @@ def _lay_out(state: dict[str, Tensor], name: str, like: Tensor, *, signed: bool)
 def _find_order(x: Tensor) -> list[int]:
     """Return the dimensions of x from the one with the longest way in memory to the shortest."""
     return sorted(range(x.dim()), key=lambda n: (x.shape[n] > 1, -x.stride()[n]))
+
+
+def _as_tensor(order: list[int]) -> Tensor:
+    return torch.tensor(order, dtype=torch.long)
 
 
 def _make_empty(order: list[int], like: Tensor) -> Tensor:
