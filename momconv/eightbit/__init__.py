@@ -5,6 +5,6 @@ The format is that of bitsandbytes and torchao. In reading order: blocks (the fo
 """
 
 from momconv.eightbit.blocks import count_blocks, state_bytes
-from momconv.eightbit.optimizers import SCALES, AdamW8bit, SGD8bit
+from momconv.eightbit.optimizers import ORDER, SCALES, AdamW8bit, SGD8bit
 
-__all__ = ["SCALES", "AdamW8bit", "SGD8bit", "count_blocks", "state_bytes"]
+__all__ = ["ORDER", "SCALES", "AdamW8bit", "SGD8bit", "count_blocks", "state_bytes"]

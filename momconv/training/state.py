@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from momconv.eightbit import SCALES, count_blocks
+from momconv.eightbit import ORDER, SCALES, count_blocks
 from momconv.errors import ModelFileError, ResourceError, UsageError
 from momconv.files.atomic import write_atomically
 from momconv.files.tensor_file import write_tensors
@@ -301,7 +301,8 @@ def _find_unfitting(model: nn.Module, tensors: Mapping[str, Tensor]) -> str | No
         shape = parameter.shape
         if kind.endswith(SCALES):
             shape = torch.Size([count_blocks(parameter.numel())])
-        if value.shape not in (shape, torch.Size([])):
+        is_order = kind == ORDER and sorted(value.flatten().tolist()) == [*range(parameter.ndim)]
+        if not is_order and value.shape not in (shape, torch.Size([])):
             return key
     return None
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from momconv.eightbit import AdamW8bit
 from momconv.errors import ModelFileError, ResourceError, UncheckedFile
 from momconv.files.atomic import write_atomically
 from momconv.files.tensor_file import write_tensors
@@ -31,6 +32,10 @@ def adamw(model: nn.Module) -> Optimizer:
     return AdamW(model.parameters(), 0.1)
 
 
+def adamw_8bit(model: nn.Module) -> Optimizer:
+    return AdamW8bit(model.to(memory_format=torch.channels_last).parameters(), 0.1)
+
+
 def make_network() -> nn.Module:
     model = convert(build("cifar_resnet20"), gamma=0.5)
     replace_head(model, ("ant", "bee"))
@@ -43,7 +48,7 @@ def step(model: nn.Module, optimizer: Optimizer) -> None:
     optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("make", [sgd, adamw])
+@pytest.mark.parametrize("make", [sgd, adamw, adamw_8bit])
 def test_what_was_saved_goes_on_as_if_it_had_not_been(
     tmp_path: Path, make: Callable[[nn.Module], Optimizer]
 ) -> None:
