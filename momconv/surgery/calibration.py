@@ -31,7 +31,7 @@ from momconv.surgery.stem import leave_stem
 _STEPS = 32  # of a pass, unless that takes very small ones or large ones
 _PASSES = 2  # in which gains and norms are refined
 _FEWEST_IMAGES = 2  # at once: BatchNorm may not be able to take one alone
-_RATE = 1e-2
+_RATE, _RATE_OF_FITTED = 1e-2, 1e-3  # of what is refined
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +128,13 @@ def refine(
             progress(before + done, fits + steps, left)
 
     before = measure_divergence(model, original, images.held_out)
-    if _fit_if_closer(model, original, images, Schedule(fits, partial(tell, 0)), before):
-        after = measure_divergence(model, original, images.held_out)
-        return Imitation(0, before, after, interrupted=True)
+    interrupted = _fit_if_closer(model, original, images, Schedule(fits, partial(tell, 0)), before)
+    fitted = measure_divergence(model, original, images.held_out)
+    if interrupted:
+        return Imitation(0, before, fitted, interrupted=True)
+    rate = _RATE_OF_FITTED if fitted < before else _RATE
     with trainable_gains(model) as gains:
-        groups = [(gains + norm_parameters(model), _RATE)]
+        groups = [(gains + norm_parameters(model), rate)]
         chunks = read_repeatedly(images, Schedule(steps, partial(tell, fits)), chunk)
         done = imitate(model, original, groups, chunks, images.held_out, trial=steps // _PASSES)
     return replace(done, before=before)

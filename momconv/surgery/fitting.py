@@ -2,8 +2,10 @@
 
 A block of a momentum run reads another x than the block of the original does: what comes before it
 has not been added in full yet. So in each block of a run the first linear layer is fitted to what
-it gives in the original, from what it gets in the converted network; and the last one to what
-brings x to where the residuals of the original lead, and at the end of the run to the original's x.
+it gives in the original, from what it gets in the converted network; and the last one to the
+residual of the original, and at the end of the run to what leads to the original's x. Earlier
+blocks do not make up for errors of those before them, which are fitted anew at the same time: they
+would make up for errors that are gone, the more of them the longer the run is.
 
 Both are least squares with a penalty on leaving the weights of the original, as strong as suits
 images best that were left out. Images come in chunks. In each, a layer is solved, on all that it
@@ -312,22 +314,19 @@ def _sample_inputs(x: Tensor, layer: Linear, places: Places) -> Tensor:
 
 
 class _Path:
-    """The velocity of a run, and where the original's residuals would lead from its start."""
+    """The velocity of a run, at a sample of places."""
 
     def __init__(self, gamma: float) -> None:
         self.gamma = gamma
-        self.v = self._aim_v = torch.zeros(())  # a scalar until the first step
-        self._aim: Tensor | None = None
-
-    def aim(self, step: float, x: Tensor, y: Tensor) -> Tensor:
-        """Return x after the next block, if the run had the original's residuals, here y − x."""
-        self._aim_v = self.gamma * self._aim_v.to(x) + step * (y - x)
-        self._aim = (x if self._aim is None else self._aim) + self._aim_v
-        return self._aim
+        self.v = torch.zeros(())  # a scalar until the first step
 
     def follow(self, step: float, residual: Tensor) -> None:
         """Let the velocity have the ``residual`` of the run's own block."""
         self.v = self.gamma * self.v.to(residual) + step * residual
+
+    def missing(self, step: float, x: Tensor, end: Tensor) -> Tensor:
+        """Return the residual with which the next step leads from ``x`` to ``end``."""
+        return (end - x - self.gamma * self.v.to(x)) / step
 
 
 class _Block:
@@ -400,12 +399,13 @@ class _Block:
         self, block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
         path, x = self._path, self._sample(args[0])
-        aim = path.aim(self._step, self._x, self._y)
         if self._last:
             (slopes,) = torch.autograd.grad(output.sum(), self._output)
             torch.set_grad_enabled(False)
-            way = (self._y if self._is_at_end else aim) - x - path.gamma * path.v
-            targets = self._find_targets(x + way / self._step, output, slopes)
+            residual = self._y - self._x
+            if self._is_at_end:
+                residual = path.missing(self._step, x, self._y)
+            targets = self._find_targets(x + residual, output, slopes)
             self._last.add(self._inputs, targets + self._last.shift)
             with without_hooks([block]):
                 output = block(*args, **kwargs)
