@@ -5,11 +5,13 @@ The tensors have no gaps in memory.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from momconv.states import is_fake
 
-_COLUMNS = 1021  # a prime, so that what is exchanged is hardly ever in one column
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+_PRIMES = (1021, 1019, 1013, 1009)  # of columns
+_STEP = 0x10_1356_8DE0_4F67  # by which their places are told apart; 1023 of them are below 2⁶³
+_FACTOR = 0x2545_F491_4F6C_DD1D  # odd, so that no two products are the same
 
 
 def no_magnitudes(x: Tensor) -> Tensor:
@@ -42,23 +44,34 @@ def magnitude(x: Tensor) -> Tensor:
 
 
 def checksum(x: Tensor) -> Tensor:
-    """Return a weighted sum of x's bit patterns, an int64 scalar on x's device.
+    """Return a hash of x's bit patterns and their order, an int64 scalar on x's device.
 
-    They are read eight bytes at a time: sum() would make a copy in int64 of anything narrower. The
-    weights are odd, so that a single change is seen, and differ, so that an exchange of two is:
-    images in another order, for example, or mirrored ones.
+    They are read eight bytes at a time: sum() would make a copy in int64 of anything narrower. A
+    sum is blind to exchanges, and to pairs of changes in the highest bit, whose carries are lost:
+    the signs of every channel, for example. So many columns are summed by themselves, and scrambled
+    before they are added, each in its own way. Their number is a prime that divides no dimension,
+    so that what is exchanged or changed in pairs is hardly ever in one column.
     """
-    x = torch.view_as_real(x) if x.is_complex() else x
+    x = x.detach().resolve_conj().resolve_neg()  # a copy only if these are still to be computed
     in_order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    flat = x.detach().permute(in_order).reshape(-1)  # a copy only if there are gaps
-    if flat.storage_offset() * flat.element_size() % 8:
+    flat = x.permute(in_order).reshape(-1).view(torch.uint8)  # a copy only if there are gaps
+    if flat.storage_offset() % 8:
         flat = flat.clone()  # in a place where eight bytes can be read
-    whole = x.numel() - x.numel() % (8 // x.element_size())
-    rest = flat[whole:].view(_BITS[x.element_size()]).sum()
-    words = flat[:whole].view(torch.int64)
-    table = len(words) - len(words) % _COLUMNS
-    columns = words[:table].view(-1, _COLUMNS).sum(0)
-    columns[: len(words) - table] += words[table:]
-    if flat.dtype == torch.float64:  # of whose signs, the highest bits, two would cancel
-        rest = rest + flat.sum().view(torch.int64)
-    return rest + columns.mul_(torch.arange(1, 2 * _COLUMNS, 2, device=x.device)).sum()
+    whole = len(flat) - len(flat) % 8
+    words, rest = flat[:whole].view(torch.int64), flat[whole:]
+    width = next(prime for prime in _PRIMES if x.numel() % prime or not whole)
+    table = len(words) - len(words) % width
+    columns = words[table:]
+    if table:
+        sums = words[:table].view(-1, width).sum(0)
+        sums[: len(columns)] += columns
+        columns = sums
+    if len(rest):
+        columns = torch.cat([columns, pad(rest, (0, 8 - len(rest))).view(torch.int64)])
+    # Of what is transposed, the bytes may be the same.
+    order = [dim for dim in in_order if x.shape[dim] > 1]
+    start = 0 if order == sorted(order) else hash((*order,)) % _STEP
+    offsets = torch.arange(start, start + len(columns) * _STEP, _STEP, device=x.device)
+    mixed = offsets.add_(columns, alpha=_FACTOR)
+    mixed.bitwise_xor_(mixed >> 32).mul_(_FACTOR)
+    return mixed.bitwise_xor_(mixed >> 32).sum()

@@ -146,6 +146,47 @@ def test_a_block_that_is_not_reproducible_is_named(needs_gradient: bool) -> None
         square(net(x)).backward()
 
 
+class Flipping(Fickle):
+    """A block that changes the signs of some channels each time it is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        signs = torch.tensor([1.0, (-1) ** self.calls] * 4)
+        return (x + torch.sin(x * self.scale)) * signs
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "segment", "momentum"])
+@pytest.mark.parametrize("runs", [[], [Run(0, 3, (1.0,) * 3)]], ids=["plain", "run"])
+def test_a_block_that_changes_signs_the_second_time_is_named(strategy: Any, runs: Any) -> None:
+    net = MomentumSequential(Scaled(), Flipping(), Scaled(), runs=runs, strategy=strategy)
+
+    with pytest.raises(NotReproducible, match="computed something else"):
+        square(net(images(side=8))).backward()
+
+    changed = {name for name, p in net.named_parameters() if p.grad is not None}
+    assert changed <= {"2.scale"}
+
+
+class Negated(Scaled):
+    """A block whose output PyTorch has still to negate."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch._neg_view(-super().forward(x))
+        assert y.is_neg()
+        return y
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "segment", "momentum"])
+@pytest.mark.parametrize("runs", [[], [Run(0, 3, (1.0,) * 3)]], ids=["plain", "run"])
+def test_a_block_may_return_what_is_still_to_be_negated(strategy: Any, runs: Any) -> None:
+    torch.manual_seed(0)
+    net = MomentumSequential(*(Negated() for _ in range(3)), runs=runs)
+
+    expected = aftermath(net, images(), "store")
+
+    assert differences(aftermath(net, images(), strategy), expected) == []
+
+
 def test_a_block_that_saves_other_tensors_the_second_time_is_named() -> None:
     class Changing(Fickle):
         def forward(self, x: Tensor) -> Tensor:

@@ -253,6 +253,27 @@ def _descend(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+class Spectral(Network):
+    """Its stem saves tensors whose signs PyTorch has still to change, and which are complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+
+    def forward(self, images: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(images).conj()
+        images = torch.fft.irfft(spectrum * self.filter, 6) + torch.fft.fft(images).conj().imag
+        return super().forward(images * self.filter.conj().imag.sum())
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "segment", "momentum", "auto"])
+def test_a_stem_may_have_signs_that_are_still_to_be_changed(strategy: str) -> None:
+    torch.manual_seed(0)
+    model = momconv.convert(Spectral(), inputs=[IMAGES]).train()
+    expected, found = step(copy.deepcopy(model), "store"), step(model, strategy)
+    assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
+
+
 def test_going_back_leaves_nothing_of_it() -> None:
     plain = momconv.revert(make())
     hooks = [h for m in plain.modules() for h in (m._forward_pre_hooks, m._forward_hooks)]
