@@ -54,6 +54,7 @@ class Replay:
         self._in_parts = in_parts
         self._cut: PlainCut | None = None  # during the first call
         modules = [*block.modules()]
+        self._updating = [*filter(_updates_statistics, modules)] if is_open else []
         self._norms = Norms(modules)
         self._condition = Condition(modules, self._norms.others)
         # Of the first call:
@@ -115,7 +116,7 @@ class Replay:
             return tensor
         if self._cut:
             self._cut.note(tensor)
-        if self._is_open and not self._is_buffer(tensor):
+        if self._is_open and not self._is_statistic(tensor):
             self._sum = _plus(self._sum, tensor)
         self._count += 1
         return self._count - 1
@@ -217,7 +218,7 @@ class Replay:
         def keep(tensor: Tensor) -> int | None:
             if self._norms.own(tensor):
                 return None
-            if self._is_open and not self._is_buffer(tensor):
+            if self._is_open and not self._is_statistic(tensor):
                 self._sum_again = _plus(self._sum_again, tensor)
             number = next(numbers)
             if number >= first:
@@ -237,12 +238,13 @@ class Replay:
                 fix='momconv.set_strategy(model, "store")',
             )
 
-    def _is_buffer(self, tensor: Tensor) -> bool:
-        """Return whether this is a buffer, which a norm saves and its backward does not use."""
+    def _is_statistic(self, tensor: Tensor) -> bool:
+        """Return whether a norm has this to update, which it saves and backward does not use."""
         if is_fake(tensor):
             return False
         place = tensor.data_ptr()
-        return any(buffer.data_ptr() == place for buffer in self._block.buffers())
+        own = (buffer for norm in self._updating for buffer in norm.buffers(recurse=False))
+        return any(buffer.data_ptr() == place for buffer in own)
 
     def _forget_random_state(self) -> None:
         """Forget random numbers, unless the graph is kept for another backward pass."""
@@ -342,10 +344,14 @@ def _buffers_that_count(modules: Sequence[nn.Module]) -> list[Tensor]:
     return [
         buffer
         for module in modules
-        if module._buffers and not (module.training and isinstance(module, _NormBase))
+        if module._buffers and not _updates_statistics(module)
         for buffer in module._buffers.values()
         if buffer is not None
     ]
+
+
+def _updates_statistics(module: nn.Module) -> bool:
+    return module.training and isinstance(module, _NormBase)
 
 
 def evaluate(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
