@@ -10,8 +10,9 @@ that are put together again; and what is called as ``block.forward(x)``, of whic
 """
 
 import threading
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from momconv.states import is_fake, is_graph_made
 
 _RETURNED = "_momconv_returned"  # an attribute of what members have returned
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_claimants = WeakKeyDictionary[nn.Module, WeakSet[nn.Module]]()  # the stages of members
 _this_thread = threading.local()  # called: a block; returned: checksums
 
 
@@ -40,26 +42,46 @@ def call_block(block: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         _this_thread.called = before
 
 
-def mark(blocks: Iterable[nn.Module | None], second: Container[nn.Module | None] = ()) -> None:
-    """Let these be members of a run.
+def mark(
+    stage: nn.Module,
+    blocks: Collection[nn.Module | None],
+    second: Container[nn.Module | None] = (),
+) -> None:
+    """Let these be members of a run of the stage.
 
     Those that are ``second`` get what the first has returned in the run, too.
     """
+    claim(stage, blocks)
     for block in blocks:
         hook = _require_run_but_second if block in second else _require_run
         if block is not None and hook not in block._forward_hooks.values():
-            unmark([block])
+            _remove_hooks(block)
             block.register_forward_hook(hook, with_kwargs=True)
 
 
-def unmark(blocks: Iterable[nn.Module | None]) -> None:
-    """Let these be ordinary blocks."""
+def claim(stage: nn.Module, blocks: Iterable[nn.Module | None]) -> None:
+    """Take note of what is marked already, as in a copy."""
     for block in blocks:
-        hooks = {} if block is None else block._forward_hooks
-        for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
-            del hooks[key]
-            assert block is not None
-            block._forward_hooks_with_kwargs.pop(key, None)
+        if block is not None:
+            _claimants.setdefault(block, WeakSet()).add(stage)
+
+
+def unmark(stage: nn.Module, blocks: Iterable[nn.Module | None]) -> None:
+    """Let these be ordinary blocks, unless another stage has them in a run."""
+    for block in blocks:
+        if block is None:
+            continue
+        others = _claimants.get(block, WeakSet())
+        others.discard(stage)
+        if not others:
+            _remove_hooks(block)
+
+
+def _remove_hooks(block: nn.Module) -> None:
+    hooks = block._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+        del hooks[key]
+        block._forward_hooks_with_kwargs.pop(key, None)
 
 
 def _require_run(

@@ -19,7 +19,7 @@ from momconv.momentum.autograd import Strategy, run
 from momconv.momentum.equations import LOWEST, Rule, Velocity, coefficients
 from momconv.momentum.inversion import EndState, follow, walk_back
 from momconv.momentum.loops import Turn
-from momconv.momentum.members import mark, unmark
+from momconv.momentum.members import call_block, claim, mark, unmark
 from momconv.momentum.ranging import (
     Misfit,
     ask_to_repeat,
@@ -214,8 +214,8 @@ class MomentumSequential(nn.Sequential):
         places = {n for part in possible if self.gamma for n in part}
         members = frozenset(block for n, block in enumerate(blocks) if n in places)
         starts = [part.start for part in self.followed if self._begins_plain(part)]
-        mark(members, [block for n, block in enumerate(blocks) if n - 1 in starts])
-        unmark(({*blocks} | self._members) - members)  # one may be at several places
+        mark(self, members, [block for n, block in enumerate(blocks) if n - 1 in starts])
+        unmark(self, ({*blocks} | self._members) - members)  # one may be at several places
         self._members = members
 
     def forward(  # type: ignore[override]  # x is called input there
@@ -485,6 +485,7 @@ class MomentumSequential(nn.Sequential):
                 fix="momconv.save(model, path) with that version, and momconv.load(path) with this",
             )
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        claim(self, self._members)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Put another block in the place of one, also in a run.
@@ -513,8 +514,9 @@ class MomentumSequential(nn.Sequential):
         """Take a block out; its run goes on without it, with the gains of those that are left."""
         place = [*self._modules].index(name) if name in self._modules else None
         super().__delattr__(name)
-        if place is not None and self.runs is not None:
-            self.runs = [_without(one, place) for one in self.runs if {*one.blocks} - {place}]
+        if place is not None:
+            runs = self.runs
+            self.runs = runs and [_without(one, place) for one in runs if {*one.blocks} - {place}]
 
     def insert(self, index: int, module: nn.Module) -> Self:
         """Put a block in front of the one at ``index``.
@@ -629,7 +631,7 @@ class _Pass:
 
 
 def _call(block: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
-    return require_tensor(block, block(x, *args))
+    return require_tensor(block, call_block(block, x, *args))
 
 
 def _group(units: list[list[nn.Module]], way: Way) -> Iterator[tuple[list[nn.Module], bool]]:

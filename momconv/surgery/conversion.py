@@ -371,7 +371,7 @@ def _plain(model: nn.Module) -> nn.Module:
     restore_stem(model)
     for name, stage in momentum_stages(model).items():
         plain = stage.kind.__new__(stage.kind)  # its __init__ may want something
-        unmark(stage.children())
+        unmark(stage, stage.children())
         model = _replace(model, name, _with_contents(plain, stage))
     return model
 

@@ -222,6 +222,43 @@ def test_blocks_that_have_left_are_ordinary() -> None:
     net[1] = gone[0]
     net[1] = copy.deepcopy(gone[0])
     assert nn.Sequential(*gone)(x).shape == x.shape
+    net = stack(3)  # whose runs nobody knows
+    assert nn.Sequential(net.pop(0), net.pop(0))(x).shape == x.shape
+
+
+def emptied(*blocks: nn.Module) -> MomentumSequential:
+    net = MomentumSequential(*blocks)
+    net.find_runs(images())
+    while len(net):
+        net.pop(0)
+    return net
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *blocks: MomentumSequential(*blocks, gamma=0),
+        lambda *blocks: MomentumSequential(*blocks, runs=[]),
+        lambda *blocks: revert(MomentumSequential(*blocks)),
+        emptied,
+    ],
+    ids=["plain", "without runs", "reverted", "emptied"],
+)
+def test_blocks_of_two_stages_are_free_when_neither_has_them_in_a_run(
+    make: Callable[..., nn.Module],
+) -> None:
+    net, x = edited(Run(0, 6, (1.0,) * 6)).eval(), images()
+    for owner in (net, copy.copy(net)):
+        blocks = [*owner]
+        other = make(*blocks).eval()
+        if len([*other.children()]):
+            plain = nn.Sequential(*copy.deepcopy(blocks))
+            assert torch.equal(other(x), MomentumSequential(*plain, gamma=0)(x))
+        with pytest.raises(UsageError, match="plain network"):
+            iterate(owner, x)
+    del net, owner
+    plain = MomentumSequential(*blocks, gamma=0)
+    assert torch.equal(iterate(plain, x), plain(x))
 
 
 def test_another_block_takes_the_place_of_one() -> None:
