@@ -7,6 +7,7 @@ it that: the tensor itself, a view, a copy in any type, or, in the graph of auto
 what operations of one input make of it, such as a ReLU. Not seen are values that were changed where
 there is no graph or by operations of several inputs, as ``1.5 * x``, dropout, or halves of a batch
 that are put together again; and what is called as ``block.forward(x)``, of which no hook learns.
+A block that is a run by itself, because the others have been taken out, nobody else may call.
 """
 
 import threading
@@ -46,14 +47,17 @@ def mark(
     stage: nn.Module,
     blocks: Collection[nn.Module | None],
     second: Container[nn.Module | None] = (),
+    single: Container[nn.Module | None] = (),
 ) -> None:
     """Let these be members of a run of the stage.
 
-    Those that are ``second`` get what the first has returned in the run, too.
+    Those that are ``second`` get what the first has returned in the run, too. What is ``single`` is
+    a run by itself.
     """
     claim(stage, blocks)
     for block in blocks:
-        hook = _require_run_but_second if block in second else _require_run
+        others = _require_run_but_second if block in second else _require_run
+        hook = _require_stage if block in single else others
         if block is not None and hook not in block._forward_hooks.values():
             _remove_hooks(block)
             block.register_forward_hook(hook, with_kwargs=True)
@@ -128,10 +132,12 @@ def _require_run_where_traced(block: nn.Module, inputs: Sequence[Any], y: Proxy)
 _FX = "torch.fx.symbolic_trace(model, concrete_args={'its name': None})"
 
 
-def _refuse(block: nn.Module, otherwise: str = "") -> NoReturn:
+def _refuse(
+    block: nn.Module, otherwise: str = "", *, how: str = "with what the block before it returned"
+) -> NoReturn:
     raise UsageError(
-        f"a {block._get_name()} of a momentum run was called with what the block before it"
-        " returned, which is the plain network and not the momentum network",
+        f"a {block._get_name()} of a momentum run was called {how}, which is the plain network and"
+        " not the momentum network",
         kind="usage.outside_stage",
         fix="call the whole stage, or take momconv.revert(model) for the plain network" + otherwise,
     )
@@ -141,7 +147,13 @@ def _require_run_but_second(*args: Any) -> None:
     _require_run(*args, by_value=False)
 
 
-_HOOKS = (_require_run, _require_run_but_second)
+def _require_stage(block: nn.Module, _args: Any, *rest: Any) -> None:
+    is_traced = type(rest[-1]) is Proxy  # where a stage is one operation
+    if not torch.compiler.is_compiling() and (is_traced or _is_called_by_others(block)):
+        _refuse(block, how="by itself, outside its stage")
+
+
+_HOOKS = (_require_run, _require_run_but_second, _require_stage)
 
 
 def _is_called_by_others(block: nn.Module) -> bool:

@@ -143,9 +143,10 @@ class MomentumSequential(nn.Sequential):
             forward pass: a block writes into its input; a block of a run changes its shape; runs
             are to be found, but what blocks do depends on values, or torch.func is at work; x is
             complex.
-            Outside it: a block of a run is called with what another one has returned, which is the
-            plain network. It is so without an error if ``block.forward(x)`` is called, or something
-            else done to x between two blocks, such as ``1.5 * x`` or dropout.
+            Outside it: a block of a run is called with what another one has returned, or one that is
+            the whole run is called at all, which is the plain network. It is so without an error if
+            ``block.forward(x)`` is called, or something else done to x between two blocks, such as
+            ``1.5 * x`` or dropout.
         InversionError: in backward, what it starts from was written to, or backward comes twice.
         RangeOverflow: in a forward pass that cannot be done again alone (several processes, a
             checkpoint around the stage), an activation outgrew the range, which has become wider:
@@ -213,8 +214,10 @@ class MomentumSequential(nn.Sequential):
         possible = [range(len(blocks))] if runs is None else [part.blocks for part in runs]
         places = {n for part in possible if self.gamma for n in part}
         members = frozenset(block for n, block in enumerate(blocks) if n in places)
-        starts = [part.start for part in self.followed if self._begins_plain(part)]
-        mark(self, members, [block for n, block in enumerate(blocks) if n - 1 in starts])
+        plain = [part.start for part in self.followed if self._begins_plain(part)]
+        single = {part.start for part in self.followed if len(part) == 1} - {*plain}
+        second = [block for n, block in enumerate(blocks) if n - 1 in plain]
+        mark(self, members, second, [blocks[n] for n in single if n < len(blocks)])
         unmark(self, ({*blocks} | self._members) - members)  # one may be at several places
         self._members = members
 

@@ -203,6 +203,23 @@ def test_a_block_that_is_taken_out_leaves_the_others_their_gains() -> None:
         iterate(net, images())
 
 
+@pytest.mark.parametrize(
+    "way", [iterate, WAYS["a trace"], WAYS["a copy"], lambda net, x: net[0](x)]
+)
+def test_a_block_that_is_left_alone_of_its_run_is_no_plain_network(way: Any) -> None:
+    net, x = edited(Run(0, 6, (2.9,) * 6, 4)).eval(), images()
+    expected = x + 0.29 * (net[0](x) - x)
+    for _ in range(5):
+        net.pop(-1)
+    with pytest.raises(UsageError, match="BasicBlock of a momentum run was called by itself"):
+        way(net, x)
+    assert torch.allclose(net(x), expected, atol=1e-5)
+    assert torch.equal(symbolic_trace(nn.Sequential(net))(x), net(x))
+    net.gamma, net.runs = 1.0, [Run(0, 1, (1.0,), 4)]  # which is what the block computes
+    assert torch.allclose(iterate(net, x), net(x), atol=1e-5)
+    assert net.pop(0)(x).shape == x.shape
+
+
 def test_a_block_that_is_put_in_moves_the_runs_behind_it() -> None:
     for index, span in ((0, (2, 6)), (1, (2, 6)), (5, (1, 5)), (-1, (1, 5)), (6, (1, 5))):
         net = edited()
