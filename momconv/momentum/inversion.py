@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from momconv.errors import InversionError, UsageError
 from momconv.momentum.equations import Rule, integrate, remainder_bounds, reverse, to_grid
+from momconv.momentum.ranging import keep_state
 from momconv.momentum.replay import evaluate
 
 
@@ -74,7 +75,11 @@ def walk_back(
                 fix="invert it with the stage that it is of, in the same type and on its device",
             ) from error
 
-    _, v, remainders = reverse(*end[:3], [partial(call, block) for block in blocks], rule)
+    restore = keep_state(blocks, end.x.device)
+    try:
+        _, v, remainders = reverse(*end[:3], [partial(call, block) for block in blocks], rule)
+    finally:
+        restore()
     if not any(part.any() for part in (v, *remainders)):
         return seen[::-1]
     if not end.x.isfinite().all():

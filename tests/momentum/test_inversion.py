@@ -66,6 +66,20 @@ def test_the_state_is_that_of_the_equations() -> None:
     torch.testing.assert_close(end.v * net.rule(run, x.dtype).v_ulp, v, rtol=1e-5, atol=1e-6)
 
 
+def test_nothing_is_left_of_the_way_back() -> None:
+    net = stack(3).train()
+    end = net.integrate(images())
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert [norm.num_batches_tracked.item() for norm in norms] == [1] * 6  # type: ignore[union-attr]
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+
+    net.invert(end)
+    with pytest.raises(InversionError):
+        net.invert(end._replace(v=end.v + 1))
+
+    assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+
+
 def test_another_state_is_no_end() -> None:
     net = stack(3).eval()
     end = net.integrate(images())
