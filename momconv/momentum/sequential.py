@@ -143,10 +143,10 @@ class MomentumSequential(nn.Sequential):
             forward pass: a block writes into its input; a block of a run changes its shape; runs
             are to be found, but what blocks do depends on values, or torch.func is at work; x is
             complex.
-            Outside it: a block of a run is called with what another one has returned, or one that is
-            the whole run is called at all, which is the plain network. It is so without an error if
-            ``block.forward(x)`` is called, or something else done to x between two blocks, such as
-            ``1.5 * x`` or dropout.
+            Outside it: a block of a run is called with what another one has returned, or one that
+            is a whole run is called at all, which is the plain network. It is so without an error
+            if ``block.forward(x)`` is called, or something else done to x between two blocks, such
+            as ``1.5 * x`` or dropout.
         InversionError: in backward, what it starts from was written to, or backward comes twice.
         RangeOverflow: in a forward pass that cannot be done again alone (several processes, a
             checkpoint around the stage), an activation outgrew the range, which has become wider:
@@ -408,7 +408,8 @@ class MomentumSequential(nn.Sequential):
     def invert(self, end: EndState | tuple[Any, ...], *args: Any, **kwargs: Any) -> list[Tensor]:
         """Return x[0] to x[k] of the pass that ended in this state: blocks' inputs, and the output.
 
-        ``args`` and ``kwargs`` are what the blocks were called with besides x.
+        ``args`` and ``kwargs`` are what the blocks were called with besides x. Their buffers stay
+        as they are, and so do random generators.
 
         Raises:
             UsageError: The blocks are not one run, its range is not known, or they do not take what

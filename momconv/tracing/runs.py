@@ -28,7 +28,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from momconv.errors import UsageError
-from momconv.states import Condition, autocast_settings, keeping_attributes, without_hooks
+from momconv.states import (
+    Condition,
+    autocast_settings,
+    is_fake,
+    keep_buffers,
+    keeping_attributes,
+    keeping_random_state,
+    without_hooks,
+)
 
 # Its name, and the shapes of the tensors that it gets; or what a block is called with besides.
 Operation = tuple[str, list[torch.Size]]
@@ -80,7 +88,11 @@ def find_runs(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) 
     try:
         with without_hooks(blocks):
             calls = observe(_Chain(blocks), blocks, (x, *args)).calls
-    except DEPENDS_ON_VALUES as error:
+    except (RuntimeError, TypeError, ValueError) as error:  # as NumPy's functions raise them
+        if not isinstance(error, DEPENDS_ON_VALUES):
+            if is_fake(x):
+                raise
+            _require_callable(blocks, x, args)
         raise UsageError(
             f"what these blocks do depends on values, so that no run is found among them: {error}",
             kind="model.depends_on_values",
@@ -91,6 +103,16 @@ def find_runs(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) 
         reason = explain_no_run(blocks, calls)
         warnings.warn(f"no block follows the momentum rule: {reason}; fix: {fix}", stacklevel=2)
     return runs
+
+
+@torch.no_grad()
+def _require_callable(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) -> None:
+    """Raise what the blocks raise where there are values; if nothing, leave nothing behind."""
+    modules = [*nn.ModuleList(blocks).modules()]
+    restore = keep_buffers(modules)
+    with keeping_attributes(modules), keeping_random_state(x.device), without_hooks(blocks):
+        _Chain(blocks)(x.clone(), *args)
+    restore()
 
 
 def group_runs(

@@ -6,6 +6,7 @@ import pickle
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import (
@@ -19,6 +20,7 @@ from networks import (
     stack,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 from torchvision.models.resnet import BasicBlock
 
@@ -384,6 +386,40 @@ def test_blocks_that_depend_on_values_need_to_be_told_their_runs() -> None:
     stored, ours = (aftermath(net, x, how) for how in ("store", "momentum"))
 
     assert differences(ours, stored) == []
+
+
+class Outside(Scaled):
+    """A block that computes something outside PyTorch."""
+
+    def __init__(self, compute: Any) -> None:
+        super().__init__()
+        self.compute = compute
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(F.dropout(x))) * float(self.compute(x.detach()))
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [lambda x: x.numpy().ndim, lambda x: np.asarray(x).max(), lambda x: np.tanh(x.numpy()).sum()],
+)
+def test_blocks_that_need_numpy_need_to_be_told_their_runs(compute: Any) -> None:
+    blocks = [Outside(compute), Outside(compute)]
+    before, random = copy.deepcopy(blocks[0].state_dict()), torch.get_rng_state()
+    with pytest.raises(UsageError, match="depends on values") as refused:
+        MomentumSequential(*blocks)(images())
+    assert refused.value.fix == "runs=[Run(0, 2, (1.0,) * 2)], with the bounds of each run"
+    assert all(torch.equal(value, before[key]) for key, value in blocks[0].state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    MomentumSequential(*blocks, runs=[Run(0, 2, (1.0, 1.0))])(images()).sum().backward()
+
+
+def test_what_blocks_cannot_take_in_any_case_is_their_own_error() -> None:
+    blocks = [Outside(lambda x: x.numpy()["one"]), Outside(lambda x: x.sum(axis="c"))]
+    for n, kind in enumerate((IndexError, TypeError)):
+        with pytest.raises(kind):
+            MomentumSequential(blocks[n], blocks[n])(images())
 
 
 class Shrinking(nn.Linear):
