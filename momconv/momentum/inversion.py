@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from momconv.errors import InversionError, UsageError
 from momconv.momentum.equations import Rule, integrate, remainder_bounds, reverse, to_grid
@@ -31,6 +32,25 @@ class EndState(NamedTuple):
     remainders: tuple[Tensor, ...]
     exponent: int | None = None
     dtype: torch.dtype | None = None
+
+
+def read_state(end: object) -> EndState:
+    """Return ``end``, whose last two parts may be missing.
+
+    Raises:
+        UsageError: It is none, whatever its tensors are.
+    """
+    parts = end if isinstance(end, tuple) else ()
+    is_whole = len(parts) in (3, len(EndState._fields)) and isinstance(parts[2], tuple | list)
+    if not is_whole or not all(isinstance(leaf, Tensor) for leaf in tree_leaves(parts[:3])):
+        kinds = ", ".join(type(leaf).__name__ for leaf in tree_leaves(parts))
+        given = type(end).__name__ + (f" of {kinds}" if parts else "")
+        raise UsageError(
+            f"invert was given a {given}, not (x, v, remainders)",
+            kind="usage.bad_value",
+            fix="stage.invert(stage.integrate(x))",
+        )
+    return EndState(*parts)
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from torch.fx import Proxy
 from momconv.errors import ModelFileError, UsageError
 from momconv.momentum.arguments import bind
 from momconv.momentum.autograd import Strategy, run
-from momconv.momentum.equations import LOWEST, Rule, Velocity, coefficients
-from momconv.momentum.inversion import EndState, follow, walk_back
+from momconv.momentum.equations import HIGHEST, LOWEST, Rule, Velocity, coefficients
+from momconv.momentum.inversion import EndState, follow, read_state, walk_back
 from momconv.momentum.loops import Turn
 from momconv.momentum.members import call_block, claim, mark, unmark
 from momconv.momentum.ranging import (
@@ -389,8 +389,16 @@ class MomentumSequential(nn.Sequential):
         computed in floating point before.
 
         Raises:
-            UsageError: The blocks are not one run.
+            UsageError: The blocks are not one run, or a program or derivatives are made of what
+                they do.
         """
+        if is_graph_made():
+            raise UsageError(
+                "integrate needs values, and has none inside torch.func, forward-mode derivatives"
+                " and what is traced",
+                kind="usage.tracing",
+                fix="stage.integrate(x) outside of it, or stage(x) inside",
+            )
         runs = self.find_runs(x, *args, **kwargs)
         part, blocks, tensors = self._whole_run(runs, args, kwargs)
         exponent = part.exponent
@@ -416,13 +424,7 @@ class MomentumSequential(nn.Sequential):
                 has the type, the shape and the device of this state; or it is none.
             InversionError: No pass of these blocks ended there, or it was not finite.
         """
-        if not isinstance(end, tuple) or len(end) not in (3, len(EndState._fields)):
-            raise UsageError(
-                f"invert was given a {type(end).__name__}, not (x, v, remainders)",
-                kind="usage.bad_value",
-                fix="stage.invert(stage.integrate(x))",
-            )
-        end = EndState(*end)
+        end = read_state(end)
         own = chain(self.parameters(), self.buffers())
         types = (tensor.dtype for tensor in own if tensor.is_floating_point())
         dtype = end.dtype or next(types, torch.float32)
@@ -457,7 +459,7 @@ class MomentumSequential(nn.Sequential):
         """Return the constants of a run of blocks that compute in ``dtype``.
 
         Raises:
-            UsageError: That is complex.
+            UsageError: That is complex, or the run's exponent none that its grids can have.
         """
         if dtype.is_complex:
             raise UsageError(
@@ -467,6 +469,13 @@ class MomentumSequential(nn.Sequential):
             )
         steps = coefficients(self.gamma, part.gains, self.velocity)
         exponent = _UNKNOWN if part.exponent is None else part.exponent
+        if exponent not in range(LOWEST, HIGHEST + 1):
+            raise UsageError(
+                f"a momentum run's exponent is {exponent!r}, not an integer from {LOWEST} to"
+                f" {HIGHEST}",
+                kind="usage.bad_value",
+                fix="exponent=None, which looks for it",
+            )
         return Rule.of(self.gamma, steps, exponent, torch.promote_types(dtype, torch.float32))
 
     def __getitem__(self, index: Any) -> Any:

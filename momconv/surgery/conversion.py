@@ -107,13 +107,17 @@ def convert(  # noqa: PLR0913 (each is a fact about the conversion)
 
 
 def _check_largest(largest: float) -> float:
-    if not 0 < largest < math.inf:
+    try:
+        number = float(largest)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number < math.inf:
         raise UsageError(
-            f"largest is {largest}, and the largest activation must be a number above 0",
+            f"largest is {largest!r}, and the largest activation must be a number above 0",
             kind="usage.bad_value",
             fix="largest=None, which looks for it",
         )
-    return largest
+    return number
 
 
 def revert(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from networks import images, stack
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from momconv import MomentumSequential
 from momconv.errors import InversionError, UsageError
@@ -121,6 +122,36 @@ def test_a_state_that_cannot_be_of_the_stage_is_refused_for_what_differs(differs
     net = shifted(3)
     with pytest.raises(UsageError, match=re.escape(differs)):
         net.invert(CHANGES[differs](net.integrate(torch.randn(4, 8))))
+
+
+@pytest.mark.parametrize(
+    ("change", "given"),
+    [
+        ({"x": None}, "EndState of NoneType, Tensor, Tensor, int, dtype, not"),
+        ({"v": None}, "EndState of Tensor, NoneType, Tensor, int, dtype, not"),
+        ({"remainders": None}, "EndState of Tensor, Tensor, NoneType, int, dtype, not"),
+        ({"exponent": 5000}, "exponent is 5000, not an integer from -95 to 1000"),
+        ({"exponent": "8"}, "exponent is '8', not an integer"),
+    ],
+)
+def test_what_is_no_state_is_refused(change: dict[str, Any], given: str) -> None:
+    net = shifted(3)
+    with pytest.raises(UsageError, match=given):
+        net.invert(net.integrate(torch.randn(4, 8))._replace(**change))
+
+
+def test_the_state_has_no_derivatives() -> None:
+    net, x = shifted(3), torch.randn(4, 8)
+    net.integrate(x)  # finds the runs
+    calls: list[Callable[[], object]] = [
+        lambda: torch.func.vmap(lambda x: net.integrate(x).x)(x[:, None]),
+        lambda: torch.func.grad(lambda x: net.integrate(x).x.sum())(x),
+    ]
+    for call in calls:
+        with pytest.raises(UsageError, match="integrate needs values"):
+            call()
+    with forward_ad.dual_level(), pytest.raises(UsageError, match="integrate needs values"):
+        net.integrate(x)
 
 
 class Casting(Shifted):

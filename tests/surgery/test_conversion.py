@@ -305,6 +305,6 @@ def test_an_encoder_with_a_padding_mask_computes_the_same_in_inference() -> None
 def test_the_range_can_be_told() -> None:
     stages = momentum_stages(convert(make(), largest=100.0))
     assert [run.exponent for stage in stages.values() for run in stage.runs or ()] == [9, 9, 9]
-    for largest in (0.0, -1.0, float("nan"), float("inf")):
+    for largest in (0.0, -1.0, float("nan"), float("inf"), "a"):
         with pytest.raises(UsageError, match="must be a number above 0"):
-            convert(make(), largest=largest)
+            convert(make(), largest=largest)  # type: ignore[arg-type]
