@@ -73,7 +73,7 @@ class _Optimizer(Optimizer):
         values, gradient = target.reshape(-1), _flatten(gradient, order)
         states = [_flatten(state[name], order) for name in self.signs]
         if len(values) < SMALLEST:
-            self.compute(values, gradient, states, *constants)
+            self._change_piece(values, gradient, states, constants)
         else:
             scales = (state[f"{name}{SCALES}"] for name in self.signs)
             blocks = [*map(Blocks, states, scales, self.signs.values())]
@@ -98,9 +98,19 @@ class _Optimizer(Optimizer):
         for start in range(0, len(values), _PIECE):
             stop = min(start + _PIECE, len(values))
             states = [state.read(start, stop) for state in blocks]
-            self.compute(values[start:stop], gradient[start:stop], states, *constants)
+            self._change_piece(values[start:stop], gradient[start:stop], states, constants)
             for block, state in zip(blocks, states, strict=True):
                 block.write(start, state)
+
+    def _change_piece(
+        self, values: Tensor, gradient: Tensor, states: list[Tensor], constants: Iterable[float]
+    ) -> None:
+        """Compute in single precision, which holds the square of a gradient that half does not."""
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        wide = values.to(dtype)
+        self.compute(wide, gradient.to(dtype), states, *constants)
+        if wide is not values:
+            values.copy_(wide)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

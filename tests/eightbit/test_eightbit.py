@@ -84,6 +84,25 @@ def test_the_loop_and_the_pieces_give_the_same_bits_near_those_of_full_precision
 
 
 @pytest.mark.parametrize(("kind", "_plain", "arguments"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("count", [4095, 5000])
+@pytest.mark.parametrize("size", [1e-4, 300])  # whose squares are no numbers of half precision
+def test_a_step_of_half_precision_is_that_of_single_precision_rounded(
+    kind: type, _plain: type, arguments: dict[str, Any], dtype: torch.dtype, count: int, size: float
+) -> None:
+    torch.manual_seed(0)
+    values, gradient = torch.randn(count).to(dtype), (size * torch.randn(count)).to(dtype)
+    half, single = nn.Parameter(values), nn.Parameter(values.float())
+    half.grad, single.grad = gradient, gradient.float()
+    made = [kind([p], lr=0.01, **arguments) for p in (half, single)]
+    for optimizer in made:
+        optimizer.step()
+    assert torch.equal(half, single.to(dtype))
+    for name, value in made[1].state[single].items():
+        assert torch.equal(made[0].state[half][name], value)
+
+
+@pytest.mark.parametrize(("kind", "_plain", "arguments"), KINDS)
 def test_what_goes_on_from_a_saved_state_has_the_same_bits(
     kind: type, _plain: type, arguments: dict[str, Any]
 ) -> None:
