@@ -32,6 +32,14 @@ class _Optimizer(Optimizer):
 
     signs: ClassVar[Mapping[str, bool]]  # the states, and whether their values may be negative
     loop: ClassVar[str]  # in loops.py
+    widths: ClassVar[Mapping[int, int]]  # bytes to step a value of so many, where there is no loop
+
+    @classmethod
+    def step_bytes(cls, parameter: Tensor, device: str) -> int:
+        """Return what a step of ``parameter`` needs for itself on this kind of device."""
+        if _has_loop(parameter.dtype, device):
+            return 0
+        return cls.widths[parameter.itemsize] * min(parameter.numel(), _PIECE)
 
     @abstractmethod
     def find_constants(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:
@@ -85,7 +93,7 @@ class _Optimizer(Optimizer):
     def _change_in_blocks(
         self, values: Tensor, gradient: Tensor, blocks: list[Blocks], constants: tuple[float, ...]
     ) -> None:
-        if values.dtype == gradient.dtype == torch.float32 and values.is_cpu and _has_loops():
+        if all(_has_loop(x.dtype, x.device.type) for x in (values, gradient)):
             import_module("momconv.eightbit.loops").run(
                 self.loop, values, gradient, blocks, constants
             )
@@ -101,6 +109,7 @@ class _Optimizer(Optimizer):
             self._change_piece(values[start:stop], gradient[start:stop], states, constants)
             for block, state in zip(blocks, states, strict=True):
                 block.write(start, state)
+            del states, state  # before the next are read
 
     def _change_piece(
         self, values: Tensor, gradient: Tensor, states: list[Tensor], constants: Iterable[float]
@@ -139,6 +148,7 @@ class SGD8bit(_Optimizer):
 
     signs: ClassVar = {"momentum_buffer": True}
     loop = "sgd"
+    widths: ClassVar = {2: 20, 4: 20, 8: 28}
 
     def __init__(
         self,
@@ -163,7 +173,7 @@ class SGD8bit(_Optimizer):
         (buffer,), (rate, decay, momentum, looks_ahead) = states, constants
         gradient = parameter * decay + gradient
         buffer.mul_(momentum).add_(gradient)
-        change = buffer * momentum + gradient if looks_ahead else buffer
+        change = gradient.add_(buffer * momentum) if looks_ahead else buffer
         parameter.sub_(change * rate)
 
 
@@ -180,6 +190,7 @@ class AdamW8bit(_Optimizer):
 
     signs: ClassVar = {"exp_avg": True, "exp_avg_sq": False}
     loop = "adamw"
+    widths: ClassVar = {2: 32, 4: 24, 8: 32}
 
     def __init__(
         self,
@@ -276,6 +287,10 @@ def _require_dense(gradient: Tensor, name: str) -> None:
             kind="usage.bad_value",
             fix=f"the optimiser {name} of torch.optim",
         )
+
+
+def _has_loop(dtype: torch.dtype, device: str) -> bool:
+    return dtype == torch.float32 and device == "cpu" and _has_loops()
 
 
 @cache

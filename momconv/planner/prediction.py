@@ -9,7 +9,7 @@ itself (scratch.py), are the live memory, and its maximum is the peak.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from momconv import eightbit
+from momconv.eightbit import AdamW8bit, SGD8bit
 from momconv.errors import UsageError
 from momconv.momentum.sequential import set_strategy
 from momconv.pixels import taking_bytes
@@ -33,7 +35,7 @@ from momconv.planner.micro_batch import StaticBytes
 from momconv.planner.scratch import peak_within
 from momconv.planner.stages import Spot, Spots, assign_modules, marking
 from momconv.tracing.runs import DEPENDS_ON_VALUES
-from momconv.vocabulary import OptimizerName, Precision, Strategies
+from momconv.vocabulary import OPTIMIZERS, OptimizerName, Precision, Strategies
 
 _CUDA_BLOCK = 512  # bytes to which PyTorch's CUDA allocator rounds up
 
@@ -128,6 +130,14 @@ class Training:
             release_gradients=self.release_gradients,
             shards=self.shards,
         )
+
+    def step_bytes(self, parameter: Tensor) -> int:
+        """Return what changing ``parameter`` takes for itself in the backward pass."""
+        row = OPTIMIZERS[self.optimizer]
+        if not self.release_gradients or row.bits != 8:  # fused kernels take nothing
+            return 0
+        kind: type[AdamW8bit | SGD8bit] = getattr(eightbit, row.class_name)
+        return kind.step_bytes(parameter, parse_device(self.device).type)
 
 
 class Course(NamedTuple):
@@ -243,9 +253,6 @@ class Predictor:
         self._device = torch.device("cpu" if is_traced_on_cpu else self._kind)
         self._imitator = Imitator(partial(_examine, with_scratch=self._kind == "cpu"))
         self.model = self._imitator.copy(model, self._device, is_contiguous=training.shards > 1)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_forget_gradient)
 
     def predict(
         self, batch: int, strategy: Strategies | None = None, **changes: Any
@@ -264,7 +271,8 @@ class Predictor:
             kind = torch.uint8 if training.as_bytes else torch.float
             images = torch.empty(batch, 3, side, side, dtype=kind, device=self._device)
             labels = torch.empty(batch, dtype=torch.long, device=self._device)
-            with self._taking(kind), self._divided(trace, training.shards):
+            using = self._using_gradients(trace, training)
+            with self._taking(kind), using, self._divided(trace, training.shards):
                 trace.run(self.model, images, labels, training.precision)
         static = training.static_bytes(self.model)
         peak = trace.report(
@@ -282,6 +290,23 @@ class Predictor:
         moments = [rest + alive for alive in trace.moments]
         work = sum((work for *_, work in trace.operations), Work())
         return StepPrediction(peak, moments, trace.places, work, trace.list_courses())
+
+    @contextmanager
+    def _using_gradients(self, trace: "_Trace", training: Training) -> Iterator[None]:
+        """Inside, a gradient goes as soon as it is complete.
+
+        The real step adds it to the one that exists, or changes the parameter by it.
+        """
+
+        def use(parameter: Tensor) -> None:
+            trace.need("step", training.step_bytes(parameter))
+            parameter.grad = None
+
+        with ExitStack() as hooks:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    hooks.callback(parameter.register_post_accumulate_grad_hook(use).remove)
+            yield
 
     def _divided(self, trace: "_Trace", shards: int) -> AbstractContextManager[None]:
         if shards == 1:
@@ -401,6 +426,11 @@ class _Trace(TorchDispatchMode):
         release = self.keep(size)
         self._note(_GATHERING, 0, Work())
         return release
+
+    def need(self, operation: str, size: int) -> None:
+        """Take memory for as long as an ``operation`` runs that is not traced."""
+        if size:
+            self._note(operation, size, Work())
 
     def keep(self, size: int) -> Callable[[], None]:
         """Take memory that counts from the next operation on, and return what gives it back."""
@@ -523,11 +553,6 @@ def _summarise(tensors: Any) -> tuple[Alive, ...]:
         Alive(operation=operation, stage=stage, count=counts[operation, stage], bytes=size)
         for (operation, stage), size in sizes.most_common()
     )
-
-
-def _forget_gradient(parameter: Tensor) -> None:
-    """Drop a gradient, which the real step would add to the one that exists."""
-    parameter.grad = None
 
 
 def _is_accumulating() -> bool:

@@ -126,6 +126,29 @@ def test_a_step_makes_no_copy_of_the_state() -> None:
     assert measure(optimizer.step, torch.device("cpu")) < 0.01 * p.numel()
 
 
+@pytest.mark.parametrize(("kind", "_plain", "arguments"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_it_is_known_what_a_step_needs_for_itself(
+    kind: Any,
+    _plain: type,
+    arguments: dict[str, Any],
+    dtype: torch.dtype,
+    pieces: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(optimizers, "_PIECE", 2**16)
+    p = nn.Parameter(torch.ones(pieces * 2**16 + 1, dtype=dtype))
+    optimizer = kind([p], **arguments)
+    for has_loops in (True, False):
+        monkeypatch.setattr(optimizers, "_has_loops", lambda has=has_loops: has)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        needed = measure(optimizer.step, torch.device("cpu"))
+        assert kind.step_bytes(p, "cpu") == pytest.approx(needed, rel=1e-3, abs=1000)
+    assert kind.step_bytes(p, "cuda") == kind.step_bytes(p, "cpu")
+
+
 def test_autograd_notices_a_step() -> None:
     p = nn.Parameter(torch.ones(5000))
     loss = (p * p).sum()

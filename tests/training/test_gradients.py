@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
 import momconv
+from momconv import eightbit
 from momconv.eightbit import AdamW8bit, SGD8bit
 from momconv.errors import (
     MomconvError,
@@ -35,6 +36,7 @@ from momconv.training.run import TrainingRun
 from momconv.training.run_folder import RunFolder
 from momconv.training.state import load_state
 from momconv.training.steps import add_gradients
+from momconv.vocabulary import OPTIMIZERS, OptimizerName
 from momconv.zoo.networks import build
 
 CPU = torch.device("cpu")
@@ -258,6 +260,30 @@ def test_the_peak_is_predicted(optimizer: str) -> None:
     whole = static.total + IMAGES.nbytes + LABELS.nbytes + measured
     assert peak.gradients == 0
     assert peak.total == pytest.approx(whole, rel=0.01)
+
+
+class Typed(nn.Sequential):
+    """It takes images as values of its weights' type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(next(self.parameters()).dtype))  # type: ignore[no-any-return, no-untyped-call]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "sgd-8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_has_what_steps_need_where_no_loop_serves(
+    optimizer: OptimizerName, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eightbit.optimizers, "_has_loops", lambda: dtype != torch.float32)
+    layers = nn.Linear(3072, 400), nn.ReLU(), nn.Linear(400, 800), nn.ReLU(), nn.Linear(800, 10)
+    model, row = Typed(nn.Flatten(), *layers).to(dtype), OPTIMIZERS[optimizer]
+    made = getattr(eightbit, row.class_name)(model.parameters(), lr=0.1, **row.arguments(0.9))
+    with momconv.release_gradients(made):
+        run_step(model, IMAGES, LABELS, "fp32")  # begins with the state
+        measured = measure(lambda: run_step(model, IMAGES, LABELS, "fp32"), CPU)
+    peak = peak_memory(model, 4, 32, optimizer=optimizer, release_gradients=True)
+    assert peak.operation == "step"
+    assert peak.step == pytest.approx(measured, rel=0.001)
 
 
 def _momentum(optimizer: str) -> dict[str, Any]:
