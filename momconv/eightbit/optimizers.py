@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.optim import Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from momconv.eightbit.blocks import SMALLEST, Blocks, count_blocks
 from momconv.errors import UsageError
@@ -126,13 +126,30 @@ class _Optimizer(Optimizer):
         """Take what ``state_dict`` returned; PyTorch's own would make floats of the bytes.
 
         Until the next step, the bytes are laid out as those that their scales were made for.
+
+        Raises:
+            UsageError: It is the state of another kind of optimiser.
         """
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         parameters = [p for group in self.param_groups for p in group["params"]]
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            if saved := state_dict["state"].get(number):
-                self.state[parameter].update(_take(saved, parameter))
+        states = [state_dict["state"].get(number) for number in numbers]
+        pairs = [(p, own) for p, own in zip(parameters, states, strict=False) if own]
+        for parameter, own in pairs:
+            self._require_own(own, parameter)
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for parameter, own in pairs:
+            self.state[parameter].update(_take(own, parameter))
+
+    def _require_own(self, saved: Mapping[str, Any], parameter: Tensor) -> None:
+        scales = self.signs if parameter.numel() >= SMALLEST else ()
+        wanted = {"step", *self.signs, *(f"{name}{SCALES}" for name in scales)}
+        if saved.keys() - {ORDER} != wanted:
+            raise UsageError(
+                f"a state of {', '.join(sorted(saved))} is none of {self.loop}-8bit, which has "
+                f"{', '.join(sorted(wanted))}",
+                kind="usage.bad_value",
+                fix="load it into an optimiser of the class that it was saved from",
+            )
 
 
 class SGD8bit(_Optimizer):
@@ -144,6 +161,9 @@ class SGD8bit(_Optimizer):
         momentum: Its factor of the buffer.
         weight_decay: Added to the gradient, times the parameter.
         nesterov: Whether the step looks ahead.
+
+    Raises:
+        ValueError: Where torch.optim.SGD raises it.
     """
 
     signs: ClassVar = {"momentum_buffer": True}
@@ -159,8 +179,10 @@ class SGD8bit(_Optimizer):
         *,
         nesterov: bool = False,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"nesterov": nesterov})
+        defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults["nesterov"] = nesterov
+        SGD([torch.empty(0)], **defaults)  # checks them
+        super().__init__(params, defaults)
 
     def find_constants(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:
         """Return rate, weight decay, momentum, and whether the step looks ahead."""
@@ -186,6 +208,9 @@ class AdamW8bit(_Optimizer):
         betas: How much of the moments stays.
         eps: Added to the root of the second moment.
         weight_decay: Of the parameters, times the rate.
+
+    Raises:
+        ValueError: Where torch.optim.AdamW raises it.
     """
 
     signs: ClassVar = {"exp_avg": True, "exp_avg_sq": False}
@@ -200,7 +225,9 @@ class AdamW8bit(_Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps}
+        defaults["weight_decay"] = weight_decay
+        AdamW([torch.empty(0)], **defaults)  # checks them
         super().__init__(params, defaults)
 
     def find_constants(self, group: Mapping[str, Any], step: int) -> tuple[float, ...]:

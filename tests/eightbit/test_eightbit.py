@@ -1,5 +1,7 @@
 import copy
+import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -234,3 +236,49 @@ def test_gradients_of_which_there_is_no_byte_are_refused() -> None:
     for p, said in ((sparse, "torch.sparse_coo"), (turning, "torch.complex64")):
         with pytest.raises(UsageError, match=f"adamw-8bit takes real, dense gradients.*{said}"):
             AdamW8bit([p]).step()
+
+
+@pytest.mark.parametrize(
+    "saved", [optim.AdamW, partial(optim.SGD, momentum=0.9), SGD8bit, AdamW8bit]
+)
+def test_the_state_of_another_optimiser_is_refused_and_changes_nothing(saved: Any) -> None:
+    own = parameters()
+    other: optim.Optimizer = saved(own, lr=0.5, weight_decay=0.1)
+    train(other, own, range(1))
+    kind = AdamW8bit if saved is SGD8bit else SGD8bit
+    mine = kind(own, lr=0.1)
+    train(mine, own, range(1))
+    before = copy.deepcopy(mine.state_dict())
+    with pytest.raises(UsageError, match=r"is none of (sgd|adamw)-8bit, which has .*_scales") as e:
+        mine.load_state_dict(other.state_dict())
+    assert e.value.fix == "load it into an optimiser of the class that it was saved from"
+    assert mine.param_groups[0]["lr"] == 0.1
+    assert_same_state(mine.state_dict(), before)
+
+
+def assert_same_state(own: dict[str, Any], other: dict[str, Any]) -> None:
+    assert own["param_groups"] == other["param_groups"]
+    for number, state in other["state"].items():
+        assert all(torch.equal(own["state"][number][name], value) for name, value in state.items())
+
+
+WRONG: list[tuple[type, type, dict[str, Any]]] = [
+    (SGD8bit, optim.SGD, {"lr": -0.1}),
+    (SGD8bit, optim.SGD, {"momentum": -1}),
+    (SGD8bit, optim.SGD, {"weight_decay": -1}),
+    (SGD8bit, optim.SGD, {"nesterov": True}),
+    (AdamW8bit, optim.AdamW, {"lr": float("nan")}),
+    (AdamW8bit, optim.AdamW, {"betas": (0.9, 1.0)}),
+    (AdamW8bit, optim.AdamW, {"eps": -1}),
+    (AdamW8bit, optim.AdamW, {"weight_decay": -1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "plain", "arguments"), WRONG)
+def test_what_pytorch_refuses_is_refused_in_its_words(
+    kind: type, plain: type, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"Invalid|Nesterov") as theirs:
+        plain(parameters(), **arguments)
+    with pytest.raises(ValueError, match=re.escape(str(theirs.value))):
+        kind(parameters(), **arguments)
