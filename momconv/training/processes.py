@@ -87,7 +87,9 @@ class Processes:
             return lambda: None
         with self.noticing_losses():
             work = dist.all_reduce(tensor, async_op=True)
-        assert work is not None
+            assert work is not None
+            if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+                work.wait()  # else its thread may tell a profiler that is gone, and crash
 
         def wait() -> None:
             with self.noticing_losses():

@@ -1,6 +1,7 @@
 """Gradients that two processes sum during backward, and such as are used and freed in it."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,27 @@ def optimizers(model: nn.Module) -> Iterator[Optimizer]:
         yield kind(model.parameters(), lr=0.01, fused=True)
     yield SGD8bit(model.parameters(), lr=0.01, momentum=0.9)
     yield AdamW8bit(model.parameters(), lr=0.01)
+
+
+def add_late_and_measured() -> tuple[float, float]:
+    """What is there once a sum has begun while memory is measured, and what the sum is."""
+    with joined() as processes:
+        if processes.rank == 1:
+            time.sleep(0.5)
+        number, begun = torch.ones(()), list[float]()
+
+        def work() -> None:
+            wait = processes.begin_adding(number)
+            begun.append(number.item())
+            wait()
+
+        measure(work, CPU)
+    return begun[0], number.item()
+
+
+def test_no_sum_goes_on_when_a_measurement_ends(team: Team) -> None:
+    """Its thread would tell a profiler that is gone."""
+    assert team.do(add_late_and_measured) == [(2, 2), (2, 2)]
 
 
 # Gradients that are released
