@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -132,20 +133,22 @@ def static_bytes(
     ema: bool = False,
     release_gradients: bool = False,
     shards: int = 1,
+    unused: AbstractSet[Tensor] = frozenset(),
 ) -> StaticBytes:
     """Return the bytes of weights, gradients, optimiser state and average in training.
 
     Of each parameter, a process has the first of so many ``shards``; the others are as large or
-    padded.
+    padded. Those that no loss depends on are ``unused``, and have neither gradient nor state.
     """
     parameters = list(model.parameters())
-    trained = sum(shard_bytes(p, shards) for p in parameters if p.requires_grad)
+    learning = [p for p in parameters if p.requires_grad and p not in unused]
+    trained = sum(shard_bytes(p, shards) for p in learning)
     weights = sum(shard_bytes(p, shards) for p in parameters)
     weights += sum(buffer.nbytes for buffer in model.buffers())
     row = OPTIMIZERS[optimizer]
     state = trained
     if row.bits == 8:
-        state = sum(state_bytes(p.numel()) for p in parameters if p.requires_grad)
+        state = sum(state_bytes(p.numel()) for p in learning)
     state *= row.states
     gradients = 0 if release_gradients else trained
     return StaticBytes(weights, gradients, optimizer=state, ema=weights if ema else 0)

@@ -2,12 +2,13 @@
 
 import json
 import math
+from collections.abc import Set as AbstractSet
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cache
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from momconv.errors import ModelFileError
 from momconv.momentum.sequential import momentum_stages, set_strategy
@@ -58,6 +59,15 @@ class Request(Training):
     fixed: tuple[Fixed, ...] = field(default=(), compare=False)
     held_out: int = field(default=0, compare=False)
     epochs: int = field(default=1, compare=False)
+
+    def static_bytes(
+        self, model: nn.Module, unused: AbstractSet[Tensor] = frozenset()
+    ) -> StaticBytes:
+        """As ``Training`` does; several processes reserve the gradients of all that learns."""
+        static = Training.static_bytes(self, model, unused)
+        if self.processes == 1 or self.shards > 1:
+            return static
+        return replace(static, gradients=Training.static_bytes(self, model).gradients)
 
     @property
     def batch(self) -> int:

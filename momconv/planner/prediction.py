@@ -9,6 +9,7 @@ itself (scratch.py), are the live memory, and its maximum is the peak.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -121,14 +122,17 @@ class Training:
     shards: int = 1  # processes among which weights, gradients and state are divided
     as_bytes: bool = False  # images, until the network takes them
 
-    def static_bytes(self, model: nn.Module) -> StaticBytes:
-        """Return what training ``model`` holds whatever the batch is."""
+    def static_bytes(
+        self, model: nn.Module, unused: AbstractSet[Tensor] = frozenset()
+    ) -> StaticBytes:
+        """Return what training ``model`` holds whatever the batch is, but for what is unused."""
         return static_bytes(
             model,
             self.optimizer,
             ema=self.ema,
             release_gradients=self.release_gradients,
             shards=self.shards,
+            unused=unused,
         )
 
     def step_bytes(self, parameter: Tensor) -> int:
@@ -272,9 +276,9 @@ class Predictor:
             images = torch.empty(batch, 3, side, side, dtype=kind, device=self._device)
             labels = torch.empty(batch, dtype=torch.long, device=self._device)
             using = self._using_gradients(trace, training)
-            with self._taking(kind), using, self._divided(trace, training.shards):
+            with self._taking(kind), using as unused, self._divided(trace, training.shards):
                 trace.run(self.model, images, labels, training.precision)
-        static = training.static_bytes(self.model)
+        static = training.static_bytes(self.model, unused)
         peak = trace.report(
             weights=static.weights,
             gradients=static.gradients,
@@ -292,21 +296,22 @@ class Predictor:
         return StepPrediction(peak, moments, trace.places, work, trace.list_courses())
 
     @contextmanager
-    def _using_gradients(self, trace: "_Trace", training: Training) -> Iterator[None]:
-        """Inside, a gradient goes as soon as it is complete.
+    def _using_gradients(self, trace: "_Trace", training: Training) -> Iterator[set[Tensor]]:
+        """Inside, a gradient goes as soon as it is complete; the set is of those that get none.
 
         The real step adds it to the one that exists, or changes the parameter by it.
         """
+        unused: set[Tensor] = {p for p in self.model.parameters() if p.requires_grad}
 
         def use(parameter: Tensor) -> None:
+            unused.discard(parameter)
             trace.need("step", training.step_bytes(parameter))
             parameter.grad = None
 
         with ExitStack() as hooks:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    hooks.callback(parameter.register_post_accumulate_grad_hook(use).remove)
-            yield
+            for parameter in [*unused]:
+                hooks.callback(parameter.register_post_accumulate_grad_hook(use).remove)
+            yield unused
 
     def _divided(self, trace: "_Trace", shards: int) -> AbstractContextManager[None]:
         if shards == 1:

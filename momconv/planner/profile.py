@@ -124,7 +124,8 @@ def profile(
             _become(model, variant, gammas)
             found = _measure(found, model, training)
         profiles.append(found)
-    static = training.static_bytes(model)
+    peak = profiles[-1].example
+    static = StaticBytes(peak.weights, peak.gradients, optimizer=peak.optimizer, ema=peak.ema)
     least = min(gamma for gamma in gammas.values() if gamma)
     speed = _find_speed(model, training, measuring=measuring)
     return MemoryProfile(static, least, stages, speed, tuple(profiles))
@@ -187,9 +188,8 @@ def _measure(found: Profile, model: nn.Module, training: Training) -> Profile:
     """Return the profile with what small steps of ``model`` take."""
     device = torch.device(training.device)
     step = per_image(model, training.resolution, precision=training.precision, device=device)
-    static = training.static_bytes(model)
     image_bytes = 3 * training.resolution**2 * torch.float32.itemsize
-    line = Line(static.total + step.fixed_bytes, step.bytes_per_image + image_bytes)
+    line = Line(found.example.static + step.fixed_bytes, step.bytes_per_image + image_bytes)
     seconds = time_step(model, _TIMED, training.resolution, training.precision, device)
     return replace(found, measured=line, images_per_second=_TIMED / seconds)
 

@@ -30,12 +30,8 @@ def has_to_measure(run: TrainingRun, images: int) -> bool:
     """Return whether what a micro-batch of so many takes is unknown yet, as it may be on a CPU.
 
     Equal shapes take equal memory. A limit that was asked for is checked once more in each epoch.
-    Where only the head learns, it is less than planned. A step that is taken in backward would
-    count the optimiser's state where it begins with it.
+    Where only the head learns, it is less than planned.
     """
-    begun, trained = run.optimizer.state, (p for p in run.model.parameters() if p.requires_grad)
-    if run.plan.request.release_gradients and any(p not in begun for p in trained):
-        return False
     if run.head_only or run.device.type != "cpu" or images in run.measured_sizes:
         return False
     return run.recipe.train.memory is not None or run.plan.measured_bytes is None
@@ -50,17 +46,24 @@ def measure_gradients(
 ) -> Tensor:
     """Add gradients as ``add_gradients`` does, and let the plan learn the peak.
 
+    Where steps are taken in backward, it does not learn from those that begin with their state,
+    which would count twice.
+
     Raises:
         OutOfMemory: The peak is above the limit that was asked for, which nothing else enforces on
             a CPU.
     """
     losses: list[Tensor] = []
     work = partial(add_gradients, run, images, labels, share, before_backward)
-    training = run.plan.request
+    training, state = run.plan.request, run.optimizer.state
+    begun = len(state)
     with nullcontext() if training.release_gradients else _holding_gradients(run.model):
         peak = measure(lambda: losses.append(work()), run.device)
-    train = run.recipe.train
-    static = training.static_bytes(run.model)
+    if training.release_gradients and len(state) > begun:
+        return losses[0]
+    trained = {p for p in run.model.parameters() if p.requires_grad}
+    unused = {p for p in trained if p.grad is None and p not in state}
+    train, static = run.recipe.train, training.static_bytes(run.model, unused)
     _learn_peak(run, static.total + images.nbytes + labels.nbytes + peak)
     run.measured_sizes.add(len(labels))
     if train.memory is not None and run.plan.is_exceeded:

@@ -36,10 +36,15 @@ def make_optimizer(model: nn.Module, recipe: TrainRecipe) -> Optimizer:
         make = partial(getattr(optim, row.class_name), fused=not is_sharded(model))
     optimizer: Optimizer = make(groups, recipe.resolved_lr, **arguments)
     if isinstance(optimizer, optim.SGD) and recipe.momentum:
-        # Fused, it cannot begin the buffers of some parameters after those of others.
-        for parameter in itertools.chain(*(group["params"] for group in groups)):
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        optimizer.register_step_pre_hook(_begin_buffers)
     return optimizer
+
+
+def _begin_buffers(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Begin those of new gradients, as fused SGD cannot after those of other parameters."""
+    for parameter in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
+        if parameter.grad is not None and parameter not in optimizer.state:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def set_rate(optimizer: Optimizer, lr: float) -> None:

@@ -15,7 +15,7 @@ from momconv.momentum.sequential import momentum_stages
 from momconv.planner import prediction
 from momconv.planner.measurement import measure, measure_step
 from momconv.planner.prediction import PeakMemory, peak_memory
-from momconv.vocabulary import STRATEGIES, Precision
+from momconv.vocabulary import STRATEGIES, OptimizerName, Precision
 from momconv.zoo.networks import build
 
 CPU = torch.device("cpu")
@@ -169,6 +169,27 @@ def test_the_parts_add_up_to_the_peak() -> None:
     assert sum(kind.bytes for kind in peak.alive) <= peak.step
     assert set(peak.activations) <= {"stem", "layer1", "layer2", "layer3", "head"}
     assert peak.stage in {"stem", "layer1", "layer2", "layer3", "head"}
+
+
+class Spared(nn.Module):
+    """A network with a layer that its output does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = build("cifar_resnet20"), nn.Linear(100, 100)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "sgd-8bit", "adamw-8bit"])
+def test_what_no_loss_depends_on_has_neither_gradient_nor_state(optimizer: OptimizerName) -> None:
+    model = Spared()
+    whole, used = (peak_memory(m, 2, 32, optimizer=optimizer) for m in (model, model.used))
+    assert whole.weights == used.weights + 4 * (100 * 100 + 100)
+    assert (whole.gradients, whole.optimizer, whole.step) == (
+        *(used.gradients, used.optimizer, used.step),
+    )
 
 
 class Residual(nn.Linear):

@@ -34,3 +34,10 @@ class Deep(nn.Module):
 def make() -> nn.Module:
     """As the name of a network: ``deep.py:make``."""
     return Deep()
+
+
+def make_with_spare() -> nn.Module:
+    """With a layer that the output does not depend on."""
+    model = Deep()
+    model.stem.spare = nn.Linear(100, 100)
+    return model

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import deep
 import pytest
 import torch
 from runs import (
@@ -389,6 +390,24 @@ def test_validation_that_runs_out_of_memory_is_done_again_with_fewer_images(
     monkeypatch.undo()
     finetune(recipe, tmp_path / "other", resume=True)
     assert_same_tensors(tmp_path / "run", tmp_path / "other")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adamw-8bit"])
+@pytest.mark.parametrize("release", ["true", "false"])
+def test_what_no_loss_depends_on_takes_what_is_planned(
+    colours: Path, tmp_path: Path, optimizer: str, release: str
+) -> None:
+    changes = f"train.optimizer={optimizer}", f"train.release_gradients={release}"
+    own = f'model.name="{deep.__file__}:make_with_spare"', "data.resolution=32"
+    recipe = small(colours, *own, *changes, "train.epochs=1", "train.micro_batch=auto")
+    plan = finetune(recipe, tmp_path).plan
+    held, peak = plan.measured_static_bytes, plan.peak
+    assert held
+    assert peak
+    assert held.weights - held.gradients > 4 * 100 * 100
+    assert (held.gradients, held.weights) == (peak.gradients, peak.weights)
+    assert held.optimizer == pytest.approx(peak.optimizer, rel=0.05)  # counts of steps
+    assert plan.measured_bytes == pytest.approx(plan.predicted_bytes, rel=0.02)
 
 
 def test_the_plan_s_prediction_is_what_the_first_step_takes(colours: Path, tmp_path: Path) -> None:
