@@ -43,8 +43,8 @@ class Flat(nn.Module):
         return x.flatten(2).transpose(1, 2)
 
 
-def images() -> Tensor:
-    return torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+def images(count: int = 60) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def network(*blocks: nn.Module, before: nn.Module | None = None) -> nn.Module:
@@ -67,9 +67,9 @@ def distance(model: nn.Module, original: nn.Module) -> float:
     return measure_drift(other.flatten(1), z.flatten(1)).distance
 
 
-def fit(model: nn.Module, original: nn.Module) -> Fitting:
-    fitting = Fitting(model, original, images()[:1], len(images()))
-    for chunk in images().split(20):
+def fit(model: nn.Module, original: nn.Module, count: int = 60) -> Fitting:
+    fitting = Fitting(model, original, images()[:1], count)
+    for chunk in images(count).split(20):
         fitting.take(chunk)
     return fitting
 
@@ -84,6 +84,17 @@ def test_it_comes_closer_to_the_original(cut: bool, kernel: int, gamma: float) -
     before = distance(model, original)
     assert fit(model, original).layers == 6
     assert distance(model, original) < (0.98 if cut else 0.6) * before
+
+
+def test_long_runs_come_closer_too_and_closer_with_more_images() -> None:
+    torch.manual_seed(0)
+    original = network(*(Block(cut=False, kernel=3) for _ in range(12)))
+    few = convert(original, 0.9, stages="all").eval()
+    before = distance(few, original)
+    fit(few, original)
+    more = convert(original, 0.9, stages="all").eval()
+    fit(more, original, 160)
+    assert distance(more, original) < distance(few, original) < before / 2
 
 
 def test_linear_layers_on_tokens_are_fitted_too() -> None:
