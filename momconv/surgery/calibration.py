@@ -128,8 +128,8 @@ def refine(
             progress(before + done, fits + steps, left)
 
     before = measure_divergence(model, original, images.held_out)
-    interrupted = _fit_if_closer(model, original, images, Schedule(fits, partial(tell, 0)), before)
-    fitted = measure_divergence(model, original, images.held_out)
+    fitting = Schedule(fits, partial(tell, 0))
+    fitted, interrupted = _fit_if_closer(model, original, images, fitting, before)
     if interrupted:
         return Imitation(0, before, fitted, interrupted=True)
     rate = _RATE_OF_FITTED if fitted < before else _RATE
@@ -147,11 +147,11 @@ def _count_steps(images: Images, chunk: int, most: float) -> int:
 
 def _fit_if_closer(
     model: nn.Module, original: nn.Module, images: Images, schedule: Schedule, before: float
-) -> bool:
+) -> tuple[float, bool]:
     """Fit layers, but undo that if ``model`` is no closer to the original than ``before``.
 
     Returns:
-        Whether a KeyboardInterrupt has ended it early.
+        How far it is then, and whether a KeyboardInterrupt has ended it early.
     """
     example = images.held_out[0][:1].to(next(model.parameters()).device)
     fitting, interrupted = Fitting(model, original, example, images.count), False
@@ -166,9 +166,11 @@ def _fit_if_closer(
     except BaseException:
         fitting.undo()
         raise
-    if not measure_divergence(model, original, images.held_out) < before:
-        fitting.undo()
-    return interrupted
+    after = measure_divergence(model, original, images.held_out)
+    if after < before:
+        return after, interrupted
+    fitting.undo()
+    return before, interrupted
 
 
 def _estimate_if_closer(

@@ -107,12 +107,14 @@ def find_runs(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) 
 
 @torch.no_grad()
 def _require_callable(blocks: Sequence[nn.Module], x: Tensor, args: tuple[Tensor, ...]) -> None:
-    """Raise what the blocks raise where there are values; if nothing, leave nothing behind."""
+    """Raise what the blocks raise where there are values, and leave nothing behind."""
     modules = [*nn.ModuleList(blocks).modules()]
     restore = keep_buffers(modules)
-    with keeping_attributes(modules), keeping_random_state(x.device), without_hooks(blocks):
-        _Chain(blocks)(x.clone(), *args)
-    restore()
+    try:
+        with keeping_attributes(modules), keeping_random_state(x.device), without_hooks(blocks):
+            _Chain(blocks)(x.clone(), *args)
+    finally:
+        restore()
 
 
 def group_runs(
